@@ -190,7 +190,9 @@ class _NnxRoot:
     def __init__(self, family: Family, form: Form, inputs: jax.ShapeDtypeStruct) -> None:
         self._family, self._form, self._inputs = family, form, inputs
         self._graphdef, state = _abstract(self._create)
-        self._variables = {_name(path, leaf): (path, leaf) for path, leaf in nnx.to_flat_state(state)}
+        self._variables = {
+            _name(path, leaf): (path, leaf) for path, leaf in nnx.to_flat_state(state)
+        }
         self.abstract = {name: leaf.get_value() for name, (_, leaf) in self._variables.items()}
 
     def _create(self, key: Array | None = None) -> _NnxHybrid:

@@ -8,8 +8,6 @@ import yaml
 from tensorboardX import SummaryWriter
 from tensorboardX.summary import hparams
 
-from linen_nnx.tree import flatten
-
 
 class Board:
     """The event file of one process; every call does nothing when TensorBoard is off."""
@@ -47,11 +45,10 @@ class Board:
             self._writer.add_image(name, value, step, dataformats="HWC")
 
     def results(self, config: dict[str, Any], metrics: dict[str, float]) -> None:
-        """The run's row in the HPARAMS tab."""
+        """The run's row in the HPARAMS tab; `config` is flat, `{"optimizer.lr": 0.001, ...}`."""
         if self._writer is None:
             return
-        flat = {k.replace("/", "."): v for k, v in flatten(_lists_as_text(config)).items()}
-        flat = {k: v if isinstance(v, bool | int | float) else str(v) for k, v in flat.items()}
+        flat = {k: v if isinstance(v, bool | int | float) else str(v) for k, v in config.items()}
         for summary in hparams(flat, dict.fromkeys(metrics, 0.0)):
             self._writer.file_writer.add_summary(summary)
         for name, value in metrics.items():
@@ -60,11 +57,3 @@ class Board:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
-
-
-def _lists_as_text(tree: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: _lists_as_text(value) if isinstance(value, dict) and value else str(value)
-        if value is None or isinstance(value, dict | list) else value
-        for key, value in tree.items()
-    }

@@ -15,7 +15,6 @@ import jax
 import orbax.checkpoint as ocp
 
 from configs import schema
-from linen_nnx.tree import flatten
 from model.stages import check
 from training.errors import Refused
 from training.state import State
@@ -39,7 +38,7 @@ class Saved:
         abstract = jax.tree.map(_placed, like.tree())
         with ocp.StandardCheckpointer() as reader:
             found = reader.metadata(self.path / "state").item_metadata.tree
-            check(_named(found), _named(abstract), f"the state in {self.path}")
+            check(named(found), named(abstract), f"the state in {self.path}")
             return State.from_tree(reader.restore(self.path / "state", abstract))
 
 
@@ -149,7 +148,7 @@ def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _named(tree: Any) -> dict[str, Any]:
+def named(tree: Any) -> dict[str, Any]:
     """Leaves by path, whatever the containers: tuples and named tuples become indices and names."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

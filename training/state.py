@@ -5,7 +5,6 @@ is k - 1; its loss is taken before update k; afterwards `step` is k. With accumu
 happens every `accumulate` batches, and the batches between only add to the gradient.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +16,6 @@ from jax import Array
 from configs.schema import Config
 from linen_nnx import RuleBook
 from linen_nnx.tree import flatten, unflatten
-from model.families import Family
 from model.stages import HALVES, Stage, Variables, translate
 from training import optimizer
 from training.leaves import View
@@ -72,7 +70,9 @@ class Program:
         self.view = View(stage, rules)
         self.optimizer = optimizer.create(cfg.optimizer, cfg.steps, self.view)
         self._schedule = optimizer.schedule(cfg.optimizer, cfg.steps)
-        self.train_step = jax.jit(self._train_step, donate_argnums=0)
+        # debug_nans runs a failed step again, op by op, for which it needs the step's inputs.
+        donated = () if cfg.debug.mode == "nans" else 0
+        self.train_step = jax.jit(self._train_step, donate_argnums=donated)
         self.eval_step = jax.jit(self._eval_step)
 
     def init(self) -> State:

@@ -25,8 +25,12 @@ class Terminal:
         self._bar: Progress | None = None
         if progress and self.console.is_terminal:
             self._bar = Progress(
-                TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[text]}"),
-                TimeRemainingColumn(), console=self.console,
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("{task.fields[text]}"),
+                TimeRemainingColumn(),
+                console=self.console,
             )
             self._task = self._bar.add_task("", total=steps, completed=start, text="compiling")
 

@@ -75,9 +75,7 @@ class Head(nnx.Module):
 
 
 def conv(cfg: Config, channels: int, rngs: nnx.Rngs) -> nnx.Conv:
-    return nnx.Conv(
-        channels, cfg.width, (3, 3), use_bias=False, dtype=cfg.compute_dtype, rngs=rngs
-    )
+    return nnx.Conv(channels, cfg.width, (3, 3), use_bias=False, dtype=cfg.compute_dtype, rngs=rngs)
 
 
 def norm(cfg: Config, rngs: nnx.Rngs) -> nnx.BatchNorm:

@@ -99,6 +99,4 @@ class Head(nnx.Module):
 
 
 def norm(cfg: Config, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(
-        cfg.width, dtype=cfg.compute_dtype, promote_dtype=keep_dtype, rngs=rngs
-    )
+    return nnx.LayerNorm(cfg.width, dtype=cfg.compute_dtype, promote_dtype=keep_dtype, rngs=rngs)
