@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from configs.schema import Count, Decay, refuse
+from configs.build import refuse
+from configs.schema import Count, Decay
 
 
 @dataclass(frozen=True)
