@@ -1,0 +1,367 @@
+"""The operations of a rule: what each does to shapes when planned, and to arrays when run.
+
+An op of a rule book (`Stack`, `Concat`, ...) is written in the Linen -> nnx order and knows both
+directions. Planned for one direction and for arrays of given shapes it becomes an *action*
+(`Gather`, `Spread`, `Permute`, ...), which is concrete and is all that the converter looks at.
+
+Between ops the arrays of one rule are a `Block`: a row-major grid over coordinates (the part of a
+concat, a layer index), held as a flat list. A gather removes one coordinate, a spread adds one at
+the end. Nothing here casts; nothing here imports jax: arrays bring their own namespace.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import ml_dtypes  # noqa: F401  (teaches numpy the names bfloat16, float8_*, int4)
+import numpy as np
+
+PART = "part"
+"""The coordinate of the parts of a concat; too long to collide with an integer capture."""
+
+Side = Literal["linen", "nnx"]
+
+
+class Mismatch(ValueError):
+    """Arrays that an op cannot take; the planner adds the rule and the paths."""
+
+
+class Spec(NamedTuple):
+    """Shape and dtype of one leaf."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+    @classmethod
+    def of(cls, leaf: Any) -> "Spec":
+        """The spec of anything that has `.shape` and `.dtype`."""
+        return cls(tuple(leaf.shape), leaf.dtype)
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    def same(self, other: "Spec") -> bool:
+        """Whether shape and dtype agree, whichever library the dtypes come from."""
+        return self.shape == other.shape and str(self.dtype) == str(other.dtype)
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+
+
+class Block(NamedTuple):
+    """Specs in row-major order over named coordinates of given sizes."""
+
+    coords: tuple[tuple[str, int], ...]
+    specs: tuple[Spec, ...]
+
+
+# Actions: concrete, one direction, run on lists of arrays.
+
+
+@dataclass(frozen=True)
+class Gather:
+    """Joins `count` arrays into one, by a new axis (`stack`) or along one (`concat`).
+
+    The list it takes is `(outer, count, inner)` in row-major order; it returns `(outer, inner)`.
+    """
+
+    kind: Literal["stack", "concat"]
+    axis: int
+    count: int
+    inner: int
+
+    def groups(self, items: Sequence[Any]) -> list[list[Any]]:
+        """The items that go into each result, in order."""
+        width = self.count * self.inner
+        return [
+            list(items[start + column : start + width : self.inner])
+            for start in range(0, len(items), width)
+            for column in range(self.inner)
+        ]
+
+    def run(self, arrays: Sequence[Any]) -> list[Any]:
+        space = arrays[0].__array_namespace__()
+        join = space.stack if self.kind == "stack" else space.concat
+        return [join(group, axis=self.axis) for group in self.groups(arrays)]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Cuts each array along `axis` into pieces of `sizes`; a `stack` loses the axis as well."""
+
+    kind: Literal["stack", "concat"]
+    axis: int
+    sizes: tuple[int, ...]
+
+    def run(self, arrays: Sequence[Any]) -> list[Any]:
+        before = (slice(None),) * self.axis
+        pieces = []
+        for array in arrays:
+            start = 0
+            for size in self.sizes:
+                cut = start if self.kind == "stack" else slice(start, start + size)
+                pieces.append(array[(*before, cut)])
+                start += size
+        return pieces
+
+
+@dataclass(frozen=True)
+class Permute:
+    """Transposes every array."""
+
+    perm: tuple[int, ...]
+
+    def run(self, arrays: Sequence[Any]) -> list[Any]:
+        return [a.__array_namespace__().permute_dims(a, self.perm) for a in arrays]
+
+
+@dataclass(frozen=True)
+class Reform:
+    """Gives every array the shape listed for it."""
+
+    shapes: tuple[tuple[int, ...], ...]
+
+    def run(self, arrays: Sequence[Any]) -> list[Any]:
+        return [
+            a.__array_namespace__().reshape(a, shape)
+            for a, shape in zip(arrays, self.shapes, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class Multiply:
+    """Multiplies (or divides, on the way back) in the arrays' own dtype. Changes values."""
+
+    factor: float
+    divide: bool
+
+    def run(self, arrays: Sequence[Any]) -> list[Any]:
+        factors = [a.__array_namespace__().asarray(self.factor, dtype=a.dtype) for a in arrays]
+        pairs = zip(arrays, factors, strict=True)
+        return [a / f if self.divide else a * f for a, f in pairs]
+
+
+@dataclass(frozen=True)
+class Fill:
+    """Makes one array from nothing: zeros, ones, or normal numbers fixed by seed and path."""
+
+    fill: Literal["zeros", "ones", "normal"]
+    stddev: float
+    seed: int
+    path: str
+    spec: Spec
+
+    def run(self, arrays: Sequence[Any]) -> list[Any]:
+        if self.fill != "normal":
+            make = np.zeros if self.fill == "zeros" else np.ones
+            return [make(self.spec.shape, self.spec.dtype)]
+        digest = hashlib.sha256(self.path.encode()).digest()
+        generator = np.random.default_rng([self.seed, *digest])
+        numbers = generator.standard_normal(self.spec.shape, np.float32) * np.float32(self.stddev)
+        return [np.asarray(numbers).astype(self.spec.dtype)]
+
+
+Action = Gather | Spread | Permute | Reform | Multiply | Fill
+
+
+# Ops: as written in a rule book, both directions.
+
+
+@dataclass(frozen=True)
+class Stack:
+    """`{op: stack, capture: i, axis: 0}`: the side without `{i}` holds all `i` on one axis."""
+
+    capture: str
+    axis: int
+
+    def plan(self, block: Block, to: Side, parts: int) -> tuple[Action, Block]:
+        del to, parts  # the direction follows from the coordinates
+        names = [name for name, _ in block.coords]
+        if self.capture in names:
+            axis = _axis(self.axis, len(block.specs[0].shape) + 1)
+            gather, coords = _gather("stack", axis, block, names.index(self.capture))
+            groups = gather.groups(block.specs)
+            for group in groups:
+                _same_specs(group, f"the arrays that `{{{self.capture}}}` counts")
+            return gather, Block(
+                coords, tuple(_resized(g[0], axis, (gather.count,)) for g in groups)
+            )
+        axis = _common_axis(self.axis, block)
+        counts = {spec.shape[axis] for spec in block.specs}
+        if len(counts) > 1 or counts == {0}:
+            raise Mismatch(f"axis {axis} of {_listed(block.specs)} must hold equally many layers")
+        count = counts.pop()
+        one = (_resized(spec, axis, (), drop=1) for spec in block.specs)
+        return (
+            Spread("stack", axis, (1,) * count),
+            Block(
+                (*block.coords, (self.capture, count)),
+                tuple(spec for spec in one for _ in range(count)),
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class Concat:
+    """`{op: concat, axis: -1, sizes: [...]}`: the side that is no list holds all parts in one.
+
+    Without `sizes` the parts are equal.
+    """
+
+    axis: int
+    sizes: tuple[int, ...] | None = None
+
+    def plan(self, block: Block, to: Side, parts: int) -> tuple[Action, Block]:
+        del to
+        names = [name for name, _ in block.coords]
+        axis = _common_axis(self.axis, block)
+        if PART in names:
+            gather, coords = _gather("concat", axis, block, names.index(PART))
+            specs = [self._join(group, axis) for group in gather.groups(block.specs)]
+            return gather, Block(coords, tuple(specs))
+        _same_specs(block.specs, "the fused arrays")
+        length = block.specs[0].shape[axis]
+        sizes = self.sizes or (length // parts,) * parts
+        if sum(sizes) != length:
+            how = f"sizes {list(sizes)}" if self.sizes else f"{parts} equal parts"
+            raise Mismatch(
+                f"axis {axis} of {block.specs[0]} has length {length}, which is not {how}"
+            )
+        specs = [_resized(s, axis, (size,), drop=1) for s in block.specs for size in sizes]
+        return Spread("concat", axis, sizes), Block((*block.coords, (PART, parts)), tuple(specs))
+
+    def _join(self, group: list[Spec], axis: int) -> Spec:
+        lengths = [spec.shape[axis] for spec in group]
+        _same_specs(
+            [_resized(spec, axis, (), drop=1) for spec in group],
+            f"parts {_listed(group)} without axis {axis}",
+        )
+        if self.sizes and lengths != list(self.sizes):
+            raise Mismatch(f"parts {_listed(group)} have other sizes than {list(self.sizes)}")
+        if not self.sizes and len(set(lengths)) > 1:
+            raise Mismatch(
+                f"parts {_listed(group)} are unequal on axis {axis}: give the op its `sizes`"
+            )
+        return _resized(group[0], axis, (sum(lengths),), drop=1)
+
+
+@dataclass(frozen=True)
+class Transpose:
+    """`{op: transpose, perm: [1, 0]}`: axes of the Linen array in the nnx order."""
+
+    perm: tuple[int, ...]
+
+    def plan(self, block: Block, to: Side, parts: int) -> tuple[Action, Block]:
+        del parts
+        inverse = tuple(self.perm.index(axis) for axis in range(len(self.perm)))
+        perm = self.perm if to == "nnx" else inverse
+        for spec in block.specs:
+            if len(spec.shape) != len(perm):
+                raise Mismatch(f"{spec} has {len(spec.shape)} axes, perm {list(perm)} {len(perm)}")
+        specs = [Spec(tuple(s.shape[axis] for axis in perm), s.dtype) for s in block.specs]
+        return Permute(perm), Block(block.coords, tuple(specs))
+
+
+@dataclass(frozen=True)
+class Reshape:
+    """`{op: reshape, linen: [-1, 4, 8], nnx: [-1, 32]}`: shapes; one -1 on each side may vary."""
+
+    linen: tuple[int, ...]
+    nnx: tuple[int, ...]
+
+    def plan(self, block: Block, to: Side, parts: int) -> tuple[Action, Block]:
+        del parts
+        old, new = (self.linen, self.nnx) if to == "nnx" else (self.nnx, self.linen)
+        specs = []
+        for spec in block.specs:
+            fits = len(spec.shape) == len(old) and all(
+                want in (-1, have) for want, have in zip(old, spec.shape, strict=True)
+            )
+            known = math.prod(size for size in new if size != -1)
+            free = spec.size // known if -1 in new and known else 1
+            if not fits or known * free != spec.size:
+                raise Mismatch(f"{spec} cannot be reshaped from {list(old)} to {list(new)}")
+            shape = tuple(free if size == -1 else size for size in new)
+            specs.append(Spec(shape, spec.dtype))
+        return Reform(tuple(s.shape for s in specs)), Block(block.coords, tuple(specs))
+
+
+@dataclass(frozen=True)
+class Scale:
+    """`{op: scale, factor: 0.5}`: nnx value = factor x Linen value. Changes values."""
+
+    factor: float
+
+    def plan(self, block: Block, to: Side, parts: int) -> tuple[Action, Block]:
+        del parts
+        for spec in block.specs:
+            if not str(spec.dtype).startswith(("float", "bfloat", "complex")):
+                raise Mismatch(f"{spec} cannot be scaled: its dtype holds no fractions")
+        return Multiply(self.factor, divide=to == "linen"), block
+
+
+@dataclass(frozen=True)
+class Drop:
+    """`{op: drop}`: the leaf has no home on the other side, and that is meant."""
+
+
+@dataclass(frozen=True)
+class Init:
+    """`{op: init, fill: normal, stddev: 0.02, seed: 0}`: a leaf that only one side has.
+
+    Filled on the way there, dropped on the way back. Shape and dtype come from the target tree,
+    or from `shape` and `dtype` where none is given.
+    """
+
+    fill: Literal["zeros", "ones", "normal"]
+    stddev: float = 1.0
+    seed: int = 0
+    shape: tuple[int, ...] | None = None
+    dtype: str | None = None
+
+    @property
+    def spec(self) -> Spec | None:
+        """The spec that the rule itself states, if it does."""
+        return None if self.shape is None else Spec(self.shape, np.dtype(self.dtype))
+
+
+Op = Stack | Concat | Transpose | Reshape | Scale | Drop | Init
+
+
+def _axis(axis: int, ndim: int) -> int:
+    if not -ndim <= axis < ndim:
+        raise Mismatch(f"axis {axis} is out of range for {ndim} axes")
+    return axis % ndim
+
+
+def _gather(
+    kind: Literal["stack", "concat"], axis: int, block: Block, position: int
+) -> tuple[Gather, tuple[tuple[str, int], ...]]:
+    coords = block.coords
+    inner = math.prod(size for _, size in coords[position + 1 :])
+    gather = Gather(kind, axis, coords[position][1], inner)
+    return gather, coords[:position] + coords[position + 1 :]
+
+
+def _resized(spec: Spec, axis: int, sizes: tuple[int, ...], drop: int = 0) -> Spec:
+    """`spec` with `drop` axes at `axis` replaced by axes of `sizes`."""
+    return Spec((*spec.shape[:axis], *sizes, *spec.shape[axis + drop :]), spec.dtype)
+
+
+def _same_specs(specs: Sequence[Spec], what: str) -> None:
+    if any(not spec.same(specs[0]) for spec in specs):
+        raise Mismatch(f"{what} must be equal in shape and dtype, got {_listed(specs)}")
+
+
+def _common_axis(axis: int, block: Block) -> int:
+    if len({len(spec.shape) for spec in block.specs}) > 1:
+        raise Mismatch(f"{_listed(block.specs)} differ in their number of axes")
+    return _axis(axis, len(block.specs[0].shape))
+
+
+def _listed(specs: Sequence[Spec]) -> str:
+    return ", ".join(str(spec) for spec in dict.fromkeys(specs))

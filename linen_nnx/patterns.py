@@ -1,0 +1,155 @@
+"""Path patterns: literal text with captures, matched and written back without loss.
+
+A path is a `/`-joined string of non-empty elements. In a pattern
+
+- `{i}` (one lower-case letter) stands for an integer as Python prints it: `0`, `12`, never `07`;
+- `{name}` (two or more of `a-z 0-9 _`) stands for one path element, or for a part of one;
+- `{rest...}` stands for any number of whole elements, none included, once per pattern.
+
+Captures may sit inside an element (`Block_{i}`). A pattern whose captures could be read in two
+ways is refused when it is built, so that matching a path and writing it again are inverses.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+_CAPTURE = re.compile(r"\{([^{}]*)\}")
+_NAME = re.compile(r"[a-z][a-z0-9_]*(\.\.\.)?")
+_SUB = {"integer": r"(?P<{}>0|[1-9][0-9]*)", "element": r"(?P<{}>[^/]+)"}
+
+
+def is_integer(capture: str) -> bool:
+    """Whether a capture's name makes it an integer capture (one letter)."""
+    return len(capture) == 1
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """One parsed pattern. Raises `ValueError` for text that is malformed or ambiguous."""
+
+    text: str
+    captures: tuple[str, ...] = field(init=False, compare=False)
+    """The names of its captures, in order of appearance."""
+    _regex: re.Pattern[str] | None = field(init=False, compare=False, repr=False)
+    _rest: str | None = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        elements = self.text.split("/")
+        if not all(elements):
+            raise ValueError(f"pattern `{self.text}` holds an empty path element")
+        captures: list[str] = []
+        rest = None
+        regex = ""
+        for position, element in enumerate(elements):
+            names = _CAPTURE.findall(element)
+            if any(name.endswith("...") for name in names):
+                if rest is not None:
+                    raise ValueError(f"pattern `{self.text}` has more than one `{{rest...}}`")
+                rest = _check_name(self.text, names[0]).removesuffix("...")
+                if element != f"{{{names[0]}}}" or rest in captures or is_integer(rest):
+                    raise ValueError(
+                        f"pattern `{self.text}`: `{{{names[0]}}}` must be an element of its own, "
+                        "with a name of two or more letters that occurs once"
+                    )
+                captures.append(rest)
+                regex += _rest_regex(rest, position == 0, len(elements) == 1)
+            else:
+                separator = "/" if position and not (rest and position == 1) else ""
+                regex += separator + _element_regex(self.text, element, captures)
+        object.__setattr__(self, "captures", tuple(captures))
+        object.__setattr__(self, "_rest", rest)
+        object.__setattr__(self, "_regex", re.compile(regex) if captures else None)
+
+    @property
+    def literal(self) -> bool:
+        """Whether the pattern holds no capture and so matches one path only."""
+        return self._regex is None
+
+    @property
+    def length(self) -> int | None:
+        """The number of elements of every path it matches; None if that varies."""
+        return None if self._rest else self.text.count("/") + 1
+
+    def match(self, path: str) -> dict[str, str] | None:
+        """The text of each capture if `path` matches, else None."""
+        if self._regex is None:
+            return {} if path == self.text else None
+        found = self._regex.fullmatch(path)
+        if found is None:
+            return None
+        values = found.groupdict()
+        if self._rest:
+            values[self._rest] = values[self._rest].strip("/")
+        return values
+
+    def format(self, captures: Mapping[str, str]) -> str:
+        """The path in which every capture has the given text; the inverse of `match`."""
+        if self._regex is None:
+            return self.text
+        filled = _CAPTURE.sub(lambda m: captures[m[1].removesuffix("...")], self.text)
+        return re.sub("/+", "/", filled).strip("/") if self._rest else filled
+
+
+def _check_name(text: str, name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"pattern `{text}`: `{{{name}}}` is no capture; write `{{i}}` for an integer, "
+            "`{name}` for an element, `{rest...}` for any number of elements"
+        )
+    return name
+
+
+def _rest_regex(name: str, first: bool, alone: bool) -> str:
+    """A repeated group that owns the slashes on its outer side, as there may be no element."""
+    if alone:
+        return rf"(?P<{name}>[^/]+(?:/[^/]+)*)"
+    return rf"(?P<{name}>(?:[^/]+/)*)" if first else rf"(?P<{name}>(?:/[^/]+)*)"
+
+
+def _element_regex(text: str, element: str, captures: list[str]) -> str:
+    """The regex of one element; appends the captures that it introduces to `captures`."""
+    pieces = _CAPTURE.split(element)
+    literals, names = pieces[::2], pieces[1::2]
+    if any("{" in piece or "}" in piece for piece in literals):
+        raise ValueError(f"pattern `{text}` holds an unbalanced brace")
+    if any(not re.search(r"[^0-9]", between) for between in literals[1:-1]):
+        raise ValueError(
+            f"pattern `{text}`: two captures of one element need text with a non-digit between "
+            "them, else a path can be read in more than one way"
+        )
+    if sum(not is_integer(name) for name in names) > 1:
+        raise ValueError(f"pattern `{text}`: an element can hold one `{{name}}` only")
+    regex = re.escape(literals[0])
+    for name, literal in zip(names, literals[1:], strict=True):
+        _check_name(text, name)
+        if name in captures:
+            regex += f"(?P={name})"
+        else:
+            captures.append(name)
+            regex += _SUB["integer" if is_integer(name) else "element"].format(name)
+        regex += re.escape(literal)
+    return regex
+
+
+class Index:
+    """Finds the patterns that match a path: literal ones by one look-up, others by length."""
+
+    def __init__(self, patterns: Iterable[tuple[object, Pattern]]) -> None:
+        self._literal: dict[str, list[object]] = {}
+        self._by_length: dict[int | None, list[tuple[object, Pattern]]] = {}
+        for owner, pattern in patterns:
+            if pattern.literal:
+                self._literal.setdefault(pattern.text, []).append(owner)
+            else:
+                self._by_length.setdefault(pattern.length, []).append((owner, pattern))
+
+    def match(self, path: str) -> list[tuple[object, dict[str, str]]]:
+        """Every `(owner, captures)` whose pattern matches `path`."""
+        hits: list[tuple[object, dict[str, str]]] = [(o, {}) for o in self._literal.get(path, ())]
+        for length in (path.count("/") + 1, None):
+            for owner, pattern in self._by_length.get(length, ()):
+                captures = pattern.match(path)
+                if captures is not None:
+                    hits.append((owner, captures))
+        return hits
