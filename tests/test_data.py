@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_diabetes, load_digits
 
 from configs.schema import Data
-from training import datasets
+from training import text
 from training.data import DataError, Dataset, eval_batches, load, train_iterator
-from training.datasets import Rows, Windows, split_text
+from training.datasets import Rows
+from training.text import Windows, split_text
 
 BASE = {
     "text": Data(name="text", path=None, length=64, batch=8, val_fraction=0.1, seed=0),
@@ -304,7 +305,7 @@ def test_the_bigram_baseline_scores_exactly_the_targets_that_evaluation_scores(t
 
 def test_counting_in_pieces_changes_no_bit_of_the_baseline(monkeypatch):
     whole = load(config()).baselines["bigram"]
-    monkeypatch.setattr(datasets, "CHUNK", 1000)
+    monkeypatch.setattr(text, "CHUNK", 1000)
 
     assert load(config()).baselines["bigram"] == whole < math.log(256)
 
