@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from configs.build import refuse
-from configs.schema import Count, Decay
+from configs.build import Count, Decay, refuse
 
 
 @dataclass(frozen=True)
