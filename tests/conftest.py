@@ -10,6 +10,16 @@ os.environ["XLA_FLAGS"] = (
 ).strip()
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# A busy machine is no finding: no test depends on time. The same examples on every run.
+settings.register_profile(
+    "steady",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("steady")
 
 Train = Callable[..., Path]
 
@@ -43,9 +53,7 @@ def train(tmp_path: Path) -> Train:
         given = [text.removeprefix("run_dir=") for text in overrides if text[:8] == "run_dir="]
         run_dir = Path(given[0]) if given else tmp_path / f"run{next(runs)}"
         settings = [*SMALL[experiment], *QUIET, "checkpoint.best=false", "checkpoint.every=100000"]
-        cfg = cli.compose(
-            *settings, f"run_dir={run_dir}", *overrides, check_model=families.create
-        )
+        cfg = cli.compose(*settings, f"run_dir={run_dir}", *overrides, check_model=families.create)
         loop.train(cfg)
         return run_dir
 

@@ -49,9 +49,7 @@ def test_the_curve_is_the_same_under_every_optimizer_setting(
     train: Train, options: tuple[str, ...]
 ) -> None:
     settings = ("steps=24", "optimizer.warmup=4", "eval.every=8")
-    curves = {
-        stage: curve(train("lm", f"stage={stage}", *settings, *options)) for stage in STAGES
-    }
+    curves = {stage: curve(train("lm", f"stage={stage}", *settings, *options)) for stage in STAGES}
 
     assert len(set(curves.values())) == 1, first_difference(curves)
 

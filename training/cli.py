@@ -186,7 +186,8 @@ def _override_problems(overrides: Sequence[str], check_model: CheckModel | None)
         return problems  # which keys there are depends on the choices
     try:
         chosen = [x.input_line or "" for x in parsed if x.key_or_group in groups]
-        known = [*groups, *paths(OmegaConf.to_container(_compose(chosen)))]  # pyrefly: ignore[bad-argument-type]
+        unresolved: Any = OmegaConf.to_container(_compose(chosen))
+        known = [*groups, *paths(unresolved)]
         for x in parsed:
             key = x.key_or_group
             if key not in known and not x.is_add() and not key.startswith("hydra"):
