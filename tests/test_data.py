@@ -106,6 +106,17 @@ def test_another_seed_holds_out_another_part_and_the_same_seed_the_same():
     assert np.diff(first).sum() == pytest.approx(10_000, abs=500)
 
 
+@pytest.mark.parametrize("name", BASE)
+def test_each_set_is_held_out_by_seed(name):
+    first, again, other = (
+        # read in the order of one seed, so that only the split can differ
+        bits(eval_batches(load(config(name, seed=seed)), config(name)))
+        for seed in (1, 1, 2)
+    )
+
+    assert first == again != other
+
+
 def test_an_epoch_of_text_reads_each_byte_as_target_at_eight_positions():
     dataset = load(config(length=64))
 
@@ -301,6 +312,16 @@ def test_the_bigram_baseline_scores_exactly_the_targets_that_evaluation_scores(t
     runs = [content[start:stop] for start, stop in dataset.train.runs]
     assert dataset.baselines["bigram"] == pytest.approx(plain_bigram(runs, pairs), rel=1e-12)
     assert dataset.baselines["uniform"] == math.log(256)
+
+
+def test_the_bigram_baseline_knows_bytes_with_one_follower_and_bytes_never_seen():
+    content = b"ab" * 50 + b"abcacb" * 10
+    data = np.frombuffer(content, np.uint8)
+    train = Windows(data, np.array([[0, 100]]), length=4, stride=1)
+    validation = Windows(data, np.array([[100, 160]]), length=59, stride=59)
+
+    expected = plain_bigram([content[:100]], list(pairwise(content[100:])))
+    assert text.bigram_nats(train, validation) == pytest.approx(expected, rel=1e-12)
 
 
 def test_counting_in_pieces_changes_no_bit_of_the_baseline(monkeypatch):
