@@ -67,9 +67,7 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_ends_the_run_cleanly(
-    train: Train, tmp_path: Path, number: int
-) -> None:
+def test_a_signal_saves_and_ends_the_run_cleanly(train: Train, tmp_path: Path, number: int) -> None:
     settings = ("steps=4000", "checkpoint.every=100000", "eval.every=100000")
     run_dir = tmp_path / "signalled"
     process = start(run_dir, "diabetes", *settings)
@@ -208,7 +206,9 @@ def test_a_folder_that_holds_something_else_is_refused(train: Train, tmp_path: P
     assert os.listdir(tmp_path / "notes") == ["thesis.tex"]
 
 
-def test_a_non_finite_loss_stops_the_run_and_keeps_the_state_aside(train: Train, tmp_path: Path) -> None:
+def test_a_non_finite_loss_stops_the_run_and_keeps_the_state_aside(
+    train: Train, tmp_path: Path
+) -> None:
     run_dir = tmp_path / "diverging"
     options = ("steps=300", "optimizer=sgd", "optimizer.lr=1e6", "optimizer.clip_norm=null",
                "optimizer.warmup=0", "checkpoint.every=1", "log_every=7")  # fmt: skip
