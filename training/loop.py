@@ -91,7 +91,8 @@ def train(cfg: Config) -> None:
     # Summary, where the run is at its end and not only stopped.
     if step == cfg.steps or _patience_lost(cfg, metrics):
         terminal.say(summary.closing(cfg, dataset, metrics, board))
-        terminal.say(samples.show(cfg, program, dataset, state, board))
+        if sample := samples.show(cfg, program, dataset, state, board):
+            terminal.say(sample)
     else:
         terminal.say(f"Saved at step {step} of {cfg.steps}; the same command goes on from there.")
     board.close()
