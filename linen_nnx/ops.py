@@ -165,7 +165,21 @@ class Fill:
         return [np.asarray(numbers).astype(self.spec.dtype)]
 
 
-Action = Gather | Spread | Permute | Reform | Multiply | Fill
+@dataclass(frozen=True)
+class Cast:
+    """Gives integers another dtype that holds them exactly (steps, which differ by framework)."""
+
+    dtype: str
+
+    def run(self, arrays: Sequence[Any]) -> list[Any]:
+        cast = [np.asarray(array).astype(self.dtype) for array in arrays]
+        for old, new in zip(arrays, cast, strict=True):
+            if (old != new).any():
+                raise Mismatch(f"{self.dtype} cannot hold the value {old}")
+        return cast
+
+
+Action = Gather | Spread | Permute | Reform | Multiply | Fill | Cast
 
 
 # Ops: as written in a rule book, both directions.

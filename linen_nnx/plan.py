@@ -409,7 +409,7 @@ def _not_an_array(path: Any, leaf: Any) -> str | None:
     got = f"`{path}` is a {kind.__module__}.{kind.__qualname__}"
     if not isinstance(path, str):
         return f"the path {path!r} is a {kind.__name__}, expected a `/`-joined string"
-    if isinstance(leaf, Mapping | list | tuple):
+    if isinstance(leaf, Mapping | list) or kind is tuple:
         return f"{got}, a container: flatten the tree first (linen_nnx.tree.flatten)"
     if hasattr(kind, "unbox"):
         return f"{got}, a wrapper: take the array out of it (flax.core.meta.unbox)"

@@ -1,0 +1,6 @@
+"""Translates checkpoints between Flax Linen and Flax NNX; `python convert.py --help` says how."""
+
+from linen_nnx.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())
