@@ -198,7 +198,8 @@ def _write(
         "fingerprint": conversion.fingerprint,
         "origin": conversion.origin(),
     }
-    (folder / REPORT).write_text(json.dumps(report, indent=1))
+    lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in report.items())
+    (folder / REPORT).write_text("{" + ",\n".join(lines) + "}\n")
     if hashed:
         progress("hashing")
         digests.write(folder, {n: d for n, d in carried.items() if n in linked and lazy})

@@ -117,17 +117,17 @@ class Conversion:
         """What the way back needs to know of the source's tree, in plain JSON values."""
         if self.state.form.stage:
             return None
-        leaves = [leaf for job in self.jobs for leaf in job.change.sources]
+        leaves = {leaf.keys: leaf for job in self.jobs for leaf in job.change.sources}.values()
         return {
             "side": self.state.form.side,
             "leaves": [
-                {
-                    "names": [key.name for key in leaf.keys],
-                    "kinds": [key.kind for key in leaf.keys],
-                    "type": leaf.value_type,
-                    **({"dtype": str(leaf.spec.dtype)} if _is_scalar(leaf) else {}),
-                }
-                for leaf in {leaf.keys: leaf for leaf in leaves}.values()
+                (
+                    [key.name for key in leaf.keys],
+                    [key.kind for key in leaf.keys],
+                    leaf.value_type,
+                    str(leaf.spec.dtype) if _is_scalar(leaf) else None,
+                )
+                for leaf in leaves
             ],
         }
 
@@ -231,11 +231,11 @@ def _origin(source: Source, to: Form, book: RuleBook) -> State | None:
             return None
         leaves = [
             Leaf(
-                tuple(map(Key, entry["names"], entry["kinds"])),
-                entry["type"],
-                zarr=fresh_metadata(Spec((), entry["dtype"]), False) if "dtype" in entry else None,
+                tuple(map(Key, names, kinds)),
+                value_type,
+                zarr=dtype and fresh_metadata(Spec((), dtype), zarr3=False),
             )
-            for entry in origin["leaves"]
+            for names, kinds, value_type, dtype in origin["leaves"]
         ]
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,11 +55,11 @@ class Leaf:
     stored: str = ""
     """Its name in that item's store; a target leaf still has the one that it came from."""
 
-    @property
+    @cached_property
     def path(self) -> str:
         return "/".join(key.name for key in self.keys)
 
-    @property
+    @cached_property
     def name(self) -> str:
         """Its name in the store."""
         return ".".join(key.name for key in self.keys)
@@ -251,16 +252,20 @@ def _inline_values(path: Path) -> dict[str, bytes]:
 
 def write_side_files(path: Path, leaves: Sequence[Leaf], header: dict[str, Any]) -> None:
     """Writes `_METADATA` and the other files keyed by name, for leaves whose data is in place."""
-    tree = {}
+    # Pieces of JSON that recur are made once: trees of thousands of leaves have few keys.
+    keys = {key: json.dumps({"key": key[0], "key_type": key[1]}) for l in leaves for key in l.keys}
+    tree = []
     for leaf in leaves:
         value: dict[str, Any] = {"value_type": leaf.value_type, "skip_deserialize": leaf.empty}
         if leaf.write_shape is not None:
-            value["write_shape"] = list(leaf.write_shape)
-        tree[str(tuple(key.name for key in leaf.keys))] = {
-            "key_metadata": [{"key": key.name, "key_type": key.kind} for key in leaf.keys],
-            "value_metadata": value,
-        }
-    _write_json(path / "_METADATA", {"tree_metadata": tree, **header})
+            value["write_shape"] = leaf.write_shape
+        tree.append(
+            f"{json.dumps(str(tuple(leaf.path.split('/'))))}: "
+            f'{{"key_metadata": [{", ".join([keys[key] for key in leaf.keys])}], '
+            f'"value_metadata": {json.dumps(value)}}}'
+        )
+    rest = json.dumps(header)[1:]
+    (path / "_METADATA").write_text(f'{{"tree_metadata": {{{", ".join(tree)}}}, {rest}')
     shardings = {
         base64.b64encode(leaf.name.encode()).decode(): leaf.sharding
         for leaf in leaves
@@ -272,7 +277,7 @@ def write_side_files(path: Path, leaves: Sequence[Leaf], header: dict[str, Any])
         {
             "array_metadata": {
                 "param_name": leaf.name,
-                "write_shape": list(leaf.write_shape),
+                "write_shape": leaf.write_shape,
                 "chunk_shape": chunk_shape(leaf.zarr),
                 "ext_metadata": leaf.extension,
             }
