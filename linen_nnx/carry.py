@@ -12,7 +12,7 @@ from typing import Any
 from linen_nnx.ops import Action, Fill, Multiply, Spec
 from linen_nnx.plan import RuleError
 from linen_nnx.rules import RuleBook
-from linen_nnx.state import HALVES, OPTIMIZER, Form, Id, State
+from linen_nnx.state import HALVES, OPTIMIZER, Form, Id, State, names_of
 from linen_nnx.store import Key, Leaf
 
 _RESET = "drop it by a rule, or go on with a fresh optimizer (--reset-optimizer)"
@@ -29,12 +29,15 @@ class Place:
     id: Id | None = None
     path: str = ""
     prefix: tuple[Key, ...] = ()
-    outer: bool = False
-    """Whether it lies outside of the training state: then `prefix` is all of its keys."""
 
     @property
     def in_optimizer(self) -> bool:
         return self.id is None and self.path.split("/")[0] == OPTIMIZER
+
+    @property
+    def mirrored(self) -> tuple[str, ...]:
+        """The elements of the path that mirror the model."""
+        return tuple(names_of(self.path)[len(self.prefix) :])
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def carry(
     mirrors, plain = _find_mirrors(rest, trees)
     for prefix, tree in mirrors:
         some = next(path for path in rest if path.startswith(f"{prefix}/"))
-        keys = _prefix(some, rest[some])[: prefix.count("/") + 1]
+        keys = _prefix(some, rest[some])[: len(names_of(prefix))]
         names = {id: path for path, id in trees[tree].items()}
         mirror = _Mirror(prefix, keys, tree, names, state, to)
         for step in steps:
@@ -97,11 +100,8 @@ def carry(
     for path in plain:
         moves.append(Move((rest[path],), (Place(path=path, prefix=_prefix(path, rest[path])),)))
         if not inert:
-            _check_plain(path, rest[path], trees, problems)
-    moves += [
-        Move((leaf,), (Place(path=leaf.path, prefix=leaf.keys, outer=True),))
-        for leaf in state.outer
-    ]
+            beside = path.startswith("../") or not (state.form.flat or OPTIMIZER in path)
+            _check_plain(path, rest[path], trees, beside, problems)
     if problems:
         raise RuleError(f"The checkpoint cannot go to {to}", problems)
     return moves
@@ -162,7 +162,7 @@ def _planned(
 
 def _prefix(path: str, leaf: Leaf) -> tuple[Key, ...]:
     """The keys of a leaf of the rest that make up its neutral path."""
-    names = path.split("/")
+    names = names_of(path)
     keys = leaf.keys if leaf.keys[-1].name == names[-1] else leaf.keys[:-1]  # without a box
     return keys[len(keys) - len(names) :]
 
@@ -270,9 +270,16 @@ class _Mirror:
 
 
 def _check_plain(
-    path: str, leaf: Leaf, trees: Mapping[str, Mapping[str, Id]], problems: list[str]
+    path: str,
+    leaf: Leaf,
+    trees: Mapping[str, Mapping[str, Id]],
+    beside: bool,
+    problems: list[str],
 ) -> None:
-    """Refuses what mirrors nothing and yet may depend on the model's form."""
+    """Refuses what mirrors nothing and yet may depend on the model's form.
+
+    What lies `beside` the training state may be anything that is not called like a parameter.
+    """
     if leaf.zarr is None:
         return
     names = path.split("/")
@@ -283,5 +290,5 @@ def _check_plain(
     )
     if any(end in tree for end in ends for tree in trees.values()):
         problems.append(f"`{leaf.path}` has a parameter's name outside of any mirror: {_RESET}")
-    elif spec.shape and not key:
+    elif spec.shape and not key and not beside:
         problems.append(f"no rule matches `{leaf.path}` ({spec}), and it mirrors nothing: {_RESET}")

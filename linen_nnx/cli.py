@@ -81,7 +81,9 @@ def _inspect(ckpt: str, as_json: bool, step: int | None, item: str | None) -> in
 
     source = find(ckpt, step, item)
     _, leaves, _ = source.open()
-    form = Form("linen", source.run["stage"]) if source.run else Form(guess_side(leaves))
+    form = (
+        Form("linen", source.run["stage"]) if source.run else Form(guess_side(leaves, RuleBook([])))
+    )
     layout = read_state(leaves, form, RuleBook([])).layout
     if as_json:
         content = [

@@ -57,12 +57,13 @@ def lay_out(
         targets: list[Leaf] = []
         change = Change(move.sources, (), move.actions, move.specs)
         for number, place in enumerate(move.targets):
-            mould = given.pop(_key(place, to), None)
+            key = _key(place, to)
+            mould = given.pop(key, None) or given.pop(f"../{place.path}", None)
             empty = bool(move.sources) and move.sources[0].empty
-            if mould is None and empty and place.in_optimizer and not to.flat:
-                continue  # nnx.Optimizer has no entry for an empty state
+            if mould is None and empty and place.in_optimizer and not (to.flat or place.mirrored):
+                continue  # nnx.Optimizer keeps masked parameters, but has no empty states
             leaf, change = context.target(change, place, mould, number)
-            if like is not None and not place.outer:
+            if like is not None and not (mould is None and place.path.startswith("../")):
                 problems += _unlike(leaf, change, number, mould)
             targets.append(leaf)
         changes.append(dataclasses.replace(change, targets=tuple(targets)))
@@ -104,6 +105,8 @@ class _Context:
             cast = dataclasses.replace(
                 change, actions=(Cast(kind[1]),), specs=(Spec((), np.dtype(kind[1])),)
             )
+            if kind[0] != "jax.Array":
+                return Leaf(keys, kind[0]), cast
             return Leaf(keys, kind[0], sharding=self.sharding, write_shape=()), cast
         sharding = common_sharding(sources) or self.sharding
         shape = change.specs[number].shape
@@ -126,14 +129,12 @@ class _Context:
 
     def _keys(self, place: Place) -> tuple[Key, ...]:
         """The key path of a leaf that no given tree settles."""
-        if place.outer:
-            return place.prefix
         if place.id is not None:
             path = [Key(name, DICT) for name in place.id.path.split("/")]
             if self.to.flat:
                 return (Key(place.id.collection, DICT), *path)
             return (*((Key("model", DICT),) if self.nested else ()), *path, Key("value", DICT))
-        mirrored = [Key(name, DICT) for name in place.path.split("/")[len(place.prefix) :]]
+        mirrored = [Key(name, DICT) for name in place.mirrored]
         in_optimizer = place.in_optimizer or (self.optimizer and place.path == "step")
         if not self.to.flat and (in_optimizer or mirrored):
             head = (Key("optimizer", DICT),) if in_optimizer else ()
@@ -171,4 +172,4 @@ def _places(state: State | None, to: Form) -> dict[Id | str, Leaf]:
     if state is None:
         return {}
     model = {id if to.flat else Id("", id.path): leaf for id, leaf in state.model.items()}
-    return {**model, **state.rest, **{leaf.path: leaf for leaf in state.outer}}
+    return {**model, **state.rest}

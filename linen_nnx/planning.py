@@ -170,7 +170,7 @@ def plan_conversion(
     book = _rule_book(source, rules)
     items, leaves, reader = source.open()
     if form is None:
-        side = guess_side(leaves)
+        side = guess_side(leaves, book)
         if side == target.side:
             raise RuleError(f"{path} cannot go to {to}", [f"it looks like {side} form already"])
         form = Form(side)

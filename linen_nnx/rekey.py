@@ -60,7 +60,7 @@ def choose(change: Change, zarr3: bool, readable_only: bool = False) -> Job:
         stored = [(fresh_metadata(spec, zarr3), tuple(spec.shape)) for spec in specs]
         engine = "stream"
     targets = tuple(
-        dataclasses.replace(leaf, zarr=metadata, write_shape=shape)
+        dataclasses.replace(leaf, zarr=metadata, write_shape=shape if leaf.sharding else None)
         for leaf, (metadata, shape) in zip(change.targets, stored, strict=True)
     )
     return Job(change, engine, targets, tuple(grids) if engine == "chunks" and grids else ())

@@ -65,8 +65,7 @@ class State:
     layout: str
     model: dict[Id, Leaf] = field(default_factory=dict)
     rest: dict[str, Leaf] = field(default_factory=dict)
-    outer: tuple[Leaf, ...] = ()
-    """Leaves outside the node that holds the model's training state; they stay as they are."""
+    """By neutral path; what lies outside of the training state's node begins with `../`."""
 
 
 def read_state(leaves: Sequence[Leaf], form: Form, book: RuleBook) -> State:
@@ -78,9 +77,24 @@ def read_state(leaves: Sequence[Leaf], form: Form, book: RuleBook) -> State:
     return _read_nnx(tree, planner)
 
 
-def guess_side(leaves: Sequence[Leaf]) -> Side:
-    """The side that a stock tree looks like: Linen trees have a level `params`."""
-    return "linen" if any("params" in leaf.path.split("/")[:3] for leaf in leaves) else "nnx"
+def guess_side(leaves: Sequence[Leaf], book: RuleBook) -> Side:
+    """The side that a stock tree looks like.
+
+    Linen trees have a level `params`, those of nnx end in `value`; the rule book tells bare
+    parameters from a pure dict.
+    """
+    if any("params" in leaf.path.split("/")[:3] for leaf in leaves):
+        return "linen"
+    planner = Planner(book.rules)
+    bare = sum(bool(planner.owners("linen", f"params/{leaf.path}")) for leaf in leaves)
+    pure = sum(bool(planner.owners("nnx", leaf.path)) for leaf in leaves)
+    boxed = any(leaf.keys[-1] == ("value", DICT) for leaf in leaves)
+    return "linen" if bare > pure and not boxed else "nnx"
+
+
+def names_of(path: str) -> list[str]:
+    """The key names of a neutral path."""
+    return path.removeprefix("../").split("/")
 
 
 def _without_boxes(
@@ -121,18 +135,20 @@ def _read_flat(tree: list[tuple[Names, Leaf]], form: Form, planner: Planner) -> 
     if any(names[: depth + 2] == (*head, "params", "params") for names, _ in tree):
         base, layout = (*head, "params"), "variables below `params`"
     collections = {"params"} | {p.text.split("/")[0] for r in planner.rules for p in r.linen}
-    state = State(form, "", outer=tuple(leaf for names, leaf in tree if names[:depth] != head))
+    state = State(form, "")
     for names, leaf in tree:
         if names[: len(base)] == base and names[len(base)] in collections:
             state.model[Id(names[len(base)], "/".join(names[len(base) + 1 :]))] = leaf
         elif names[:depth] == head:
             state.rest["/".join(names[depth:])] = leaf
+        else:
+            state.rest["../" + "/".join(names)] = leaf
     if any(path.split("/")[0] == OPTIMIZER for path in state.rest):
         layout = "TrainState" if layout == "variables" else f"TrainState, {layout}"
     if form.stage:
         layout = f"a run of this template at stage {form.stage}"
     where = f" in `{'/'.join(head)}`" if head else ""
-    return State(form, layout + where, state.model, state.rest, state.outer)
+    return State(form, layout + where, state.model, state.rest)
 
 
 def _read_nnx(tree: list[tuple[Names, Leaf]], planner: Planner) -> State:

@@ -21,7 +21,7 @@ import tensorstore as ts
 from linen_nnx.ops import Spec
 
 SEQUENCE, DICT = 1, 2
-EMPTY_TYPES = ("None", "Dict", "List")
+EMPTY_TYPES = ("None", "Dict", "List", "Tuple", "NamedTuple")
 _REPLICATED = {"partition_spec": []}
 
 
@@ -253,7 +253,8 @@ def _inline_values(path: Path) -> dict[str, bytes]:
 def write_side_files(path: Path, leaves: Sequence[Leaf], header: dict[str, Any]) -> None:
     """Writes `_METADATA` and the other files keyed by name, for leaves whose data is in place."""
     # Pieces of JSON that recur are made once: trees of thousands of leaves have few keys.
-    keys = {key: json.dumps({"key": key[0], "key_type": key[1]}) for l in leaves for key in l.keys}
+    known = {key for leaf in leaves for key in leaf.keys}
+    keys = {key: json.dumps({"key": key.name, "key_type": key.kind}) for key in known}
     tree = []
     for leaf in leaves:
         value: dict[str, Any] = {"value_type": leaf.value_type, "skip_deserialize": leaf.empty}

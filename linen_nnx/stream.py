@@ -47,7 +47,8 @@ def open_array(
     """A future of an array in a store; `create` makes it with the given zarr metadata."""
     spec = {"driver": "zarr3" if metadata["zarr_format"] == 3 else "zarr"}
     if create:
-        spec["metadata"] = metadata
+        # Orbax refuses an array of zeros whose chunk was left out as equal to the fill value.
+        spec |= {"metadata": metadata, "store_data_equal_to_fill_value": True}
     return ts.open(
         spec, kvstore=store / f"{name}/", context=context, create=create, open=not create
     )
@@ -61,7 +62,7 @@ def fresh_metadata(spec: Spec, zarr3: bool) -> dict[str, Any]:
             "chunks": shape,
             "compressor": {"id": "zstd", "level": 1},
             "dimension_separator": ".",
-            "dtype": dtype.name if dtype.kind == "V" else dtype.str,
+            "dtype": dtype.str if dtype.isbuiltin == 1 else dtype.name,
             "fill_value": None,
             "filters": None,
             "order": "C",
