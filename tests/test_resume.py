@@ -253,3 +253,25 @@ def test_init_from_another_model_names_every_difference(train: Train, tmp_path: 
     with pytest.raises(VariablesError, match=r"encoder/linear/kernel.*\[10, 8\].*\[10, 64\]"):
         train("diabetes", "steps=2", f"init_from={first}", f"run_dir={tmp_path / 'other'}")
     assert not (tmp_path / "other").exists()
+
+
+def test_resume_finds_a_flipped_bit(train: Train) -> None:
+    run_dir = train("diabetes", "steps=4", "stop_at=2")
+    (step,) = (run_dir / "checkpoints").iterdir()
+    files = [path for path in step.rglob("*") if path.is_file() and path.parent.name == "d"]
+    victim = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+
+    with pytest.raises(Refused, match=rf"(?s){victim.name} was altered.*Remove {step}"):
+        train("diabetes", "steps=4", f"run_dir={run_dir}")
+
+
+def test_a_checkpoint_without_digests_is_used_and_said_so(
+    train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = train("diabetes", "steps=4", "stop_at=2")
+    (run_dir / "checkpoints" / "2" / "digests.json").unlink()
+    train("diabetes", "steps=4", f"run_dir={run_dir}")
+    assert "has no digests" in capsys.readouterr().out

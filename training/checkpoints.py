@@ -2,11 +2,13 @@
 
 Each step directory is self-sufficient: the item `state` is the plain tree of `State.tree`, `data`
 the position of the data iterator, and `run` the resolved configuration (its stage included) with
-the rule book, so that a checkpoint alone suffices to change stage.
+the rule book, so that a checkpoint alone suffices to change stage. `digests.json` beside them holds
+a hash of every file, for Orbax restores a flipped bit as a wrong value.
 """
 
 import json
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from configs import schema
+from linen_nnx import digests
 from model.stages import check
 from training.errors import Refused
 from training.state import State
@@ -28,6 +31,21 @@ class Saved:
     step: int
     data: dict[str, Any]
     run: dict[str, Any]
+
+    def verify(self) -> bool:
+        """Compares every file with its digest; False if there are none to compare with.
+
+        Raises:
+            Refused: when a file is missing, foreign or altered, naming each.
+        """
+        try:
+            return digests.check(self.path)
+        except digests.DigestError as error:
+            others = [step for step in _steps(self.path.parent) if step != self.step]
+            raise Refused(
+                f"{error}\nRemove {self.path} to go on from an earlier step "
+                f"({', '.join(map(str, others)) or 'there is none'})."
+            ) from None
 
     def restore(self, like: State) -> State:
         """The saved state, laid out as `like` (arrays or shapes and dtypes).
@@ -71,6 +89,8 @@ class Checkpoints:
         self._cfg, self._run = cfg, run
         self._latest = _manager(run_dir / "checkpoints", cfg.keep)
         self._best = _manager(run_dir / "best", 1) if cfg.best else None
+        self._background = ThreadPoolExecutor(1, "digests")
+        self._digested: Future[None] | None = None
 
     def save(self, state: State, data: dict[str, Any], *, best: bool = False) -> None:
         """Saves the state after its step; returns once its arrays are copied from the device.
@@ -83,14 +103,17 @@ class Checkpoints:
         manager = self._best if best else self._latest
         if manager is None:
             return
+        self._wait()
+        step = int(state.step)
         manager.save(
-            int(state.step),
+            step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state.tree()),
                 data=ocp.args.JsonSave(data),
                 run=ocp.args.JsonSave(self._run),
             ),
         )
+        self._digested = self._background.submit(_digest, manager, step)
 
     def forget_best_after(self, step: int) -> None:
         """Deletes best checkpoints that the run, going on from `step`, will draw again."""
@@ -99,11 +122,17 @@ class Checkpoints:
                 self._best.delete(later)
 
     def close(self) -> None:
-        """Waits until every save is on disk."""
+        """Waits until every save is on disk, with its digests."""
+        self._wait()
+        self._background.shutdown()
         for manager in (self._latest, self._best):
             if manager is not None:
-                manager.wait_until_finished()
                 manager.close()
+
+    def _wait(self) -> None:
+        """Waits for the save before: a later one may delete the directory that is being hashed."""
+        if self._digested is not None:
+            self._digested.result()
 
 
 def save_aside(path: Path, state: State) -> None:
@@ -112,6 +141,11 @@ def save_aside(path: Path, state: State) -> None:
         shutil.rmtree(path)
     with ocp.StandardCheckpointer() as writer:
         writer.save(path.absolute(), state.tree())
+
+
+def _digest(manager: ocp.CheckpointManager, step: int) -> None:
+    manager.wait_until_finished()
+    digests.write(Path(manager.directory) / str(step))
 
 
 def _manager(root: Path, keep: int) -> ocp.CheckpointManager:

@@ -19,7 +19,7 @@ from training.errors import Refused
 from training.metrics import Metrics
 from training.recorder import NonFiniteError, Recorder
 from training.state import Program, State
-from training.terminal import Terminal
+from training.terminal import Terminal, say
 
 PROFILED = range(5, 15)  # steps after the first that debug=profile records
 
@@ -49,14 +49,14 @@ def train(cfg: Config) -> None:
     checkpoints.forget_best_after(first)
     board = Board(run_dir, first, dataclasses.asdict(cfg), on=cfg.log.tensorboard)
     terminal = Terminal(last, first, cfg.data.batch, progress=cfg.log.progress)
-    terminal.say(summary.opening(cfg, dataset, program, first))
+    say(summary.opening(cfg, dataset, program, first))
     recorder = Recorder(metrics, board, terminal, cfg.log_every)
 
     # Steps. What is due after step k is done before batch k + 1 is drawn.
     batch = None
     ended = step >= last or _patience_lost(cfg, metrics)
     try:
-        with terminal, _interrupts(terminal) as stop, _checks(cfg):
+        with terminal, _interrupts() as stop, _checks(cfg):
             while not ended:
                 if cfg.debug.mode == "profile" and step - first == PROFILED.start:
                     jax.profiler.start_trace(str(run_dir))
@@ -90,11 +90,11 @@ def train(cfg: Config) -> None:
 
     # Summary, where the run is at its end and not only stopped.
     if step == cfg.steps or _patience_lost(cfg, metrics):
-        terminal.say(summary.closing(cfg, dataset, metrics, board))
+        say(summary.closing(cfg, dataset, metrics, board))
         if sample := samples.show(cfg, program, dataset, state, board):
-            terminal.say(sample)
+            say(sample)
     else:
-        terminal.say(f"Saved at step {step} of {cfg.steps}; the same command goes on from there.")
+        say(f"Saved at step {step} of {cfg.steps}; the same command goes on from there.")
     board.close()
 
 
@@ -152,7 +152,7 @@ def _checks(cfg: Config) -> Iterator[None]:
 
 
 @contextmanager
-def _interrupts(terminal: Terminal) -> Iterator[list[int]]:
+def _interrupts() -> Iterator[list[int]]:
     """SIGTERM and Ctrl-C end the run after the step at hand; a second one ends it at once."""
     received: list[int] = []
 
@@ -160,7 +160,7 @@ def _interrupts(terminal: Terminal) -> Iterator[list[int]]:
         if received:
             raise KeyboardInterrupt
         received.append(number)
-        terminal.say(f"{signal.Signals(number).name}: saving after this step.")
+        say(f"{signal.Signals(number).name}: saving after this step.")
 
     before = {n: signal.signal(n, receive) for n in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -8,7 +8,7 @@ from jax import Array
 
 from training.board import Board
 from training.metrics import Metrics
-from training.terminal import Terminal
+from training.terminal import Terminal, say
 
 
 class NonFiniteError(Exception):
@@ -59,7 +59,7 @@ class Recorder:
         self._metrics.write({"step": step, "split": "eval", **values})
         self._board.scalars(step, {f"eval/{name}": value for name, value in values.items()})
         text = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-        self._terminal.say(f"step {step}: validation {text}")
+        say(f"step {step}: validation {text}")
         return all(values["loss"] < loss for loss in before)
 
     def _write(self, keep: int) -> None:

@@ -22,6 +22,7 @@ from training import checkpoints
 from training.data import TrainIterator
 from training.errors import Refused
 from training.state import Program, State, translate_state
+from training.terminal import say
 
 # What may change when a run goes on; everything else would bend its curve.
 FREE = ("stop_at", "log_every", "resume", "init_from", "run_dir", "eval", "checkpoint", "log")
@@ -47,14 +48,13 @@ def begin(cfg: Config, program: Program, batches: TrainIterator) -> State:
         Refused: when the run directory belongs to another run, or what was asked for is missing.
     """
     run_dir = Path(cfg.run_dir)
-    saved = _own(cfg, run_dir)
-    if saved is not None:
-        state = saved.restore(program.abstract())
-    elif cfg.init_from is not None:
-        saved = checkpoints.find(Path(cfg.init_from))
-        state = _translated(cfg, program, saved)
-    else:
+    own = _own(cfg, run_dir)
+    if own is None and cfg.init_from is None:
         return program.init()
+    saved = own or checkpoints.find(Path(str(cfg.init_from)))
+    if cfg.checkpoint.verify and not saved.verify():
+        say(f"{saved.path} has no digests to verify it with; its arrays are taken as they are.")
+    state = saved.restore(program.abstract()) if own else _translated(cfg, program, saved)
     batches.set_state(saved.data)
     return state
 

@@ -1,15 +1,20 @@
 """What a person sees while a run goes on: a progress bar on a terminal, plain lines in a file."""
 
-import sys
 import time
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+CONSOLE = Console(highlight=False, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """Prints a message, above the progress bar while there is one."""
+    CONSOLE.print(text, markup=False)
+
 
 class Terminal:
-    """Progress and messages of one run; use as a context manager."""
+    """The progress of one run; use as a context manager."""
 
     def __init__(self, steps: int, start: int, examples: int, *, progress: bool) -> None:
         """
@@ -19,18 +24,17 @@ class Terminal:
             examples: examples per step, for the throughput.
             progress: False for no progress at all, messages alone.
         """
-        self.console = Console(highlight=False, soft_wrap=True, file=sys.stdout)
         self._steps, self._examples, self._show = steps, examples, progress
         self._clock: tuple[int, float] | None = None
         self._bar: Progress | None = None
-        if progress and self.console.is_terminal:
+        if progress and CONSOLE.is_terminal:
             self._bar = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),
                 BarColumn(),
                 TextColumn("{task.fields[text]}"),
                 TimeRemainingColumn(),
-                console=self.console,
+                console=CONSOLE,
             )
             self._task = self._bar.add_task("", total=steps, completed=start, text="compiling")
 
@@ -42,10 +46,6 @@ class Terminal:
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
-
-    def say(self, text: Any) -> None:
-        """Prints a message above the progress bar."""
-        self.console.print(text, markup=False)
 
     def step(self, step: int, loss: float) -> float | None:
         """Shows the loss of a step whose metrics have arrived.
@@ -66,7 +66,7 @@ class Terminal:
         elif self._show:
             if rate is not None:
                 text += f"  {_clock((self._steps - step) * self._examples / rate)} left"
-            self.say(f"step {step}/{self._steps}  {text}")
+            say(f"step {step}/{self._steps}  {text}")
         return rate
 
     def pause(self) -> None:
