@@ -54,9 +54,9 @@ class Saved:
             VariablesError: when shapes, dtypes or names differ, naming each. Orbax would cast.
         """
         abstract = jax.tree.map(_placed, like.tree())
+        found: Any = ocp.PyTreeCheckpointHandler().metadata(self.path / "state")
+        check(named(found.tree), named(abstract), f"the state in {self.path}")
         with ocp.StandardCheckpointer() as reader:
-            found = reader.metadata(self.path / "state").item_metadata.tree
-            check(named(found), named(abstract), f"the state in {self.path}")
             return State.from_tree(reader.restore(self.path / "state", abstract))
 
 
