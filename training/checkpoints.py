@@ -54,7 +54,7 @@ class Saved:
             VariablesError: when shapes, dtypes or names differ, naming each. Orbax would cast.
         """
         abstract = jax.tree.map(_placed, like.tree())
-        found: Any = ocp.PyTreeCheckpointHandler().metadata(self.path / "state")
+        found: Any = ocp.PyTreeCheckpointHandler().metadata(self.path / "state")  # pyrefly: ignore
         check(named(found.tree), named(abstract), f"the state in {self.path}")
         with ocp.StandardCheckpointer() as reader:
             return State.from_tree(reader.restore(self.path / "state", abstract))
