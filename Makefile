@@ -4,7 +4,7 @@ PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 ARGS   ?=
 # The interpreter to build .venv with: the first of these that starts and fits.
-PYTHON ?= python3 python3.13 python3.12 python3.11 python
+PYTHON ?= python3 python3.13 python3.12 python3.11 python /usr/bin/python3
 
 .DEFAULT_GOAL := help
 .PHONY: setup train test lint bench parity clean help

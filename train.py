@@ -1,5 +1,8 @@
 """Trains a model at one stage of the migration from Linen to nnx; see `python train.py --help`."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from configs.schema import Config
 from training import cli
 
@@ -12,17 +15,16 @@ def main(cfg: Config) -> None:
     """
     from linen_nnx import RuleError
     from model.stages import VariablesError
-    from training.data import DataError
     from training.errors import Refused
     from training.loop import train
 
     try:
         train(cfg)
-    except (DataError, RuleError, VariablesError) as error:
+    except (RuleError, VariablesError) as error:
         raise Refused(str(error)) from None
 
 
-def check_model(model: dict[str, object]) -> None:
+def check_model(model: Mapping[str, Any]) -> None:
     """Raises `ConfigError` for model options that the family does not have."""
     from model.families import create
 

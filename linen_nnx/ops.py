@@ -9,7 +9,6 @@ concat, a layer index), held as a flat list. A gather removes one coordinate, a 
 the end. Nothing here casts; nothing here imports jax: arrays bring their own namespace.
 """
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -159,13 +158,29 @@ class Fill:
         if self.fill != "normal":
             make = np.zeros if self.fill == "zeros" else np.ones
             return [make(self.spec.shape, self.spec.dtype)]
+        import hashlib  # 6 ms that no other action needs
+
         digest = hashlib.sha256(self.path.encode()).digest()
         generator = np.random.default_rng([self.seed, *digest])
         numbers = generator.standard_normal(self.spec.shape, np.float32) * np.float32(self.stddev)
         return [np.asarray(numbers).astype(self.spec.dtype)]
 
 
-Action = Gather | Spread | Permute | Reform | Multiply | Fill
+@dataclass(frozen=True)
+class Cast:
+    """Gives integers another dtype that holds them exactly (steps, which differ by framework)."""
+
+    dtype: str
+
+    def run(self, arrays: Sequence[Any]) -> list[Any]:
+        cast = [np.asarray(array).astype(self.dtype) for array in arrays]
+        for old, new in zip(arrays, cast, strict=True):
+            if (old != new).any():
+                raise Mismatch(f"{self.dtype} cannot hold the value {old}")
+        return cast
+
+
+Action = Gather | Spread | Permute | Reform | Multiply | Fill | Cast
 
 
 # Ops: as written in a rule book, both directions.

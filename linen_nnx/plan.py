@@ -152,37 +152,50 @@ class _Attempt:
     def match(self) -> None:
         """Groups the source leaves by rule and shared captures, and plans each group."""
         groups: dict[tuple[int, tuple[str, ...]], dict[tuple[int, ...], str]] = {}
-        for path in self.source:
+        names = [self._captures(rule) for rule in self.planner.rules]
+        for path, spec in self.source.items():
             hits = self.planner.owners(self.side, path)
-            self.used.update(owner.rule for owner, _ in hits)
             if not hits:
                 self.unmatched.append(path)
             elif len(hits) > 1:
                 self._ambiguous(self.side, path, hits)
             else:
                 owner, captures = hits[0]
-                shared, stacked = self._captures(owner.rule)
-                key = (owner.rule, tuple(captures[name] for name in shared))
-                place = (owner.part, *(int(captures[name]) for name in stacked))
-                groups.setdefault(key, {})[place] = path
-        for (rule, values), members in groups.items():
-            self._group(rule, values, members)
+                rule = self.planner.rules[owner.rule]
+                if not rule.ops:  # a plain rename, which is most leaves of most books
+                    target = rule.side(self.to)[0].format(captures)
+                    self.steps.append(Step(rule, (path,), (target,), (), (spec,)))
+                else:
+                    shared, stacked = names[owner.rule]
+                    key = (owner.rule, tuple(captures[name] for name in shared))
+                    place = (owner.part, *(int(captures[name]) for name in stacked))
+                    groups.setdefault(key, {})[place] = path
+            for owner, _ in hits:
+                self.used.add(owner.rule)
+        for (number, values), members in groups.items():
+            self._group(number, values, names[number], members)
 
-    def _captures(self, rule: int) -> tuple[list[str], list[str]]:
+    def _captures(self, rule: Rule) -> tuple[list[str], list[str]]:
         """The captures of the source side: those shared with the target, those stacked away."""
-        here = self.planner.rules[rule].side(self.side)[0].captures
-        there = self.planner.rules[rule].side(self.to)
+        if not rule.side(self.side):
+            return [], []
+        here = rule.side(self.side)[0].captures
+        there = rule.side(self.to)
         kept = there[0].captures if there else here
         return [c for c in here if c in kept], [c for c in here if c not in kept]
 
     def _group(
-        self, number: int, values: tuple[str, ...], members: dict[tuple[int, ...], str]
+        self,
+        number: int,
+        values: tuple[str, ...],
+        captures: tuple[list[str], list[str]],
+        members: dict[tuple[int, ...], str],
     ) -> None:
         rule = self.planner.rules[number]
         if not rule.side(self.to):
             self.steps += [Step(rule, (path,), (), (), ()) for path in members.values()]
             return
-        shared, stacked = self._captures(number)
+        shared, stacked = captures
         try:
             coords = self._coords(rule, stacked, members)
             sources = tuple(members[place] for place in sorted(members))
@@ -409,7 +422,7 @@ def _not_an_array(path: Any, leaf: Any) -> str | None:
     got = f"`{path}` is a {kind.__module__}.{kind.__qualname__}"
     if not isinstance(path, str):
         return f"the path {path!r} is a {kind.__name__}, expected a `/`-joined string"
-    if isinstance(leaf, Mapping | list | tuple):
+    if isinstance(leaf, Mapping | list) or kind is tuple:
         return f"{got}, a container: flatten the tree first (linen_nnx.tree.flatten)"
     if hasattr(kind, "unbox"):
         return f"{got}, a wrapper: take the array out of it (flax.core.meta.unbox)"

@@ -1,1 +1,1 @@
-"""What a fork replaces: the model families, each with a Linen and an nnx twin, and the four stages."""
+"""What a fork replaces: the model families, with a Linen and an nnx twin each, and the stages."""

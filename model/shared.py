@@ -17,7 +17,7 @@ def fold(key: Array | None, index: int) -> Array | None:
 
 
 def fold_each(key: Array | None, count: int) -> Array | None:
-    """`fold(key, i)` for i in 0..count-1, stacked to shape (count,): the keys of a scanned stack."""
+    """`fold(key, i)` for i in 0..count-1, stacked to (count,): the keys of a scanned stack."""
     if key is None:
         return None
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
@@ -59,7 +59,7 @@ def causal_attention(
     return jax.nn.dot_product_attention(query, key, value, is_causal=True)
 
 
-def keep_dtype(arrays: tuple[Any, ...], **_: Any) -> tuple[Any, ...]:
+def keep_dtype(arrays: Any, *_: Any, **__: Any) -> Any:
     """The `promote_dtype` of every nnx norm here: none.
 
     nnx norms cast their input to the compute dtype before they normalise, Linen's after. Without

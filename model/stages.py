@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import numpy as np
 from flax import nnx
 from flax.nnx import bridge
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -63,7 +64,9 @@ class Stage:
         mutable: the collections that training updates beside the parameters, sorted.
     """
 
-    def __init__(self, name: str, family: Family, inputs: jax.ShapeDtypeStruct | Array) -> None:
+    def __init__(
+        self, name: str, family: Family, inputs: jax.ShapeDtypeStruct | Array | np.ndarray
+    ) -> None:
         """Builds the stage without computing anything.
 
         Args:
@@ -80,7 +83,7 @@ class Stage:
         self.inputs = jax.ShapeDtypeStruct(inputs.shape, inputs.dtype)
         root = _LinenRoot if form.root == "linen" else _NnxRoot
         self._root = root(family, form, self.inputs)
-        self.abstract: dict[str, jax.ShapeDtypeStruct] = self._root.abstract
+        self.abstract: Leaves = self._root.abstract
         self.mutable = sorted({path.split("/")[0] for path in self.abstract} - {"params"})
 
     def init(self, key: Array) -> Variables:
@@ -145,9 +148,11 @@ class _LinenRoot:
         else:
             self._module = self._to_init = _Hybrid(encoder(family.cfg), head)
         self._inputs = inputs
-        variables = jax.eval_shape(self._init, jax.random.key(0))
+        variables: Any = jax.eval_shape(self._init, jax.random.key(0))
         self._paths = {_join(path): path for path in flatten_dict(variables)}
-        self.abstract = {_join(path): leaf for path, leaf in flatten_dict(variables).items()}
+        self.abstract: Leaves = {
+            _join(path): leaf for path, leaf in flatten_dict(variables).items()
+        }
 
     def _init(self, key: Array) -> Variables:
         inputs = jax.numpy.zeros(self._inputs.shape, self._inputs.dtype)
@@ -160,11 +165,12 @@ class _LinenRoot:
         self, leaves: Leaves, inputs: Array, train: bool, key: Array | None, mutable: list[str]
     ) -> tuple[Array, Leaves]:
         variables = unflatten_dict({self._paths[name]: leaf for name, leaf in leaves.items()})
-        if not mutable:
-            return self._module.apply(variables, inputs, train=train, key=key), {}
-        outputs, updates = self._module.apply(
-            variables, inputs, train=train, key=key, mutable=mutable
+        result: Any = self._module.apply(
+            variables, inputs, train=train, key=key, mutable=mutable or False
         )
+        if not mutable:
+            return result, {}
+        outputs, updates = result
         return outputs, {_join(path): leaf for path, leaf in flatten_dict(updates).items()}
 
 
@@ -196,17 +202,18 @@ class _NnxRoot:
         self.abstract = {name: leaf.get_value() for name, (_, leaf) in self._variables.items()}
 
     def _create(self, key: Array | None = None) -> _NnxHybrid:
-        rngs = nnx.Rngs(params=0 if key is None else key)
+        rngs = nnx.Rngs(0 if key is None else key)
         cfg = self._family.cfg
         encoder = self._family.twin("nnx").Encoder(cfg, rngs=rngs)
         head = self._family.twin(self._form.head).Head
         if self._form.head == "nnx":
             return _NnxHybrid(encoder, head(cfg, rngs=rngs))
-        model = _NnxHybrid(encoder, bridge.ToNNX(head(cfg), rngs=rngs))
+        bridged = bridge.ToNNX(head(cfg), rngs=rngs)
+        model = _NnxHybrid(encoder, bridged)
         # Before lazy_init a bridged Linen module has no parameters, and nothing would say so.
         inputs = jax.numpy.zeros(self._inputs.shape, self._inputs.dtype)
         bridge.lazy_init(model, inputs, train=False, key=None, mutable=[])
-        model.head.to_nnx__rngs = None
+        bridged.to_nnx__rngs = None
         return model
 
     def init(self, key: Array) -> Leaves:
@@ -298,7 +305,7 @@ def _spec(leaf: Any) -> str:
 
 
 def _abstract(create: Any) -> tuple[Any, Any]:
-    """The graphdef and abstract state of an nnx module; refuses state that the bridge would lose."""
+    """Graphdef and abstract state of an nnx module; refuses state that the bridge would lose."""
     graphdef, state = nnx.split(nnx.eval_shape(create))
     problems = []
     for path, leaf in nnx.to_flat_state(state):
@@ -312,15 +319,15 @@ def _abstract(create: Any) -> tuple[Any, Any]:
             )
         elif isinstance(leaf, nnx.Param) and type(leaf) is not nnx.Param:
             problems.append(
-                f"{name} is a {type(leaf).__name__}, a subclass of nnx.Param, which the bridge puts "
-                "in a collection of its own, where the optimizer misses it: use nnx.Param"
+                f"{name} is a {type(leaf).__name__}, a subclass of nnx.Param, which the bridge "
+                "puts in a collection of its own, where the optimizer misses it: use nnx.Param"
             )
     if problems:
         raise ValueError("This nnx module cannot be staged:\n  " + "\n  ".join(problems))
     return graphdef, state
 
 
-def _name(path: tuple[Any, ...], variable: nnx.Variable) -> str:
+def _name(path: tuple[Any, ...], variable: nnx.Variable[Any]) -> str:
     return _join((nnx.variable_name_from_type(type(variable)), *path))
 
 

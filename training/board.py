@@ -17,9 +17,11 @@ class Board:
         self._writer: SummaryWriter | None = None
         if not on:
             return
-        purge = {"purge_step": step + 1} if step else {}
         self._writer = SummaryWriter(
-            str(run_dir), filename_suffix=f".from-step-{step}", flush_secs=10, **purge
+            str(run_dir),
+            purge_step=step + 1 if step else None,
+            filename_suffix=f".from-step-{step}",
+            flush_secs=10,
         )
         self._writer.add_text("config", f"```yaml\n{yaml.safe_dump(config)}\n```", step)
 
@@ -50,7 +52,7 @@ class Board:
             return
         flat = {k: v if isinstance(v, bool | int | float) else str(v) for k, v in config.items()}
         for summary in hparams(flat, dict.fromkeys(metrics, 0.0)):
-            self._writer.file_writer.add_summary(summary)
+            self._writer.file_writer.add_summary(summary)  # pyrefly: ignore
         for name, value in metrics.items():
             self._writer.add_scalar(name, value)
 

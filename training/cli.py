@@ -1,7 +1,7 @@
 """From the command line to a checked `Config`, and from an error to one message.
 
 `run(main)` is the whole of an entry script: Hydra composes the configuration (with `--multirun`,
-`--cfg job`, shell completion and all), `configs.schema` checks it, and `main(config)` gets frozen
+`--cfg job`, shell completion and all), `configs.build` checks it, and `main(config)` gets frozen
 dataclasses. A usage error ends with exit code 2, a `Refused` with 1, both with a message alone; any
 other exception is a bug and keeps its traceback. Nothing here imports jax.
 """
@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 
 import yaml
 
-from configs.schema import Config, ConfigError, build, did_you_mean, paths, show
+from configs.build import ConfigError, build, did_you_mean, paths, show
+from configs.schema import Config
 from training.errors import Refused
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -29,7 +30,7 @@ again resumes the run. run_dir holds config.yaml, metrics.jsonl, TensorBoard eve
 
   python train.py                                    the default experiment
   python train.py experiment=digits stage=nnx        another one, at another stage
-  python train.py stop_at=300                        stop early, to be continued; schedules unchanged
+  python train.py stop_at=300                        stop early, to be continued; same schedules
   python train.py stage=nnx init_from=runs/lm-linen  go on at another stage
   python train.py debug=one_step                     the whole path once
   python train.py experiment=digits --cfg job        show the configuration, train nothing
@@ -150,20 +151,26 @@ def _compose(overrides: Sequence[str]) -> Any:
 def _composition_error(error: Exception, check_model: CheckModel | None) -> ConfigError:
     """What Hydra could not compose, as our own error."""
     from hydra._internal.utils import get_args_parser
-    from hydra.errors import OverrideParseException
+    from hydra.errors import MissingConfigException, OverrideParseException
 
     if isinstance(error, OverrideParseException):
         hint = "expected key=value, with text that holds any of =,:{}[]() in quotes: 'key=\"a=b\"'"
         key = repr(error.override)
         return ConfigError({key: f"cannot be read ({_first_line(error)}); {hint}"})
-    problems = _override_problems(get_args_parser().parse_args().overrides, check_model)
-    return ConfigError(problems or {"configs": str(error).split("\n\n")[0].replace("\n", "\n    ")})
+    args = get_args_parser().parse_args()
+    own_configs = args.config_dir or args.config_path or args.config_name
+    problems = {} if own_configs else _override_problems(args.overrides, check_model)
+    message = str(error).split("\n\n")[0].replace("\n", "\n    ")
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        message += did_you_mean(error.missing_cfg_file.rpartition("/")[2], error.options)
+    return ConfigError(problems or {"configs": message})
 
 
 def _override_problems(overrides: Sequence[str], check_model: CheckModel | None) -> dict[str, str]:
     """Which overrides name a choice or a key that does not exist, and what `check` says of the
     others; nothing, if the fault is not theirs."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import OmegaConf
 
     groups = _groups()
     parsed = OverridesParser.create().parse_overrides(list(overrides))
@@ -179,7 +186,8 @@ def _override_problems(overrides: Sequence[str], check_model: CheckModel | None)
         return problems  # which keys there are depends on the choices
     try:
         chosen = [x.input_line or "" for x in parsed if x.key_or_group in groups]
-        known = [*groups, *paths(_compose(chosen))]
+        unresolved: Any = OmegaConf.to_container(_compose(chosen))
+        known = [*groups, *paths(unresolved)]
         for x in parsed:
             key = x.key_or_group
             if key not in known and not x.is_add() and not key.startswith("hydra"):

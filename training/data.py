@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import grain
 import numpy as np
 
-from training.datasets import Batch, DataError, Dataset, load, refuse
+from training.datasets import Batch, Dataset, load
+from training.errors import DataError, refuse_data
 
 if TYPE_CHECKING:
     from configs.schema import Data
@@ -97,7 +98,7 @@ class TrainIterator:
                 f"A data position has the keys {', '.join(sorted(here))}; this one has "
                 f"{', '.join(sorted(state)) or 'none'}."
             )
-        refuse(
+        refuse_data(
             [
                 f"The saved data position was reached with {key} {state[key]!r}, but {key} is "
                 f"{value!r} now: its count of batches means other examples. Restore {key}, or "
@@ -200,6 +201,6 @@ def _rows_of_process(batch: int, index: int, count: int) -> slice:
             f"data.batch is {batch}, which {count} processes cannot share evenly: choose a "
             f"multiple of {count}."
         )
-    refuse(problems)
+    refuse_data(problems)
     share = batch // count
     return slice(index * share, (index + 1) * share)

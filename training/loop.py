@@ -31,7 +31,6 @@ def train(cfg: Config) -> None:
         Refused: for anything that cannot be done as asked; nothing has been overwritten then.
     """
     # Set-up: data, model, optimizer. Nothing is written yet.
-    jax.config.update("jax_debug_nans", cfg.debug.mode == "nans")
     dataset = data.load(cfg.data)
     batches = data.train_iterator(dataset, cfg.data)
     family = families.create(cfg.model)
@@ -57,7 +56,7 @@ def train(cfg: Config) -> None:
     batch = None
     ended = step >= last or _patience_lost(cfg, metrics)
     try:
-        with terminal, _interrupts(terminal) as stop:
+        with terminal, _interrupts(terminal) as stop, _checks(cfg):
             while not ended:
                 if cfg.debug.mode == "profile" and step - first == PROFILED.start:
                     jax.profiler.start_trace(str(run_dir))
@@ -92,7 +91,8 @@ def train(cfg: Config) -> None:
     # Summary, where the run is at its end and not only stopped.
     if step == cfg.steps or _patience_lost(cfg, metrics):
         terminal.say(summary.closing(cfg, dataset, metrics, board))
-        terminal.say(samples.show(cfg, program, dataset, state, board))
+        if sample := samples.show(cfg, program, dataset, state, board):
+            terminal.say(sample)
     else:
         terminal.say(f"Saved at step {step} of {cfg.steps}; the same command goes on from there.")
     board.close()
@@ -138,6 +138,17 @@ def _set_aside(error: NonFiniteError, run_dir: Path, state: State) -> str:
         f"the checkpoints before it are untouched. debug=nans finds the operation; a lower "
         "optimizer.lr, a longer optimizer.warmup or optimizer.clip_norm are the usual remedies."
     )
+
+
+@contextmanager
+def _checks(cfg: Config) -> Iterator[None]:
+    """debug=nans: the first operation that gives a NaN or an infinity raises FloatingPointError.
+
+    As contexts, since some library code turns the global flags off for its thread and on again.
+    """
+    on = cfg.debug.mode == "nans"
+    with jax.debug_nans(on), jax.debug_infs(on):
+        yield
 
 
 @contextmanager

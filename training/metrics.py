@@ -29,7 +29,7 @@ class Metrics:
             file.flush()
             os.fsync(file.fileno())
         part.replace(self._path)
-        self._file = open(self._path, "a")
+        self._file = open(self._path, "a")  # noqa: SIM115 (open as long as the run)
 
     def write(self, row: Row) -> None:
         """Appends one row."""

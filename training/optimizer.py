@@ -63,20 +63,19 @@ def create(cfg: Optimizer, steps: int, view: View) -> optax.GradientTransformati
             {"trained": transformation, "frozen": optax.set_to_zero()}, labels
         )
     if cfg.accumulate > 1:
-        multi = optax.MultiSteps(transformation, cfg.accumulate)
-        transformation = optax.GradientTransformation(multi.init, multi.update)
+        transformation = optax.MultiSteps(transformation, cfg.accumulate).gradient_transformation()
     return transformation
 
 
 def _rule(cfg: Optimizer) -> optax.GradientTransformation:
     match cfg.name:
         case "adamw":
-            return optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps)
+            return optax.scale_by_adam(**_given(cfg, b1="b1", b2="b2", eps="eps"))
         case "lion":
-            return optax.scale_by_lion(cfg.b1, cfg.b2)
+            return optax.scale_by_lion(**_given(cfg, b1="b1", b2="b2"))
         case "adafactor":
             parts = [
-                optax.scale_by_factored_rms(epsilon=cfg.eps),
+                optax.scale_by_factored_rms(**_given(cfg, epsilon="eps")),
                 optax.clip_by_block_rms(1.0),
                 optax.scale_by_param_block_rms(),
             ]
@@ -85,6 +84,11 @@ def _rule(cfg: Optimizer) -> optax.GradientTransformation:
             return optax.chain(*parts)
         case "sgd":
             return optax.identity() if cfg.momentum is None else optax.trace(cfg.momentum)
+
+
+def _given(cfg: Optimizer, **settings: str) -> dict[str, Any]:
+    """`{argument: value}` of settings that the schema has made sure are there."""
+    return {argument: getattr(cfg, key) for argument, key in settings.items()}
 
 
 def _decays(view: View) -> Callable[[Any], Any]:

@@ -13,7 +13,8 @@ from typing import Any
 
 import yaml
 
-from configs.schema import Config, build
+from configs.build import build
+from configs.schema import Config
 from linen_nnx import RuleBook
 from model import families
 from model.stages import Stage, check

@@ -70,9 +70,7 @@ class Program:
         self.view = View(stage, rules)
         self.optimizer = optimizer.create(cfg.optimizer, cfg.steps, self.view)
         self._schedule = optimizer.schedule(cfg.optimizer, cfg.steps)
-        # debug_nans runs a failed step again, op by op, for which it needs the step's inputs.
-        donated = () if cfg.debug.mode == "nans" else 0
-        self.train_step = jax.jit(self._train_step, donate_argnums=donated)
+        self.train_step = jax.jit(self._train_step, donate_argnums=0)
         self.eval_step = jax.jit(self._eval_step)
 
     def init(self) -> State:
@@ -109,7 +107,7 @@ class Program:
         steps, opt_state = self.optimizer.update(grads, state.opt_state, params)
         params = optax.apply_updates(params, steps)
         ema = state.ema
-        if cfg.ema is not None:
+        if cfg.ema is not None and ema is not None:
             moved = optax.incremental_update(params, ema, 1 - cfg.ema)
             updated = (state.step + 1) % cfg.accumulate == 0
             ema = jax.tree.map(lambda new, old: jnp.where(updated, new, old), moved, ema)

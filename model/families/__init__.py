@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from jax import Array
 
-from configs.schema import build, did_you_mean, refuse
+from configs.build import build, did_you_mean, refuse
 
 RULES = Path(__file__).parents[2] / "configs" / "rules"
 
@@ -50,7 +50,7 @@ def create(model: Mapping[str, Any]) -> Family:
     """The family that `model["family"]` names, with its options.
 
     Raises:
-        configs.schema.ConfigError: for an unknown family or option, naming every problem.
+        configs.build.ConfigError: for an unknown family or option, naming every problem.
     """
     name = model["family"]
     if name not in names():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from configs.schema import Count, Decay
+from configs.build import Count, Decay
 
 
 @dataclass(frozen=True)

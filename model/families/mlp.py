@@ -6,7 +6,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jax import Array
 
-from configs.schema import Count, Decay
+from configs.build import Count, Decay
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from configs.schema import Count, Decay, refuse
+from configs.build import Count, Decay, refuse
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The transformer in nnx: named attributes, a list of blocks. Its twin: `model/linen/transformer.py`.
+"""The transformer in nnx: named attributes, a list of blocks. Twin: `model/linen/transformer.py`.
 
 Shapes: B batch, L length, D width, V vocabulary.
 """
