@@ -101,6 +101,9 @@ class Program:
 
         params = state.variables["params"]
         grads, (updates, metrics) = jax.grad(loss_fn, has_aux=True)(params)
+        # Without it XLA fuses the end of the backward pass into the update, whose rounding would
+        # then depend on how a stage stores the leaves: stacked, or cut out of a scan's stack.
+        grads = jax.lax.optimization_barrier(grads)
         steps, opt_state = self.optimizer.update(grads, state.opt_state, params)
         params = optax.apply_updates(params, steps)
         ema = state.ema

@@ -3,12 +3,13 @@
 Shapes: B batch, L length, D width, V vocabulary.
 """
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from model.families.transformer import Config
-from model.shared import causal_attention, fold, keep_dtype, tied_logits
+from model.shared import causal_attention, fold, fold_each, keep_dtype, tied_logits
 
 
 class Mlp(nnx.Module):
@@ -73,8 +74,19 @@ class Encoder(nnx.Module):
         x = x + self.position_embed(positions)
         x = self.dropout(x, deterministic=not train, rngs=fold(key, cfg.depth))
         call = nnx.remat(Block.__call__, static_argnums=(3,)) if cfg.remat else Block.__call__
-        for i, block in enumerate(self.blocks):
-            x = call(block, x, fold(key, i), train)
+        if cfg.scan:
+            # A loop's body rounds otherwise than the same blocks written out: where Linen's blocks
+            # are under nn.scan, these have to be in a loop as well, their parameters stacked.
+            graphdef = nnx.graphdef(self.blocks[0])
+            states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(nnx.state, self.blocks))
+            x, _ = jax.lax.scan(
+                lambda x, layer: (call(nnx.merge(graphdef, layer[0]), x, layer[1], train), None),
+                x,
+                (states, fold_each(key, cfg.depth)),
+            )
+        else:
+            for i, block in enumerate(self.blocks):
+                x = call(block, x, fold(key, i), train)
         x = self.norm(x)
         return x, {"table": self.token_embed.embedding[...]}
 
