@@ -5,7 +5,7 @@ its collections (moments, traces, EMA, accumulated gradients), found by its stru
 its name. Everything that has no home on the other side is an error until a rule drops it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,8 @@ class Place:
     id: Id | None = None
     path: str = ""
     prefix: tuple[Key, ...] = ()
+    branch: bool = False
+    """Whether it is an empty node in place of a branch of the model."""
 
     @property
     def in_optimizer(self) -> bool:
@@ -94,6 +96,7 @@ def carry(
         keys = _prefix(some, rest[some])[: len(names_of(prefix))]
         names = {id: path for path, id in trees[tree].items()}
         mirror = _Mirror(prefix, keys, tree, names, state, to)
+        moves += mirror.branches(steps, rest, problems)
         for step in steps:
             moves += mirror.moves(step, rest, problems)
     inert = all(step.sources == step.targets and not step.actions for step in steps)
@@ -189,18 +192,24 @@ def _find_mirrors(
 ) -> tuple[list[tuple[str, str]], list[str]]:
     """The subtrees of `rest` that mirror a tree, as (path, tree), and the leaves in none.
 
-    A subtree mirrors a tree if all its leaves have paths of that tree; masked ones may lack. A
-    single path proves little: then it must be the whole tree, or an array and not a scalar.
+    A subtree mirrors a tree if all its leaves have paths of that tree; masked ones may lack, or
+    be one empty node in place of a branch. A single path proves little: then it must be the whole
+    tree, or an array and not a scalar.
     """
     mirrors: list[tuple[str, str]] = []
     plain: list[str] = []
+    branches = {name: _branches(tree) for name, tree in trees.items()}
+
+    def fits(prefix: str, path: str, name: str) -> bool:
+        full = f"{prefix}/{path}"
+        return path in trees[name] or (rest[full].empty and path in branches[name])
 
     def visit(prefix: str, paths: list[str]) -> None:
         below = [path[len(prefix) + 1 :] for path in paths] if prefix else []
         for name in sorted(trees, key=lambda name: below != [] and set(below) != set(trees[name])):
             whole = set(below) == set(trees[name])
             solid = any(rest[p].zarr is None or rest[p].spec.shape for p in paths)
-            if below and all(path in trees[name] for path in below) and (whole or solid):
+            if below and all(fits(prefix, path, name) for path in below) and (whole or solid):
                 mirrors.append((prefix, name))
                 return
         groups: dict[str, list[str]] = {}
@@ -216,6 +225,12 @@ def _find_mirrors(
 
     visit("", list(rest))
     return mirrors, plain
+
+
+def _branches(paths: Iterable[str]) -> set[str]:
+    """Every inner node above some paths."""
+    split = (path.split("/") for path in paths)
+    return {"/".join(names[:n]) for names in split for n in range(1, len(names))}
 
 
 @dataclass(frozen=True)
@@ -235,13 +250,7 @@ class _Mirror:
         leaves = tuple(rest[path] for path in paths if path in rest)
         if step.sources and not leaves:
             return  # of another collection, or masked away
-        targets = tuple(
-            Place(
-                path=f"{self.prefix}/{id.path if self.tree else _path(id, self.to.flat)}",
-                prefix=self.keys,
-            )
-            for id in step.targets
-        )
+        targets = tuple(self._place(self._target(id)) for id in step.targets)
         if len(leaves) < len(paths) or len({leaf.empty for leaf in leaves}) > 1:
             shown = ", ".join(f"`{path}`" for path in paths)
             problems.append(f"{shown} would be joined, but only some are masked: {_RESET}")
@@ -252,6 +261,37 @@ class _Mirror:
             dtypes = [leaves[0].spec.dtype if leaves else spec.dtype for spec in step.specs]
             specs = [Spec(s.shape, d) for s, d in zip(step.specs, dtypes, strict=True)]
             yield Move(leaves, targets, step.actions, tuple(specs) if step.actions else ())
+
+    def branches(
+        self, steps: Sequence[_Step], rest: Mapping[str, Leaf], problems: list[str]
+    ) -> Iterator[Move]:
+        """The moves of empty nodes that stand for masked branches of the model."""
+        old = _branches(self.names.values())
+        holes = [p for p in rest if p.startswith(f"{self.prefix}/") and rest[p].empty]
+        for hole in holes:
+            branch = hole[len(self.prefix) + 1 :]
+            if branch not in old:
+                continue
+            inside: set[str] = set()
+            outside: set[str] = set()
+            for step in steps:
+                paths = [self.names[id] for id in step.sources if id in self.names]
+                under = {path.startswith(f"{branch}/") for path in paths}
+                for side, found in ((True, inside), (False, outside)):
+                    found |= {self._target(id) for id in step.targets} if side in under else set()
+            nodes = _branches(inside) - _branches(outside)
+            if branch in nodes:
+                nodes = {branch}
+            if len(nodes) == 1 and not inside & outside:
+                yield Move((rest[hole],), (self._place(nodes.pop(), branch=True),))
+            else:
+                problems.append(f"`{hole}` is masked as a whole, and becomes no whole: {_RESET}")
+
+    def _target(self, id: Id) -> str:
+        return id.path if self.tree else _path(id, self.to.flat)
+
+    def _place(self, path: str, branch: bool = False) -> Place:
+        return Place(path=f"{self.prefix}/{path}", prefix=self.keys, branch=branch)
 
     def _check(self, step: _Step, leaves: Sequence[Leaf], problems: list[str]) -> None:
         shown = ", ".join(f"`{leaf.path}` ({leaf.spec})" for leaf in leaves[:3])

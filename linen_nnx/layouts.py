@@ -139,7 +139,8 @@ class _Context:
         if not self.to.flat and (in_optimizer or mirrored):
             head = (Key("optimizer", DICT),) if in_optimizer else ()
             plain = [Key(key.name, DICT) for key in place.prefix]
-            return (*head, *plain, *mirrored, Key("value", DICT))
+            box = () if place.branch else (Key("value", DICT),)
+            return (*head, *plain, *mirrored, *box)
         if self.to.flat and not self.source.flat and in_optimizer:
             # Chains are tuples, and a state of nnx has digits for their indices.
             kinds = [SEQUENCE if key.name.isdigit() else DICT for key in place.prefix]

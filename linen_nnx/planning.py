@@ -33,6 +33,7 @@ class Conversion:
 
     source: Source
     items: tuple[Item, ...]
+    leaves: tuple[Leaf, ...]
     reader: Reader
     state: State
     to: Form
@@ -117,7 +118,6 @@ class Conversion:
         """What the way back needs to know of the source's tree, in plain JSON values."""
         if self.state.form.stage:
             return None
-        leaves = {leaf.keys: leaf for job in self.jobs for leaf in job.change.sources}.values()
         return {
             "side": self.state.form.side,
             "leaves": [
@@ -127,7 +127,7 @@ class Conversion:
                     leaf.value_type,
                     str(leaf.spec.dtype) if _is_scalar(leaf) else None,
                 )
-                for leaf in leaves
+                for leaf in self.leaves
             ],
         }
 
@@ -182,7 +182,9 @@ def plan_conversion(
     changes = lay_out(moves, state.form, target, wanted, _origin(source, target, book))
     zarr3 = bool(items) and items[0].zarr3
     jobs = tuple(choose(change, zarr3, readable_only=not items) for change in changes)
-    return Conversion(source, tuple(items), reader, state, target, book, jobs, to, reset_optimizer)
+    return Conversion(
+        source, tuple(items), tuple(leaves), reader, state, target, book, jobs, to, reset_optimizer
+    )
 
 
 def _forms(source: Source, to: str) -> tuple[Form | None, Form]:

@@ -83,9 +83,12 @@ def find(
         if path.suffix not in SUFFIXES:
             raise StoreError(f"{path} is a file, but neither {' nor '.join(SUFFIXES)}")
         return Source(path, "file", path)
+    if _UNFINISHED in path.name:
+        raise StoreError(f"{path} is a save that was never finished")
     if is_item(path):
         return Source(path, "item", path, (path,))
-    if _pytrees(path):
+    items = _pytrees(path)
+    if items and not all(_STEP.fullmatch(child.name) for child in items):
         return _step(path, "step", path, item)
     if (path / "checkpoints").is_dir():
         folder = _latest(path / part, step)
@@ -94,7 +97,8 @@ def find(
 
 
 def _pytrees(folder: Path) -> list[Path]:
-    return sorted(child for child in folder.iterdir() if child.is_dir() and is_item(child))
+    found = (child for child in folder.iterdir() if child.is_dir() and is_item(child))
+    return sorted(child for child in found if _UNFINISHED not in child.name)
 
 
 def _latest(root: Path, wanted: int | None) -> Path:

@@ -1,0 +1,101 @@
+"""The command line: what it prints, what it returns, and what it does not import."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import optax
+import pytest
+from convert_helpers import RENAMES, linen_state, save
+
+from linen_nnx.cli import main
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    save(folder / "linen", linen_state(optax.adamw(1e-2)))
+    RENAMES.save(folder / "rules.yaml")
+    return folder
+
+
+def run_json(capsys, *arguments):
+    assert main([*map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_inspect_shows_the_tree_and_the_layout(source, capsys):
+    assert main(["inspect", str(source / "linen")]) == 0
+    text = capsys.readouterr().out
+    assert "params/blk_0/kernel          float32[8,8]  256 B" in text
+    assert "Orbax item: TrainState" in text
+    content = run_json(capsys, "inspect", source / "linen")
+    assert {"path": "step", "spec": "int64[]", "bytes": 8, "type": "scalar"} in content["leaves"]
+
+
+def test_plan_shows_what_happens_to_every_leaf_and_writes_nothing(source, capsys):
+    before = sorted(source.rglob("*"))
+    arguments = ["plan", source / "linen", "--to", "nnx", "--rules", source / "rules.yaml"]
+    assert main([*map(str, arguments)]) == 0
+    text = capsys.readouterr().out
+    assert "model/blocks/0/kernel/value" in text
+    assert "43 name, 1 stream" in text
+    content = run_json(capsys, *arguments)
+    moved = [job for job in content["jobs"] if job["from"] == ["params/out/bias"]]
+    assert moved[0]["to"] == ["model/out/bias/value"]
+    assert moved[0]["engine"] == "name"
+    assert sorted(source.rglob("*")) == before
+
+
+def test_run_and_verify_report(source, tmp_path, capsys):
+    out = tmp_path / "nnx"
+    rules = ["--rules", source / "rules.yaml"]
+    content = run_json(capsys, "run", source / "linen", out, "--to", "nnx", *rules)
+    assert content["status"] == "done"
+    assert content["reports"][0]["found"] == "Orbax item: TrainState"
+    assert {p.name for p in out.iterdir()} >= {"report.json", "rules.yaml", "digests.json"}
+    content = run_json(capsys, "verify", source / "linen", out)
+    assert content["passed"] is True
+    (out / "_sharding").write_text("{}")
+    assert main(["verify", str(source / "linen"), str(out)]) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_refusals_exit_with_one_and_mistakes_with_two(source, tmp_path, capsys):
+    assert main(["inspect", str(tmp_path / "missing")]) == 1
+    assert "does not exist" in capsys.readouterr().err
+    assert main(["plan", str(source / "linen"), "--to", "nnxx", "--rules", "x"]) == 1
+    assert "did you mean `nnx`?" in capsys.readouterr().err
+    assert main(["plan", str(source / "linen"), "--to", "linen_in_nnx"]) == 1
+    assert "stages are for this template's own runs" in capsys.readouterr().err
+    assert main(["plan", str(source / "linen"), "--to", "nnx", "--rules", "no.yaml"]) == 1
+    assert "no.yaml" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as caught:
+        main(["run", str(source / "linen")])
+    assert caught.value.code == 2
+
+
+def test_rekeying_and_help_import_neither_jax_nor_orbax(source, tmp_path):
+    rules = str(source / "rules.yaml")
+    code = (
+        "import sys; from linen_nnx.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'numpy', 'tensorstore'} & set(sys.modules)\n"
+        f"main(['run', {str(source / 'linen')!r}, {str(tmp_path / 'a')!r}, '--to', 'nnx',"
+        f" '--rules', {rules!r}])\n"
+        f"main(['verify', {str(source / 'linen')!r}, {str(tmp_path / 'a')!r}])\n"
+        "assert not {'jax', 'flax', 'orbax'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+
+
+def test_a_long_table_keeps_its_columns(tmp_path, capsys):
+    save(tmp_path / "linen", {"params": {"a": jnp.ones(3), "long_name": jnp.ones((10, 10))}})
+    assert main(["inspect", str(tmp_path / "linen")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].index("float32") == lines[1].index("float32")

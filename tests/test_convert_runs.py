@@ -1,0 +1,191 @@
+"""This template's own run directories change their stage, and stay run directories."""
+
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+import yaml
+from convert_helpers import bits
+
+from linen_nnx import RuleBook, RuleError, digests
+from linen_nnx.convert import convert
+from linen_nnx.planning import plan_conversion
+from linen_nnx.state import STAGES
+from linen_nnx.tree import flatten, unflatten
+from linen_nnx.verify import verify
+
+BOOK = RuleBook.from_dict(
+    {
+        "version": 1,
+        "rules": [
+            {"linen": "params/encoder/Block_{i}/{name}", "nnx": "encoder/blocks/{i}/{name}"},
+            {
+                "linen": "params/encoder/Scan/kernel",
+                "nnx": "encoder/deep/{i}/kernel",
+                "ops": [{"op": "stack", "capture": "i", "axis": 0}],
+            },
+            {"linen": "batch_stats/encoder/Norm_0/{name}", "nnx": "encoder/norm/{name}"},
+            {
+                "linen": "params/head/Dense_0/kernel",
+                "nnx": "head/out/kernel",
+                "ops": [{"op": "transpose", "perm": [1, 0]}],
+            },
+        ],
+    }
+)
+
+
+def halves(stage, variables):
+    """Linen variables in the form of a stage, by the rule book alone."""
+    leaves = flatten(variables)
+    result = {}
+    for half, form in zip(("encoder", "head"), STAGES[stage], strict=True):
+        part = {path: leaf for path, leaf in leaves.items() if path.split("/")[1] == half}
+        if form == "nnx":
+            sub = BOOK.within(half)
+            for step in sub.plan(part, "nnx").steps:
+                collection = step.sources[0].split("/")[0]
+                arrays = step.run([part[path] for path in step.sources])
+                paths = (f"{collection}/{path}" for path in step.targets)
+                part = {**part, **dict(zip(paths, arrays, strict=True))}
+                for path in step.sources:
+                    del part[path]
+        result |= part
+    return unflatten(result)
+
+
+def linen_variables(seed):
+    rng = np.random.default_rng(seed)
+
+    def leaf(*shape):
+        return jnp.asarray(rng.standard_normal(shape).astype(np.float32))
+
+    blocks = {f"Block_{i}": {"kernel": leaf(4, 4), "bias": leaf(4)} for i in range(12)}
+    return {
+        "params": {
+            "encoder": {**blocks, "Scan": {"kernel": leaf(3, 4, 4)}},
+            "head": {"Dense_0": {"kernel": leaf(4, 2)}},
+        },
+        "batch_stats": {"encoder": {"Norm_0": {"mean": leaf(4), "var": leaf(4)}}},
+    }
+
+
+def training_state(stage, step):
+    """What the trainer saves: variables, optimizer and EMA; moments are told apart by values."""
+    variables = halves(stage, linen_variables(step))
+    other = halves(stage, linen_variables(step + 100))["params"]
+    tx = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.multi_transform(
+            {"encoder": optax.adamw(1e-3), "head": optax.sgd(0.1, momentum=0.9)},
+            {"encoder": "encoder", "head": "head"},
+        ),
+    )
+    opt_state = tx.init(variables["params"])
+    _, opt_state = tx.update(other, opt_state, variables["params"])
+    return {"step": jnp.int32(step), **variables, "opt_state": opt_state, "ema": other}
+
+
+def make_run(path, stage):
+    config = {"stage": stage, "model": {"family": "tiny"}, "steps": 9}
+    path.mkdir()
+    (path / "config.yaml").write_text(yaml.safe_dump(config))
+    BOOK.save(path / "rules.yaml")
+    (path / "metrics.jsonl").write_text('{"step": 1, "split": "train", "loss": 0.1}\n')
+    for root, steps in (("checkpoints", (5, 9)), ("best", (5,))):
+        with ocp.CheckpointManager(path / root) as manager:
+            for step in steps:
+                items = ocp.args.Composite(
+                    state=ocp.args.StandardSave(training_state(stage, step)),
+                    data=ocp.args.JsonSave({"position": step}),
+                    run=ocp.args.JsonSave(
+                        {"config": config, "rules": BOOK.to_dict(), "stage": stage}
+                    ),
+                )
+                manager.save(step, args=items)
+        for step in steps:
+            digests.write(path / root / str(step))
+    return path
+
+
+def load(path, step, like):
+    with ocp.CheckpointManager(path) as manager:
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(like),
+            data=ocp.args.JsonRestore(),
+            run=ocp.args.JsonRestore(),
+        )
+        return manager.restore(step, args=items)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    return {stage: make_run(folder / stage, stage) for stage in STAGES}
+
+
+@pytest.mark.parametrize(("before", "after"), itertools.permutations(STAGES, 2))
+def test_a_run_changes_its_stage(tmp_path, runs, before, after):
+    out = tmp_path / "out"
+    convert(runs[before], out, after)
+    for root, step in (("checkpoints", 9), ("best", 5)):
+        expected = training_state(after, step)
+        restored = load(out / root, step, jax.tree.map(jnp.zeros_like, expected))
+        assert bits(restored.state) == bits(expected)
+        assert restored.data == {"position": step}
+        assert restored.run["stage"] == restored.run["config"]["stage"] == after
+        assert digests.check(out / root / str(step))
+    assert yaml.safe_load((out / "config.yaml").read_text())["stage"] == after
+    assert RuleBook.load(out / "rules.yaml") == BOOK
+    assert (out / "metrics.jsonl").read_bytes() == (runs[before] / "metrics.jsonl").read_bytes()
+    assert all(check.passed for check in verify(runs[before], out))
+
+
+def test_a_run_goes_to_every_stage_and_back(tmp_path, runs):
+    for stage in STAGES:
+        if stage != "nnx_in_linen":
+            convert(runs["nnx_in_linen"], tmp_path / stage, stage)
+            convert(tmp_path / stage, tmp_path / f"{stage} back", "nnx_in_linen")
+            back = tmp_path / f"{stage} back" / "checkpoints" / "9" / "state" / "_METADATA"
+            source = runs["nnx_in_linen"] / "checkpoints" / "9" / "state" / "_METADATA"
+            old, new = (json.loads(p.read_text())["tree_metadata"] for p in (source, back))
+            assert {json.dumps(v) for v in old.values()} == {json.dumps(v) for v in new.values()}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_runs_checkpoint_goes_to_the_stock_layouts(tmp_path, runs, stage):
+    step = runs[stage] / "checkpoints" / "9"
+    convert(step, tmp_path / "nnx", "nnx")
+    with ocp.StandardCheckpointer() as checkpointer:
+        restored = checkpointer.restore(tmp_path / "nnx" / "state")
+    assert set(restored) == {"model", "optimizer", "ema"}
+    variables = linen_variables(9)
+    expected = variables["params"]["head"]["Dense_0"]["kernel"].T
+    assert (restored["model"]["head"]["out"]["kernel"]["value"] == expected).all()
+    assert restored["optimizer"]["step"]["value"].dtype == np.uint32
+    assert not (tmp_path / "nnx" / "run").exists()
+    convert(step, tmp_path / "linen", "linen")
+    with ocp.StandardCheckpointer() as checkpointer:
+        restored = checkpointer.restore(tmp_path / "linen" / "state", training_state("linen", 0))
+    assert bits(restored) == bits(training_state("linen", 9))
+
+
+def test_a_leaf_in_neither_half_is_refused(tmp_path, runs):
+    tree = training_state("linen", 1)
+    tree["params"]["tail"] = {"kernel": jnp.ones(3)}
+    with ocp.CheckpointManager(tmp_path / "odd") as manager:
+        run = {"config": {}, "rules": BOOK.to_dict(), "stage": "linen"}
+        items = {"state": ocp.args.StandardSave(tree), "run": ocp.args.JsonSave(run)}
+        manager.save(1, args=ocp.args.Composite(**items))
+    with pytest.raises(RuleError, match="`params/tail/kernel` lies in neither half"):
+        plan_conversion(tmp_path / "odd", "nnx_in_linen")
+
+
+def test_an_unknown_stage_is_named_with_the_nearest(runs):
+    with pytest.raises(RuleError, match="did you mean `nnx_in_linen`"):
+        plan_conversion(runs["linen"], "nnx_in_line")
