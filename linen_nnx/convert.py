@@ -75,8 +75,7 @@ def convert(
     if out.exists():
         return _existing(out, conversions)
     _check_target(path, out, list(conversions.values()), link)
-    placer = Placer(link)
-    with _partial(out) as partial:
+    with _partial(out) as partial, Placer(link) as placer:
         reports = []
         for relative, conversion in conversions.items():
             if to_file:

@@ -101,7 +101,7 @@ class _Context:
         if sources and not change.actions:
             kind = self._step_kind(place, sources[0], mould)
             if kind is None:
-                return dataclasses.replace(sources[0], keys=keys), change
+                return sources[0].at(keys), change
             cast = dataclasses.replace(
                 change, actions=(Cast(kind[1]),), specs=(Spec((), np.dtype(kind[1])),)
             )
