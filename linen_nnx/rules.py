@@ -112,6 +112,14 @@ class RuleBook:
 
         return RuleBook(rule for rule in self.rules if inside(rule))
 
+    def of_collection(self, collection: str) -> "RuleBook":
+        """The rules of one Linen collection, for a tree that holds no other (a moment's, say)."""
+
+        def inside(rule: Rule) -> bool:
+            return all(pattern.text.split("/")[0] == collection for pattern in rule.linen)
+
+        return RuleBook(rule for rule in self.rules if rule.linen and inside(rule))
+
     def plan(
         self,
         specs: Mapping[str, Any],

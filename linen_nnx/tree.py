@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def flatten(tree: Mapping[str | int, Any]) -> dict[str, Any]:
+def flatten(tree: Mapping[Any, Any]) -> dict[str, Any]:
     """`{"a": {"b": leaf}}` to `{"a/b": leaf}`, in the order of the tree.
 
     Integer keys become digits. Empty dicts hold no leaf and so leave no trace.
@@ -37,7 +37,7 @@ def _walk(tree: dict[Any, Any], prefix: str, leaves: dict[str, Any], problems: l
             problems.append(f"`{prefix}{name}` occurs twice, as integer and as text")
         elif isinstance(value, dict):
             _walk(value, f"{prefix}{name}/", leaves, problems)
-        elif value is None or isinstance(value, Mapping | list | tuple):
+        elif value is None or isinstance(value, (Mapping, list, tuple)):
             kind = type(value).__name__
             problems.append(f"`{prefix}{name}` is a {kind}: only dicts and leaves can be flattened")
         else:

@@ -1,0 +1,60 @@
+# `make train` and `make test` each work alone on a fresh clone; `make help` lists the targets.
+VENV   := .venv
+PY     := $(VENV)/bin/python
+READY  := $(VENV)/.ready
+ARGS   ?=
+# The interpreter to build .venv with: the first of these that starts and fits.
+PYTHON ?= python3 python3.13 python3.12 python3.11 python /usr/bin/python3
+
+.DEFAULT_GOAL := help
+.PHONY: setup train test lint bench parity clean help
+
+setup: $(READY)  ## create .venv and install the pinned versions (the other targets do so by themselves)
+
+train: $(READY)  ## train the default experiment; ARGS="experiment=digits stage=nnx"
+	$(PY) train.py $(ARGS)
+
+test: $(READY)  ## run all tests; ARGS="tests/test_config.py -k help"
+	$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
+
+lint: $(READY)  ## check style, layout and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pyrefly check
+
+bench: $(READY)  ## time the translator against a plain copy
+	$(PY) -m benchmarks.convert $(ARGS)
+
+parity: $(READY)  ## compare the layers of Linen and NNX on the installed versions
+	$(PY) -m benchmarks.parity $(ARGS)
+
+clean:  ## remove .venv and the caches; runs/ stays
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help:  ## show this list
+	@awk -F ':.*##' '/^[a-z]+:.*##/ { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
+	@echo '  ARGS="..." is passed on; PYTHON=... chooses the interpreter (3.11, 3.12 or 3.13).'
+
+# The stamp is removed before and written after the installation, so an environment whose making
+# was cut short has none and is made anew; one that has it is brought up to date in place.
+# `rm -rf` without a slash: were .venv a link, only the link would go.
+$(READY): pyproject.toml constraints.txt
+	@found=; \
+	if [ ! -f $@ ] || ! $(PY) -c "" 2>/dev/null; then \
+	  for python in $(PYTHON); do \
+	    found=$$($$python -c "import os, sys, venv, ensurepip; \
+	      (3, 11) <= sys.version_info < (3, 14) or sys.exit(1); \
+	      print(os.path.realpath(sys.executable))" 2>/dev/null) && break; \
+	  done; \
+	  if [ -z "$$found" ]; then \
+	    echo "No usable Python among: $(PYTHON)." >&2; \
+	    echo "Needed: Python 3.11, 3.12 or 3.13 with its venv module (Hydra 1.3 breaks on 3.14)." >&2; \
+	    echo "Install one, or name yours: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; \
+	    exit 1; \
+	  fi; \
+	  echo "Making $(VENV) with $$($$found --version); this takes a minute, once."; \
+	  rm -rf $(VENV) && $$found -m venv $(VENV) || exit 1; \
+	fi; \
+	rm -f $@; \
+	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[train,dev]" && touch $@

@@ -1,0 +1,158 @@
+"""The shape of a run's configuration: types, ranges, and the rules between keys.
+
+What each key means and its value are in the YAML files beside this module; `configs.build` makes
+these frozen dataclasses of what Hydra composed. Nothing here imports jax, so that a mistyped key is
+answered at once.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from configs.build import (
+    Count,
+    Decay,
+    Fraction,
+    Natural,
+    NonNegative,
+    Positive,
+    Share,
+    refuse,
+    show,
+)
+
+Stage = Literal["linen", "nnx_in_linen", "linen_in_nnx", "nnx"]
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is read, and how it is split and batched."""
+
+    name: Literal["text", "digits", "diabetes"]
+    path: str | None
+    length: Count | None
+    batch: Count
+    val_fraction: Fraction
+    seed: Natural
+
+    def __post_init__(self) -> None:
+        problems = {}
+        if self.name == "text" and self.length is None:
+            problems["length"] = "got null; text needs the length of a window, in bytes"
+        if self.name != "text":
+            for key in ("path", "length"):
+                if getattr(self, key) is not None:
+                    problems[key] = f"got {show(getattr(self, key))}; only text has it: set null"
+        refuse(problems)
+
+
+@dataclass(frozen=True)
+class Half:
+    """What the optimizer does differently for one half of the model."""
+
+    lr_factor: Positive
+    freeze: bool
+
+
+# Which of the settings that not every optimizer has each one needs, and may have.
+NEEDS = {"adamw": ("b1", "b2", "eps"), "sgd": (), "lion": ("b1", "b2"), "adafactor": ("eps",)}
+ALLOWS = {"adamw": (), "sgd": ("momentum",), "lion": (), "adafactor": ("momentum",)}
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """The update rule, its schedule, and what is done to gradients before it."""
+
+    name: Literal["adamw", "sgd", "lion", "adafactor"]
+    lr: Positive
+    b1: Decay | None
+    b2: Decay | None
+    eps: Positive | None
+    momentum: Decay | None
+    weight_decay: NonNegative
+    schedule: Literal["cosine", "linear", "constant"]
+    warmup: Natural
+    end_lr_factor: Share
+    clip_norm: Positive | None
+    accumulate: Count
+    ema: Fraction | None
+    encoder: Half
+    head: Half
+
+    def __post_init__(self) -> None:
+        problems = {}
+        for key in ("b1", "b2", "eps", "momentum"):
+            value = getattr(self, key)
+            if value is None and key in NEEDS[self.name]:
+                problems[key] = f"got null; {self.name} needs a number"
+            if value is not None and key not in NEEDS[self.name] + ALLOWS[self.name]:
+                problems[key] = f"got {show(value)}; {self.name} does not have it: set null"
+        if self.encoder.freeze and self.head.freeze:
+            problems["head.freeze"] = "got true, with encoder.freeze true: nothing would be trained"
+        refuse(problems)
+
+
+@dataclass(frozen=True)
+class Eval:
+    """When the validation set is read, and when a run that no longer improves ends."""
+
+    every: Count
+    batches: Count | None
+    patience: Count | None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """When the state is saved, and what is kept of it."""
+
+    every: Count
+    keep: Count
+    best: bool
+    verify: bool
+
+
+@dataclass(frozen=True)
+class Log:
+    """What is shown and written beside `metrics.jsonl`."""
+
+    tensorboard: bool
+    histograms_every: Count | None
+    progress: bool
+    samples: Natural
+
+
+@dataclass(frozen=True)
+class Debug:
+    """A deliberately unusual run, to look at one thing."""
+
+    mode: Literal["none", "one_step", "overfit", "nans", "profile"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. `model` stays a plain mapping: its family checks it (see the module's docstring)."""
+
+    name: str
+    stage: Stage
+    run_dir: str
+    steps: Count
+    stop_at: Count | None
+    seed: Natural
+    log_every: Count
+    resume: Literal["auto", "never", "must"]
+    init_from: str | None
+    init: Literal["linen", "native"]
+    model: dict[str, Any]
+    data: Data
+    optimizer: Optimizer
+    eval: Eval
+    checkpoint: Checkpoint
+    log: Log
+    debug: Debug
+
+    def __post_init__(self) -> None:
+        problems = {}
+        if self.stop_at is not None and self.stop_at > self.steps:
+            problems["stop_at"] = f"got {self.stop_at}; expected at most steps, {self.steps}"
+        if not isinstance(self.model.get("family"), str):
+            problems["model.family"] = "missing; expected the name of a model family"
+        refuse(problems)

@@ -1,0 +1,61 @@
+"""The registry of model families: a family is a module of this folder, found by its file's name.
+
+Such a module holds `Config` (a frozen dataclass of the family's options), `rules(cfg)` (the name of
+its rule book in `configs/rules/`) and `losses(outputs, batch)` (per-example metrics, "loss" among
+them). The twins are `model/linen/<name>.py` and `model/nnx/<name>.py`, each with an `Encoder` and a
+`Head`.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+from jax import Array
+
+from configs.build import build, did_you_mean, refuse
+
+RULES = Path(__file__).parents[2] / "configs" / "rules"
+
+
+class Losses(Protocol):
+    """Maps model outputs and a batch to `{metric: (batch,) float32}`, with "loss" among them."""
+
+    def __call__(self, outputs: Array, batch: dict[str, Array]) -> dict[str, Array]: ...
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family, with one setting of its options."""
+
+    name: str
+    cfg: Any
+    losses: Losses
+    rules_path: Path
+
+    def twin(self, framework: str) -> ModuleType:
+        """The module of the family's twin in `framework` ("linen" or "nnx"): `Encoder`, `Head`."""
+        return importlib.import_module(f"model.{framework}.{self.name}")
+
+
+def names() -> list[str]:
+    """The names of all families."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def create(model: Mapping[str, Any]) -> Family:
+    """The family that `model["family"]` names, with its options.
+
+    Raises:
+        configs.build.ConfigError: for an unknown family or option, naming every problem.
+    """
+    name = model["family"]
+    if name not in names():
+        hint = did_you_mean(name, names())
+        refuse({"model.family": f"got {name!r}; expected one of {', '.join(names())}{hint}"})
+    module = importlib.import_module(f"{__name__}.{name}")
+    cfg = build(module.Config, model, at="model")
+    return Family(name, cfg, module.losses, RULES / f"{module.rules(cfg)}.yaml")

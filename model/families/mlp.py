@@ -1,0 +1,34 @@
+"""The smallest hybrid, for regression; the head projects back through the encoder's own kernel."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax.numpy as jnp
+from jax import Array
+
+from configs.build import Count, Decay
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of the MLP; see `configs/model/mlp.yaml` for meanings and units."""
+
+    family: Literal["mlp"]
+    features: Count
+    hidden: Count
+    outputs: Count
+    dropout: Decay
+    dtype: Literal["float32", "bfloat16"]
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.dtype)
+
+
+def rules(cfg: Config) -> str:
+    return "mlp"
+
+
+def losses(outputs: Array, batch: dict[str, Array]) -> dict[str, Array]:
+    """Mean squared error: predictions (B, outputs), targets (B, outputs) -> loss (B,)."""
+    return {"loss": jnp.square(outputs - batch["targets"]).mean(axis=-1)}

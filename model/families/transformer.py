@@ -1,0 +1,46 @@
+"""A causal byte-level language model; the head scores with the encoder's own embedding table."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from configs.build import Count, Decay, refuse
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of the transformer; see `configs/model/transformer.yaml` for meanings and units."""
+
+    family: Literal["transformer"]
+    depth: Count
+    width: Count
+    heads: Count
+    mlp_factor: Count
+    vocab: Count
+    length: Count
+    dropout: Decay
+    dtype: Literal["float32", "bfloat16"]
+    remat: bool
+    scan: bool
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            refuse({"width": f"got {self.width}; expected a multiple of heads, {self.heads}"})
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.dtype)
+
+
+def rules(cfg: Config) -> str:
+    """Scanned Linen blocks are stored stacked, which takes a rule book of its own."""
+    return "transformer_scan" if cfg.scan else "transformer"
+
+
+def losses(outputs: Array, batch: dict[str, Array]) -> dict[str, Array]:
+    """Cross-entropy in nats per byte: logits (B, L, V), targets (B, L) int32 -> loss (B,)."""
+    nats = optax.softmax_cross_entropy_with_integer_labels(outputs, batch["targets"])
+    return {"loss": nats.mean(axis=-1)}

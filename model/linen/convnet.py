@@ -1,0 +1,64 @@
+"""The small ResNet in Linen: compact modules, automatic names. Its twin: `model/nnx/convnet.py`.
+
+Shapes: B batch, H height, W width of the image, C channels.
+"""
+
+import flax.linen as nn
+from jax import Array
+
+from model.families.convnet import Config
+from model.shared import fold
+
+
+class Block(nn.Module):
+    """A residual block: (B, H, W, C) -> (B, H, W, C)."""
+
+    cfg: Config
+
+    @nn.compact
+    def __call__(self, x: Array, key: Array | None, train: bool) -> Array:
+        cfg = self.cfg
+        y = nn.Conv(cfg.width, (3, 3), use_bias=False, dtype=cfg.compute_dtype)(x)
+        y = nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=cfg.compute_dtype)(y)
+        y = nn.relu(y)
+        y = nn.Dropout(cfg.dropout)(y, deterministic=not train, rng=key)
+        y = nn.Conv(cfg.width, (3, 3), use_bias=False, dtype=cfg.compute_dtype)(y)
+        y = nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=cfg.compute_dtype)(y)
+        return nn.relu(x + y)
+
+
+class Encoder(nn.Module):
+    """Convolutions: images (B, H, W, channels) float32 -> features (B, C), {gain (C,)}."""
+
+    cfg: Config
+
+    @nn.compact
+    def __call__(
+        self, images: Array, *, train: bool, key: Array | None
+    ) -> tuple[Array, dict[str, Array]]:
+        cfg = self.cfg
+        x = nn.Conv(cfg.width, (3, 3), use_bias=False, dtype=cfg.compute_dtype)(images)
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=cfg.compute_dtype)(x)
+        x = nn.relu(x)
+        block = nn.remat(Block, static_argnums=(3,)) if cfg.remat else Block
+        for i in range(cfg.depth):
+            x = block(cfg, name=f"Block_{i}")(x, fold(key, i), train)
+        gain = self.param("gain", nn.initializers.ones, (cfg.width,))
+        x = x.mean(axis=(1, 2)) * gain.astype(cfg.compute_dtype)
+        return x, {"gain": gain}
+
+
+class Head(nn.Module):
+    """Dense, relu, gain, Dense: features (B, C), {gain (C,)} -> logits (B, classes) float32."""
+
+    cfg: Config
+
+    @nn.compact
+    def __call__(
+        self, x: Array, shared: dict[str, Array], *, train: bool, key: Array | None
+    ) -> Array:
+        cfg = self.cfg
+        x = nn.relu(nn.Dense(cfg.width, dtype=cfg.compute_dtype)(x))
+        x = x * shared["gain"].astype(cfg.compute_dtype)
+        x = nn.Dropout(cfg.dropout)(x, deterministic=not train, rng=key)
+        return nn.Dense(cfg.classes, dtype=cfg.compute_dtype)(x).astype("float32")

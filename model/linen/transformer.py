@@ -1,0 +1,91 @@
+"""The transformer in Linen: compact modules, automatic names. Its twin: `model/nnx/transformer.py`.
+
+Shapes: B batch, L length, D width, V vocabulary.
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from model.families.transformer import Config
+from model.shared import causal_attention, fold, fold_each, tied_logits
+
+
+class Mlp(nn.Module):
+    """Dense, gelu, Dense, dropout: (B, L, D) -> (B, L, D)."""
+
+    cfg: Config
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool, key: Array | None) -> Array:
+        cfg = self.cfg
+        x = nn.Dense(cfg.mlp_factor * cfg.width, dtype=cfg.compute_dtype)(x)
+        x = nn.gelu(x)
+        x = nn.Dense(cfg.width, dtype=cfg.compute_dtype)(x)
+        return nn.Dropout(cfg.dropout)(x, deterministic=not train, rng=key)
+
+
+class Block(nn.Module):
+    """A pre-norm block: (B, L, D) -> (B, L, D)."""
+
+    cfg: Config
+
+    @nn.compact
+    def __call__(self, x: Array, key: Array | None, train: bool) -> Array:
+        cfg = self.cfg
+        y = nn.LayerNorm(dtype=cfg.compute_dtype)(x)
+        y = nn.MultiHeadDotProductAttention(
+            cfg.heads, dtype=cfg.compute_dtype, attention_fn=causal_attention
+        )(y)
+        x = x + nn.Dropout(cfg.dropout)(y, deterministic=not train, rng=fold(key, 0))
+        y = nn.LayerNorm(dtype=cfg.compute_dtype)(x)
+        return x + Mlp(cfg)(y, train=train, key=fold(key, 1))
+
+
+class Encoder(nn.Module):
+    """Embedding, blocks, final norm: tokens (B, L) int32 -> features (B, L, D), {table (V, D)}."""
+
+    cfg: Config
+
+    @nn.compact
+    def __call__(
+        self, tokens: Array, *, train: bool, key: Array | None
+    ) -> tuple[Array, dict[str, Array]]:
+        cfg = self.cfg
+        embed = nn.Embed(cfg.vocab, cfg.width, dtype=cfg.compute_dtype)
+        x = embed(tokens)
+        positions = jnp.arange(tokens.shape[-1])
+        x = x + nn.Embed(cfg.length, cfg.width, dtype=cfg.compute_dtype)(positions)
+        x = nn.Dropout(cfg.dropout)(x, deterministic=not train, rng=fold(key, cfg.depth))
+        block = nn.remat(Block, static_argnums=(3,)) if cfg.remat else Block
+        if cfg.scan:
+            scan = nn.scan(
+                lambda block, x, key: (block(x, key, train), None),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=cfg.depth,
+            )
+            x, _ = scan(block(cfg, name="ScanBlock"), x, fold_each(key, cfg.depth))
+        else:
+            for i in range(cfg.depth):
+                x = block(cfg, name=f"Block_{i}")(x, fold(key, i), train)
+        x = nn.LayerNorm(dtype=cfg.compute_dtype)(x)
+        return x, {"table": embed.embedding}
+
+
+class Head(nn.Module):
+    """Dense, gelu, norm, tied logits: features (B, L, D), {table (V, D)} -> (B, L, V) float32."""
+
+    cfg: Config
+
+    @nn.compact
+    def __call__(
+        self, x: Array, shared: dict[str, Array], *, train: bool, key: Array | None
+    ) -> Array:
+        cfg = self.cfg
+        x = nn.Dense(cfg.width, dtype=cfg.compute_dtype)(x)
+        x = nn.gelu(x)
+        x = nn.LayerNorm(dtype=cfg.compute_dtype)(x)
+        x = nn.Dropout(cfg.dropout)(x, deterministic=not train, rng=key)
+        bias = self.param("bias", nn.initializers.zeros, (cfg.vocab,))
+        return tied_logits(x, shared["table"], bias)

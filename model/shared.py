@@ -1,0 +1,80 @@
+"""Functions that both twins of a model call, so that they compute the same bits.
+
+Linen and nnx differ by default in their attention function and in the precision of their norms.
+Giving both frameworks the functions below removes each difference at its source.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def fold(key: Array | None, index: int) -> Array | None:
+    """The dropout key of the `index`-th layer or half below `key`; None stays None (evaluation)."""
+    return None if key is None else jax.random.fold_in(key, index)
+
+
+def fold_each(key: Array | None, count: int) -> Array | None:
+    """`fold(key, i)` for i in 0..count-1, stacked to (count,): the keys of a scanned stack."""
+    if key is None:
+        return None
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
+
+
+def causal_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    mask: Array | None = None,
+    bias: Array | None = None,
+    dropout_rate: float = 0.0,
+    **_: Any,
+) -> Array:
+    """Causal softmax attention for Linen's and nnx's attention layers (their `attention_fn`).
+
+    By default Linen computes its own softmax and nnx calls `jax.nn.dot_product_attention`; the two
+    are 1e-5 apart. One function given to both makes them equal in every bit.
+
+    Args:
+        query, key, value: (batch, length, heads, head width), float.
+        mask, bias: must be None; the causal mask is built in.
+        dropout_rate: must be 0; dropout acts on the layer's output.
+        _: what the frameworks pass besides (dtype, precision, deterministic, ...), which has no
+            bearing here: the inputs already have the compute dtype.
+
+    Returns:
+        (batch, length, heads, head width), the dtype of `query`.
+
+    Raises:
+        ValueError: for a mask, a bias or a dropout rate, rather than ignoring them.
+    """
+    if mask is not None or bias is not None or dropout_rate:
+        raise ValueError(
+            "causal_attention builds its own causal mask and has neither bias nor dropout; got "
+            f"mask={mask is not None}, bias={bias is not None}, dropout_rate={dropout_rate}."
+        )
+    return jax.nn.dot_product_attention(query, key, value, is_causal=True)
+
+
+def keep_dtype(arrays: Any, *_: Any, **__: Any) -> Any:
+    """The `promote_dtype` of every nnx norm here: none.
+
+    nnx norms cast their input to the compute dtype before they normalise, Linen's after. Without
+    the early cast the two are equal in bfloat16 as well; in float32 it makes no difference.
+    """
+    return arrays
+
+
+def tied_logits(features: Array, table: Array, bias: Array) -> Array:
+    """Scores of each row of an embedding table, in float32: `features @ table.T + bias`.
+
+    Args:
+        features: (..., width), the compute dtype, in which the product is taken.
+        table: (vocabulary, width), float32; the encoder's own embedding.
+        bias: (vocabulary,), float32.
+    """
+    scores = jnp.dot(features, table.astype(features.dtype).T)
+    return scores.astype(jnp.float32) + bias

@@ -1,0 +1,277 @@
+"""A run that is cut short in any way and continued equals one that was not, bit for bit."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import QUIET, SMALL, STAGES, Train
+
+from training.errors import Refused
+
+ROOT = Path(__file__).parent.parent
+SAVING = ("checkpoint.every=4", "eval.every=10", "steps=30", "checkpoint.best=true")
+
+
+def curve(run_dir: Path) -> bytes:
+    return (run_dir / "metrics.jsonl").read_bytes()
+
+
+def start(run_dir: Path, experiment: str, *overrides: str) -> subprocess.Popen[str]:
+    """`python train.py` in a process of its own."""
+    settings = [*SMALL[experiment], *QUIET, f"run_dir={run_dir}", *overrides]
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *settings],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def wait_for_rows(process: subprocess.Popen[str], run_dir: Path, rows: int) -> None:
+    """Returns once the run has written so many rows (or has ended)."""
+    file = run_dir / "metrics.jsonl"
+    while process.poll() is None and (not file.exists() or file.read_bytes().count(b"\n") < rows):
+        time.sleep(0.001)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_killed_run_continues_as_if_nothing_had_happened(
+    train: Train, tmp_path: Path, stage: str
+) -> None:
+    experiment = "digits"
+    whole = train(experiment, f"stage={stage}", *SAVING)
+    run_dir = tmp_path / "killed"
+    moments = random.Random(stage)
+
+    for _ in range(2):
+        before = curve(run_dir).count(b"\n") if run_dir.exists() else 0
+        process = start(run_dir, experiment, f"stage={stage}", *SAVING)
+        wait_for_rows(process, run_dir, before + moments.randint(1, 12))
+        time.sleep(moments.random() * 0.02)
+        process.kill()
+        process.wait()
+    last = start(run_dir, experiment, f"stage={stage}", *SAVING)
+    output, _ = last.communicate()
+
+    assert last.returncode == 0, output
+    assert curve(run_dir) == curve(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_the_run_cleanly(train: Train, tmp_path: Path, number: int) -> None:
+    settings = ("steps=4000", "checkpoint.every=100000", "eval.every=100000")
+    run_dir = tmp_path / "signalled"
+    process = start(run_dir, "diabetes", *settings)
+    wait_for_rows(process, run_dir, 20)
+    process.send_signal(number)
+    output, _ = process.communicate()
+
+    assert process.returncode == 0, output
+    assert "goes on from there" in output
+    (step,) = (int(entry.name) for entry in (run_dir / "checkpoints").iterdir())
+    assert curve(run_dir).count(b"\n") == step
+    train("diabetes", *settings, f"run_dir={run_dir}", f"stop_at={step + 20}")
+    whole = train("diabetes", *settings, f"stop_at={step + 20}")
+    assert curve(run_dir) == curve(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_stop_at_leaves_the_schedules_and_the_curve_as_they_are(train: Train, stage: str) -> None:
+    options = (f"stage={stage}", "steps=12", "eval.every=5", "optimizer.ema=0.9",
+               "optimizer.accumulate=2", "optimizer.warmup=2")  # fmt: skip
+    whole = train("lm", *options)
+    parts = train("lm", *options, "stop_at=7")
+    assert curve(parts) == b"".join(curve(whole).splitlines(keepends=True)[:8])
+
+    train("lm", *options, f"run_dir={parts}")
+
+    assert curve(parts) == curve(whole)
+
+
+def test_a_saved_state_is_not_touched_by_the_steps_that_follow_it(train: Train) -> None:
+    """The saved arrays are donated to the next step while the save is still being written."""
+    often = train("diabetes", "steps=20", "checkpoint.every=1", "checkpoint.keep=20")
+    for step in (3, 11, 17):
+        alone = train("diabetes", "steps=20", f"stop_at={step}")
+        assert saved_bytes(often, step) == saved_bytes(alone, step)
+
+
+def saved_bytes(run_dir: Path, step: int) -> dict[str, bytes]:
+    import jax
+    import numpy as np
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as reader:
+        tree = reader.restore(run_dir.absolute() / "checkpoints" / str(step) / "state")
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
+
+
+def test_a_finished_run_is_left_alone(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = train("diabetes", "steps=3")
+    before = curve(run_dir)
+
+    train("diabetes", "steps=3", f"run_dir={run_dir}")
+
+    assert curve(run_dir) == before
+    assert "finished at step 3" in capsys.readouterr().out
+
+
+def test_a_torn_last_row_is_dropped_on_resume(train: Train) -> None:
+    whole = train("diabetes", "steps=6")
+    run_dir = train("diabetes", "steps=6", "stop_at=4")
+    with open(run_dir / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "split": "train", "lo')
+
+    train("diabetes", "steps=6", f"run_dir={run_dir}")
+
+    assert curve(run_dir) == curve(whole)
+
+
+def test_early_stopping_ends_the_run_and_stays_ended(train: Train) -> None:
+    options = ("steps=400", "eval.every=1", "eval.patience=3", "optimizer.lr=1", "log_every=50")
+    run_dir = train("diabetes", *options)
+    rows = [json.loads(line) for line in curve(run_dir).splitlines()]
+    losses = [row["loss"] for row in rows if row["split"] == "eval"]
+
+    assert len(losses) < 400
+    assert min(losses[-3:]) >= min(losses[:-3])
+    train("diabetes", *options, f"run_dir={run_dir}")
+    assert [json.loads(line) for line in curve(run_dir).splitlines()] == rows
+
+
+def test_best_and_latest_are_kept_apart(train: Train) -> None:
+    run_dir = train(
+        "diabetes", "steps=40", "eval.every=4", "optimizer.lr=0.3", "checkpoint.every=4",
+        "checkpoint.best=true", "checkpoint.keep=2", "optimizer.warmup=0",
+    )  # fmt: skip
+    rows = [json.loads(line) for line in curve(run_dir).splitlines()]
+    evals = {row["step"]: row["loss"] for row in rows if row["split"] == "eval"}
+
+    (best,) = os.listdir(run_dir / "best")
+    assert int(best) == min(evals, key=lambda step: evals[step])
+    assert sorted(map(int, os.listdir(run_dir / "checkpoints"))) == [36, 40]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("stage=nnx", "stage"),
+        ("seed=7", "seed"),
+        ("optimizer.lr=0.5", "optimizer.lr"),
+        ("steps=5", "steps"),
+        ("model.hidden=8", "model.hidden"),
+    ],
+)
+def test_a_run_directory_of_another_run_is_refused(train: Train, change: str, named: str) -> None:
+    run_dir = train("diabetes", "steps=2")
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+
+    with pytest.raises(Refused, match=rf"(?s)belongs to another run.*{named}: was"):
+        train("diabetes", "steps=2", f"run_dir={run_dir}", change)
+
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_directory_of_another_experiment_is_refused(train: Train) -> None:
+    run_dir = train("diabetes", "steps=2")
+    with pytest.raises(Refused, match="name: was diabetes, is digits"):
+        train("digits", "steps=2", f"run_dir={run_dir}")
+
+
+def test_resume_never_and_must_say_what_they_miss(train: Train, tmp_path: Path) -> None:
+    run_dir = train("diabetes", "steps=2")
+    with pytest.raises(Refused, match="already holds a run"):
+        train("diabetes", "steps=2", f"run_dir={run_dir}", "resume=never")
+    with pytest.raises(Refused, match="no run in"):
+        train("diabetes", "steps=2", f"run_dir={tmp_path / 'none'}", "resume=must")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_folder_that_holds_something_else_is_refused(train: Train, tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.tex").write_text("x")
+    with pytest.raises(Refused, match=r"no config\.yaml"):
+        train("diabetes", "steps=2", f"run_dir={tmp_path / 'notes'}")
+    assert os.listdir(tmp_path / "notes") == ["thesis.tex"]
+
+
+def test_a_non_finite_loss_stops_the_run_and_keeps_the_state_aside(
+    train: Train, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "diverging"
+    options = ("steps=300", "optimizer=sgd", "optimizer.lr=1e6", "optimizer.clip_norm=null",
+               "optimizer.warmup=0", "checkpoint.every=1", "log_every=7")  # fmt: skip
+
+    with pytest.raises(Refused, match=r"The loss is (nan|inf) at step (\d+)") as error:
+        train("diabetes", *options, f"run_dir={run_dir}")
+
+    step = int(str(error.value).split(" at step ")[1].split(";")[0])
+    kept = [int(entry.name) for entry in (run_dir / "checkpoints").iterdir()]
+    assert max(kept) < step
+    (aside,) = (run_dir / "nonfinite").iterdir()
+    assert str(aside) in str(error.value)
+    assert all(b"NaN" not in line and b"Infinity" not in line for line in curve(run_dir).split())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("before", "after"), [("linen", "nnx"), ("nnx", "nnx_in_linen"), ("nnx_in_linen", "linen")]
+)
+def test_init_from_goes_on_at_another_stage(train: Train, before: str, after: str) -> None:
+    options = ("steps=12", "optimizer.ema=0.9", "optimizer.warmup=2", "eval.every=3")
+    whole = train("digits", f"stage={after}", *options)
+    first = train("digits", f"stage={before}", *options, "stop_at=6")
+
+    second = train("digits", f"stage={after}", *options, f"init_from={first}")
+
+    assert curve(first) + curve(second) == curve(whole)
+
+
+def test_init_from_something_else_is_refused(train: Train, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for path, reason in (("empty", "found nothing"), ("absent", "no such file")):
+        with pytest.raises(Refused, match=reason):
+            train("diabetes", f"init_from={tmp_path / path}", f"run_dir={tmp_path / 'run'}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_init_from_another_model_names_every_difference(train: Train, tmp_path: Path) -> None:
+    first = train("diabetes", "steps=2", "model.hidden=8")
+    from model.stages import VariablesError
+
+    with pytest.raises(VariablesError, match=r"encoder/linear/kernel.*\[10, 8\].*\[10, 64\]"):
+        train("diabetes", "steps=2", f"init_from={first}", f"run_dir={tmp_path / 'other'}")
+    assert not (tmp_path / "other").exists()
+
+
+def test_resume_finds_a_flipped_bit(train: Train) -> None:
+    run_dir = train("diabetes", "steps=4", "stop_at=2")
+    (step,) = (run_dir / "checkpoints").iterdir()
+    files = [path for path in step.rglob("*") if path.is_file() and path.parent.name == "d"]
+    victim = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+
+    with pytest.raises(Refused, match=rf"(?s){victim.name} was altered.*Remove {step}"):
+        train("diabetes", "steps=4", f"run_dir={run_dir}")
+
+
+def test_a_checkpoint_without_digests_is_used_and_said_so(
+    train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = train("diabetes", "steps=4", "stop_at=2")
+    (run_dir / "checkpoints" / "2" / "digests.json").unlink()
+    train("diabetes", "steps=4", f"run_dir={run_dir}")
+    assert "has no digests" in capsys.readouterr().out

@@ -1,0 +1,160 @@
+"""`make` and the package: the environment is made, mended and brought up to date."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib.metadata import requires, version
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Stands in for an interpreter: notes what it is asked, and "makes" an environment with itself.
+PYTHON = """#!/bin/sh
+echo "$*" | head -1 | cut -c1-20 >> "{log}"
+case "$*" in
+  "-m venv"*) mkdir -p .venv/bin && cp "{self}" .venv/bin/python ;;
+  "-m pip"*) test ! -f "{log}.fail" ;;
+  -c*print*) echo "{self}" ;;
+esac
+"""
+
+
+class Clone:
+    """The files that `make setup` needs, in a folder of their own, with a stand-in for Python."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.log, self.python = folder, folder / "log", folder / "python"
+        self.ready = folder / ".venv" / ".ready"
+        for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+            shutil.copy(ROOT / name, folder)
+        self.python.write_text(PYTHON.format(log=self.log, self=self.python))
+        self.python.chmod(0o755)
+
+    def make(self, *args: str) -> subprocess.CompletedProcess[str]:
+        self.log.write_text("")
+        clean = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+        command = ["make", *(args or ("setup", f"PYTHON={self.python}"))]
+        return subprocess.run(command, cwd=self.folder, env=clean, capture_output=True, text=True)
+
+    def did(self, action: str) -> bool:
+        return any(line.startswith(action) for line in self.log.read_text().splitlines())
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Clone:
+    return Clone(tmp_path)
+
+
+def test_the_environment_is_made_once(clone):
+    assert clone.make().returncode == 0
+    assert clone.did("-m venv")
+    assert clone.did("-m pip install")
+    assert clone.make().returncode == 0
+    assert clone.log.read_text() == ""
+
+
+def test_a_half_made_environment_is_made_anew(clone):
+    left_over = clone.folder / ".venv" / "left_over"
+    left_over.parent.mkdir()
+    left_over.touch()
+    clone.make()
+    assert clone.did("-m venv")
+    assert clone.ready.exists()
+    assert not left_over.exists()
+
+
+def test_a_failed_installation_leaves_no_stamp(clone):
+    (clone.folder / "log.fail").touch()
+    assert clone.make().returncode != 0
+    assert not clone.ready.exists()
+    (clone.folder / "log.fail").unlink()
+    assert clone.make().returncode == 0
+    assert clone.ready.exists()
+
+
+def test_changed_constraints_are_installed_in_place(clone):
+    clone.make()
+    os.utime(clone.ready, (1, 1))
+    assert clone.make().returncode == 0
+    assert clone.did("-m pip install")
+    assert not clone.did("-m venv")
+
+
+def test_an_environment_whose_interpreter_is_gone_is_made_anew(clone):
+    clone.make()
+    os.utime(clone.ready, (1, 1))
+    (clone.folder / ".venv" / "bin" / "python").unlink()
+    assert clone.make().returncode == 0
+    assert clone.did("-m venv")
+
+
+def test_interpreters_that_do_not_start_or_fit_are_passed_over(clone):
+    old = clone.folder / "old"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    assert clone.make("setup", f"PYTHON=no-such-python {old} {clone.python}").returncode == 0
+    assert clone.did("-m venv")
+
+
+def test_without_a_usable_interpreter_the_remedy_is_told(clone):
+    outcome = clone.make("setup", "PYTHON=no-such-python")
+    assert outcome.returncode != 0
+    assert "No usable Python among: no-such-python" in outcome.stderr
+    assert "Python 3.11, 3.12 or 3.13" in outcome.stderr
+    assert not clone.ready.parent.exists()
+
+
+def test_help_lists_every_target(clone):
+    listed = clone.make("help").stdout
+    for target in ["setup", "train", "test", "lint", "bench", "parity", "clean", "help"]:
+        assert f"  make {target} " in listed
+    assert clone.make("-s").stdout == listed
+
+
+def test_whatever_is_installed_is_pinned():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    requirements = [Requirement(line) for line in lines if not line.startswith("#")]
+    assert all(str(one.specifier).startswith("==") and not one.url for one in requirements)
+    pinned = {canonicalize_name(one.name) for one in requirements}
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    waiting = [*map(Requirement, project["dependencies"] + extras["train"] + extras["dev"])]
+    seen = set()
+    while waiting:
+        one = waiting.pop()
+        if str(one) not in seen:
+            seen.add(str(one))
+            assert canonicalize_name(one.name) in pinned
+            for extra in one.extras or {""}:
+                needs = map(Requirement, requires(one.name) or [])
+                waiting += [x for x in needs if not x.marker or x.marker.evaluate({"extra": extra})]
+    assert len(seen) > len(extras["train"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(int(version("setuptools").split(".")[0]) < 77, reason="needs make's setuptools")
+def test_the_package_holds_the_library_alone(tmp_path):
+    for folder in ("linen_nnx/inner", "linen_nnx", "model", "training", "configs", "tests"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / "__init__.py").touch()
+    for name in ("train.py", "convert.py"):
+        (tmp_path / name).touch()
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", "out"]
+    subprocess.run([*pip, "."], cwd=tmp_path, check=True, capture_output=True)
+    (wheel,) = (tmp_path / "out").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        scripts = archive.read(next(name for name in names if name.endswith("entry_points.txt")))
+    top = {name.split("/")[0] for name in names}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"linen_nnx"}
+    assert "linen_nnx/inner/__init__.py" in names
+    assert scripts.decode().split("\n")[1] == "linen-nnx = linen_nnx.cli:main"

@@ -1,0 +1,210 @@
+"""What training does: losses fall, both halves move, a frozen half stays; and what it shows."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import STAGES, Train
+
+from linen_nnx.tree import flatten
+from model import families
+from model.stages import HALVES, Stage
+from training import checkpoints
+
+
+def rows(run_dir: Path, split: str) -> list[dict[str, Any]]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["split"] == split]
+
+
+def params(run_dir: Path, step: int) -> dict[str, np.ndarray]:
+    import orbax.checkpoint as ocp
+
+    saved = checkpoints.find(run_dir / "checkpoints" / str(step))
+    with ocp.StandardCheckpointer() as reader:
+        return flatten({"params": reader.restore(saved.path / "state")["params"]})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", ["lm", "digits", "diabetes"])
+def test_the_loss_decreases_over_training(train: Train, experiment: str) -> None:
+    run_dir = train(experiment, "steps=150", "eval.every=50", "optimizer.lr=5e-3")
+    losses = [row["loss"] for row in rows(run_dir, "train")]
+    evals = [row["loss"] for row in rows(run_dir, "eval")]
+    assert np.mean(losses[-20:]) < 0.9 * np.mean(losses[:20])
+    assert evals[-1] < evals[0]
+
+
+@pytest.mark.parametrize("stage_name", STAGES)
+@pytest.mark.parametrize(("features", "hidden", "outputs"), [(3, 4, 1), (10, 16, 2), (1, 7, 3)])
+def test_one_small_sgd_step_lowers_the_loss_whatever_the_seed(
+    stage_name: str, features: int, hidden: int, outputs: int
+) -> None:
+    """Of the hybrid and its siblings: 50 seeds for each of 12 programs, dropout on."""
+    family = families.create({
+        "family": "mlp", "features": features, "hidden": hidden, "outputs": outputs,
+        "dropout": 0.2, "dtype": "float32",
+    })  # fmt: skip
+    stage = Stage(stage_name, family, jnp.zeros((8, features)))
+
+    def losses(seed: Any) -> Any:
+        keys = jax.random.split(jax.random.key(seed), 4)
+        variables = stage._root.init(keys[0])
+        batch = {
+            "inputs": jax.random.normal(keys[1], (8, features)),
+            "targets": jax.random.normal(keys[2], (8, outputs)),
+        }
+
+        def loss(leaves: Any) -> Any:
+            from linen_nnx.tree import unflatten
+
+            tree = unflatten(leaves)
+            out, _ = stage.apply(tree, batch["inputs"], train=True, key=keys[3])
+            return family.losses(out, batch)["loss"].mean()
+
+        before, grads = jax.value_and_grad(loss)(variables)
+        after = loss(jax.tree.map(lambda p, g: p - 1e-3 * g, variables, grads))
+        norms = {
+            half: optax.tree.norm([g for p, g in grads.items() if p.split("/")[1] == half])
+            for half in HALVES
+        }
+        return before, after, norms
+
+    before, after, norms = jax.jit(jax.vmap(losses))(jnp.arange(50))
+    assert (np.asarray(after) < np.asarray(before)).all()
+    for half in HALVES:
+        assert (np.asarray(norms[half]) > 0).all()
+
+
+@pytest.mark.parametrize("stage_name", STAGES)
+def test_every_parameter_of_both_halves_moves(train: Train, stage_name: str) -> None:
+    run_dir = train("digits", f"stage={stage_name}", "steps=4", "checkpoint.every=1",
+                    "checkpoint.keep=9", "optimizer.warmup=0")  # fmt: skip
+    before, after = params(run_dir, 1), params(run_dir, 4)
+    assert before.keys() == after.keys()
+    still = [path for path in before if (before[path] == after[path]).all()]
+    assert still == []
+
+
+@pytest.mark.parametrize("rule", ["adamw", "sgd"])
+@pytest.mark.parametrize("frozen", HALVES)
+def test_a_frozen_half_stays_exactly_as_it_was(train: Train, frozen: str, rule: str) -> None:
+    run_dir = train("digits", "steps=4", f"optimizer.{frozen}.freeze=true", "checkpoint.every=1",
+                    "checkpoint.keep=9", "optimizer.warmup=0", f"optimizer={rule}",
+                    "optimizer.weight_decay=0.1", "optimizer.ema=0.9",
+                    "optimizer.accumulate=2")  # fmt: skip
+    before, after = params(run_dir, 1), params(run_dir, 4)
+    for path, leaf in before.items():
+        same = leaf.tobytes() == after[path].tobytes()
+        assert same == (path.split("/")[1] == frozen), path
+
+
+def test_a_half_learns_at_its_own_rate(train: Train) -> None:
+    options = ("steps=1", "optimizer=sgd", "optimizer.lr=0.1", "optimizer.warmup=0",
+               "optimizer.clip_norm=null", "optimizer.schedule=constant")  # fmt: skip
+    start = params(train("diabetes", *options, "optimizer.lr=1e-30"), 1)
+    even = params(train("diabetes", *options), 1)
+    slow = params(train("diabetes", *options, "optimizer.encoder.lr_factor=0.5"), 1)
+    for path, leaf in start.items():
+        factor = 0.5 if path.startswith("params/encoder") else 1.0
+        np.testing.assert_allclose(
+            slow[path] - leaf, factor * (even[path] - leaf), rtol=1e-3, atol=1e-7
+        )
+
+
+def test_accumulation_averages_the_gradients_of_its_batches(train: Train) -> None:
+    """Two batches at the same parameters, then one update."""
+    options = ("steps=4", "optimizer.accumulate=2", "optimizer.warmup=0", "checkpoint.every=1",
+               "checkpoint.keep=9")  # fmt: skip
+    run_dir = train("diabetes", *options)
+    states = {step: params(run_dir, step) for step in (1, 2, 3, 4)}
+    assert all((states[2][path] == states[3][path]).all() for path in states[1])
+    assert any((states[1][path] != states[2][path]).any() for path in states[1])
+    assert any((states[3][path] != states[4][path]).any() for path in states[1])
+
+
+def test_the_schedule_is_as_long_as_the_run(train: Train) -> None:
+    run_dir = train("diabetes", "steps=20", "optimizer.warmup=4", "optimizer.lr=1",
+                    "optimizer.end_lr_factor=0.25", "optimizer.schedule=linear")  # fmt: skip
+    rates = [row["lr"] for row in rows(run_dir, "train")]
+    assert rates[:5] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert rates[-1] == pytest.approx(1 - 0.75 * 15 / 16, rel=1e-6)
+
+
+def test_clipping_and_logging_know_the_norm_of_the_whole_gradient(train: Train) -> None:
+    """With SGD at rate 1 the update is the clipped gradient itself."""
+    options = ("steps=1", "optimizer=sgd", "optimizer.lr=1", "optimizer.warmup=0",
+               "optimizer.clip_norm=0.01", "optimizer.schedule=constant")  # fmt: skip
+    start = params(train("diabetes", *options, "optimizer.lr=1e-30"), 1)
+    run_dir = train("diabetes", *options)
+    moved = params(run_dir, 1)
+    step = np.sqrt(sum(np.square(moved[path] - leaf).sum() for path, leaf in start.items()))
+    (row,) = rows(run_dir, "train")
+    assert np.hypot(row["grad_norm_encoder"], row["grad_norm_head"]) > 0.01
+    assert step == pytest.approx(0.01, rel=1e-3)
+
+
+def test_evaluation_uses_the_averaged_parameters(train: Train) -> None:
+    plain = rows(train("diabetes", "steps=30", "eval.every=30"), "eval")
+    averaged = rows(train("diabetes", "steps=30", "eval.every=30", "optimizer.ema=0.99"), "eval")
+    assert plain[0]["loss"] != averaged[0]["loss"]
+
+
+def test_overfitting_one_batch_learns_it_by_heart(train: Train) -> None:
+    run_dir = train("diabetes", "debug=overfit", "steps=300", "optimizer.lr=1e-2",
+                    "model.dropout=0.0", "data.batch=8")  # fmt: skip
+    losses = [row["loss"] for row in rows(run_dir, "train")]
+    assert losses[-1] < 1e-2 * losses[0]
+
+
+def test_one_step_goes_the_whole_path_once(train: Train, tmp_path: Path) -> None:
+    run_dir = train("diabetes", "debug=one_step", f"run_dir={tmp_path / 'one'}")
+    assert len(rows(run_dir, "train")) == 1
+    assert (run_dir / "checkpoints" / "1" / "state").is_dir()
+
+
+def test_a_profile_is_recorded(train: Train) -> None:
+    run_dir = train("diabetes", "debug=profile", "steps=20")
+    assert list(run_dir.glob("plugins/profile/*/*.xplane.pb"))
+
+
+def test_debug_nans_names_the_operation(train: Train) -> None:
+    with pytest.raises(FloatingPointError, match=r"invalid value \((nan|inf)\) encountered in \w+"):
+        train("diabetes", "debug=nans", "steps=300", "optimizer=sgd", "optimizer.lr=1e12",
+              "optimizer.clip_norm=null", "optimizer.warmup=0")  # fmt: skip
+
+
+def test_tensorboard_reads_what_a_run_writes(train: Train) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_dir = train("digits", "log.tensorboard=true", "steps=20", "eval.every=10", "log_every=2",
+                    "log.histograms_every=10", "log.samples=9", "stop_at=10")  # fmt: skip
+    train("digits", "log.tensorboard=true", "steps=20", "eval.every=10", "log_every=2",
+          "log.histograms_every=10", "log.samples=9", f"run_dir={run_dir}")  # fmt: skip
+
+    events = EventAccumulator(str(run_dir)).Reload()
+    tags = events.Tags()
+    for name in ("train/loss", "train/lr", "train/grad_norm_encoder", "train/grad_norm_head",
+                 "train/examples_per_second", "eval/loss", "eval/accuracy"):  # fmt: skip
+        assert name in tags["scalars"]
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(2, 21, 2))
+    written = [row["loss"] for row in rows(run_dir, "train")]
+    assert [event.value for event in events.Scalars("train/loss")] == written
+    assert "params/encoder/stem/kernel" in tags["histograms"]
+    assert "misclassified" in tags["images"]
+    assert "config/text_summary" in tags["tensors"]
+
+
+def test_the_language_model_writes_a_sample(
+    train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train("lm", "steps=2", "log.samples=30", "eval.every=2")
+    out = capsys.readouterr().out
+    assert "sample after the prompt" in out
+    assert "baseline bigram" in out
+    assert "baseline uniform      5.5452" in out

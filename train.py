@@ -1,0 +1,35 @@
+"""Trains a model at one stage of the migration from Linen to nnx; see `python train.py --help`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from configs.schema import Config
+from training import cli
+
+
+def main(cfg: Config) -> None:
+    """Trains as configured.
+
+    Raises:
+        Refused: with a message alone for whatever a person can put right.
+    """
+    from linen_nnx import RuleError
+    from model.stages import VariablesError
+    from training.errors import Refused
+    from training.loop import train
+
+    try:
+        train(cfg)
+    except (RuleError, VariablesError) as error:
+        raise Refused(str(error)) from None
+
+
+def check_model(model: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` for model options that the family does not have."""
+    from model.families import create
+
+    create(model)
+
+
+if __name__ == "__main__":
+    cli.run(main, check_model)

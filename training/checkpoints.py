@@ -1,0 +1,188 @@
+"""Checkpoints of a run: the latest few under `checkpoints/`, the best one under `best/`.
+
+Each step directory is self-sufficient: the item `state` is the plain tree of `State.tree`, `data`
+the position of the data iterator, and `run` the resolved configuration (its stage included) with
+the rule book, so that a checkpoint alone suffices to change stage. `digests.json` beside them holds
+a hash of every file, for Orbax restores a flipped bit as a wrong value.
+"""
+
+import json
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from configs import schema
+from linen_nnx import digests
+from model.stages import check
+from training.errors import Refused
+from training.state import State
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint found on disk, its arrays unread."""
+
+    path: Path
+    step: int
+    data: dict[str, Any]
+    run: dict[str, Any]
+
+    def verify(self) -> bool:
+        """Compares every file with its digest; False if there are none to compare with.
+
+        Raises:
+            Refused: when a file is missing, foreign or altered, naming each.
+        """
+        try:
+            return digests.check(self.path)
+        except digests.DigestError as error:
+            others = [step for step in _steps(self.path.parent) if step != self.step]
+            raise Refused(
+                f"{error}\nRemove {self.path} to go on from an earlier step "
+                f"({', '.join(map(str, others)) or 'there is none'})."
+            ) from None
+
+    def restore(self, like: State) -> State:
+        """The saved state, laid out as `like` (arrays or shapes and dtypes).
+
+        Raises:
+            VariablesError: when shapes, dtypes or names differ, naming each. Orbax would cast.
+        """
+        abstract = jax.tree.map(_placed, like.tree())
+        found: Any = ocp.PyTreeCheckpointHandler().metadata(self.path / "state")  # pyrefly: ignore
+        check(named(found.tree), named(abstract), f"the state in {self.path}")
+        with ocp.StandardCheckpointer() as reader:
+            return State.from_tree(reader.restore(self.path / "state", abstract))
+
+
+def find(path: Path) -> Saved:
+    """The newest checkpoint of a run directory or a checkpoint root, or the step directory itself.
+
+    Raises:
+        Refused: when there is none, saying what was found instead.
+    """
+    for root in (path / "checkpoints", path):
+        steps = _steps(root)
+        if steps:
+            return _saved(root / str(steps[-1]))
+    if (path / "state").is_dir() and path.name.isdigit():
+        return _saved(path)
+    if not path.exists():
+        raise Refused(f"There is no checkpoint at {path}: no such file or directory.")
+    entries = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
+    raise Refused(
+        f"There is no checkpoint of this template at {path}. Expected a run directory (with "
+        f"checkpoints/<step>/), a checkpoint root or a step directory; found {entries}."
+    )
+
+
+class Checkpoints:
+    """Asynchronous saves of one run."""
+
+    def __init__(self, run_dir: Path, cfg: schema.Checkpoint, run: dict[str, Any]) -> None:
+        """`run` is what the item of that name holds: config, stage and rules."""
+        self._cfg, self._run = cfg, run
+        self._latest = _manager(run_dir / "checkpoints", cfg.keep)
+        self._best = _manager(run_dir / "best", 1) if cfg.best else None
+        self._background = ThreadPoolExecutor(1, "digests")
+        self._digested: Future[None] | None = None
+
+    def save(self, state: State, data: dict[str, Any], *, best: bool = False) -> None:
+        """Saves the state after its step; returns once its arrays are copied from the device.
+
+        Args:
+            state: what to save; it may be donated afterwards.
+            data: the data iterator's position after this step.
+            best: save as the best so far instead of as the latest.
+        """
+        manager = self._best if best else self._latest
+        if manager is None:
+            return
+        self._wait()
+        step = int(state.step)
+        manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state.tree()),
+                data=ocp.args.JsonSave(data),
+                run=ocp.args.JsonSave(self._run),
+            ),
+        )
+        self._digested = self._background.submit(_digest, manager, step)
+
+    def forget_best_after(self, step: int) -> None:
+        """Deletes best checkpoints that the run, going on from `step`, will draw again."""
+        if self._best is not None:
+            for later in [s for s in self._best.all_steps() if s > step]:
+                self._best.delete(later)
+
+    def close(self) -> None:
+        """Waits until every save is on disk, with its digests."""
+        self._wait()
+        self._background.shutdown()
+        for manager in (self._latest, self._best):
+            if manager is not None:
+                manager.close()
+
+    def _wait(self) -> None:
+        """Waits for the save before: a later one may delete the directory that is being hashed."""
+        if self._digested is not None:
+            self._digested.result()
+
+
+def save_aside(path: Path, state: State) -> None:
+    """Writes a state that no run should resume from, to be looked at. Replaces an earlier one."""
+    if path.exists():
+        shutil.rmtree(path)
+    with ocp.StandardCheckpointer() as writer:
+        writer.save(path.absolute(), state.tree())
+
+
+def _digest(manager: ocp.CheckpointManager, step: int) -> None:
+    manager.wait_until_finished()
+    digests.write(Path(manager.directory) / str(step))
+
+
+def _manager(root: Path, keep: int) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+    return ocp.CheckpointManager(root.absolute(), options=options)
+
+
+def _steps(root: Path) -> list[int]:
+    """The committed steps below a checkpoint root; half-written ones have another name."""
+    if not root.is_dir():
+        return []
+    names = [entry.name for entry in root.iterdir() if (entry / "state").is_dir()]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def _saved(path: Path) -> Saved:
+    items = {}
+    for item in ("data", "run"):
+        file = path / item / "metadata"
+        try:
+            items[item] = json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise Refused(
+                f"The checkpoint {path} has no readable item {item!r} ({error}): it was not "
+                "written by this template, or it is damaged."
+            ) from None
+    return Saved(path.absolute(), int(path.name), items["data"], items["run"])
+
+
+def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None:
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def named(tree: Any) -> dict[str, Any]:
+    """Leaves by path, whatever the containers: tuples and named tuples become indices and names."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

@@ -1,0 +1,74 @@
+"""A stage-independent view of the parameters, for all that reduces over leaves or names them.
+
+A sum over leaves taken in the tree's own order rounds differently wherever names sort differently;
+a mask by rank changes where layers are stacked. So both work on the leaves in nnx form, whatever
+the stage, and sums are sorted before they are added. Then the order of names has no effect.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from linen_nnx import RuleBook
+from linen_nnx.plan import Step
+from linen_nnx.tree import flatten
+from model.stages import HALVES, STAGES, Leaves, Stage
+
+
+class View:
+    """The parameters of one stage, seen as the leaves of the all-nnx model."""
+
+    def __init__(self, stage: Stage, rules: RuleBook | None) -> None:
+        """`rules` may be None when the stage is all nnx, where there is nothing to translate."""
+        self._steps: dict[str, list[Step]] = {}
+        self._ranks: dict[str, list[tuple[str, int]]] = {}
+        for half in HALVES:
+            specs = {p: s for p, s in stage.abstract.items() if p.split("/")[1] == half}
+            if getattr(STAGES[stage.name], half) == "nnx":
+                for path, spec in specs.items():
+                    self._ranks[path] = [(path.split("/", 1)[1], len(spec.shape))]
+                continue
+            if rules is None:
+                raise ValueError(f"Stage {stage.name!r} has a Linen {half}: it needs a rule book.")
+            plan = rules.within(half).plan(specs, to="nnx")
+            self._steps[half] = [s for s in plan.steps if s.sources[0].startswith("params/")]
+            for step in self._steps[half]:
+                ranks = [
+                    (path, len(spec.shape))
+                    for path, spec in zip(step.targets, step.specs, strict=True)
+                ]
+                self._ranks |= dict.fromkeys(step.sources, ranks)
+
+    def leaves(self, params: Mapping[str, Any], halves: Collection[str] = HALVES) -> Leaves:
+        """`{nnx path: array}` of a params-shaped tree of arrays or tracers, for some halves."""
+        result: Leaves = {}
+        for half in halves:
+            own = flatten({"params": {half: params[half]}})
+            if half in self._steps:
+                for step in self._steps[half]:
+                    arrays = step.run([own[path] for path in step.sources])
+                    result |= zip(step.targets, arrays, strict=True)
+            else:
+                result |= {path.split("/", 1)[1]: leaf for path, leaf in own.items()}
+        return result
+
+    def norm(self, params: Mapping[str, Any], halves: Collection[str] = HALVES) -> Array:
+        """The Euclidean norm over all leaves of the halves: float32 scalar, alike at each stage."""
+        squares = [
+            jnp.sum(jnp.square(leaf.astype(jnp.float32)))
+            for leaf in self.leaves(params, halves).values()
+        ]
+        return jnp.sqrt(jnp.sum(jnp.sort(jnp.stack(squares))))
+
+    def mask(self, test: Callable[[str, int], bool]) -> dict[str, bool]:
+        """`{"half/path" at this stage: bool}`: whether `test(nnx path, rank)` holds for the leaf.
+
+        Where a leaf stacks several nnx leaves, it holds if it does for all of them.
+        """
+        return {
+            path.split("/", 1)[1]: all(test(*leaf) for leaf in leaves)
+            for path, leaves in self._ranks.items()
+            if path.startswith("params/")
+        }

@@ -1,0 +1,85 @@
+"""Takes the metrics of each step while the device works on the next, and writes them where due."""
+
+import math
+from typing import Any
+
+import jax
+from jax import Array
+
+from training.board import Board
+from training.metrics import Metrics
+from training.terminal import Terminal, say
+
+
+class NonFiniteError(Exception):
+    """The loss of a step is NaN or infinite."""
+
+    def __init__(self, step: int, value: float) -> None:
+        super().__init__(f"The loss of step {step} is {value}.")
+        self.step, self.value = step, value
+
+
+class Recorder:
+    """Rows for `metrics.jsonl`, scalars for TensorBoard, text for the terminal.
+
+    The metrics of step k are fetched after step k + 1 was dispatched, so that a row costs no wait.
+    The loss of every step is looked at, also of those without a row.
+    """
+
+    def __init__(self, metrics: Metrics, board: Board, terminal: Terminal, every: int) -> None:
+        """`every`: steps between two train rows."""
+        self._metrics, self._board, self._terminal = metrics, board, terminal
+        self._every = every
+        self._pending: list[tuple[int, dict[str, Array]]] = []
+
+    def train(self, step: int, values: dict[str, Array]) -> None:
+        """Takes the metrics that step `step` will have computed.
+
+        Raises:
+            NonFiniteError: for an earlier step.
+        """
+        self._pending.append((step, values))
+        if len(self._pending) > 1 and self._pending[-2][0] % self._every == 0:
+            self._write(keep=1)
+
+    def drain(self) -> None:
+        """Waits for all steps so far and writes what is due of them.
+
+        Raises:
+            NonFiniteError: for any of them.
+        """
+        self._write(keep=0)
+        self._terminal.pause()
+
+    def eval(self, step: int, values: dict[str, float]) -> bool:
+        """Writes the validation metrics after a step; True if their loss is the lowest so far."""
+        before = [row["loss"] for row in self._metrics.rows if row["split"] == "eval"]
+        if not math.isfinite(values["loss"]):
+            raise NonFiniteError(step, values["loss"])
+        self._metrics.write({"step": step, "split": "eval", **values})
+        self._board.scalars(step, {f"eval/{name}": value for name, value in values.items()})
+        text = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        say(f"step {step}: validation {text}")
+        return all(values["loss"] < loss for loss in before)
+
+    def _write(self, keep: int) -> None:
+        count = len(self._pending) - keep
+        ready, self._pending = self._pending[:count], self._pending[count:]
+        wanted = [values if self._is_row(step) else values["loss"] for step, values in ready]
+        for (step, _), values in zip(ready, jax.device_get(wanted), strict=True):
+            loss = float(values["loss"] if self._is_row(step) else values)
+            if not math.isfinite(loss):
+                raise NonFiniteError(step, loss)
+            if self._is_row(step):
+                self._row(step, {name: float(value) for name, value in values.items()})
+
+    def _is_row(self, step: int) -> bool:
+        return step % self._every == 0
+
+    def _row(self, step: int, values: dict[str, float]) -> None:
+        self._metrics.write({"step": step, "split": "train", **values})
+        scalars: dict[str, Any] = {f"train/{name}": value for name, value in values.items()}
+        rate = self._terminal.step(step, values["loss"])
+        if rate is not None:
+            scalars["train/examples_per_second"] = rate
+        self._board.scalars(step, scalars)

@@ -1,0 +1,93 @@
+"""Something to look at beside numbers: text that the model writes, digits that it gets wrong."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from configs.schema import Config
+from training import data
+from training.board import Board
+from training.state import Program, State
+
+SCALE = 8  # screen pixels per pixel of a digit
+
+
+def show(cfg: Config, program: Program, dataset: data.Dataset, state: State, board: Board) -> str:
+    """Shows samples of the model in TensorBoard, if the data has a kind that can be shown.
+
+    Returns:
+        What a terminal can show of them; empty where there is nothing.
+    """
+    if not cfg.log.samples:
+        return ""
+    step = int(state.step)
+    if cfg.data.name == "text":
+        prompt, text = write_text(cfg, program, dataset, state)
+        board.text(step, "sample", f"{prompt}|{text}")
+        return f"sample after the prompt {prompt[-40:]!r}:\n{text}"
+    if cfg.data.name == "digits":
+        image, wrong = misclassified(cfg, program, dataset, state)
+        if wrong:
+            board.image(step, "misclassified", image)
+        return f"{wrong} misclassified digits in the first validation batches: see TensorBoard"
+    return ""
+
+
+def write_text(
+    cfg: Config, program: Program, dataset: data.Dataset, state: State
+) -> tuple[str, str]:
+    """A prompt from the validation text, and `log.samples` bytes that the model writes after it.
+
+    Sampled at temperature 0.8 with a key that depends on the seed and the step alone.
+    """
+    prompt = dataset.validation.take(np.array([0]))["inputs"]
+    key = jax.random.fold_in(jax.random.key(cfg.seed + 1), state.step)
+
+    def extend(window: Array, index: Array) -> tuple[Array, Array]:
+        logits, _ = program.stage.apply(variables, window, train=False)
+        byte = jax.random.categorical(jax.random.fold_in(key, index), logits[:, -1] / 0.8)
+        byte = byte.astype(window.dtype)
+        return jnp.concatenate([window[:, 1:], byte[:, None]], axis=1), byte[0]
+
+    variables = program.evaluated(state)
+    _, written = jax.lax.scan(extend, jnp.asarray(prompt), jnp.arange(cfg.log.samples))
+    return _decoded(prompt[0]), _decoded(np.asarray(written))
+
+
+def misclassified(
+    cfg: Config, program: Program, dataset: data.Dataset, state: State
+) -> tuple[np.ndarray, int]:
+    """A grid of up to `log.samples` validation digits that the model gets wrong.
+
+    Returns:
+        The grid, (height, width, 3) uint8, each digit with a bar of its predicted class in red
+        beneath it; and how many there are in all.
+    """
+    tiles, wrong = [], 0
+    variables = program.evaluated(state)
+    predict = jax.jit(lambda x: program.stage.apply(variables, x, train=False)[0].argmax(-1))
+    for batch in data.eval_batches(dataset, cfg.data, cfg.eval.batches):
+        guesses = np.asarray(predict(batch["inputs"]))
+        for index in np.flatnonzero((guesses != batch["targets"]) & (batch["weight"] > 0)):
+            wrong += 1
+            if len(tiles) < cfg.log.samples:
+                tiles.append(_tile(batch["inputs"][index, ..., 0], int(guesses[index])))
+    columns = int(np.ceil(np.sqrt(max(1, len(tiles)))))
+    blank = np.zeros_like(tiles[0]) if tiles else np.zeros((1, 1, 3), np.uint8)
+    tiles += [blank] * (-len(tiles) % columns)
+    rows = [np.concatenate(tiles[i : i + columns], 1) for i in range(0, len(tiles), columns)]
+    return np.concatenate(rows, 0) if rows else blank, wrong
+
+
+def _tile(image: np.ndarray, guess: int) -> np.ndarray:
+    """(height, width) float32 in [0, 1] enlarged, with a red bar as long as the guessed class."""
+    gray = np.kron(image, np.ones((SCALE, SCALE), np.float32))
+    tile = np.repeat((gray * 255).astype(np.uint8)[..., None], 3, axis=2)
+    bar = np.zeros((SCALE, tile.shape[1], 3), np.uint8)
+    bar[2:-2, : guess * tile.shape[1] // 10, 0] = 255
+    return np.concatenate([tile, bar, np.zeros_like(bar)], axis=0)
+
+
+def _decoded(values: np.ndarray) -> str:
+    return bytes(values.astype(np.uint8)).decode("utf-8", errors="replace")

@@ -1,0 +1,157 @@
+"""Where a run starts: the one place that decides between resume, init_from and scratch.
+
+    1. its own run directory holds a checkpoint: go on from it (resume=auto or must);
+    2. else `init_from`: take the whole state of another run, at whatever stage, and go on from it;
+    3. else scratch.
+
+Nothing is written before every check has passed.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from configs.build import build
+from configs.schema import Config
+from linen_nnx import RuleBook
+from model import families
+from model.stages import Stage, check
+from training import checkpoints
+from training.data import TrainIterator
+from training.errors import Refused
+from training.state import Program, State, translate_state
+from training.terminal import say
+
+# What may change when a run goes on; everything else would bend its curve.
+FREE = ("stop_at", "log_every", "resume", "init_from", "run_dir", "eval", "checkpoint", "log")
+
+
+def load_rules(family: families.Family) -> RuleBook | None:
+    """The family's rule book; None where it has none, which suffices at stage `nnx`."""
+    if not family.rules_path.exists():
+        return None
+    book = RuleBook.load(family.rules_path)
+    if not book.invertible:
+        raise Refused(
+            f"{family.rules_path} has rules that lose or change values (drop, init, scale); a "
+            "family's stages need rules that lead back bit for bit."
+        )
+    return book
+
+
+def begin(cfg: Config, program: Program, batches: TrainIterator) -> State:
+    """The state the run starts from, with the data iterator moved to the same step.
+
+    Raises:
+        Refused: when the run directory belongs to another run, or what was asked for is missing.
+    """
+    run_dir = Path(cfg.run_dir)
+    own = _own(cfg, run_dir)
+    if own is None and cfg.init_from is None:
+        return program.init()
+    saved = own or checkpoints.find(Path(str(cfg.init_from)))
+    if cfg.checkpoint.verify and not saved.verify():
+        say(f"{saved.path} has no digests to verify it with; its arrays are taken as they are.")
+    state = saved.restore(program.abstract()) if own else _translated(cfg, program, saved)
+    batches.set_state(saved.data)
+    return state
+
+
+def run_item(cfg: Config, rules: RuleBook | None) -> dict[str, Any]:
+    """What a checkpoint says of its run, in plain values: config, stage, rules."""
+    return {
+        "config": dataclasses.asdict(cfg),
+        "stage": cfg.stage,
+        "rules": None if rules is None else rules.to_dict(),
+    }
+
+
+def write_run(cfg: Config, rules: RuleBook | None) -> None:
+    """Creates the run directory with `config.yaml` and `rules.yaml`, or brings them up to date."""
+    run_dir = Path(cfg.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False)
+    part = run_dir / "config.yaml.part"
+    part.write_text(text)
+    part.replace(run_dir / "config.yaml")
+    if rules is not None:
+        rules.save(run_dir / "rules.yaml")
+
+
+def _own(cfg: Config, run_dir: Path) -> checkpoints.Saved | None:
+    """The newest checkpoint of the run directory, if the run may go on from it."""
+    if not run_dir.exists() or not any(run_dir.iterdir()):
+        if cfg.resume == "must":
+            raise Refused(f"resume=must, but there is no run in {run_dir}.")
+        return None
+    if cfg.resume == "never":
+        raise Refused(
+            f"resume=never, but {run_dir} already holds a run. Nothing is overwritten here: choose "
+            "another run_dir, or remove that folder yourself."
+        )
+    file = run_dir / "config.yaml"
+    if not file.exists():
+        raise Refused(
+            f"{run_dir} is not empty and holds no run (no config.yaml). Choose another run_dir."
+        )
+    _refuse_other_run(yaml.safe_load(file.read_text()), dataclasses.asdict(cfg), run_dir)
+    try:
+        return checkpoints.find(run_dir / "checkpoints")
+    except Refused:
+        if cfg.resume == "must":
+            raise
+        return None
+
+
+def _refuse_other_run(before: dict[str, Any], now: dict[str, Any], run_dir: Path) -> None:
+    old, new = (
+        {key: value for key, value in flat_config(config).items() if key.split(".")[0] not in FREE}
+        for config in (before, now)
+    )
+    changed = [
+        f"  {key}: was {old.get(key, 'absent')}, is {new.get(key, 'absent')}"
+        for key in sorted(old.keys() | new.keys())
+        if key not in old or key not in new or old[key] != new[key]
+    ]
+    if changed:
+        raise Refused(
+            f"{run_dir} belongs to another run:\n"
+            + "\n".join(changed)
+            + "\nGoing on would bend its curve. Choose another run_dir (and init_from="
+            f"{run_dir}, to start from its state), or set these back."
+        )
+
+
+def _translated(cfg: Config, program: Program, saved: checkpoints.Saved) -> State:
+    source_cfg = build(Config, saved.run["config"])
+    family = families.create(source_cfg.model)
+    stage = Stage(source_cfg.stage, family, program.stage.inputs)
+    book = saved.run["rules"]
+    source_rules = None if book is None else RuleBook.from_dict(book, f"the rules in {saved.path}")
+    state = saved.restore(Program(source_cfg, stage, source_rules).abstract())
+    # By way of nnx, since the two runs may store their Linen layers differently (loop and scan).
+    for rules, here, there in (
+        (source_rules, source_cfg.stage, "nnx"),
+        (program.rules, "nnx", cfg.stage),
+    ):
+        if here != there:
+            if rules is None:
+                raise Refused(f"To go from stage {here} to {there} takes a rule book; none found.")
+            state = translate_state(state, rules, here, there)
+    expected = checkpoints.named(program.abstract().tree())
+    check(checkpoints.named(state.tree()), expected, f"this run, translated from {saved.path}")
+    return state
+
+
+def flat_config(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"optimizer.lr": 0.001, ...}`."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= (
+            flat_config(value, f"{prefix}{key}.")
+            if isinstance(value, dict)
+            else {prefix + key: value}
+        )
+    return flat

@@ -1,0 +1,166 @@
+"""The state of a run as one pytree, and the two compiled steps that act on it.
+
+Step semantics: `step` counts the batches consumed. The k-th batch (k from 1) is drawn when `step`
+is k - 1; its loss is taken before update k; afterwards `step` is k. With accumulation an update
+happens every `accumulate` batches, and the batches between only add to the gradient.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from configs.schema import Config
+from linen_nnx import RuleBook
+from linen_nnx.tree import flatten, unflatten
+from model.stages import HALVES, Stage, Variables, translate
+from training import optimizer
+from training.leaves import View
+
+Batch = dict[str, Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """Everything that training changes.
+
+    Attributes:
+        step: int32 scalar, batches consumed.
+        variables: `{collection: {half: ...}}`, see `model.stages`.
+        opt_state: of the one Optax transformation over both halves.
+        ema: exponential moving average of the parameters, or None.
+    """
+
+    step: Array
+    variables: Variables
+    opt_state: Any
+    ema: Variables | None
+
+    def tree(self) -> dict[str, Any]:
+        """The plain tree that is saved: step, each collection, opt_state and, if kept, ema."""
+        tree = {"step": self.step, **self.variables, "opt_state": self.opt_state}
+        return tree if self.ema is None else tree | {"ema": self.ema}
+
+    @classmethod
+    def from_tree(cls, tree: dict[str, Any]) -> "State":
+        """The inverse of `tree`."""
+        rest = dict(tree)
+        step, opt_state, ema = rest.pop("step"), rest.pop("opt_state"), rest.pop("ema", None)
+        return cls(step, rest, opt_state, ema)
+
+
+class Program:
+    """A stage, an optimizer and the two compiled steps: all that one run computes.
+
+    Attributes:
+        stage: the model at its stage.
+        view: the stage-independent view of its parameters.
+        rules: the family's rule book; None at stage `nnx` without a Linen twin.
+        train_step: `(state, batch) -> (state, metrics)`, jitted, donating `state`; metrics are
+            float32 scalars: the batch means of the family's losses, `lr`, and `grad_norm_<half>`.
+        eval_step: `(state, batch) -> {metric: sum, "weight": sum}`, jitted; uses the EMA if kept.
+    """
+
+    def __init__(self, cfg: Config, stage: Stage, rules: RuleBook | None) -> None:
+        self.stage, self.rules, self._cfg = stage, rules, cfg
+        self.view = View(stage, rules)
+        self.optimizer = optimizer.create(cfg.optimizer, cfg.steps, self.view)
+        self._schedule = optimizer.schedule(cfg.optimizer, cfg.steps)
+        self.train_step = jax.jit(self._train_step, donate_argnums=0)
+        self.eval_step = jax.jit(self._eval_step)
+
+    def init(self) -> State:
+        """The state before the first batch; parameters as `init` says, alike at every stage."""
+        return self.start(initial_variables(self._cfg, self.stage, self.rules))
+
+    def start(self, variables: Variables) -> State:
+        """A state at step 0 with the given variables."""
+        params = variables["params"]
+        ema = None if self._cfg.optimizer.ema is None else jax.tree.map(jnp.copy, params)
+        opt_state = jax.jit(self.optimizer.init)(params)
+        return State(jnp.zeros((), jnp.int32), variables, opt_state, ema)
+
+    def abstract(self) -> State:
+        """The state's shapes and dtypes, without computing anything."""
+        return jax.eval_shape(self.start, unflatten(self.stage.abstract))
+
+    def _train_step(self, state: State, batch: Batch) -> tuple[State, dict[str, Array]]:
+        cfg = self._cfg.optimizer
+        key = jax.random.fold_in(jax.random.key(self._cfg.seed), state.step)
+        rest = {name: tree for name, tree in state.variables.items() if name != "params"}
+
+        def loss_fn(params: Variables) -> tuple[Array, tuple[Variables, dict[str, Array]]]:
+            variables = {"params": params, **rest}
+            outputs, updates = self.stage.apply(variables, batch["inputs"], train=True, key=key)
+            means = {k: v.mean() for k, v in self.stage.family.losses(outputs, batch).items()}
+            return means["loss"], (updates, means)
+
+        params = state.variables["params"]
+        grads, (updates, metrics) = jax.grad(loss_fn, has_aux=True)(params)
+        # Without it XLA fuses the end of the backward pass into the update, whose rounding would
+        # then depend on how a stage stores the leaves: stacked, or cut out of a scan's stack.
+        grads = jax.lax.optimization_barrier(grads)
+        steps, opt_state = self.optimizer.update(grads, state.opt_state, params)
+        params = optax.apply_updates(params, steps)
+        ema = state.ema
+        if cfg.ema is not None and ema is not None:
+            moved = optax.incremental_update(params, ema, 1 - cfg.ema)
+            updated = (state.step + 1) % cfg.accumulate == 0
+            ema = jax.tree.map(lambda new, old: jnp.where(updated, new, old), moved, ema)
+        metrics |= {f"grad_norm_{half}": self.view.norm(grads, [half]) for half in HALVES}
+        metrics["lr"] = jnp.asarray(self._schedule(state.step // cfg.accumulate), jnp.float32)
+        state = State(state.step + 1, {"params": params, **rest, **updates}, opt_state, ema)
+        return state, metrics
+
+    def _eval_step(self, state: State, batch: Batch) -> dict[str, Array]:
+        outputs, _ = self.stage.apply(self.evaluated(state), batch["inputs"], train=False)
+        values = self.stage.family.losses(outputs, batch)
+        sums = {name: (value * batch["weight"]).sum() for name, value in values.items()}
+        return {**sums, "weight": batch["weight"].sum()}
+
+    def evaluated(self, state: State) -> Variables:
+        """The variables that evaluation uses: the EMA of the parameters, if one is kept."""
+        return state.variables if state.ema is None else {**state.variables, "params": state.ema}
+
+
+def initial_variables(cfg: Config, stage: Stage, rules: RuleBook | None) -> Variables:
+    """Fresh variables of a stage: `init: linen` draws them in the Linen twin and translates them,
+    so that every stage starts from the same bits; `init: native` lets the stage draw its own."""
+    key = jax.random.key(cfg.seed)
+    if cfg.init == "native" or stage.name == "linen":
+        return stage.init(key)
+    assert rules is not None
+    twin = Stage("linen", stage.family, stage.inputs)
+    return unflatten(translate(flatten(twin.init(key)), rules, "linen", stage.name))
+
+
+def translate_state(state: State, rules: RuleBook, source: str, target: str) -> State:
+    """The state of a run at stage `source` as stage `target` would hold it.
+
+    Every subtree that mirrors the parameters is translated, whichever Optax transformation made
+    it; what does not (step, counts) stays as it is.
+
+    Raises:
+        linen_nnx.RuleError: when a subtree does not fit the rules (factored moments of a leaf that
+            a rule reshapes, say).
+    """
+
+    own = rules.of_collection("params")
+
+    def mirrors(node: Any) -> bool:
+        return isinstance(node, dict) and set(node) == set(HALVES)
+
+    def convert(node: Any) -> Any:
+        if not mirrors(node):
+            return node
+        leaves = flatten({"params": {h: t for h, t in node.items() if isinstance(t, dict)}})
+        params = unflatten(translate(leaves, own, source, target))["params"]
+        return {half: params.get(half, node[half]) for half in HALVES}
+
+    variables = unflatten(translate(flatten(state.variables), rules, source, target))
+    opt_state = jax.tree.map(convert, state.opt_state, is_leaf=mirrors)
+    return replace(state, variables=variables, opt_state=opt_state, ema=convert(state.ema))

@@ -1,0 +1,48 @@
+"""The words a run opens and closes with."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+from configs.schema import Config
+from model.stages import HALVES, STAGES
+from training.board import Board
+from training.data import Dataset
+from training.metrics import Metrics
+from training.start import flat_config
+from training.state import Program
+
+
+def opening(cfg: Config, dataset: Dataset, program: Program, step: int) -> str:
+    """What is trained, on what, from where."""
+    counts = dict.fromkeys(HALVES, 0)
+    for path, spec in program.stage.abstract.items():
+        if path.startswith("params/"):
+            counts[path.split("/")[1]] += math.prod(spec.shape)
+    form = STAGES[cfg.stage]
+    halves = ", ".join(f"{half} {getattr(form, half)} {n:,}" for half, n in counts.items())
+    begin = f"going on from step {step}" if step else "from scratch"
+    return (
+        f"{cfg.name} at stage {cfg.stage}: {cfg.model['family']} with {sum(counts.values()):,} "
+        f"parameters ({halves})\ndata: {dataset.description}\nrun: {Path(cfg.run_dir)}, {begin}"
+    )
+
+
+def closing(cfg: Config, dataset: Dataset, metrics: Metrics, board: Board) -> str:
+    """Last losses beside the baselines; writes the run's results to TensorBoard too."""
+    last = {row["split"]: row for row in metrics.rows}
+    lines = [f"finished at step {max(row['step'] for row in metrics.rows)}"]
+    results: dict[str, float] = {}
+    for split, title in (("train", "train, last batch"), ("eval", "validation")):
+        values = {
+            name: value
+            for name, value in last.get(split, {}).items()
+            if name in ("loss", "accuracy")
+        }
+        results |= {f"final/{split}_{name}": value for name, value in values.items()}
+        text = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        lines.append(f"  {title:<22}{text}")
+    for name, value in dataset.baselines.items():
+        lines.append(f"  baseline {name:<13}{value:.4f}")
+    board.results(flat_config(dataclasses.asdict(cfg)), results)
+    return "\n".join(lines)
