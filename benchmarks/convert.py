@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -142,19 +143,18 @@ def benchmark(folder: Path, repeats: int) -> dict[str, dict[str, dict[str, float
             return [python, "-W", "ignore", "-c", code, str(source), str(out)]
 
         methods = {
-            "cp -r, fsync": lambda source=source: copy(source, out),
-            "convert": lambda c=convert(): run(c, out),
-            "convert --link": lambda c=convert("--link"): run(c, out),
-            "restore, rename, save": lambda c=other(ORBAX): run(c, out),
+            "cp -r, fsync": partial(copy, source, out),
+            "convert": partial(run, convert(), out),
+            "convert --link": partial(run, convert("--link"), out),
+            "restore, rename, save": partial(run, other(ORBAX), out),
         }
         if name == "0.5 GB":
-            streamed = convert(rule="transpose")
-            methods["convert, transposing"] = lambda c=streamed: run(c, out)
-            methods["tensorstore read, write"] = lambda c=other(TENSORSTORE): run(c, out)
+            methods["convert, transposing"] = partial(run, convert(rule="transpose"), out)
+            methods["tensorstore read, write"] = partial(run, other(TENSORSTORE), out)
         if name == "5000 leaves":
             inspect = [python, "convert.py", "inspect", str(source)]
-            methods["inspect"] = lambda c=inspect: run(c, out)
-            methods["--help"] = lambda: run([python, "convert.py", "--help"], out)
+            methods["inspect"] = partial(run, inspect, out)
+            methods["--help"] = partial(run, [python, "convert.py", "--help"], out)
         results[name] = measure(methods, repeats)
         shutil.rmtree(source)
     return results

@@ -153,10 +153,9 @@ def _unlike(leaf: Leaf, change: Change, number: int, mould: Leaf | None) -> list
     """How a target differs from the leaf of the tree that it must be like."""
     if mould is None:
         return [f"the tree to be like has no `{leaf.path}`"]
-    spec = change.specs[number] if change.actions else leaf.zarr and leaf.spec
-    wanted = mould.zarr and mould.spec
-    if spec and wanted:
-        return [] if spec.same(wanted) else [f"`{leaf.path}` would be {spec}, not {wanted}"]
+    if mould.zarr is not None and (change.actions or leaf.zarr is not None):
+        spec = change.specs[number] if change.actions else leaf.spec
+        return [] if spec.same(mould.spec) else [f"`{leaf.path}` would be {spec}, not {mould.spec}"]
     if leaf.value_type != mould.value_type:
         return [f"`{leaf.path}` would be a {leaf.value_type}, not a {mould.value_type}"]
     return []

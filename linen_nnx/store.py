@@ -181,7 +181,7 @@ def read_item(path: Path, number: int = 0) -> Item:
             zarr=zarr.get(name),
             extension=arrays.get(name, {}).get("ext_metadata"),
             sharding=sharding.get(name),
-            write_shape=arrays.get(name, value).get("write_shape"),
+            write_shape=_tuple(arrays.get(name, value).get("write_shape")),
             string=strings.get(name),
             item=number,
             stored=name,
@@ -189,6 +189,10 @@ def read_item(path: Path, number: int = 0) -> Item:
         for name, (keys, value) in zip(names, entries, strict=True)
     )
     return Item(path, leaves, header)
+
+
+def _tuple(shape: Sequence[int] | None) -> tuple[int, ...] | None:
+    return None if shape is None else tuple(shape)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -266,7 +270,7 @@ def write_side_files(path: Path, leaves: Sequence[Leaf], header: dict[str, Any])
         for key in leaf.keys:
             if key not in keys:
                 keys[key] = json.dumps({"key": key.name, "key_type": key.kind})
-        kind = leaf.value_type, leaf.write_shape and tuple(leaf.write_shape)
+        kind = leaf.value_type, leaf.write_shape
         if kind not in values:
             shape = {} if leaf.write_shape is None else {"write_shape": leaf.write_shape}
             base = {"value_type": leaf.value_type, "skip_deserialize": leaf.empty}
