@@ -144,7 +144,9 @@ def _planned(
         problems.append(f"the checkpoint is in {to} form already")
         return
     ids = {_path(id, side == "linen"): id for id in model}
-    target = like and {_path(id, like.form.flat): leaf.spec for id, leaf in like.model.items()}
+    target = None
+    if like is not None:
+        target = {_path(id, like.form.flat): leaf.spec for id, leaf in like.model.items()}
     try:
         plan = book.plan({path: model[id].spec for path, id in ids.items()}, to, target)
     except RuleError as error:

@@ -73,7 +73,7 @@ def source_grid(leaf: Leaf) -> Grid | None:
 
 def apply(actions: Sequence[Action], sources: Sequence[Leaf]) -> list[Grid] | None:
     """The grids of the results; None if a chunk would have to be decoded on the way."""
-    grids: list[Grid] | None = [g for leaf in sources if (g := source_grid(leaf)) is not None]
+    grids = [grid for leaf in sources if (grid := source_grid(leaf)) is not None]
     if len(grids) != len(sources):
         return None
     for action in actions:

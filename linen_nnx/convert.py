@@ -75,8 +75,7 @@ def convert(
     if out.exists():
         return _existing(out, conversions)
     _check_target(path, out, list(conversions.values()), link)
-    placer = Placer(link)
-    with _partial(out) as partial:
+    with _partial(out) as partial, Placer(link) as placer:
         reports = []
         for relative, conversion in conversions.items():
             if to_file:
@@ -180,6 +179,7 @@ def _write(
     header = conversion.items[0].header if conversion.items else _HEADER
     write_side_files(item, leaves, header)
     _carry_along(conversion, folder, item, placer)
+    placer.wait()
     conversion.book.save(folder / RULES)
     known = digests.read(source.folder) if source.kind != "file" else {}
     carried = {
@@ -234,17 +234,16 @@ def _carry_along(conversion: Conversion, folder: Path, item: Path, placer: Place
                 shutil.copyfile(file, item / file.name)
     if item == folder:
         return
-    run = source.run is not None
     for child in sorted(source.folder.iterdir()):
-        if child in source.items or child.name in ours or (run and child.name == "run"):
+        if child in source.items or child.name in ours or (source.run and child.name == "run"):
             continue
         if child.is_file():
             shutil.copyfile(child, folder / child.name)
         for file in sorted(p for p in child.rglob("*") if p.is_file()):
             placer.place(file, folder / file.relative_to(source.folder))
-    if run and stage:
-        content = {**source.run, "stage": stage}
-        content["config"] = {**content["config"], "stage": stage}
+    if source.run and stage:
+        config = {**source.run["config"], "stage": stage}
+        content = {**source.run, "config": config, "stage": stage}
         shutil.copytree(source.folder / "run", folder / "run")
         (folder / "run" / "metadata").write_text(json.dumps(content))
     _rename_handlers(folder, source)

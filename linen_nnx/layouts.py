@@ -101,7 +101,7 @@ class _Context:
         if sources and not change.actions:
             kind = self._step_kind(place, sources[0], mould)
             if kind is None:
-                return dataclasses.replace(sources[0], keys=keys), change
+                return sources[0].at(keys), change
             cast = dataclasses.replace(
                 change, actions=(Cast(kind[1]),), specs=(Spec((), np.dtype(kind[1])),)
             )
@@ -153,10 +153,9 @@ def _unlike(leaf: Leaf, change: Change, number: int, mould: Leaf | None) -> list
     """How a target differs from the leaf of the tree that it must be like."""
     if mould is None:
         return [f"the tree to be like has no `{leaf.path}`"]
-    spec = change.specs[number] if change.actions else leaf.zarr and leaf.spec
-    wanted = mould.zarr and mould.spec
-    if spec and wanted:
-        return [] if spec.same(wanted) else [f"`{leaf.path}` would be {spec}, not {wanted}"]
+    if mould.zarr is not None and (change.actions or leaf.zarr is not None):
+        spec = change.specs[number] if change.actions else leaf.spec
+        return [] if spec.same(mould.spec) else [f"`{leaf.path}` would be {spec}, not {mould.spec}"]
     if leaf.value_type != mould.value_type:
         return [f"`{leaf.path}` would be a {leaf.value_type}, not a {mould.value_type}"]
     return []

@@ -13,6 +13,7 @@ ways is refused when it is built, so that matching a path and writing it again a
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 _CAPTURE = re.compile(r"\{([^{}]*)\}")
 _NAME = re.compile(r"[a-z][a-z0-9_]*(\.\.\.)?")
@@ -132,21 +133,24 @@ def _element_regex(text: str, element: str, captures: list[str]) -> str:
     return regex
 
 
-class Index:
+Owner = TypeVar("Owner")
+
+
+class Index(Generic[Owner]):
     """Finds the patterns that match a path: literal ones by one look-up, others by length."""
 
-    def __init__(self, patterns: Iterable[tuple[object, Pattern]]) -> None:
-        self._literal: dict[str, list[object]] = {}
-        self._by_length: dict[int | None, list[tuple[object, Pattern]]] = {}
+    def __init__(self, patterns: Iterable[tuple[Owner, Pattern]]) -> None:
+        self._literal: dict[str, list[Owner]] = {}
+        self._by_length: dict[int | None, list[tuple[Owner, Pattern]]] = {}
         for owner, pattern in patterns:
             if pattern.literal:
                 self._literal.setdefault(pattern.text, []).append(owner)
             else:
                 self._by_length.setdefault(pattern.length, []).append((owner, pattern))
 
-    def match(self, path: str) -> list[tuple[object, dict[str, str]]]:
+    def match(self, path: str) -> list[tuple[Owner, dict[str, str]]]:
         """Every `(owner, captures)` whose pattern matches `path`."""
-        hits: list[tuple[object, dict[str, str]]] = [(o, {}) for o in self._literal.get(path, ())]
+        hits: list[tuple[Owner, dict[str, str]]] = [(o, {}) for o in self._literal.get(path, ())]
         for length in (path.count("/") + 1, None):
             for owner, pattern in self._by_length.get(length, ()):
                 captures = pattern.match(path)

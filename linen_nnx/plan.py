@@ -93,9 +93,9 @@ class Planner:
 
     def __init__(self, rules: Sequence[Rule]) -> None:
         self.rules = rules
-        self._index = {side: self._indexed(side) for side in ("linen", "nnx")}
+        self._index = {"linen": self._indexed("linen"), "nnx": self._indexed("nnx")}
 
-    def _indexed(self, side: Side) -> Index:
+    def _indexed(self, side: Side) -> Index[_Owner]:
         return Index(
             (_Owner(number, part), pattern)
             for number, rule in enumerate(self.rules)
@@ -112,7 +112,8 @@ class Planner:
         """See `RuleBook.plan`."""
         if to not in self._index:
             raise ValueError(f"`to` is linen or nnx, got {to!r}")
-        attempt = _Attempt(self, to, _specs(leaves), target and _specs(target), partial)
+        wanted = None if target is None else _specs(target)
+        attempt = _Attempt(self, to, _specs(leaves), wanted, partial)
         attempt.match()
         attempt.fill()
         attempt.check()
@@ -422,7 +423,7 @@ def _not_an_array(path: Any, leaf: Any) -> str | None:
     got = f"`{path}` is a {kind.__module__}.{kind.__qualname__}"
     if not isinstance(path, str):
         return f"the path {path!r} is a {kind.__name__}, expected a `/`-joined string"
-    if isinstance(leaf, Mapping | list) or kind is tuple:
+    if isinstance(leaf, (Mapping, list)) or kind is tuple:
         return f"{got}, a container: flatten the tree first (linen_nnx.tree.flatten)"
     if hasattr(kind, "unbox"):
         return f"{got}, a wrapper: take the array out of it (flax.core.meta.unbox)"

@@ -67,12 +67,13 @@ def choose(change: Change, zarr3: bool, readable_only: bool = False) -> Job:
 
 
 class Placer:
-    """Puts files in place by copy or by hard link; syncs copies to disk in the background."""
+    """Puts files in place by copy or by hard link, two at a time, and syncs copies to disk."""
 
     def __init__(self, link: bool) -> None:
         self._link = link
-        self._pool = ThreadPoolExecutor(1)
-        self._pending: list[Future[None]] = []
+        self._pool = ThreadPoolExecutor(2)
+        self._copying: list[Future[None]] = []
+        self._syncing: list[Future[None]] = []
         self.fell_back: str | None = None
         """Why hard links were not possible, if they were asked for and were not."""
         self.placed: dict[Path, Path] = {}
@@ -90,20 +91,38 @@ class Placer:
                 return
             except OSError as error:
                 self.fell_back = f"{error.strerror}: {target.parent}"
-        with source.open("rb", buffering=0) as old, target.open("xb", buffering=0) as new:
-            left = os.fstat(old.fileno()).st_size
-            while left:
-                count = os.copy_file_range(old.fileno(), new.fileno(), left)
-                if not count:
-                    raise OSError(f"{source} became shorter while it was copied")
-                left -= count
-        self._pending.append(self._pool.submit(sync, target))
+        self._copying.append(self._pool.submit(_copy, source, target))
+
+    def wait(self) -> None:
+        """Waits until every file can be read; copies go on to disk in the background."""
+        for future in self._copying:
+            future.result()
+        self._copying.clear()
+        targets = [target for target in self.placed if target not in self.linked]
+        new = targets[len(self._syncing) :]
+        self._syncing += [self._pool.submit(sync, target) for target in new]
 
     def finish(self) -> None:
         """Waits until every copy is on disk."""
-        for future in self._pending:
+        self.wait()
+        for future in self._syncing:
             future.result()
-        self._pool.shutdown()
+
+    def __enter__(self) -> "Placer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+def _copy(source: Path, target: Path) -> None:
+    with source.open("rb", buffering=0) as old, target.open("xb", buffering=0) as new:
+        left = os.fstat(old.fileno()).st_size
+        while left:
+            count = os.copy_file_range(old.fileno(), new.fileno(), left)
+            if not count:
+                raise OSError(f"{source} became shorter while it was copied")
+            left -= count
 
 
 def sync(path: Path) -> None:
@@ -126,9 +145,11 @@ def write_store(
         for item in items:
             for file in item.data_files:
                 placer.place(file, out / file.relative_to(item.path))
+        placer.wait()
         store = open_kv(out, context, True, config=_CONFIG)
     else:
         _place_arrays(out, items, moving, placer)
+        placer.wait()
         store = open_kv(out, context, False)
     changed = [
         (j.change.sources, j.change.actions, j.targets) for j in jobs if j.engine == "stream"

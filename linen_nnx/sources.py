@@ -4,7 +4,6 @@ A run of this template (`checkpoints/<step>/`), a CheckpointManager's root, one 
 one item or several), a bare Orbax item (Standard, PyTree, v1), a Flax msgpack or safetensors file.
 """
 
-import dataclasses
 import json
 import re
 from dataclasses import dataclass
@@ -44,9 +43,7 @@ class Source:
             raise StoreError(f"the items of {self.folder} differ in format: choose with --item")
         several = len(items) > 1
         leaves = [
-            dataclasses.replace(leaf, keys=(Key(item.path.name, DICT), *leaf.keys))
-            if several
-            else leaf
+            leaf.at((Key(item.path.name, DICT), *leaf.keys)) if several else leaf
             for item in items
             for leaf in item.leaves
         ]

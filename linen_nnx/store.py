@@ -10,7 +10,6 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,18 +54,25 @@ class Leaf:
     stored: str = ""
     """Its name in that item's store; a target leaf still has the one that it came from."""
 
-    @cached_property
+    @property
     def path(self) -> str:
-        return "/".join(key.name for key in self.keys)
+        return "/".join([key[0] for key in self.keys])
 
-    @cached_property
+    @property
     def name(self) -> str:
         """Its name in the store."""
-        return ".".join(key.name for key in self.keys)
+        return ".".join([key[0] for key in self.keys])
 
     @property
     def empty(self) -> bool:
         return self.value_type in EMPTY_TYPES
+
+    def at(self, keys: tuple[Key, ...]) -> "Leaf":
+        """The same leaf under another key path."""
+        leaf = Leaf(keys, self.value_type, self.zarr, self.extension, self.sharding)
+        rest = {n: getattr(self, n) for n in ("write_shape", "string", "item", "stored")}
+        leaf.__dict__.update(rest)  # `dataclasses.replace` takes three times as long
+        return leaf
 
     @property
     def spec(self) -> Spec:
@@ -175,7 +181,7 @@ def read_item(path: Path, number: int = 0) -> Item:
             zarr=zarr.get(name),
             extension=arrays.get(name, {}).get("ext_metadata"),
             sharding=sharding.get(name),
-            write_shape=arrays.get(name, value).get("write_shape"),
+            write_shape=_tuple(arrays.get(name, value).get("write_shape")),
             string=strings.get(name),
             item=number,
             stored=name,
@@ -183,6 +189,10 @@ def read_item(path: Path, number: int = 0) -> Item:
         for name, (keys, value) in zip(names, entries, strict=True)
     )
     return Item(path, leaves, header)
+
+
+def _tuple(shape: Sequence[int] | None) -> tuple[int, ...] | None:
+    return None if shape is None else tuple(shape)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -253,18 +263,21 @@ def _inline_values(path: Path) -> dict[str, bytes]:
 def write_side_files(path: Path, leaves: Sequence[Leaf], header: dict[str, Any]) -> None:
     """Writes `_METADATA` and the other files keyed by name, for leaves whose data is in place."""
     # Pieces of JSON that recur are made once: trees of thousands of leaves have few keys.
-    known = {key for leaf in leaves for key in leaf.keys}
-    keys = {key: json.dumps({"key": key.name, "key_type": key.kind}) for key in known}
+    keys: dict[Key, str] = {}
+    values: dict[tuple[str, Any], str] = {}
     tree = []
     for leaf in leaves:
-        value: dict[str, Any] = {"value_type": leaf.value_type, "skip_deserialize": leaf.empty}
-        if leaf.write_shape is not None:
-            value["write_shape"] = leaf.write_shape
-        tree.append(
-            f"{json.dumps(str(tuple(leaf.path.split('/'))))}: "
-            f'{{"key_metadata": [{", ".join([keys[key] for key in leaf.keys])}], '
-            f'"value_metadata": {json.dumps(value)}}}'
-        )
+        for key in leaf.keys:
+            if key not in keys:
+                keys[key] = json.dumps({"key": key.name, "key_type": key.kind})
+        kind = leaf.value_type, leaf.write_shape
+        if kind not in values:
+            shape = {} if leaf.write_shape is None else {"write_shape": leaf.write_shape}
+            base = {"value_type": leaf.value_type, "skip_deserialize": leaf.empty}
+            values[kind] = json.dumps(base | shape)
+        names = json.dumps(str(tuple([key[0] for key in leaf.keys])))
+        entry = f'"key_metadata": [{", ".join([keys[key] for key in leaf.keys])}]'
+        tree.append(f'{names}: {{{entry}, "value_metadata": {values[kind]}}}')
     rest = json.dumps(header)[1:]
     (path / "_METADATA").write_text(f'{{"tree_metadata": {{{", ".join(tree)}}}, {rest}')
     shardings = {

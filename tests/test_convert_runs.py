@@ -129,7 +129,7 @@ def runs(tmp_path_factory):
     return {stage: make_run(folder / stage, stage) for stage in STAGES}
 
 
-@pytest.mark.parametrize(("before", "after"), itertools.permutations(STAGES, 2))
+@pytest.mark.parametrize(("before", "after"), list(itertools.permutations(STAGES, 2)))
 def test_a_run_changes_its_stage(tmp_path, runs, before, after):
     out = tmp_path / "out"
     convert(runs[before], out, after)
@@ -189,3 +189,23 @@ def test_a_leaf_in_neither_half_is_refused(tmp_path, runs):
 def test_an_unknown_stage_is_named_with_the_nearest(runs):
     with pytest.raises(RuleError, match="did you mean `nnx_in_linen`"):
         plan_conversion(runs["linen"], "nnx_in_line")
+
+
+def rows(run):
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [(row["step"], row["loss"]) for row in map(json.loads, lines) if row["split"] == "train"]
+
+
+@pytest.mark.parametrize(
+    ("experiment", "before", "after"),
+    [("lm", "linen", "nnx"), ("digits", "nnx_in_linen", "linen"), ("diabetes", "nnx", "linen")],
+)
+def test_the_plain_train_command_goes_on_in_a_converted_run(
+    train, tmp_path, experiment, before, after
+):
+    uninterrupted = train(experiment, f"stage={after}", "steps=8")
+    run = train(experiment, f"stage={before}", "steps=8", "stop_at=4")
+    convert(run, tmp_path / "out", after)
+    assert all(check.passed for check in verify(run, tmp_path / "out"))
+    train(experiment, f"stage={after}", "steps=8", f"run_dir={tmp_path / 'out'}")
+    assert rows(tmp_path / "out") == rows(uninterrupted)
