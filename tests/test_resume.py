@@ -255,6 +255,37 @@ def test_init_from_another_model_names_every_difference(train: Train, tmp_path: 
     assert not (tmp_path / "other").exists()
 
 
+def test_a_damaged_checkpoint_is_not_taken_for_none(train: Train) -> None:
+    run_dir = train("diabetes", "steps=4", "stop_at=2")
+    before = curve(run_dir)
+    (run_dir / "checkpoints" / "2" / "data" / "metadata").write_text('{"batches"')
+
+    with pytest.raises(Refused, match=r"checkpoints/2 has no readable item 'data'.*Remove it"):
+        train("diabetes", "steps=4", f"run_dir={run_dir}")
+
+    assert curve(run_dir) == before
+
+
+def test_a_run_killed_while_it_wrote_its_first_file_starts_again(
+    train: Train, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "killed"
+    run_dir.mkdir()
+    (run_dir / "config.yaml.part").write_text("name: dia")
+    assert curve(train("diabetes", "steps=2", f"run_dir={run_dir}")) == curve(
+        train("diabetes", "steps=2")
+    )
+
+
+@pytest.mark.parametrize("below", ["", "/run"])
+def test_a_run_directory_that_cannot_be_made_is_refused(
+    train: Train, tmp_path: Path, below: str
+) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(Refused, match="cannot be created: (File exists|Not a directory)"):
+        train("diabetes", "steps=2", f"run_dir={tmp_path / 'file'}{below}")
+
+
 def test_resume_finds_a_flipped_bit(train: Train) -> None:
     run_dir = train("diabetes", "steps=4", "stop_at=2")
     (step,) = (run_dir / "checkpoints").iterdir()
