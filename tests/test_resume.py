@@ -224,6 +224,25 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_state_aside(
     assert all(b"NaN" not in line and b"Infinity" not in line for line in curve(run_dir).split())
 
 
+def test_a_gradient_that_overflows_stops_the_run_before_its_loss_does(
+    train: Train, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "diverging"
+    options = ("steps=300", "optimizer=sgd", "optimizer.lr=1e4", "optimizer.clip_norm=null",
+               "optimizer.warmup=0", "checkpoint.every=1")  # fmt: skip
+
+    with pytest.raises(Refused, match=r"The grad_norm_\w+ is inf at step \d+; all was finite"):
+        train("diabetes", *options, f"run_dir={run_dir}")
+
+
+def test_a_validation_loss_that_is_not_finite_is_called_so(train: Train, tmp_path: Path) -> None:
+    options = ("steps=1", "optimizer=sgd", "optimizer.lr=1e25", "optimizer.clip_norm=null",
+               "optimizer.warmup=0", "eval.every=1")  # fmt: skip
+    with pytest.raises(Refused, match=r"validation loss after step 1 is (nan|inf); in training"):
+        train("diabetes", *options, f"run_dir={tmp_path / 'run'}")
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after"), [("linen", "nnx"), ("nnx", "nnx_in_linen"), ("nnx_in_linen", "linen")]
@@ -282,7 +301,7 @@ def test_a_run_directory_that_cannot_be_made_is_refused(
     train: Train, tmp_path: Path, below: str
 ) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(Refused, match="cannot be created: (File exists|Not a directory)"):
+    with pytest.raises(Refused, match=r"cannot be created: (File exists|Not a directory)"):
         train("diabetes", "steps=2", f"run_dir={tmp_path / 'file'}{below}")
 
 

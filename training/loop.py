@@ -129,13 +129,12 @@ def _patience_lost(cfg: Config, metrics: Metrics) -> bool:
 
 
 def _set_aside(error: NonFiniteError, run_dir: Path, state: State) -> str:
-    """Keeps the state in which the loss went wrong, where no resume will find it."""
+    """Keeps the state in which a metric went wrong, where no resume will find it."""
     path = run_dir / "nonfinite" / str(int(state.step))
     save_aside(path, state)
     return (
-        f"The loss is {error.value} at step {error.step}; it was finite up to step "
-        f"{error.step - 1}. The state after step {int(state.step)} is in {path}, to be looked at; "
-        f"the checkpoints before it are untouched. debug=nans finds the operation; a lower "
+        f"{error} The state after step {int(state.step)} is in {path}, to be looked at; the "
+        "checkpoints before it are untouched. debug=nans finds the operation; a lower "
         "optimizer.lr, a longer optimizer.warmup or optimizer.clip_norm are the usual remedies."
     )
 
