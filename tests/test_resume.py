@@ -117,6 +117,13 @@ def saved_bytes(run_dir: Path, step: int) -> dict[str, bytes]:
     return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
 
 
+def test_a_run_that_overfits_goes_on_with_the_batch_it_began_with(train: Train) -> None:
+    whole = train("diabetes", "steps=6", "debug=overfit")
+    parts = train("diabetes", "steps=6", "debug=overfit", "stop_at=3")
+    train("diabetes", "steps=6", "debug=overfit", f"run_dir={parts}")
+    assert curve(parts) == curve(whole)
+
+
 def test_a_finished_run_is_left_alone(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = train("diabetes", "steps=3")
     before = curve(run_dir)
@@ -255,6 +262,15 @@ def test_init_from_goes_on_at_another_stage(train: Train, before: str, after: st
     second = train("digits", f"stage={after}", *options, f"init_from={first}")
 
     assert curve(first) + curve(second) == curve(whole)
+
+
+def test_init_from_a_run_with_nothing_left_to_train_is_refused(
+    train: Train, tmp_path: Path
+) -> None:
+    first = train("diabetes", "steps=2")
+    with pytest.raises(Refused, match="is at step 2, and this run ends at step 2"):
+        train("diabetes", "steps=2", "stage=nnx", f"init_from={first}", f"run_dir={tmp_path / 'x'}")
+    assert not (tmp_path / "x").exists()
 
 
 def test_init_from_something_else_is_refused(train: Train, tmp_path: Path) -> None:

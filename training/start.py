@@ -56,8 +56,14 @@ def begin(cfg: Config, program: Program, batches: TrainIterator) -> State:
     saved = own or checkpoints.find(Path(str(cfg.init_from)))
     if cfg.checkpoint.verify and not saved.verify():
         say(f"{saved.path} has no digests to verify it with; its arrays are taken as they are.")
+    if own is None and saved.step >= (last := cfg.stop_at or cfg.steps):
+        raise Refused(
+            f"init_from {saved.path} is at step {saved.step}, and this run ends at step {last}: "
+            "nothing is left to train. Give more steps, or translate it as it is: convert.py run."
+        )
     state = saved.restore(program.abstract()) if own else _translated(cfg, program, saved)
-    batches.set_state(saved.data)
+    if cfg.debug.mode != "overfit":  # which stays at the first batch
+        batches.set_state(saved.data)
     return state
 
 
