@@ -1,6 +1,7 @@
 """What training does: losses fall, both halves move, a frozen half stays; and what it shows."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,22 @@ def test_tensorboard_reads_what_a_run_writes(train: Train) -> None:
     assert "params/encoder/stem/kernel" in tags["histograms"]
     assert "misclassified" in tags["images"]
     assert "config/text_summary" in tags["tensors"]
+
+
+def test_events_of_a_run_killed_before_its_first_save_are_drawn_once(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from training.board import Board
+
+    for steps in (5, 3):  # the second begins anew and has come less far yet
+        board = Board(tmp_path, 0, {}, on=True)
+        for step in range(1, steps + 1):
+            board.scalars(step, {"train/loss": steps})
+        board.close()
+        time.sleep(1.1)  # event files are named by the second
+
+    events = EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")
+    assert [(event.step, event.value) for event in events] == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_the_language_model_writes_a_sample(
