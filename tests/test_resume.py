@@ -1,5 +1,6 @@
 """A run that is cut short in any way and continued equals one that was not, bit for bit."""
 
+import fcntl
 import json
 import os
 import random
@@ -194,6 +195,21 @@ def test_a_run_directory_of_another_experiment_is_refused(train: Train) -> None:
     run_dir = train("diabetes", "steps=2")
     with pytest.raises(Refused, match="name: was diabetes, is digits"):
         train("digits", "steps=2", f"run_dir={run_dir}")
+
+
+def test_two_processes_do_not_train_in_one_run_directory(train: Train) -> None:
+    run_dir = train("diabetes", "steps=9", "stop_at=2")
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    holder = os.open(run_dir, os.O_RDONLY)
+    fcntl.flock(holder, fcntl.LOCK_EX)
+
+    with pytest.raises(Refused, match="Another process is training in"):
+        train("diabetes", "steps=9", f"run_dir={run_dir}", "eval.every=3")
+
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+    os.close(holder)
+    train("diabetes", "steps=9", f"run_dir={run_dir}")
+    assert curve(run_dir).count(b'"train"') == 9
 
 
 def test_resume_never_and_must_say_what_they_miss(train: Train, tmp_path: Path) -> None:

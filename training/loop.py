@@ -1,6 +1,7 @@
 """The training loop, from top to bottom: set-up, start, steps, evaluation, saving, summary."""
 
 import dataclasses
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -47,7 +48,7 @@ def train(cfg: Config) -> None:
             f"debug=profile records what follows the first {PROFILED.start} steps; this run would "
             f"go from step {first} to {last}. Give more steps, or another run_dir."
         )
-    start.write_run(cfg, rules)
+    lock = start.write_run(cfg, rules)
     run_dir = Path(cfg.run_dir)
     metrics = Metrics(run_dir, first)
     checkpoints = Checkpoints(run_dir, cfg.checkpoint, start.run_item(cfg, rules))
@@ -94,6 +95,7 @@ def train(cfg: Config) -> None:
         checkpoints.close()
         metrics.close()
         batches.close()
+        os.close(lock)
 
     # Summary, where the run is at its end and not only stopped.
     if step == cfg.steps or _patience_lost(cfg, metrics):

@@ -8,6 +8,8 @@ Nothing is written before every check has passed.
 """
 
 import dataclasses
+import fcntl
+import os
 from pathlib import Path
 from typing import Any
 
@@ -76,19 +78,35 @@ def run_item(cfg: Config, rules: RuleBook | None) -> dict[str, Any]:
     }
 
 
-def write_run(cfg: Config, rules: RuleBook | None) -> None:
-    """Creates the run directory with `config.yaml` and `rules.yaml`, or brings them up to date."""
+def write_run(cfg: Config, rules: RuleBook | None) -> int:
+    """Creates the run directory with `config.yaml` and `rules.yaml`, or brings them up to date.
+
+    Returns:
+        A descriptor that holds the directory for this process until it is closed.
+
+    Raises:
+        Refused: when it cannot be created, or another process holds it.
+    """
     run_dir = Path(cfg.run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Refused(f"run_dir {run_dir} cannot be created: {error.strerror}.") from None
+    lock = os.open(run_dir, os.O_RDONLY)  # a lock that no kill leaves behind
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise Refused(
+            f"Another process is training in {run_dir}. Wait for it, or choose another run_dir."
+        ) from None
     text = yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False)
     part = run_dir / CONFIG_PART
     part.write_text(text)
     part.replace(run_dir / "config.yaml")
     if rules is not None:
         rules.save(run_dir / "rules.yaml")
+    return lock
 
 
 def _own(cfg: Config, run_dir: Path) -> checkpoints.Saved | None:
