@@ -37,6 +37,8 @@ def main(config):
         raise KeyError("a bug")
     if config.seed == 3:
         raise ConfigError({"data.path": "got 'x'; no such file"})
+    if config.seed == 4:
+        raise KeyboardInterrupt
     print("ran", config.name, config.stage, config.steps)
 
 def check_model(model):
@@ -335,6 +337,21 @@ def test_a_refusal_is_its_message_alone(tmp_path):
     outcome = Outcome(tmp_path, "seed=1")
     assert outcome.is_one_message(code=1)
     assert outcome.err == "run_dir holds another experiment\n"
+
+
+@pytest.mark.parametrize("change", ["model.family=3", "~model.family"])
+def test_a_model_without_the_name_of_a_family_is_refused(change):
+    from model.families import create
+
+    with pytest.raises(ConfigError) as error:
+        compose(change, "steps=0", check_model=create)
+    assert error.value.problems.keys() == {"model.family", "steps"}
+
+
+def test_an_interrupt_that_nobody_expects_ends_with_a_message(tmp_path):
+    outcome = Outcome(tmp_path, "seed=4")
+    assert outcome.is_one_message(130)
+    assert outcome.err.startswith("Interrupted.")
 
 
 def test_a_bug_keeps_its_traceback(tmp_path):

@@ -86,6 +86,21 @@ def test_a_signal_saves_and_ends_the_run_cleanly(train: Train, tmp_path: Path, n
 
 
 @pytest.mark.slow
+def test_a_signal_ends_a_multirun_with_the_run_at_hand(tmp_path: Path) -> None:
+    runs = str(tmp_path / "run-${stage}")
+    settings = ("steps=4000", "checkpoint.every=100000", "eval.every=100000")
+    process = start(Path(runs), "diabetes", *settings, "stage=linen,nnx",
+                    f"hydra.sweep.dir={tmp_path / 'sweep'}", "--multirun")  # fmt: skip
+    wait_for_rows(process, tmp_path / "run-linen", 20)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate()
+
+    assert process.returncode == 0, output
+    assert "goes on from there" in output
+    assert not (tmp_path / "run-nnx").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_stop_at_leaves_the_schedules_and_the_curve_as_they_are(train: Train, stage: str) -> None:
     options = (f"stage={stage}", "steps=12", "eval.every=5", "optimizer.ema=0.9",

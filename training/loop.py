@@ -25,8 +25,11 @@ from training.terminal import Terminal, say
 PROFILED = range(5, 15)  # steps after the first that debug=profile records
 
 
-def train(cfg: Config) -> None:
+def train(cfg: Config) -> bool:
     """Trains as configured; returns when the run has ended or was asked to stop.
+
+    Returns:
+        Whether a signal has stopped it.
 
     Raises:
         Refused: for anything that cannot be done as asked; nothing has been overwritten then.
@@ -106,6 +109,7 @@ def train(cfg: Config) -> None:
         how = "without stop_at " if step == cfg.stop_at else ""
         say(f"Saved at step {step} of {cfg.steps}; the same command {how}goes on from there.")
     board.close()
+    return bool(stop)
 
 
 def evaluate(
