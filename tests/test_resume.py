@@ -117,6 +117,13 @@ def saved_bytes(run_dir: Path, step: int) -> dict[str, bytes]:
     return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
 
 
+def test_a_run_that_overfits_goes_on_with_the_batch_it_began_with(train: Train) -> None:
+    whole = train("diabetes", "steps=6", "debug=overfit")
+    parts = train("diabetes", "steps=6", "debug=overfit", "stop_at=3")
+    train("diabetes", "steps=6", "debug=overfit", f"run_dir={parts}")
+    assert curve(parts) == curve(whole)
+
+
 def test_a_finished_run_is_left_alone(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = train("diabetes", "steps=3")
     before = curve(run_dir)
@@ -224,6 +231,25 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_state_aside(
     assert all(b"NaN" not in line and b"Infinity" not in line for line in curve(run_dir).split())
 
 
+def test_a_gradient_that_overflows_stops_the_run_before_its_loss_does(
+    train: Train, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "diverging"
+    options = ("steps=300", "optimizer=sgd", "optimizer.lr=1e4", "optimizer.clip_norm=null",
+               "optimizer.warmup=0", "checkpoint.every=1")  # fmt: skip
+
+    with pytest.raises(Refused, match=r"The grad_norm_\w+ is inf at step \d+; all was finite"):
+        train("diabetes", *options, f"run_dir={run_dir}")
+
+
+def test_a_validation_loss_that_is_not_finite_is_called_so(train: Train, tmp_path: Path) -> None:
+    options = ("steps=1", "optimizer=sgd", "optimizer.lr=1e25", "optimizer.clip_norm=null",
+               "optimizer.warmup=0", "eval.every=1")  # fmt: skip
+    with pytest.raises(Refused, match=r"validation loss after step 1 is (nan|inf); in training"):
+        train("diabetes", *options, f"run_dir={tmp_path / 'run'}")
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after"), [("linen", "nnx"), ("nnx", "nnx_in_linen"), ("nnx_in_linen", "linen")]
@@ -236,6 +262,15 @@ def test_init_from_goes_on_at_another_stage(train: Train, before: str, after: st
     second = train("digits", f"stage={after}", *options, f"init_from={first}")
 
     assert curve(first) + curve(second) == curve(whole)
+
+
+def test_init_from_a_run_with_nothing_left_to_train_is_refused(
+    train: Train, tmp_path: Path
+) -> None:
+    first = train("diabetes", "steps=2")
+    with pytest.raises(Refused, match="is at step 2, and this run ends at step 2"):
+        train("diabetes", "steps=2", "stage=nnx", f"init_from={first}", f"run_dir={tmp_path / 'x'}")
+    assert not (tmp_path / "x").exists()
 
 
 def test_init_from_something_else_is_refused(train: Train, tmp_path: Path) -> None:
@@ -253,6 +288,37 @@ def test_init_from_another_model_names_every_difference(train: Train, tmp_path: 
     with pytest.raises(VariablesError, match=r"encoder/linear/kernel.*\[10, 8\].*\[10, 64\]"):
         train("diabetes", "steps=2", f"init_from={first}", f"run_dir={tmp_path / 'other'}")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_damaged_checkpoint_is_not_taken_for_none(train: Train) -> None:
+    run_dir = train("diabetes", "steps=4", "stop_at=2")
+    before = curve(run_dir)
+    (run_dir / "checkpoints" / "2" / "data" / "metadata").write_text('{"batches"')
+
+    with pytest.raises(Refused, match=r"checkpoints/2 has no readable item 'data'.*Remove it"):
+        train("diabetes", "steps=4", f"run_dir={run_dir}")
+
+    assert curve(run_dir) == before
+
+
+def test_a_run_killed_while_it_wrote_its_first_file_starts_again(
+    train: Train, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "killed"
+    run_dir.mkdir()
+    (run_dir / "config.yaml.part").write_text("name: dia")
+    assert curve(train("diabetes", "steps=2", f"run_dir={run_dir}")) == curve(
+        train("diabetes", "steps=2")
+    )
+
+
+@pytest.mark.parametrize("below", ["", "/run"])
+def test_a_run_directory_that_cannot_be_made_is_refused(
+    train: Train, tmp_path: Path, below: str
+) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(Refused, match=r"cannot be created: (File exists|Not a directory)"):
+        train("diabetes", "steps=2", f"run_dir={tmp_path / 'file'}{below}")
 
 
 def test_resume_finds_a_flipped_bit(train: Train) -> None:

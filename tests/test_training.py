@@ -15,6 +15,7 @@ from linen_nnx.tree import flatten
 from model import families
 from model.stages import HALVES, Stage
 from training import checkpoints
+from training.errors import Refused
 
 
 def rows(run_dir: Path, split: str) -> list[dict[str, Any]]:
@@ -164,13 +165,22 @@ def test_overfitting_one_batch_learns_it_by_heart(train: Train) -> None:
 
 def test_one_step_goes_the_whole_path_once(train: Train, tmp_path: Path) -> None:
     run_dir = train("diabetes", "debug=one_step", f"run_dir={tmp_path / 'one'}")
-    assert len(rows(run_dir, "train")) == 1
+    assert [row["step"] for row in rows(run_dir, "train")] == [1]
+    assert [row["step"] for row in rows(run_dir, "eval")] == [1]
     assert (run_dir / "checkpoints" / "1" / "state").is_dir()
 
 
 def test_a_profile_is_recorded(train: Train) -> None:
     run_dir = train("diabetes", "debug=profile", "steps=20")
     assert list(run_dir.glob("plugins/profile/*/*.xplane.pb"))
+
+
+def test_a_profile_ends_with_a_run_that_is_shorter(train: Train, tmp_path: Path) -> None:
+    run_dir = train("diabetes", "debug=profile", "steps=8")
+    assert list(run_dir.glob("plugins/profile/*/*.xplane.pb"))
+    with pytest.raises(Refused, match="would go from step 0 to 5"):
+        train("diabetes", "debug=profile", "steps=5", f"run_dir={tmp_path / 'short'}")
+    assert not (tmp_path / "short").exists()
 
 
 def test_debug_nans_names_the_operation(train: Train) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -42,6 +42,11 @@ def train(cfg: Config) -> None:
     state = start.begin(cfg, program, batches)
     step = first = int(state.step)
     last = cfg.stop_at or cfg.steps
+    if cfg.debug.mode == "profile" and last - first <= PROFILED.start:
+        raise Refused(
+            f"debug=profile records what follows the first {PROFILED.start} steps; this run would "
+            f"go from step {first} to {last}. Give more steps, or another run_dir."
+        )
     start.write_run(cfg, rules)
     run_dir = Path(cfg.run_dir)
     metrics = Metrics(run_dir, first)
@@ -55,19 +60,21 @@ def train(cfg: Config) -> None:
     # Steps. What is due after step k is done before batch k + 1 is drawn.
     batch = None
     ended = step >= last or _patience_lost(cfg, metrics)
+    if ended:
+        say("Nothing is left to train; another run_dir begins anew.")
     try:
-        with terminal, _interrupts() as stop, _checks(cfg):
+        with terminal, _interrupts() as stop, _checks(cfg), ExitStack() as profile:
             while not ended:
                 if cfg.debug.mode == "profile" and step - first == PROFILED.start:
-                    jax.profiler.start_trace(str(run_dir))
+                    profile.enter_context(jax.profiler.trace(run_dir))
                 if batch is None or cfg.debug.mode != "overfit":
                     batch = next(batches)
                 state, values = program.train_step(state, batch)
                 step += 1
                 recorder.train(step, values)
-                if cfg.debug.mode == "profile" and step - first == PROFILED.stop:
+                if step - first == PROFILED.stop:
                     jax.block_until_ready(state)
-                    jax.profiler.stop_trace()
+                    profile.close()
                 if _due(step, cfg.eval.every) or step == cfg.steps:
                     recorder.drain()
                     if recorder.eval(step, evaluate(cfg, program, dataset, state)):
@@ -94,7 +101,8 @@ def train(cfg: Config) -> None:
         if sample := samples.show(cfg, program, dataset, state, board):
             say(sample)
     else:
-        say(f"Saved at step {step} of {cfg.steps}; the same command goes on from there.")
+        how = "without stop_at " if step == cfg.stop_at else ""
+        say(f"Saved at step {step} of {cfg.steps}; the same command {how}goes on from there.")
     board.close()
 
 
@@ -129,13 +137,12 @@ def _patience_lost(cfg: Config, metrics: Metrics) -> bool:
 
 
 def _set_aside(error: NonFiniteError, run_dir: Path, state: State) -> str:
-    """Keeps the state in which the loss went wrong, where no resume will find it."""
+    """Keeps the state in which a metric went wrong, where no resume will find it."""
     path = run_dir / "nonfinite" / str(int(state.step))
     save_aside(path, state)
     return (
-        f"The loss is {error.value} at step {error.step}; it was finite up to step "
-        f"{error.step - 1}. The state after step {int(state.step)} is in {path}, to be looked at; "
-        f"the checkpoints before it are untouched. debug=nans finds the operation; a lower "
+        f"{error} The state after step {int(state.step)} is in {path}, to be looked at; the "
+        "checkpoints before it are untouched. debug=nans finds the operation; a lower "
         "optimizer.lr, a longer optimizer.warmup or optimizer.clip_norm are the usual remedies."
     )
 
