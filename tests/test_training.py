@@ -184,6 +184,16 @@ def test_a_profile_ends_with_a_run_that_is_shorter(train: Train, tmp_path: Path)
     assert not (tmp_path / "short").exists()
 
 
+def test_a_family_without_a_rule_book_trains_in_nnx_alone(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(families, "RULES", tmp_path)
+    for options in (("stage=linen",), ("stage=nnx",), ("init=native",)):
+        with pytest.raises(Refused, match=r"There is no rule book .*init=native, which needs none"):
+            train("diabetes", "steps=2", *options)
+    train("diabetes", "steps=2", "stage=nnx", "init=native")
+
+
 def test_debug_nans_names_the_operation(train: Train) -> None:
     with pytest.raises(FloatingPointError, match=r"invalid value \((nan|inf)\) encountered in \w+"):
         train("diabetes", "debug=nans", "steps=300", "optimizer=sgd", "optimizer.lr=1e12",
@@ -225,6 +235,21 @@ def test_events_of_a_run_killed_before_its_first_save_are_drawn_once(tmp_path: P
 
     events = EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")
     assert [(event.step, event.value) for event in events] == [(1, 3), (2, 3), (3, 3)]
+
+
+@pytest.mark.parametrize("experiment", ["lm", "digits"])
+def test_samples_are_compiled_once_for_a_run(
+    train: Train, experiment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, traced = Stage.apply, []
+
+    def apply(stage: Any, *args: Any, **how: Any) -> Any:
+        traced.append(how["train"])
+        return real(stage, *args, **how)
+
+    monkeypatch.setattr(Stage, "apply", apply)
+    train(experiment, "log.samples=3", "steps=3", "eval.every=1", "log.tensorboard=true")
+    assert len([once for once in traced if not once]) == 2  # evaluation, samples
 
 
 def test_the_language_model_writes_a_sample(

@@ -38,7 +38,7 @@ def train(cfg: Config) -> bool:
     dataset = data.load(cfg.data)
     batches = data.train_iterator(dataset, cfg.data)
     family = families.create(cfg.model)
-    rules = start.load_rules(family)
+    rules = start.load_rules(cfg, family)
     example = dataset.example_batch(cfg.data.batch)["inputs"]
     program = Program(cfg, Stage(cfg.stage, family, example), rules)
 
@@ -84,7 +84,8 @@ def train(cfg: Config) -> bool:
                     if recorder.eval(step, evaluate(cfg, program, dataset, state)):
                         metrics.sync()
                         checkpoints.save(state, batches.get_state(), best=True)
-                    samples.show(cfg, program, dataset, state, board)
+                    if cfg.log.tensorboard:
+                        samples.show(cfg, program, dataset, state, board)
                 if _due(step, cfg.log.histograms_every):
                     board.histograms(step, program.view.leaves(state.variables["params"]))
                 ended = step == last or bool(stop) or _patience_lost(cfg, metrics)

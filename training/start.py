@@ -32,10 +32,16 @@ FREE = ("stop_at", "log_every", "resume", "init_from", "run_dir", "eval", "check
 CONFIG_PART = "config.yaml.part"  # config.yaml while it is being written
 
 
-def load_rules(family: families.Family) -> RuleBook | None:
-    """The family's rule book; None where it has none, which suffices at stage `nnx`."""
+def load_rules(cfg: Config, family: families.Family) -> RuleBook | None:
+    """The family's rule book; None where it has none and the run needs none."""
     if not family.rules_path.exists():
-        return None
+        if (cfg.stage, cfg.init) == ("nnx", "native"):
+            return None
+        raise Refused(
+            f"There is no rule book {family.rules_path}, which stage={cfg.stage} init={cfg.init} "
+            "needs to tell which Linen leaf is which nnx leaf. Write it (configs/rules/mlp.yaml is "
+            "the smallest), or train with stage=nnx init=native, which needs none."
+        )
     book = RuleBook.load(family.rules_path)
     if not book.invertible:
         raise Refused(
