@@ -339,6 +339,34 @@ def test_a_refusal_is_its_message_alone(tmp_path):
     assert outcome.err == "run_dir holds another experiment\n"
 
 
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (("experiment=diabetes", "model.features=5", "model.outputs=2"),
+         {"model.features": "got 5; the data has inputs of shape (10,)",
+          "model.outputs": "got 2; the data has targets of shape (1,)"}),
+        (("experiment=digits", "model.classes=5"),
+         {"model.classes": "got 5; the data has 10 classes"}),
+        (("experiment=diabetes", "model=convnet"),
+         {"model.channels": "got 1; the data has inputs of shape (10,)",
+          "model.classes": "got 10; the data has no classes"}),
+        (("experiment=lm", "model.vocab=128", "model.length=64"),
+         {"model.vocab": "got 128; the data has 256 symbols",
+          "model.length": "got 64; the data has inputs of shape (128,)"}),
+        (("experiment=lm", "model=mlp"),
+         {"model.features": "got 10; the data has inputs of shape (128,)",
+          "model.outputs": "got 1; the data has targets of shape (128,)"}),
+    ],
+)  # fmt: skip
+def test_a_model_that_the_data_does_not_fit_is_refused(overrides, named, tmp_path):
+    from training.loop import train
+
+    with pytest.raises(ConfigError) as error:
+        train(compose(*overrides, f"run_dir={tmp_path / 'run'}"))
+    assert error.value.problems == named
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("change", ["model.family=3", "~model.family"])
 def test_a_model_without_the_name_of_a_family_is_refused(change):
     from model.families import create

@@ -313,7 +313,7 @@ def test_init_from_something_else_is_refused(train: Train, tmp_path: Path) -> No
 
 
 def test_init_from_another_model_names_every_difference(train: Train, tmp_path: Path) -> None:
-    first = train("diabetes", "steps=2", "model.hidden=8")
+    first = train("diabetes", "steps=1", "model.hidden=8")
     from model.stages import VariablesError
 
     with pytest.raises(VariablesError, match=r"encoder/linear/kernel.*\[10, 8\].*\[10, 64\]"):

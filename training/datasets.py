@@ -66,6 +66,8 @@ class Dataset:
         validation: the examples that training never sees.
         description: one line for people: where the data is from, how much, how split.
         baselines: scores of models that need no training, on the whole validation split.
+        classes: how many values a target can have (256 of a byte, 10 of a digit); None where it is
+            a number.
         digest: names the exact data, whatever its path; saved with a position in it.
         target_mean, target_std: `target * target_std + target_mean` is in original units, and a
             mean squared error times `target_std ** 2` too.
@@ -77,6 +79,7 @@ class Dataset:
     description: str
     baselines: dict[str, float]
     digest: str
+    classes: int | None = None
     target_mean: float = 0.0
     target_std: float = 1.0
 
@@ -139,6 +142,7 @@ def _load_text(cfg: Data) -> Dataset:
             f"({len(validation)} windows, no overlap)"
         ),
         baselines={"uniform": math.log(256), "bigram": bigram_nats(train, validation)},
+        classes=256,
         digest=_digest(data),
     )
 
@@ -169,6 +173,7 @@ def _load_digits(cfg: Data) -> Dataset:
         validation=Rows(inputs[validation], targets[validation]),
         description=_bundled("handwritten digits of 8 x 8 pixels", train, validation),
         baselines={"majority": float(np.mean(targets[validation] == majority))},
+        classes=10,
         digest=_digest(inputs, targets),
     )
 

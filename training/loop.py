@@ -33,14 +33,16 @@ def train(cfg: Config) -> bool:
 
     Raises:
         Refused: for anything that cannot be done as asked; nothing has been overwritten then.
+        ConfigError: for model options that do not fit the data; nothing has been written then.
     """
     # Set-up: data, model, optimizer. Nothing is written yet.
     dataset = data.load(cfg.data)
     batches = data.train_iterator(dataset, cfg.data)
     family = families.create(cfg.model)
     rules = start.load_rules(cfg, family)
-    example = dataset.example_batch(cfg.data.batch)["inputs"]
-    program = Program(cfg, Stage(cfg.stage, family, example), rules)
+    example = dataset.example_batch(cfg.data.batch)
+    family.check_data(example, dataset.classes)
+    program = Program(cfg, Stage(cfg.stage, family, example["inputs"]), rules)
 
     # Start: resume, init_from or scratch. From here on the run directory is this run's.
     state = start.begin(cfg, program, batches)

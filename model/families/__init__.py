@@ -1,9 +1,9 @@
 """The registry of model families: a family is a module of this folder, found by its file's name.
 
 Such a module holds `Config` (a frozen dataclass of the family's options), `rules(cfg)` (the name of
-its rule book in `configs/rules/`) and `losses(outputs, batch)` (per-example metrics, "loss" among
-them). The twins are `model/linen/<name>.py` and `model/nnx/<name>.py`, each with an `Encoder` and a
-`Head`.
+its rule book in `configs/rules/`), `losses(outputs, batch)` (per-example metrics, "loss" among
+them) and `misfits(cfg, batch, classes)` (which options the data does not fit). The twins are
+`model/linen/<name>.py` and `model/nnx/<name>.py`, each with an `Encoder` and a `Head`.
 """
 
 import importlib
@@ -36,6 +36,20 @@ class Family:
     losses: Losses
     rules_path: Path
 
+    def check_data(self, batch: Mapping[str, Any], classes: int | None) -> None:
+        """Compares the options with the data, which else would broadcast, or index out of bounds.
+
+        Args:
+            batch: one batch, `{"inputs", "targets"}` of arrays.
+            classes: how many values a target can have; None where it is a number.
+
+        Raises:
+            configs.build.ConfigError: naming every option that does not fit.
+        """
+        module = importlib.import_module(f"{__name__}.{self.name}")
+        misfits = module.misfits(self.cfg, batch, classes)
+        refuse({f"model.{key}": text for key, text in misfits.items()})
+
     def twin(self, framework: str) -> ModuleType:
         """The module of the family's twin in `framework` ("linen" or "nnx"): `Encoder`, `Head`."""
         return importlib.import_module(f"model.{framework}.{self.name}")
@@ -52,7 +66,7 @@ def create(model: Mapping[str, Any]) -> Family:
     Raises:
         configs.build.ConfigError: for an unknown family or option, naming every problem.
     """
-    name = model.get("family")
+    name: Any = model.get("family")
     if not isinstance(name, str) or name not in names():
         refuse({"model.family": f"got {show(name)}{did_you_mean(str(name), names())}"})
     module = importlib.import_module(f"{__name__}.{name}")

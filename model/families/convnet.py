@@ -1,7 +1,8 @@
 """A small ResNet with BatchNorm, for images; the head reuses the encoder's channel gains."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import optax
@@ -30,6 +31,16 @@ class Config:
 
 def rules(cfg: Config) -> str:
     return "convnet"
+
+
+def misfits(cfg: Config, batch: Mapping[str, Any], classes: int | None) -> dict[str, str]:
+    """Options that do not fit the data: `{key: what is wrong}`."""
+    shape, found = batch["inputs"].shape[1:], {}
+    if len(shape) != 3 or shape[-1] != cfg.channels:
+        found["channels"] = f"got {cfg.channels}; the data has inputs of shape {shape}"
+    if classes != cfg.classes or batch["targets"].ndim != 1:
+        found["classes"] = f"got {cfg.classes}; the data has {classes or 'no'} classes"
+    return found
 
 
 def losses(outputs: Array, batch: dict[str, Array]) -> dict[str, Array]:

@@ -1,7 +1,8 @@
 """A causal byte-level language model; the head scores with the encoder's own embedding table."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import optax
@@ -38,6 +39,16 @@ class Config:
 def rules(cfg: Config) -> str:
     """Scanned Linen blocks are stored stacked, which takes a rule book of its own."""
     return "transformer_scan" if cfg.scan else "transformer"
+
+
+def misfits(cfg: Config, batch: Mapping[str, Any], classes: int | None) -> dict[str, str]:
+    """Options that do not fit the data: `{key: what is wrong}`."""
+    shape, found = batch["inputs"].shape[1:], {}
+    if len(shape) != 1 or shape[0] > cfg.length:
+        found["length"] = f"got {cfg.length}; the data has inputs of shape {shape}"
+    if classes is None or classes > cfg.vocab or batch["targets"].shape[1:] != shape:
+        found["vocab"] = f"got {cfg.vocab}; the data has {classes or 'no'} symbols"
+    return found
 
 
 def losses(outputs: Array, batch: dict[str, Array]) -> dict[str, Array]:
