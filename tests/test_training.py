@@ -14,7 +14,7 @@ from conftest import STAGES, Train
 
 from linen_nnx.tree import flatten
 from model import families
-from model.stages import HALVES, Stage
+from model.stages import HALVES, Stage, VariablesError
 from training import checkpoints
 from training.errors import Refused
 
@@ -192,6 +192,24 @@ def test_a_family_without_a_rule_book_trains_in_nnx_alone(
         with pytest.raises(Refused, match=r"There is no rule book .*init=native, which needs none"):
             train("diabetes", "steps=2", *options)
     train("diabetes", "steps=2", "stage=nnx", "init=native")
+
+
+def test_twins_that_differ_are_refused_before_anything_is_written(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flax import nnx
+
+    from model.nnx import mlp
+
+    class Encoder(mlp.Encoder):
+        def __init__(self, cfg: Any, *, rngs: nnx.Rngs) -> None:
+            super().__init__(cfg, rngs=rngs)
+            self.linear = nnx.Linear(cfg.features, cfg.hidden, param_dtype="bfloat16", rngs=rngs)
+
+    monkeypatch.setattr(mlp, "Encoder", Encoder)
+    with pytest.raises(VariablesError, match=r"encoder/linear/kernel: got float32.*bfloat16"):
+        train("diabetes", "steps=2", f"run_dir={tmp_path / 'run'}")
+    assert not (tmp_path / "run").exists()
 
 
 def test_debug_nans_names_the_operation(train: Train) -> None:
