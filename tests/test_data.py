@@ -416,7 +416,7 @@ def test_a_position_in_other_data_is_refused_with_every_difference(tmp_path):
         train_iterator(load(changed), changed).set_state(position)
     message = str(error.value)
     assert message.count("\n") == 2
-    for part in ("digest", "batch 8, but batch is 4", "seed 0, but seed is 9"):
+    for part in ("digest: was", "batch: was 8, is 4", "seed: was 0, is 9", "begin another run"):
         assert part in message
 
     with pytest.raises(DataError, match="this one has next_index"):

@@ -98,14 +98,18 @@ class TrainIterator:
                 f"A data position has the keys {', '.join(sorted(here))}; this one has "
                 f"{', '.join(sorted(state)) or 'none'}."
             )
-        refuse_data(
-            [
-                f"The saved data position was reached with {key} {state[key]!r}, but {key} is "
-                f"{value!r} now: its count of batches means other examples. Restore {key}."
-                for key, value in self._identity.items()
-                if state[key] != value
-            ]
-        )
+        changed = [
+            f"  {key}: was {state[key]!r}, is {value!r}"
+            for key, value in self._identity.items()
+            if state[key] != value
+        ]
+        if changed:
+            raise DataError(
+                "The saved data position counts batches of other data:\n"
+                + "\n".join(changed)
+                + "\nGoing on would repeat and skip examples. Set these back (the digest stands for "
+                "the content of the data), or begin another run, without init_from."
+            )
         self._batches.set_state({"next_index": state["batches"]})
 
     def close(self) -> None:

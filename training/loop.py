@@ -53,7 +53,8 @@ def train(cfg: Config) -> bool:
             f"debug=profile records what follows the first {PROFILED.start} steps; this run would "
             f"go from step {first} to {last}. Give more steps, or another run_dir."
         )
-    jax.eval_shape(program.train_step, state, example)  # what cannot be traced writes nothing
+    with _checks(cfg):
+        jax.eval_shape(program.train_step, state, example)  # what cannot be traced writes nothing
     lock = start.write_run(cfg, rules)
     run_dir = Path(cfg.run_dir)
     metrics = Metrics(run_dir, first)
