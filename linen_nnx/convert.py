@@ -75,7 +75,7 @@ def convert(
     if out.exists():
         return _existing(out, conversions)
     _check_target(path, out, list(conversions.values()), link)
-    with _partial(out) as partial, Placer(link) as placer:
+    with _partial(out) as partial, Placer(link, progress) as placer:
         reports = []
         for relative, conversion in conversions.items():
             if to_file:
@@ -173,7 +173,6 @@ def _write(
     folder.mkdir(parents=True, exist_ok=True)
     item = folder if source.folder in source.items or not source.items else folder / _name(source)
     item.mkdir(exist_ok=True)
-    progress(f"writing {conversion.bytes_stored / 1e6:.0f} MB to {folder.name}")
     write_store(item, conversion.items, conversion.jobs, conversion.reader, placer)
     leaves = [leaf for job in conversion.jobs for leaf in job.targets]
     header = conversion.items[0].header if conversion.items else _HEADER

@@ -15,7 +15,7 @@ from linen_nnx.grammar import did_you_mean
 from linen_nnx.layouts import lay_out
 from linen_nnx.ops import Spec
 from linen_nnx.plan import RuleError
-from linen_nnx.rekey import Job, choose
+from linen_nnx.rekey import Job, choose, kept
 from linen_nnx.rules import RuleBook
 from linen_nnx.sources import Source, find
 from linen_nnx.state import STAGES, Form, State, guess_side, read_state
@@ -23,8 +23,8 @@ from linen_nnx.store import Item, Key, Leaf
 from linen_nnx.stream import Reader, fresh_metadata
 
 REPORT, RULES = "report.json", "rules.yaml"
-_BASE_MEMORY = 70 << 20  # Python with tensorstore, measured
-_COPIES = 3  # of a streamed change: its sources, its targets, and these encoded
+_BASE_MEMORY = 90 << 20  # Python, tensorstore and the batch being committed, measured
+_COPIES = 5  # of a streamed change: sources, targets, and both encoded and on their way
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,11 @@ class Conversion:
     @property
     def bytes_stored(self) -> int:
         """Bytes on disk that a copy takes over from the source as they are."""
-        return sum(file.stat().st_size for item in self.items for file in item.data_files)
+        return sum(
+            file.stat().st_size
+            for number, item in enumerate(self.items)
+            for file in item.data_files(kept(self.jobs, number))
+        )
 
     @property
     def peak_memory(self) -> int:
@@ -85,7 +89,7 @@ class Conversion:
         for path in filter(Path.is_file, paths):
             # The names of data files are random, and a manifest leads to all that it needs.
             small = path.name.startswith(("_", "manifest"))
-            state.update(path.read_bytes() if small else f"{path.name} {path.stat()[6:9]}".encode())
+            state.update(path.read_bytes() if small else _stamp(path))
         changes = [
             (
                 [leaf.name for leaf in job.change.sources],
@@ -130,6 +134,11 @@ class Conversion:
                 for leaf in self.leaves
             ],
         }
+
+
+def _stamp(path: Path) -> bytes:
+    stat = path.stat()
+    return f"{path} {stat.st_size} {stat.st_mtime_ns}".encode()
 
 
 def _is_scalar(leaf: Leaf) -> bool:
