@@ -307,6 +307,29 @@ def test_a_kill_leaves_the_target_absent_or_complete(source, tmp_path):
     assert False in outcomes
 
 
+def test_memory_stays_small_whatever_the_size(tmp_path):
+    leaf = np.random.default_rng(0).standard_normal((1024, 1024), np.float32)
+    layers = {f"blk_{i}": {"kernel": leaf} for i in range(32)}
+    save(tmp_path / "linen", {"params": layers})
+    rule = {"linen": "params/blk_{i}/kernel", "nnx": "blocks/{i}/kernel"}
+    for name, ops, limit in (
+        ("rename", [], 120),
+        ("transpose", [{"op": "transpose", "perm": [1, 0]}], 160),
+    ):
+        rules = [{**rule, **({"ops": ops} if ops else {})}]
+        (tmp_path / name).write_text(json.dumps({"version": 1, "rules": rules}))
+        arguments = ["run", str(tmp_path / "linen"), str(tmp_path / f"nnx {name}")]
+        arguments += ["--to", "nnx", "--rules", str(tmp_path / name)]
+        code = (
+            "import sys; from linen_nnx.cli import program; assert program() == 0\n"
+            "print(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')))"
+        )
+        command = [sys.executable, "-c", code, *arguments]
+        output = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+        peak = int(output.stdout.split("VmHWM:")[1].split()[0]) / 1024
+        assert 20 < peak < limit
+
+
 # Rules that change more than names
 
 
