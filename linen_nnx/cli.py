@@ -173,6 +173,7 @@ def _summary(report: dict[str, Any]) -> str:
         f"memory   about {_bytes(report['peak_memory'])} at the peak",
     ]
     lines += [f"{key:9}{', '.join(report[key])}" for key in ("dropped", "filled") if report[key]]
+    lines += [f"note     {note}" for note in report["notes"]]
     if report.get("fell_back"):
         lines.append(f"note     copied, as hard links are not possible here: {report['fell_back']}")
     if report.get("digests") is False:

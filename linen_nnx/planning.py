@@ -42,6 +42,8 @@ class Conversion:
     target: str
     """The form as it was asked for."""
     reset_optimizer: bool
+    notes: tuple[str, ...]
+    """What a person should know."""
 
     @property
     def dropped(self) -> list[str]:
@@ -61,7 +63,9 @@ class Conversion:
 
     @property
     def bytes_stored(self) -> int:
-        """Bytes on disk that a copy takes over from the source as they are."""
+        """Bytes that a copy takes over from the source as they are."""
+        if not (self.items and self.items[0].ocdbt):
+            return sum(job.nbytes for job in self.jobs if job.engine in ("name", "chunks"))
         return sum(
             file.stat().st_size
             for number, item in enumerate(self.items)
@@ -116,6 +120,7 @@ class Conversion:
             "bytes": sum(job.nbytes for job in self.jobs),
             "bytes_streamed": self.bytes_streamed,
             "peak_memory": self.peak_memory,
+            "notes": list(self.notes),
         }
 
     def origin(self) -> dict[str, Any] | None:
@@ -184,15 +189,35 @@ def plan_conversion(
             raise RuleError(f"{path} cannot go to {to}", [f"it looks like {side} form already"])
         form = Form(side)
     state = read_state(leaves, form, book)
+    notes = []
+    if (model_only or source.kind == "file") and state.rest:
+        notes.append(f"files hold the model alone: {len(state.rest)} other leaves are left out")
     if model_only or source.kind == "file":
         state = State(state.form, f"{state.layout} (the model alone)", state.model)
     wanted = None if like is None else read_state(find(like).open()[1], target, book)
     moves = carry(state, target, book, wanted, reset_optimizer)
-    changes = lay_out(moves, state.form, target, wanted, _origin(source, target, book))
+    origin = _origin(source, target, book)
+    changes = lay_out(moves, state.form, target, wanted, origin)
+    optimizer = any(place.in_optimizer for move in moves for place in move.targets)
+    if target.flat and not state.form.flat and optimizer and not (wanted or origin):
+        notes.append(
+            "nnx form does not tell the empty states of an optimizer chain: a restore into a "
+            "TrainState needs them, and takes them from a checkpoint of it (--like CKPT)"
+        )
     zarr3 = bool(items) and items[0].zarr3
     jobs = tuple(choose(change, zarr3, readable_only=not items) for change in changes)
     return Conversion(
-        source, tuple(items), tuple(leaves), reader, state, target, book, jobs, to, reset_optimizer
+        source=source,
+        items=tuple(items),
+        leaves=tuple(leaves),
+        reader=reader,
+        state=state,
+        to=target,
+        book=book,
+        jobs=jobs,
+        target=to,
+        reset_optimizer=reset_optimizer,
+        notes=tuple(notes),
     )
 
 

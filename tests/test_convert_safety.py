@@ -62,6 +62,18 @@ def passes(checks):
     return all(check.passed is not False for check in checks)
 
 
+def test_what_cannot_be_known_is_said(converted, tmp_path, capsys):
+    shutil.copytree(converted, tmp_path / "nnx")
+    (tmp_path / "nnx" / "report.json").unlink()
+    assert main(["plan", str(tmp_path / "nnx"), "--to", "linen"]) == 0
+    assert "takes them from a checkpoint of it (--like CKPT)" in capsys.readouterr().out
+    assert main(["plan", str(converted), "--to", "linen"]) == 0
+    assert "--like" not in capsys.readouterr().out
+    file = tmp_path / "linen.safetensors"
+    assert main(["run", str(converted), str(file), "--to", "linen"]) == 0
+    assert "files hold the model alone: 29 other leaves are left out" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("link", [False, True])
 def test_the_source_stays_as_it_was(source, tmp_path, link):
     before = snapshot(source)
