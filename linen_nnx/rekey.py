@@ -8,7 +8,7 @@ A store of one directory per array has its directories copied under their new na
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,8 +69,9 @@ def choose(change: Change, zarr3: bool, readable_only: bool = False) -> Job:
 class Placer:
     """Puts files in place by copy or by hard link, two at a time, and syncs copies to disk."""
 
-    def __init__(self, link: bool) -> None:
+    def __init__(self, link: bool, progress: Callable[[str], None]) -> None:
         self._link = link
+        self.progress = progress
         self._pool = ThreadPoolExecutor(2)
         self._copying: list[Future[None]] = []
         self._syncing: list[Future[None]] = []
@@ -95,7 +96,8 @@ class Placer:
 
     def wait(self) -> None:
         """Waits until every file can be read; copies go on to disk in the background."""
-        for future in self._copying:
+        for number, future in enumerate(self._copying, start=1):
+            self.progress(f"copying files: {number} of {len(self._copying)}")
             future.result()
         self._copying.clear()
         targets = [target for target in self.placed if target not in self.linked]
@@ -142,8 +144,8 @@ def write_store(
     ocdbt = not items or items[0].ocdbt
     moving = [job for job in jobs if job.engine in ("name", "chunks")]
     if ocdbt:
-        for item in items:
-            for file in item.data_files:
+        for number, item in enumerate(items):
+            for file in item.data_files(kept(moving, number)):
                 placer.place(file, out / file.relative_to(item.path))
         placer.wait()
         store = open_kv(out, context, True, config=_CONFIG)
@@ -154,9 +156,15 @@ def write_store(
     changed = [
         (j.change.sources, j.change.actions, j.targets) for j in jobs if j.engine == "stream"
     ]
-    stream(changed, reader, store, context)
+    stream(changed, reader, store, context, placer.progress)
     if ocdbt:
         _move_entries(out, items, moving, store, context)
+
+
+def kept(jobs: Sequence[Job], item: int) -> list[str]:
+    """The stored names of an item's leaves whose bytes stay as they are."""
+    moving = (job for job in jobs if job.engine in ("name", "chunks"))
+    return [leaf.stored for job in moving for leaf in job.change.sources if leaf.item == item]
 
 
 def _move_entries(

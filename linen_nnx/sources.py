@@ -93,16 +93,25 @@ def find(
     return _step(path, "root", _latest(path, step), item)
 
 
+def parts(path: Path) -> list[str]:
+    """The folders of a run directory that hold checkpoints; of other paths, the default alone."""
+    best = path / "best"
+    more = (path / "checkpoints").is_dir() and best.is_dir() and any(map(_pytrees, _folders(best)))
+    return ["checkpoints", *(["best"] if more else [])]
+
+
+def _folders(path: Path) -> list[Path]:
+    return sorted(child for child in path.iterdir() if child.is_dir())
+
+
 def _pytrees(folder: Path) -> list[Path]:
-    found = (child for child in folder.iterdir() if child.is_dir() and is_item(child))
-    return sorted(child for child in found if _UNFINISHED not in child.name)
+    found = (child for child in _folders(folder) if is_item(child))
+    return [child for child in found if _UNFINISHED not in child.name]
 
 
 def _latest(root: Path, wanted: int | None) -> Path:
     steps = {
-        int(match[1]): child
-        for child in root.iterdir()
-        if child.is_dir() and (match := _STEP.fullmatch(child.name))
+        int(match[1]): child for child in _folders(root) if (match := _STEP.fullmatch(child.name))
     }
     steps = {n: child for n, child in steps.items() if is_item(child) or _pytrees(child)}
     if wanted is None and steps:

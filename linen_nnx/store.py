@@ -8,7 +8,7 @@ import base64
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,12 +97,26 @@ def zarr_dtype(metadata: dict[str, Any]) -> np.dtype[Any]:
 
 
 @dataclass(frozen=True)
+class Tree:
+    """What the tree of an OCDBT store says: where the bytes are."""
+
+    values: dict[str, bytes]
+    """The small values that lie in the tree itself, by key."""
+    files: dict[str, set[str]]
+    """The data files of each array, by its name; paths are relative to the item."""
+    own: set[str]
+    """The files of the tree's own nodes."""
+
+
+@dataclass(frozen=True)
 class Item:
     """An open item: `leaves` in the order of `_METADATA`, whose other fields are `header`."""
 
     path: Path
     leaves: tuple[Leaf, ...]
     header: dict[str, Any]
+    tree: "Tree | None"
+    """Of an OCDBT store, its tree."""
 
     @property
     def ocdbt(self) -> bool:
@@ -112,11 +126,12 @@ class Item:
     def zarr3(self) -> bool:
         return bool(self.header.get("use_zarr3"))
 
-    @property
-    def data_files(self) -> list[Path]:
-        """The immutable files of an OCDBT store, which hold all its bytes."""
-        folders = [self.path / "d", *sorted(self.path.glob("ocdbt.process_*/d"))]
-        return [file for folder in folders if folder.is_dir() for file in sorted(folder.iterdir())]
+    def data_files(self, names: Collection[str]) -> list[Path]:
+        """The files of an OCDBT store that hold its tree, and the bytes of the named arrays."""
+        if self.tree is None:
+            return []
+        found = {place for name in names for place in self.tree.files.get(name, ())}
+        return [self.path / place for place in sorted(found | self.tree.own)]
 
 
 def is_item(path: Path) -> bool:
@@ -173,7 +188,8 @@ def read_item(path: Path, number: int = 0) -> Item:
         for name, (_, value) in zip(names, entries, strict=True)
         if value["value_type"] not in (*EMPTY_TYPES, "string")
     ]
-    zarr = _read_zarr(path, header, held)
+    stored = _read_tree(path) if header["use_ocdbt"] else None
+    zarr = _read_zarr(path, header, held, stored)
     leaves = tuple(
         Leaf(
             keys=keys,
@@ -188,7 +204,7 @@ def read_item(path: Path, number: int = 0) -> Item:
         )
         for name, (keys, value) in zip(names, entries, strict=True)
     )
-    return Item(path, leaves, header)
+    return Item(path, leaves, header, stored)
 
 
 def _tuple(shape: Sequence[int] | None) -> tuple[int, ...] | None:
@@ -225,11 +241,13 @@ def _refuse_collisions(
         raise StoreError(f"{path} is ambiguous: {'; '.join(problems)}")
 
 
-def _read_zarr(path: Path, header: dict[str, Any], names: list[str]) -> dict[str, dict[str, Any]]:
-    """The zarr metadata of every array, in one pass over the store's tree where it allows it."""
+def _read_zarr(
+    path: Path, header: dict[str, Any], names: list[str], tree: Tree | None
+) -> dict[str, dict[str, Any]]:
+    """The zarr metadata of every array: from the tree, where a look-up of each takes 40 us."""
     suffix = "/zarr.json" if header.get("use_zarr3") else "/.zarray"
     kv = open_kv(path, ts.Context(), header["use_ocdbt"])
-    raw = _inline_values(path) if header["use_ocdbt"] else {}
+    raw = tree.values if tree else {}
     try:
         pending = {n: kv.read(n + suffix) for n in names if n + suffix not in raw}
         found = {n: f.result() for n, f in pending.items()}
@@ -244,20 +262,36 @@ def _read_zarr(path: Path, header: dict[str, Any], names: list[str]) -> dict[str
     return {n: parsed[value] for n, value in values.items()}
 
 
-def _inline_values(path: Path) -> dict[str, bytes]:
-    """The small values that lie in an OCDBT tree itself (a look-up of each takes 40 us).
+def _read_tree(path: Path) -> Tree:
+    """Reads all nodes of an OCDBT store's newest version."""
+    files = ts.KvStore.open({"driver": "file", "path": f"{path.absolute()}/"}).result()
+    tree = Tree({}, {}, set())
 
-    Trees of one node only, which is what Orbax writes; of others it returns nothing.
-    """
-    files = ts.KvStore.open({"driver": "file", "path": f"{path}/"}).result()
+    def visit(location: str, prefix: bytes) -> None:
+        tree.own.add(_file(location))
+        for entry in ts.ocdbt.dump(files, node=location).result()["entries"]:
+            key = prefix + entry["key"]
+            if "location" in entry:
+                visit(entry["location"], prefix + entry["subtree_common_prefix"])
+            elif "inline_value" in entry:
+                tree.values[key.decode()] = entry["inline_value"]
+            else:
+                name = key.decode().partition("/")[0]
+                tree.files.setdefault(name, set()).add(_file(entry["indirect_value"]))
+
     try:
-        version = ts.ocdbt.dump(files).result()["versions"][-1]
-        if version["root_height"] or "location" not in version["root"]:
-            return {}
-        entries = ts.ocdbt.dump(files, node=version["root"]["location"]).result()["entries"]
+        root = ts.ocdbt.dump(files).result()["versions"][-1]["root"]
+        if "location" in root:
+            visit(root["location"], b"")
     except (ValueError, KeyError, IndexError) as error:
         raise StoreError(f"{path}: its OCDBT tree cannot be read: {error}") from None
-    return {e["key"].decode(): e["inline_value"] for e in entries if "inline_value" in e}
+    return tree
+
+
+def _file(location: str) -> str:
+    """The file in `value:<folder>:<path>:<offset>:<length>`."""
+    _, folder, path, _, _ = location.split(":")
+    return folder + path
 
 
 def write_side_files(path: Path, leaves: Sequence[Leaf], header: dict[str, Any]) -> None:

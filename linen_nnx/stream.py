@@ -4,7 +4,7 @@ Memory holds the arrays of one change, and of the batch being committed meanwhil
 size of the checkpoint.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,7 +13,7 @@ import tensorstore as ts
 from linen_nnx.ops import Action, Spec
 from linen_nnx.store import Item, Leaf, open_kv
 
-_BATCH = 32 << 20  # bytes in one commit: enough to make the commit's own cost small
+_BATCH = 8 << 20  # bytes in one commit: enough to make the commit's own cost small
 
 Array = np.ndarray[Any, Any]
 
@@ -87,9 +87,10 @@ def stream(
     reader: Reader,
     store: ts.KvStore,
     context: ts.Context,
+    progress: Callable[[str], None],
 ) -> None:
     """Writes the targets of each `(sources, actions, targets)` to an open store."""
-    transaction, size = ts.Transaction(), 0
+    transaction, size, done = ts.Transaction(), 0, 0
     committing: Any = None
     for sources, actions, targets in jobs:
         arrays = reader.read(sources)
@@ -106,6 +107,8 @@ def stream(
             if committing is not None:
                 committing.result()
             committing = transaction.commit_async()
+            done += size
+            progress(f"rewriting leaves: {done / 1e6:.0f} MB")
             transaction, size = ts.Transaction(), 0
     if committing is not None:
         committing.result()

@@ -11,7 +11,7 @@ from linen_nnx.files import SUFFIXES
 from linen_nnx.plan import RuleError
 from linen_nnx.planning import REPORT, RULES, Conversion, plan_conversion
 from linen_nnx.rekey import Job
-from linen_nnx.sources import Source, find
+from linen_nnx.sources import Source, find, parts
 from linen_nnx.store import Leaf, StoreError
 from linen_nnx.stream import Reader
 
@@ -52,11 +52,9 @@ def verify(
     """
     path, out = Path(path), Path(out)
     checks: list[Check] = []
-    parts = ["checkpoints"]
-    if (path / "checkpoints").is_dir() and ((path / "best").is_dir() or (out / "best").is_dir()):
-        parts.append("best")
-    for part in parts:
-        label = f"{part}: " if len(parts) > 1 else ""
+    both = ["checkpoints"] if out.suffix in SUFFIXES else parts(path)
+    for part in both:
+        label = f"{part}: " if len(both) > 1 else ""
         chosen = options if part == "checkpoints" else {**options, "step": None}
         step = chosen.get("step") if out.is_dir() and not (out / "_METADATA").exists() else None
         result = find(out, step, part=part)

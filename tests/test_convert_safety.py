@@ -52,8 +52,26 @@ def snapshot(path):
     return {p.relative_to(path): (p.read_bytes(), p.stat().st_mtime_ns) for p in files}
 
 
+def _data(path):
+    """The files that hold an item's bytes."""
+    item = read_item(path)
+    return item.data_files([leaf.stored for leaf in item.leaves])
+
+
 def passes(checks):
     return all(check.passed is not False for check in checks)
+
+
+def test_what_cannot_be_known_is_said(converted, tmp_path, capsys):
+    shutil.copytree(converted, tmp_path / "nnx")
+    (tmp_path / "nnx" / "report.json").unlink()
+    assert main(["plan", str(tmp_path / "nnx"), "--to", "linen"]) == 0
+    assert "takes them from a checkpoint of it (--like CKPT)" in capsys.readouterr().out
+    assert main(["plan", str(converted), "--to", "linen"]) == 0
+    assert "--like" not in capsys.readouterr().out
+    file = tmp_path / "linen.safetensors"
+    assert main(["run", str(converted), str(file), "--to", "linen"]) == 0
+    assert "files hold the model alone: 32 other leaves are left out" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("link", [False, True])
@@ -66,7 +84,7 @@ def test_the_source_stays_as_it_was(source, tmp_path, link):
 
 def test_links_share_their_bytes_and_carry_their_digests(source, tmp_path):
     result = convert(source, tmp_path / "nnx", "nnx", link=True)
-    data = next(p for p in read_item(source).data_files if p.stat().st_size > 500)
+    data = next(p for p in _data(source) if p.stat().st_size > 500)
     assert (tmp_path / "nnx" / data.relative_to(source)).samefile(data)
     assert digests.check(tmp_path / "nnx")
     assert result.reports[0]["linked"] is True
@@ -122,7 +140,7 @@ def test_every_flipped_bit_is_found(source, converted, tmp_path):
     rng = random.Random(0)
     out = tmp_path / "nnx"
     shutil.copytree(converted, out)
-    data = read_item(out).data_files
+    data = _data(out)
     for _ in range(200):
         victim = rng.choice(data)
         intact = victim.read_bytes()
@@ -140,7 +158,7 @@ def test_bits_are_compared_even_without_digests(tmp_path):
     convert(tmp_path / "linen", tmp_path / "nnx", "nnx", rules=rules)
     (tmp_path / "nnx" / "digests.json").unlink()
     assert passes(verify(tmp_path / "linen", tmp_path / "nnx"))
-    data = max(read_item(tmp_path / "nnx").data_files, key=lambda p: p.stat().st_size)
+    data = max(_data(tmp_path / "nnx"), key=lambda p: p.stat().st_size)
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1
     data.write_bytes(content)
@@ -190,12 +208,13 @@ def test_a_leaf_left_behind_is_found(source, tmp_path):
     assert any("opt_state/0/mu" in detail for check in failed for detail in check.details)
 
 
-def test_a_damaged_source_is_noticed_while_it_is_copied(source, tmp_path):
-    damaged = tmp_path / "damaged"
-    shutil.copytree(source, damaged)
-    _flip(next((damaged / "ocdbt.process_0" / "d").iterdir()), random.Random(1))
+def test_a_damaged_source_is_noticed_while_it_is_copied(tmp_path):
+    damaged = save(tmp_path / "damaged", {"params": {"blk_0": {"kernel": jnp.arange(4096.0)}}})
+    digests.write(damaged)
+    _flip(max(_data(damaged), key=lambda p: p.stat().st_size), random.Random(1))
+    rules = RuleBook(r for r in RENAMES.rules if "blk" in str(r))
     with pytest.raises(DigestError, match="the source is damaged"):
-        convert(damaged, tmp_path / "nnx", "nnx")
+        convert(damaged, tmp_path / "nnx", "nnx", rules=rules)
     assert sorted(os.listdir(tmp_path)) == ["damaged"]
 
 
@@ -298,6 +317,29 @@ def test_a_kill_leaves_the_target_absent_or_complete(source, tmp_path):
     assert passes(verify(source, out))
     assert snapshot(source) == before
     assert False in outcomes
+
+
+def test_memory_stays_small_whatever_the_size(tmp_path):
+    leaf = np.random.default_rng(0).standard_normal((1024, 1024), np.float32)
+    layers = {f"blk_{i}": {"kernel": leaf} for i in range(32)}
+    save(tmp_path / "linen", {"params": layers})
+    rule = {"linen": "params/blk_{i}/kernel", "nnx": "blocks/{i}/kernel"}
+    for name, ops, limit in (
+        ("rename", [], 120),
+        ("transpose", [{"op": "transpose", "perm": [1, 0]}], 160),
+    ):
+        rules = [{**rule, **({"ops": ops} if ops else {})}]
+        (tmp_path / name).write_text(json.dumps({"version": 1, "rules": rules}))
+        arguments = ["run", str(tmp_path / "linen"), str(tmp_path / f"nnx {name}")]
+        arguments += ["--to", "nnx", "--rules", str(tmp_path / name)]
+        code = (
+            "import sys; from linen_nnx.cli import program; assert program() == 0\n"
+            "print(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')))"
+        )
+        command = [sys.executable, "-c", code, *arguments]
+        output = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+        peak = int(output.stdout.split("VmHWM:")[1].split()[0]) / 1024
+        assert 20 < peak < limit
 
 
 # Rules that change more than names

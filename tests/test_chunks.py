@@ -1,0 +1,108 @@
+"""Naming stored chunks anew gives what running the actions on the arrays gives."""
+
+import json
+
+import numpy as np
+import tensorstore as ts
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from linen_nnx.chunks import apply
+from linen_nnx.ops import Gather, Permute, Reform, Spec, Spread
+from linen_nnx.store import DICT, Key, Leaf
+from linen_nnx.stream import fresh_metadata, open_array
+
+
+def metadata_of(shape, chunk, zarr3):
+    """Metadata of an array that Orbax saved in shards of shape `chunk`."""
+    metadata = fresh_metadata(Spec(tuple(chunk), np.int32), zarr3)
+    return {**metadata, "shape": list(shape)}
+
+
+@st.composite
+def stored_arrays(draw):
+    """Equal-shaped arrays, their chunk shape, and actions that fit them."""
+    rank = draw(st.integers(1, 3))
+    shape = draw(st.lists(st.integers(1, 6), min_size=rank, max_size=rank))
+    start, chunk = shape, [draw(st.integers(1, size)) for size in shape]
+    count = draw(st.integers(1, 4))
+    actions, length = [], count
+    for _ in range(draw(st.integers(1, 3))):
+        axis = draw(st.integers(0, max(len(shape) - 1, 0)))
+        kind = draw(st.sampled_from(["stack", "concat", "cut", "unstack", "reshape"]))
+        if kind == "stack":
+            axis = draw(st.integers(0, len(shape)))
+            actions.append(Gather("stack", axis, length, 1))
+            shape, length = [*shape[:axis], length, *shape[axis:]], 1
+        elif kind == "concat" and shape:
+            actions.append(Gather("concat", axis, length, 1))
+            shape = [*shape[:axis], shape[axis] * length, *shape[axis + 1 :]]
+            length = 1
+        elif kind == "cut" and shape and shape[axis] % 2 == 0:
+            half = shape[axis] // 2
+            actions.append(Spread("concat", axis, (half, half)))
+            shape = [*shape[:axis], half, *shape[axis + 1 :]]
+            length *= 2
+        elif kind == "unstack" and shape:
+            actions.append(Spread("stack", axis, (1,) * shape[axis]))
+            length *= shape[axis]
+            shape = [*shape[:axis], *shape[axis + 1 :]]
+        elif kind == "reshape":
+            shape = [int(np.prod(shape))]
+            actions.append(Reform((tuple(shape),) * length))
+    return count, start, chunk, actions, draw(st.booleans())
+
+
+@settings(max_examples=300)
+@given(stored_arrays())
+def test_chunks_named_anew_decode_to_what_the_actions_give(case):
+    count, shape, chunk, actions, zarr3 = case
+    context = ts.Context()
+    store = ts.KvStore.open("memory://", context=context).result()
+    arrays, leaves = [], []
+    for number in range(count):
+        array = np.arange(number * 1000, number * 1000 + np.prod(shape), dtype=np.int32)
+        array = array.reshape(shape)
+        name, metadata = f"old{number}", metadata_of(shape, chunk, zarr3)
+        open_array(store, name, metadata, context, create=True).result().write(array).result()
+        key = "zarr.json" if zarr3 else ".zarray"
+        metadata = json.loads(store.read(f"{name}/{key}").result().value)
+        arrays.append(array)
+        leaves.append(Leaf((Key(name, DICT),), "np.ndarray", zarr=metadata, stored=name))
+    grids = apply(actions, leaves)
+    if grids is None:
+        return  # what is refused is tested below
+    for action in actions:
+        arrays = action.run(arrays)
+    for number, (grid, array) in enumerate(zip(grids, arrays, strict=True)):
+        name = f"new{number}"
+        store.write(f"{name}/{key}", json.dumps(grid.metadata)).result()
+        for place, ref in grid.chunks.items():
+            value = store.read(ref.key).result().value
+            store.write(f"{name}/{grid.key(place)}", value).result()
+        found = open_array(store, name, grid.metadata, context).result().read().result()
+        assert found.dtype == array.dtype
+        assert found.tobytes() == array.tobytes()
+
+
+def leaf(shape, chunk, zarr3=False):
+    metadata = metadata_of(shape, chunk, zarr3)
+    return Leaf((Key("a", DICT),), "np.ndarray", zarr=metadata, stored="a")
+
+
+def test_what_must_be_decoded_is_left_to_the_stream():
+    assert apply([Permute((1, 0))], [leaf([4, 4], [4, 4])]) is None
+    assert apply([Spread("stack", 0, (1, 1))], [leaf([2, 4], [2, 4])]) is None
+    assert apply([Spread("concat", 0, (1, 3))], [leaf([4], [2])]) is None
+    assert apply([Gather("concat", 0, 2, 1)], [leaf([3], [2])] * 2) is None
+    assert apply([Reform(((4,),))], [leaf([2, 2], [1, 2])]) is None
+    assert apply([Gather("stack", 0, 2, 1)], [leaf([4], [4]), leaf([4], [2])]) is None
+
+
+def test_orbax_arrays_of_one_chunk_stack_cut_and_reshape_without_decoding():
+    whole = leaf([4, 6], [4, 6])
+    assert apply([Gather("stack", 1, 2, 1)], [whole, whole]) is not None
+    assert apply([Gather("concat", 0, 2, 1)], [whole, whole]) is not None
+    assert apply([Reform(((24,),))], [whole]) is not None
+    stacked = leaf([3, 4], [1, 4], zarr3=True)
+    assert apply([Spread("stack", 0, (1, 1, 1))], [stacked]) is not None
