@@ -19,9 +19,11 @@ def main(cfg: Config) -> None:
     from training.loop import train
 
     try:
-        train(cfg)
+        stopped = train(cfg)
     except (RuleError, VariablesError) as error:
         raise Refused(str(error)) from None
+    if stopped:
+        raise SystemExit(0)  # so that the other jobs of a --multirun do not begin
 
 
 def check_model(model: Mapping[str, Any]) -> None:

@@ -12,7 +12,8 @@ tracers under `jax.jit`; nothing is cast, and this module imports no jax.
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -21,25 +22,46 @@ from linen_nnx.ops import Side
 from linen_nnx.plan import Plan, Planner, RuleError
 
 VERSION = 1
-_KEYS = ("version", "rules")
+_KEYS = ("version", "rules", "unassigned")
 # libyaml's parser where it is there: a book of 5000 rules takes 0.4 s instead of 4 s.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-class RuleBook:
-    """An immutable list of rules. Build it from `Rule`s, a dict, or a YAML file."""
+class Unassigned(NamedTuple):
+    """A leaf that `suggest` found no safe rule for; write one by hand and delete this entry."""
 
-    def __init__(self, rules: Iterable[Rule]) -> None:
+    side: Side
+    reason: str
+    candidates: tuple[str, ...]
+    """Leaves of the other side, the likeliest first."""
+
+
+class RuleBook:
+    """An immutable list of rules. Build it from `Rule`s, a dict, or a YAML file.
+
+    `unassigned` maps the path of each leaf that still lacks a rule to what is known of it. While
+    it is not empty, translating raises unless `partial=True`.
+    """
+
+    def __init__(
+        self, rules: Iterable[Rule], unassigned: Mapping[str, Unassigned] = MappingProxyType({})
+    ) -> None:
         self.rules = tuple(rules)
+        self.unassigned = MappingProxyType(dict(unassigned))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, RuleBook) and self.rules == other.rules
+        return (
+            isinstance(other, RuleBook)
+            and self.rules == other.rules
+            and self.unassigned == other.unassigned
+        )
 
     def __hash__(self) -> int:
-        return hash(self.rules)
+        return hash((self.rules, tuple(self.unassigned)))
 
     def __repr__(self) -> str:
-        return f"RuleBook({len(self.rules)} rules)"
+        open_leaves = f", {len(self.unassigned)} leaves unassigned" if self.unassigned else ""
+        return f"RuleBook({len(self.rules)} rules{open_leaves})"
 
     @classmethod
     def load(cls, path: str | Path) -> "RuleBook":
@@ -78,13 +100,29 @@ class RuleBook:
                 rules.append(parse_rule(entry))
             except ValueError as error:
                 problems.append(f"rule {number}: {error}")
+        unassigned = {}
+        for number, entry in enumerate(content.get("unassigned") or (), start=1):
+            try:
+                leaf, known = _read_unassigned(entry)
+                unassigned[leaf] = known
+            except ValueError as error:
+                problems.append(f"unassigned leaf {number}: {error}")
         if problems:
             raise RuleError(f"{name} cannot be read", problems)
-        return cls(rules)
+        return cls(rules, unassigned)
 
     def to_dict(self) -> dict[str, Any]:
         """The mapping that `from_dict` reads: plain dicts, lists, strings and numbers."""
-        return {"version": VERSION, "rules": [rule_to_dict(rule) for rule in self.rules]}
+        content: dict[str, Any] = {
+            "version": VERSION,
+            "rules": [rule_to_dict(rule) for rule in self.rules],
+        }
+        if self.unassigned:
+            content["unassigned"] = [
+                {"leaf": leaf, **known._asdict(), "candidates": list(known.candidates)}
+                for leaf, known in self.unassigned.items()
+            ]
+        return content
 
     def save(self, path: str | Path) -> None:
         """Writes a YAML file that `load` reads back to an equal book."""
@@ -92,12 +130,14 @@ class RuleBook:
         for entry in content["rules"]:
             if "ops" in entry:
                 entry["ops"] = _OneLine(entry["ops"])
+        for entry in content.get("unassigned", ()):
+            entry["candidates"] = _OneLine(entry["candidates"])
         Path(path).write_text(yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=1000))
 
     @property
     def invertible(self) -> bool:
-        """Whether every rule keeps every bit both ways."""
-        return all(rule.lossless for rule in self.rules)
+        """Whether every leaf has a rule, and every rule keeps every bit both ways."""
+        return not self.unassigned and all(rule.lossless for rule in self.rules)
 
     def within(self, half: str) -> "RuleBook":
         """The rules below one sub-tree: Linen `<collection>/<half>/...`, nnx `<half>/...`.
@@ -110,7 +150,12 @@ class RuleBook:
             nnx = [pattern.text.split("/")[:1] for pattern in rule.nnx]
             return all(element == [half] for element in linen + nnx)
 
-        return RuleBook(rule for rule in self.rules if inside(rule))
+        unassigned = {
+            leaf: known
+            for leaf, known in self.unassigned.items()
+            if leaf.split("/")[known.side == "linen" :][:1] == [half]
+        }
+        return RuleBook((rule for rule in self.rules if inside(rule)), unassigned)
 
     def of_collection(self, collection: str) -> "RuleBook":
         """The rules of one Linen collection, for a tree that holds no other (a moment's, say)."""
@@ -118,7 +163,12 @@ class RuleBook:
         def inside(rule: Rule) -> bool:
             return all(pattern.text.split("/")[0] == collection for pattern in rule.linen)
 
-        return RuleBook(rule for rule in self.rules if rule.linen and inside(rule))
+        unassigned = {
+            leaf: known
+            for leaf, known in self.unassigned.items()
+            if known.side == "linen" and leaf.split("/")[0] == collection
+        }
+        return RuleBook((rule for rule in self.rules if rule.linen and inside(rule)), unassigned)
 
     def plan(
         self,
@@ -137,8 +187,19 @@ class RuleBook:
           partial: leave out what no rule matches, and accept idle rules and open target leaves.
 
         Raises:
-          RuleError: with everything that does not fit.
+          RuleError: with everything that does not fit, or every leaf that is still unassigned.
         """
+        if self.unassigned and not partial:
+            problems = [
+                f"the {known.side} leaf `{leaf}` is unassigned: {known.reason}"
+                + (f"; candidates: {', '.join(known.candidates)}" if known.candidates else "")
+                for leaf, known in self.unassigned.items()
+            ]
+            raise RuleError(
+                "The rule book is not complete: write rules for these leaves and delete them from "
+                "`unassigned`, or pass partial=True for what is assigned",
+                problems,
+            )
         return self._planner.plan(specs, to, target, partial)
 
     def to_nnx(
@@ -162,6 +223,20 @@ class RuleBook:
     @cached_property
     def _planner(self) -> Planner:
         return Planner(self.rules)
+
+
+def _read_unassigned(entry: Any) -> tuple[str, Unassigned]:
+    """One entry of `unassigned`. Raises `ValueError` saying what it must be."""
+    keys = {"leaf", *Unassigned._fields}
+    texts = isinstance(entry, Mapping) and set(entry) == keys and [
+        entry["leaf"], entry["reason"], *(entry["candidates"] or ())
+    ]  # fmt: skip
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"expected a mapping with {', '.join(sorted(keys))}, got {entry!r}")
+    if entry["side"] not in ("linen", "nnx"):
+        raise ValueError(f"`side` is linen or nnx, got {entry['side']!r}")
+    known = Unassigned(entry["side"], entry["reason"], tuple(entry["candidates"] or ()))
+    return entry["leaf"], known
 
 
 class _OneLine(list[Any]):

@@ -37,6 +37,8 @@ def main(config):
         raise KeyError("a bug")
     if config.seed == 3:
         raise ConfigError({"data.path": "got 'x'; no such file"})
+    if config.seed == 4:
+        raise KeyboardInterrupt
     print("ran", config.name, config.stage, config.steps)
 
 def check_model(model):
@@ -193,7 +195,7 @@ def test_every_mismatch_is_in_one_error(wrong):
         ("optimizer.head.freeze", 1, "got 1; expected true or false"),
         ("optimizer.head", 1, "got 1; expected a group of keys"),
         ("model", None, "got null; expected a group of keys"),
-        ("stop_at", 601, "got 601; expected at most steps, 600"),
+        ("stop_at", 501, "got 501; expected at most steps, 500"),
         ("data.length", None, "got null; text needs the length of a window, in bytes"),
         ("optimizer.b2", None, "got null; adamw needs a number"),
         ("optimizer.momentum", 0.9, "got 0.9; adamw does not have it: set null"),
@@ -335,6 +337,21 @@ def test_a_refusal_is_its_message_alone(tmp_path):
     outcome = Outcome(tmp_path, "seed=1")
     assert outcome.is_one_message(code=1)
     assert outcome.err == "run_dir holds another experiment\n"
+
+
+@pytest.mark.parametrize("change", ["model.family=3", "~model.family"])
+def test_a_model_without_the_name_of_a_family_is_refused(change):
+    from model.families import create
+
+    with pytest.raises(ConfigError) as error:
+        compose(change, "steps=0", check_model=create)
+    assert error.value.problems.keys() == {"model.family", "steps"}
+
+
+def test_an_interrupt_that_nobody_expects_ends_with_a_message(tmp_path):
+    outcome = Outcome(tmp_path, "seed=4")
+    assert outcome.is_one_message(130)
+    assert outcome.err.startswith("Interrupted.")
 
 
 def test_a_bug_keeps_its_traceback(tmp_path):

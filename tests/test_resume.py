@@ -1,5 +1,6 @@
 """A run that is cut short in any way and continued equals one that was not, bit for bit."""
 
+import fcntl
 import json
 import os
 import random
@@ -85,6 +86,21 @@ def test_a_signal_saves_and_ends_the_run_cleanly(train: Train, tmp_path: Path, n
 
 
 @pytest.mark.slow
+def test_a_signal_ends_a_multirun_with_the_run_at_hand(tmp_path: Path) -> None:
+    runs = str(tmp_path / "run-${stage}")
+    settings = ("steps=4000", "checkpoint.every=100000", "eval.every=100000")
+    process = start(Path(runs), "diabetes", *settings, "stage=linen,nnx",
+                    f"hydra.sweep.dir={tmp_path / 'sweep'}", "--multirun")  # fmt: skip
+    wait_for_rows(process, tmp_path / "run-linen", 20)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate()
+
+    assert process.returncode == 0, output
+    assert "goes on from there" in output
+    assert not (tmp_path / "run-nnx").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_stop_at_leaves_the_schedules_and_the_curve_as_they_are(train: Train, stage: str) -> None:
     options = (f"stage={stage}", "steps=12", "eval.every=5", "optimizer.ema=0.9",
@@ -115,6 +131,13 @@ def saved_bytes(run_dir: Path, step: int) -> dict[str, bytes]:
         tree = reader.restore(run_dir.absolute() / "checkpoints" / str(step) / "state")
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
+
+
+def test_a_run_that_overfits_goes_on_with_the_batch_it_began_with(train: Train) -> None:
+    whole = train("diabetes", "steps=6", "debug=overfit")
+    parts = train("diabetes", "steps=6", "debug=overfit", "stop_at=3")
+    train("diabetes", "steps=6", "debug=overfit", f"run_dir={parts}")
+    assert curve(parts) == curve(whole)
 
 
 def test_a_finished_run_is_left_alone(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
@@ -189,6 +212,21 @@ def test_a_run_directory_of_another_experiment_is_refused(train: Train) -> None:
         train("digits", "steps=2", f"run_dir={run_dir}")
 
 
+def test_two_processes_do_not_train_in_one_run_directory(train: Train) -> None:
+    run_dir = train("diabetes", "steps=9", "stop_at=2")
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    holder = os.open(run_dir, os.O_RDONLY)
+    fcntl.flock(holder, fcntl.LOCK_EX)
+
+    with pytest.raises(Refused, match="Another process is training in"):
+        train("diabetes", "steps=9", f"run_dir={run_dir}", "eval.every=3")
+
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+    os.close(holder)
+    train("diabetes", "steps=9", f"run_dir={run_dir}")
+    assert curve(run_dir).count(b'"train"') == 9
+
+
 def test_resume_never_and_must_say_what_they_miss(train: Train, tmp_path: Path) -> None:
     run_dir = train("diabetes", "steps=2")
     with pytest.raises(Refused, match="already holds a run"):
@@ -224,6 +262,25 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_state_aside(
     assert all(b"NaN" not in line and b"Infinity" not in line for line in curve(run_dir).split())
 
 
+def test_a_gradient_that_overflows_stops_the_run_before_its_loss_does(
+    train: Train, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "diverging"
+    options = ("steps=300", "optimizer=sgd", "optimizer.lr=1e4", "optimizer.clip_norm=null",
+               "optimizer.warmup=0", "checkpoint.every=1")  # fmt: skip
+
+    with pytest.raises(Refused, match=r"The grad_norm_\w+ is inf at step \d+; all was finite"):
+        train("diabetes", *options, f"run_dir={run_dir}")
+
+
+def test_a_validation_loss_that_is_not_finite_is_called_so(train: Train, tmp_path: Path) -> None:
+    options = ("steps=1", "optimizer=sgd", "optimizer.lr=1e25", "optimizer.clip_norm=null",
+               "optimizer.warmup=0", "eval.every=1")  # fmt: skip
+    with pytest.raises(Refused, match=r"validation loss after step 1 is (nan|inf); in training"):
+        train("diabetes", *options, f"run_dir={tmp_path / 'run'}")
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after"), [("linen", "nnx"), ("nnx", "nnx_in_linen"), ("nnx_in_linen", "linen")]
@@ -236,6 +293,15 @@ def test_init_from_goes_on_at_another_stage(train: Train, before: str, after: st
     second = train("digits", f"stage={after}", *options, f"init_from={first}")
 
     assert curve(first) + curve(second) == curve(whole)
+
+
+def test_init_from_a_run_with_nothing_left_to_train_is_refused(
+    train: Train, tmp_path: Path
+) -> None:
+    first = train("diabetes", "steps=2")
+    with pytest.raises(Refused, match="is at step 2, and this run ends at step 2"):
+        train("diabetes", "steps=2", "stage=nnx", f"init_from={first}", f"run_dir={tmp_path / 'x'}")
+    assert not (tmp_path / "x").exists()
 
 
 def test_init_from_something_else_is_refused(train: Train, tmp_path: Path) -> None:
@@ -253,6 +319,37 @@ def test_init_from_another_model_names_every_difference(train: Train, tmp_path: 
     with pytest.raises(VariablesError, match=r"encoder/linear/kernel.*\[10, 8\].*\[10, 64\]"):
         train("diabetes", "steps=2", f"init_from={first}", f"run_dir={tmp_path / 'other'}")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_damaged_checkpoint_is_not_taken_for_none(train: Train) -> None:
+    run_dir = train("diabetes", "steps=4", "stop_at=2")
+    before = curve(run_dir)
+    (run_dir / "checkpoints" / "2" / "data" / "metadata").write_text('{"batches"')
+
+    with pytest.raises(Refused, match=r"checkpoints/2 has no readable item 'data'.*Remove it"):
+        train("diabetes", "steps=4", f"run_dir={run_dir}")
+
+    assert curve(run_dir) == before
+
+
+def test_a_run_killed_while_it_wrote_its_first_file_starts_again(
+    train: Train, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "killed"
+    run_dir.mkdir()
+    (run_dir / "config.yaml.part").write_text("name: dia")
+    assert curve(train("diabetes", "steps=2", f"run_dir={run_dir}")) == curve(
+        train("diabetes", "steps=2")
+    )
+
+
+@pytest.mark.parametrize("below", ["", "/run"])
+def test_a_run_directory_that_cannot_be_made_is_refused(
+    train: Train, tmp_path: Path, below: str
+) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(Refused, match=r"cannot be created: (File exists|Not a directory)"):
+        train("diabetes", "steps=2", f"run_dir={tmp_path / 'file'}{below}")
 
 
 def test_resume_finds_a_flipped_bit(train: Train) -> None:

@@ -94,7 +94,7 @@ def forward_and_backward(dtype: str, *, scan: bool, excess: bool) -> dict[str, b
     cfg = cli.compose(*SMALL["lm"], *QUIET, *options, f"model.scan={scan}", check_model=create)
     family, dataset = create(cfg.model), data.load(cfg.data)
     stage = Stage(cfg.stage, family, dataset.example_batch(cfg.data.batch)["inputs"])
-    program = Program(cfg, stage, start.load_rules(family))
+    program = Program(cfg, stage, start.load_rules(cfg, family))
     batch = next(data.train_iterator(dataset, cfg.data))
 
     def loss(params: Any) -> tuple[jax.Array, jax.Array]:

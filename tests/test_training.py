@@ -1,6 +1,7 @@
 """What training does: losses fall, both halves move, a frozen half stays; and what it shows."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from linen_nnx.tree import flatten
 from model import families
 from model.stages import HALVES, Stage
 from training import checkpoints
+from training.errors import Refused
 
 
 def rows(run_dir: Path, split: str) -> list[dict[str, Any]]:
@@ -164,13 +166,32 @@ def test_overfitting_one_batch_learns_it_by_heart(train: Train) -> None:
 
 def test_one_step_goes_the_whole_path_once(train: Train, tmp_path: Path) -> None:
     run_dir = train("diabetes", "debug=one_step", f"run_dir={tmp_path / 'one'}")
-    assert len(rows(run_dir, "train")) == 1
+    assert [row["step"] for row in rows(run_dir, "train")] == [1]
+    assert [row["step"] for row in rows(run_dir, "eval")] == [1]
     assert (run_dir / "checkpoints" / "1" / "state").is_dir()
 
 
 def test_a_profile_is_recorded(train: Train) -> None:
     run_dir = train("diabetes", "debug=profile", "steps=20")
     assert list(run_dir.glob("plugins/profile/*/*.xplane.pb"))
+
+
+def test_a_profile_ends_with_a_run_that_is_shorter(train: Train, tmp_path: Path) -> None:
+    run_dir = train("diabetes", "debug=profile", "steps=8")
+    assert list(run_dir.glob("plugins/profile/*/*.xplane.pb"))
+    with pytest.raises(Refused, match="would go from step 0 to 5"):
+        train("diabetes", "debug=profile", "steps=5", f"run_dir={tmp_path / 'short'}")
+    assert not (tmp_path / "short").exists()
+
+
+def test_a_family_without_a_rule_book_trains_in_nnx_alone(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(families, "RULES", tmp_path)
+    for options in (("stage=linen",), ("stage=nnx",), ("init=native",)):
+        with pytest.raises(Refused, match=r"There is no rule book .*init=native, which needs none"):
+            train("diabetes", "steps=2", *options)
+    train("diabetes", "steps=2", "stage=nnx", "init=native")
 
 
 def test_debug_nans_names_the_operation(train: Train) -> None:
@@ -198,6 +219,37 @@ def test_tensorboard_reads_what_a_run_writes(train: Train) -> None:
     assert "params/encoder/stem/kernel" in tags["histograms"]
     assert "misclassified" in tags["images"]
     assert "config/text_summary" in tags["tensors"]
+
+
+def test_events_of_a_run_killed_before_its_first_save_are_drawn_once(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from training.board import Board
+
+    for steps in (5, 3):  # the second begins anew and has come less far yet
+        board = Board(tmp_path, 0, {}, on=True)
+        for step in range(1, steps + 1):
+            board.scalars(step, {"train/loss": steps})
+        board.close()
+        time.sleep(1.1)  # event files are named by the second
+
+    events = EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")
+    assert [(event.step, event.value) for event in events] == [(1, 3), (2, 3), (3, 3)]
+
+
+@pytest.mark.parametrize("experiment", ["lm", "digits"])
+def test_samples_are_compiled_once_for_a_run(
+    train: Train, experiment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, traced = Stage.apply, []
+
+    def apply(stage: Any, *args: Any, **how: Any) -> Any:
+        traced.append(how["train"])
+        return real(stage, *args, **how)
+
+    monkeypatch.setattr(Stage, "apply", apply)
+    train(experiment, "log.samples=3", "steps=3", "eval.every=1", "log.tensorboard=true")
+    assert len([once for once in traced if not once]) == 2  # evaluation, samples
 
 
 def test_the_language_model_writes_a_sample(

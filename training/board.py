@@ -19,7 +19,7 @@ class Board:
             return
         self._writer = SummaryWriter(
             str(run_dir),
-            purge_step=step + 1 if step else None,
+            purge_step=step + 1,
             filename_suffix=f".from-step-{step}",
             flush_secs=10,
         )

@@ -60,16 +60,24 @@ class Saved:
             return State.from_tree(reader.restore(self.path / "state", abstract))
 
 
+def latest(root: Path) -> Saved | None:
+    """The newest checkpoint below a checkpoint root; None where there is none.
+
+    Raises:
+        Refused: when it is there and cannot be read.
+    """
+    steps = _steps(root)
+    return _saved(root / str(steps[-1])) if steps else None
+
+
 def find(path: Path) -> Saved:
     """The newest checkpoint of a run directory or a checkpoint root, or the step directory itself.
 
     Raises:
         Refused: when there is none, saying what was found instead.
     """
-    for root in (path / "checkpoints", path):
-        steps = _steps(root)
-        if steps:
-            return _saved(root / str(steps[-1]))
+    if saved := latest(path / "checkpoints") or latest(path):
+        return saved
     if (path / "state").is_dir() and path.name.isdigit():
         return _saved(path)
     if not path.exists():
@@ -170,7 +178,8 @@ def _saved(path: Path) -> Saved:
         except (OSError, ValueError) as error:
             raise Refused(
                 f"The checkpoint {path} has no readable item {item!r} ({error}): it was not "
-                "written by this template, or it is damaged."
+                "written by this template, or it is damaged. Remove it to go on from an earlier "
+                "one."
             ) from None
     return Saved(path.absolute(), int(path.name), items["data"], items["run"])
 

@@ -48,7 +48,8 @@ def run(main: Callable[[Config], None], check_model: CheckModel | None = None) -
         mapping `model`, so that this is reported together with everything else.
 
     Raises:
-      SystemExit: 2 for a usage error, 1 for a `Refused`, after its message on stderr.
+      SystemExit: 2 for a usage error, 1 for a `Refused`, 130 for a Ctrl-C that `main` has not
+        dealt with; after a message on stderr.
     """
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(help_page())
@@ -71,6 +72,8 @@ def run(main: Callable[[Config], None], check_model: CheckModel | None = None) -
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through, for us to report
     try:
         hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")(job)()
+    except KeyboardInterrupt:
+        _exit("Interrupted. The same command goes on from the last checkpoint.", 130)
     except Exception as error:
         if entered:
             raise
@@ -224,7 +227,7 @@ def _indent(text: str) -> str:
     return "\n".join(f"  {line}" for line in text.splitlines())
 
 
-def _exit(error: Exception, code: int) -> NoReturn:
+def _exit(error: Exception | str, code: int) -> NoReturn:
     print(error, file=sys.stderr)
     if code == 2:
         print("Keys and what they mean: python train.py --help", file=sys.stderr)

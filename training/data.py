@@ -101,8 +101,7 @@ class TrainIterator:
         refuse_data(
             [
                 f"The saved data position was reached with {key} {state[key]!r}, but {key} is "
-                f"{value!r} now: its count of batches means other examples. Restore {key}, or "
-                "start the data from its beginning."
+                f"{value!r} now: its count of batches means other examples. Restore {key}."
                 for key, value in self._identity.items()
                 if state[key] != value
             ]

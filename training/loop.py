@@ -1,9 +1,10 @@
 """The training loop, from top to bottom: set-up, start, steps, evaluation, saving, summary."""
 
 import dataclasses
+import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -24,8 +25,11 @@ from training.terminal import Terminal, say
 PROFILED = range(5, 15)  # steps after the first that debug=profile records
 
 
-def train(cfg: Config) -> None:
+def train(cfg: Config) -> bool:
     """Trains as configured; returns when the run has ended or was asked to stop.
+
+    Returns:
+        Whether a signal has stopped it.
 
     Raises:
         Refused: for anything that cannot be done as asked; nothing has been overwritten then.
@@ -34,7 +38,7 @@ def train(cfg: Config) -> None:
     dataset = data.load(cfg.data)
     batches = data.train_iterator(dataset, cfg.data)
     family = families.create(cfg.model)
-    rules = start.load_rules(family)
+    rules = start.load_rules(cfg, family)
     example = dataset.example_batch(cfg.data.batch)["inputs"]
     program = Program(cfg, Stage(cfg.stage, family, example), rules)
 
@@ -42,7 +46,12 @@ def train(cfg: Config) -> None:
     state = start.begin(cfg, program, batches)
     step = first = int(state.step)
     last = cfg.stop_at or cfg.steps
-    start.write_run(cfg, rules)
+    if cfg.debug.mode == "profile" and last - first <= PROFILED.start:
+        raise Refused(
+            f"debug=profile records what follows the first {PROFILED.start} steps; this run would "
+            f"go from step {first} to {last}. Give more steps, or another run_dir."
+        )
+    lock = start.write_run(cfg, rules)
     run_dir = Path(cfg.run_dir)
     metrics = Metrics(run_dir, first)
     checkpoints = Checkpoints(run_dir, cfg.checkpoint, start.run_item(cfg, rules))
@@ -55,25 +64,28 @@ def train(cfg: Config) -> None:
     # Steps. What is due after step k is done before batch k + 1 is drawn.
     batch = None
     ended = step >= last or _patience_lost(cfg, metrics)
+    if ended:
+        say("Nothing is left to train; another run_dir begins anew.")
     try:
-        with terminal, _interrupts() as stop, _checks(cfg):
+        with terminal, _interrupts() as stop, _checks(cfg), ExitStack() as profile:
             while not ended:
                 if cfg.debug.mode == "profile" and step - first == PROFILED.start:
-                    jax.profiler.start_trace(str(run_dir))
+                    profile.enter_context(jax.profiler.trace(run_dir))
                 if batch is None or cfg.debug.mode != "overfit":
                     batch = next(batches)
                 state, values = program.train_step(state, batch)
                 step += 1
                 recorder.train(step, values)
-                if cfg.debug.mode == "profile" and step - first == PROFILED.stop:
+                if step - first == PROFILED.stop:
                     jax.block_until_ready(state)
-                    jax.profiler.stop_trace()
+                    profile.close()
                 if _due(step, cfg.eval.every) or step == cfg.steps:
                     recorder.drain()
                     if recorder.eval(step, evaluate(cfg, program, dataset, state)):
                         metrics.sync()
                         checkpoints.save(state, batches.get_state(), best=True)
-                    samples.show(cfg, program, dataset, state, board)
+                    if cfg.log.tensorboard:
+                        samples.show(cfg, program, dataset, state, board)
                 if _due(step, cfg.log.histograms_every):
                     board.histograms(step, program.view.leaves(state.variables["params"]))
                 ended = step == last or bool(stop) or _patience_lost(cfg, metrics)
@@ -87,6 +99,7 @@ def train(cfg: Config) -> None:
         checkpoints.close()
         metrics.close()
         batches.close()
+        os.close(lock)
 
     # Summary, where the run is at its end and not only stopped.
     if step == cfg.steps or _patience_lost(cfg, metrics):
@@ -94,8 +107,10 @@ def train(cfg: Config) -> None:
         if sample := samples.show(cfg, program, dataset, state, board):
             say(sample)
     else:
-        say(f"Saved at step {step} of {cfg.steps}; the same command goes on from there.")
+        how = "without stop_at " if step == cfg.stop_at else ""
+        say(f"Saved at step {step} of {cfg.steps}; the same command {how}goes on from there.")
     board.close()
+    return bool(stop)
 
 
 def evaluate(
@@ -129,13 +144,12 @@ def _patience_lost(cfg: Config, metrics: Metrics) -> bool:
 
 
 def _set_aside(error: NonFiniteError, run_dir: Path, state: State) -> str:
-    """Keeps the state in which the loss went wrong, where no resume will find it."""
+    """Keeps the state in which a metric went wrong, where no resume will find it."""
     path = run_dir / "nonfinite" / str(int(state.step))
     save_aside(path, state)
     return (
-        f"The loss is {error.value} at step {error.step}; it was finite up to step "
-        f"{error.step - 1}. The state after step {int(state.step)} is in {path}, to be looked at; "
-        f"the checkpoints before it are untouched. debug=nans finds the operation; a lower "
+        f"{error} The state after step {int(state.step)} is in {path}, to be looked at; the "
+        "checkpoints before it are untouched. debug=nans finds the operation; a lower "
         "optimizer.lr, a longer optimizer.warmup or optimizer.clip_norm are the usual remedies."
     )
 

@@ -12,18 +12,15 @@ from training.terminal import Terminal, say
 
 
 class NonFiniteError(Exception):
-    """The loss of a step is NaN or infinite."""
-
-    def __init__(self, step: int, value: float) -> None:
-        super().__init__(f"The loss of step {step} is {value}.")
-        self.step, self.value = step, value
+    """A metric of a step is NaN or infinite; the message says which, of what, since when."""
 
 
 class Recorder:
     """Rows for `metrics.jsonl`, scalars for TensorBoard, text for the terminal.
 
     The metrics of step k are fetched after step k + 1 was dispatched, so that a row costs no wait.
-    The loss of every step is looked at, also of those without a row.
+    The metrics of every step are looked at, also of those without a row: the gradient's norm shows
+    a step that spoils the parameters before their loss does, and before they are saved.
     """
 
     def __init__(self, metrics: Metrics, board: Board, terminal: Terminal, every: int) -> None:
@@ -54,8 +51,12 @@ class Recorder:
     def eval(self, step: int, values: dict[str, float]) -> bool:
         """Writes the validation metrics after a step; True if their loss is the lowest so far."""
         before = [row["loss"] for row in self._metrics.rows if row["split"] == "eval"]
-        if not math.isfinite(values["loss"]):
-            raise NonFiniteError(step, values["loss"])
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise NonFiniteError(
+                    f"The validation {name} after step {step} is {value}; in training all was "
+                    "finite up to there."
+                )
         self._metrics.write({"step": step, "split": "eval", **values})
         self._board.scalars(step, {f"eval/{name}": value for name, value in values.items()})
         text = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
@@ -65,16 +66,16 @@ class Recorder:
     def _write(self, keep: int) -> None:
         count = len(self._pending) - keep
         ready, self._pending = self._pending[:count], self._pending[count:]
-        wanted = [values if self._is_row(step) else values["loss"] for step, values in ready]
-        for (step, _), values in zip(ready, jax.device_get(wanted), strict=True):
-            loss = float(values["loss"] if self._is_row(step) else values)
-            if not math.isfinite(loss):
-                raise NonFiniteError(step, loss)
-            if self._is_row(step):
-                self._row(step, {name: float(value) for name, value in values.items()})
-
-    def _is_row(self, step: int) -> bool:
-        return step % self._every == 0
+        for (step, _), values in zip(ready, jax.device_get([v for _, v in ready]), strict=True):
+            row = {name: float(value) for name, value in values.items()}
+            for name in sorted(row, key=lambda name: name != "loss"):  # the loss first
+                if not math.isfinite(row[name]):
+                    raise NonFiniteError(
+                        f"The {name} is {row[name]} at step {step}; all was finite up to step "
+                        f"{step - 1}."
+                    )
+            if step % self._every == 0:
+                self._row(step, row)
 
     def _row(self, step: int, values: dict[str, float]) -> None:
         self._metrics.write({"step": step, "split": "train", **values})

@@ -1,11 +1,14 @@
 """Something to look at beside numbers: text that the model writes, digits that it gets wrong."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from configs.schema import Config
+from model.stages import Stage, Variables
 from training import data
 from training.board import Board
 from training.state import Program, State
@@ -30,7 +33,8 @@ def show(cfg: Config, program: Program, dataset: data.Dataset, state: State, boa
         image, wrong = misclassified(cfg, program, dataset, state)
         if wrong:
             board.image(step, "misclassified", image)
-        return f"{wrong} misclassified digits in the first validation batches: see TensorBoard"
+        where = ": see TensorBoard" if wrong and cfg.log.tensorboard else ""
+        return f"{wrong} misclassified validation digits{where}"
     return ""
 
 
@@ -43,16 +47,28 @@ def write_text(
     """
     prompt = dataset.validation.take(np.array([0]))["inputs"]
     key = jax.random.fold_in(jax.random.key(cfg.seed + 1), state.step)
+    written = _written(program.stage, cfg.log.samples, program.evaluated(state), prompt, key)
+    return _decoded(prompt[0]), _decoded(np.asarray(written))
+
+
+# Compiled once for a run: the stage is static, its variables are not.
+@partial(jax.jit, static_argnums=(0, 1))
+def _written(stage: Stage, count: int, variables: Variables, prompt: Array, key: Array) -> Array:
+    """(count,) bytes that the model writes after the prompt (1, length)."""
 
     def extend(window: Array, index: Array) -> tuple[Array, Array]:
-        logits, _ = program.stage.apply(variables, window, train=False)
+        logits, _ = stage.apply(variables, window, train=False)
         byte = jax.random.categorical(jax.random.fold_in(key, index), logits[:, -1] / 0.8)
         byte = byte.astype(window.dtype)
         return jnp.concatenate([window[:, 1:], byte[:, None]], axis=1), byte[0]
 
-    variables = program.evaluated(state)
-    _, written = jax.lax.scan(extend, jnp.asarray(prompt), jnp.arange(cfg.log.samples))
-    return _decoded(prompt[0]), _decoded(np.asarray(written))
+    return jax.lax.scan(extend, prompt, jnp.arange(count))[1]
+
+
+@partial(jax.jit, static_argnums=0)
+def _guesses(stage: Stage, variables: Variables, inputs: Array) -> Array:
+    """(batch,) classes with the highest score."""
+    return stage.apply(variables, inputs, train=False)[0].argmax(-1)
 
 
 def misclassified(
@@ -66,9 +82,8 @@ def misclassified(
     """
     tiles, wrong = [], 0
     variables = program.evaluated(state)
-    predict = jax.jit(lambda x: program.stage.apply(variables, x, train=False)[0].argmax(-1))
     for batch in data.eval_batches(dataset, cfg.data, cfg.eval.batches):
-        guesses = np.asarray(predict(batch["inputs"]))
+        guesses = np.asarray(_guesses(program.stage, variables, batch["inputs"]))
         for index in np.flatnonzero((guesses != batch["targets"]) & (batch["weight"] > 0)):
             wrong += 1
             if len(tiles) < cfg.log.samples:

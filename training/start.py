@@ -8,6 +8,8 @@ Nothing is written before every check has passed.
 """
 
 import dataclasses
+import fcntl
+import os
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,19 @@ from training.terminal import say
 # What may change when a run goes on; everything else would bend its curve.
 FREE = ("stop_at", "log_every", "resume", "init_from", "run_dir", "eval", "checkpoint", "log")
 
+CONFIG_PART = "config.yaml.part"  # config.yaml while it is being written
 
-def load_rules(family: families.Family) -> RuleBook | None:
-    """The family's rule book; None where it has none, which suffices at stage `nnx`."""
+
+def load_rules(cfg: Config, family: families.Family) -> RuleBook | None:
+    """The family's rule book; None where it has none and the run needs none."""
     if not family.rules_path.exists():
-        return None
+        if (cfg.stage, cfg.init) == ("nnx", "native"):
+            return None
+        raise Refused(
+            f"There is no rule book {family.rules_path}, which stage={cfg.stage} init={cfg.init} "
+            "needs to tell which Linen leaf is which nnx leaf. Write it (configs/rules/mlp.yaml is "
+            "the smallest), or train with stage=nnx init=native, which needs none."
+        )
     book = RuleBook.load(family.rules_path)
     if not book.invertible:
         raise Refused(
@@ -54,8 +64,14 @@ def begin(cfg: Config, program: Program, batches: TrainIterator) -> State:
     saved = own or checkpoints.find(Path(str(cfg.init_from)))
     if cfg.checkpoint.verify and not saved.verify():
         say(f"{saved.path} has no digests to verify it with; its arrays are taken as they are.")
+    if own is None and saved.step >= (last := cfg.stop_at or cfg.steps):
+        raise Refused(
+            f"init_from {saved.path} is at step {saved.step}, and this run ends at step {last}: "
+            "nothing is left to train. Give more steps, or translate it as it is: convert.py run."
+        )
     state = saved.restore(program.abstract()) if own else _translated(cfg, program, saved)
-    batches.set_state(saved.data)
+    if cfg.debug.mode != "overfit":  # which stays at the first batch
+        batches.set_state(saved.data)
     return state
 
 
@@ -68,21 +84,41 @@ def run_item(cfg: Config, rules: RuleBook | None) -> dict[str, Any]:
     }
 
 
-def write_run(cfg: Config, rules: RuleBook | None) -> None:
-    """Creates the run directory with `config.yaml` and `rules.yaml`, or brings them up to date."""
+def write_run(cfg: Config, rules: RuleBook | None) -> int:
+    """Creates the run directory with `config.yaml` and `rules.yaml`, or brings them up to date.
+
+    Returns:
+        A descriptor that holds the directory for this process until it is closed.
+
+    Raises:
+        Refused: when it cannot be created, or another process holds it.
+    """
     run_dir = Path(cfg.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refused(f"run_dir {run_dir} cannot be created: {error.strerror}.") from None
+    lock = os.open(run_dir, os.O_RDONLY)  # a lock that no kill leaves behind
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise Refused(
+            f"Another process is training in {run_dir}. Wait for it, or choose another run_dir."
+        ) from None
     text = yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False)
-    part = run_dir / "config.yaml.part"
+    part = run_dir / CONFIG_PART
     part.write_text(text)
     part.replace(run_dir / "config.yaml")
     if rules is not None:
         rules.save(run_dir / "rules.yaml")
+    return lock
 
 
 def _own(cfg: Config, run_dir: Path) -> checkpoints.Saved | None:
     """The newest checkpoint of the run directory, if the run may go on from it."""
-    if not run_dir.exists() or not any(run_dir.iterdir()):
+    # A run that was killed while it wrote its first file has begun nothing.
+    if not run_dir.is_dir() or {entry.name for entry in run_dir.iterdir()} <= {CONFIG_PART}:
         if cfg.resume == "must":
             raise Refused(f"resume=must, but there is no run in {run_dir}.")
         return None
@@ -97,12 +133,10 @@ def _own(cfg: Config, run_dir: Path) -> checkpoints.Saved | None:
             f"{run_dir} is not empty and holds no run (no config.yaml). Choose another run_dir."
         )
     _refuse_other_run(yaml.safe_load(file.read_text()), dataclasses.asdict(cfg), run_dir)
-    try:
-        return checkpoints.find(run_dir / "checkpoints")
-    except Refused:
-        if cfg.resume == "must":
-            raise
-        return None
+    saved = checkpoints.latest(run_dir / "checkpoints")
+    if saved is None and cfg.resume == "must":
+        raise Refused(f"resume=must, but the run in {run_dir} has not saved a checkpoint yet.")
+    return saved
 
 
 def _refuse_other_run(before: dict[str, Any], now: dict[str, Any], run_dir: Path) -> None:

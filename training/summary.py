@@ -33,12 +33,11 @@ def closing(cfg: Config, dataset: Dataset, metrics: Metrics, board: Board) -> st
     last = {row["split"]: row for row in metrics.rows}
     lines = [f"finished at step {max(row['step'] for row in metrics.rows)}"]
     results: dict[str, float] = {}
-    for split, title in (("train", "train, last batch"), ("eval", "validation")):
-        values = {
-            name: value
-            for name, value in last.get(split, {}).items()
-            if name in ("loss", "accuracy")
-        }
+    for split, title in (("train", "train, batch"), ("eval", "validation, step")):
+        if split not in last:
+            continue
+        title = f"{title} {last[split]['step']}"
+        values = {k: v for k, v in last[split].items() if k in ("loss", "accuracy")}
         results |= {f"final/{split}_{name}": value for name, value in values.items()}
         text = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         lines.append(f"  {title:<22}{text}")

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from jax import Array
 
-from configs.build import build, did_you_mean, refuse
+from configs.build import build, did_you_mean, refuse, show
 
 RULES = Path(__file__).parents[2] / "configs" / "rules"
 
@@ -52,10 +52,9 @@ def create(model: Mapping[str, Any]) -> Family:
     Raises:
         configs.build.ConfigError: for an unknown family or option, naming every problem.
     """
-    name = model["family"]
-    if name not in names():
-        hint = did_you_mean(name, names())
-        refuse({"model.family": f"got {name!r}; expected one of {', '.join(names())}{hint}"})
+    name = model.get("family")
+    if not isinstance(name, str) or name not in names():
+        refuse({"model.family": f"got {show(name)}{did_you_mean(str(name), names())}"})
     module = importlib.import_module(f"{__name__}.{name}")
     cfg = build(module.Config, model, at="model")
     return Family(name, cfg, module.losses, RULES / f"{module.rules(cfg)}.yaml")

@@ -1,0 +1,142 @@
+"""Both sides of a twin, cut into slots of comparable form.
+
+A form is what must agree before two slots can be twins: collection and (N, K). Where one side keeps
+in one leaf what the other keeps in several (experts, stacked on an axis) and the dataflow does not
+show it, the slots of the one leaf are cut along that axis.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from linen_nnx.dataflow import Flow, Slot, flow
+from linen_nnx.evaluate import widen
+from linen_nnx.twin import Trace
+
+Array = np.ndarray
+Form = tuple[Any, ...]
+"""(collection, N, K), or (value,) for a slot that is held at a value: it has no twin."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side, ready to be compared: its trace, its slots, and the form of each slot."""
+
+    trace: Trace
+    flow: Flow
+    forms: list[Form]
+
+    @cached_property
+    def wide(self) -> Any:
+        """The traced function in float64."""
+        return widen(self.trace.jaxpr)
+
+    @cached_property
+    def paths(self) -> list[str]:
+        """The paths of all leaves."""
+        return list(self.trace.leaves)
+
+    @cached_property
+    def owner(self) -> Array:
+        """(elements,): the number of the leaf that each element belongs to."""
+        sizes = [int(np.prod(leaf.shape)) for leaf in self.trace.leaves.values()]
+        return np.repeat(np.arange(len(sizes)), sizes)
+
+    @cached_property
+    def first(self) -> list[str]:
+        """For each slot the path of the leaf of its first element."""
+        return [self.paths[self.owner[slot.ids[0, 0]]] for slot in self.flow.slots]
+
+    @cached_property
+    def slots_of(self) -> dict[str, list[int]]:
+        """For each leaf the slots that hold some of its elements."""
+        slots: dict[str, list[int]] = {path: [] for path in self.paths}
+        for number, slot in enumerate(self.flow.slots):
+            for path in self.leaves_of(slot.ids):
+                slots[path].append(number)
+        return slots
+
+    def leaves_of(self, ids: Array) -> list[str]:
+        """The paths of the leaves that elements belong to."""
+        return [self.paths[number] for number in np.unique(self.owner[ids])]
+
+    def elements(self, path: str) -> Array:
+        """The element numbers of a leaf, in its shape."""
+        shape = self.trace.leaves[path].shape
+        start = self.flow.starts[path]
+        return np.arange(start, start + int(np.prod(shape))).reshape(shape)
+
+
+def sides(linen: Trace, nnx: Trace, alone: Mapping[str, float]) -> tuple[Side, Side]:
+    """Both sides; `alone` holds Linen leaves that have no twin, with the value to keep them at."""
+    named = [{leaf.collection for leaf in trace.leaves.values()} for trace in (linen, nnx)]
+    both = []
+    for trace in (linen, nnx):
+        side = Side(trace, flow(trace), [])
+        for slot, path in zip(side.flow.slots, side.first, strict=True):
+            collection = trace.leaves[path].collection
+            if named[0] != named[1] and collection != "params":
+                collection = "other"  # the sides name them differently: no evidence
+            form = (alone[path],) if path in alone else (collection, *slot.ids.shape)
+            side.forms.append(form)
+        both.append(side)
+    return _parted(_cut(both[0], both[1])), _parted(_cut(both[1], both[0]))
+
+
+def _parted(side: Side) -> Side:
+    """The side without flow from one lane of a batch to another."""
+    counts, lanes = np.array([slot.lane for slot in side.flow.slots]).reshape(-1, 2).T
+    apart = (counts[:, None] == counts) & (counts > 1) & (lanes[:, None] != lanes)
+    parted = side.flow._replace(above=side.flow.above & ~apart, base=side.flow.base & ~apart)
+    return Side(side.trace, parted, side.forms)
+
+
+def _cut(side: Side, other: Side) -> Side:
+    """The side with slots cut where that gives forms that the other side has more of."""
+    mine, theirs = Counter(side.forms), Counter(other.forms)
+    cuts: dict[int, list[Array]] = {}
+    for form in [form for form in mine if len(form) > 1 and mine[form] > theirs[form]]:
+        slots = [k for k, known in enumerate(side.forms) if known == form]
+        for number in slots if mine[form] - theirs[form] == len(slots) else ():
+            for parts in _axes(side, side.flow.slots[number]):
+                small = (form[0], *parts[0].shape)
+                if theirs[small] - mine[small] >= len(parts):
+                    mine[small] += len(parts)
+                    cuts[number] = parts
+                    break
+    if not cuts:
+        return side
+    origin: list[int] = []
+    slots_now: list[Slot] = []
+    forms: list[Form] = []
+    for number, slot in enumerate(side.flow.slots):
+        parts = cuts.get(number, [slot.ids])
+        for lane, ids in enumerate(parts):
+            origin.append(number)
+            cut = slot._replace(ids=ids, lane=(len(parts), lane))
+            slots_now.append(cut if number in cuts else slot)
+            forms.append(
+                (*side.forms[number][:1], *ids.shape) if number in cuts else side.forms[number]
+            )
+    grid = np.ix_(origin, origin)
+    known = side.flow
+    flow_now = Flow(slots_now, known.starts, known.size, known.above[grid], known.base[grid])
+    return Side(side.trace, flow_now, forms)
+
+
+def _axes(side: Side, slot: Slot) -> list[list[Array]]:
+    """The ways to cut a slot along an axis of its one leaf, with whole columns in every part."""
+    ways = []
+    (path, *others) = side.leaves_of(slot.ids)
+    shape = side.trace.leaves[path].shape
+    for axis, count in enumerate(shape if not others else ()):
+        places = np.unravel_index(slot.ids - side.flow.starts[path], shape)[axis]
+        whole = (places == places[:, :1]).all()
+        parts = [slot.ids[places[:, 0] == k] for k in range(count)]
+        if whole and count > 1 and len({part.shape for part in parts}) == 1 and len(parts[0]):
+            ways.append(parts)
+    return ways

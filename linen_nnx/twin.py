@@ -1,0 +1,279 @@
+"""A twin: one model written in both frameworks, with an example of its inputs.
+
+    twin = Twin(linen=lambda: MyLinen(cfg), nnx=lambda rngs: MyNnx(cfg, rngs=rngs),
+                inputs=lambda: (x,))
+
+`trace_linen` and `trace_nnx` turn either side into one pure function of named leaves and inputs,
+traced to a jaxpr; all that compares the two sides starts from there. No weight is needed.
+"""
+
+import difflib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from linen_nnx.ops import Side
+
+
+class TwinError(ValueError):
+    """A twin that cannot be loaded, built or traced; the message says which part and why."""
+
+
+@dataclass(frozen=True)
+class Twin:
+    """Both sides of one model. Only `linen`, `nnx` and `inputs` are needed.
+
+    Attributes:
+      linen: `() -> nn.Module`.
+      nnx: `(rngs) -> nnx.Module`.
+      inputs: `() -> tuple`, the arguments of one call; arrays and, if need be, plain values.
+      call_linen: `(module, variables, *inputs) -> outputs`; default: `module.apply(variables,
+        *inputs)`. It may return `(outputs, updated collections)`, as `apply` with `mutable` does.
+      call_nnx: `(model, *inputs) -> outputs`; default: `model(*inputs)`.
+      init_linen: `(module, key, *inputs) -> variables`; default: `module.init(key, *inputs)`.
+    """
+
+    linen: Callable[[], Any]
+    nnx: Callable[[nnx.Rngs], Any]
+    inputs: Callable[[], tuple[Any, ...]]
+    call_linen: Callable[..., Any] | None = None
+    call_nnx: Callable[..., Any] | None = None
+    init_linen: Callable[..., Any] | None = None
+
+    @classmethod
+    def load(cls, where: str) -> "Twin":
+        """The twin at `path/to/file.py:NAME` or `package.module:NAME`.
+
+        Raises:
+          TwinError: when the text, the file, the module or the name is wrong, or it is no `Twin`.
+        """
+        source, colon, name = where.rpartition(":")
+        if not colon or not source or not name.isidentifier():
+            raise TwinError(
+                f"a twin is given as `path/to/file.py:NAME` or `package.module:NAME`, got {where!r}"
+            )
+        module = _module(source)
+        if not hasattr(module, name):
+            known = [key for key, value in vars(module).items() if isinstance(value, cls)]
+            near = difflib.get_close_matches(name, known, n=1) or known[:1]
+            hint = f"; did you mean `{near[0]}`?" if near else "; it holds no Twin at all"
+            raise TwinError(f"{source} has no `{name}`{hint}")
+        twin = getattr(module, name)
+        if not isinstance(twin, cls):
+            raise TwinError(f"`{name}` in {source} is a {type(twin).__name__}, expected a Twin")
+        return twin
+
+
+class Leaf(NamedTuple):
+    """Shape, dtype and collection of one leaf; nnx collections come from the Variable's type."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    collection: str
+
+
+class Trace(NamedTuple):
+    """One side as a pure function: `jaxpr(*leaves, *inputs) -> (*outputs, *updates)`.
+
+    `updates` names the leaves whose new values follow the outputs (batch statistics, say).
+    `layers` maps the path of each submodule to its class.
+    """
+
+    side: Side
+    jaxpr: Any
+    leaves: dict[str, Leaf]
+    inputs: tuple[jax.Array, ...]
+    updates: tuple[str, ...]
+    layers: dict[str, type]
+
+
+def trace_linen(twin: Twin) -> Trace:
+    """Traces the Linen side. Raises `TwinError` naming the part of the twin that failed."""
+    module = _run("linen()", twin.linen)
+    arrays, rebuild = _inputs(twin)
+    init = twin.init_linen or (lambda module, key, *inputs: module.init(key, *inputs))
+    call = twin.call_linen or (lambda module, variables, *inputs: module.apply(variables, *inputs))
+    layers: dict[str, type] = {}
+
+    def note(call_next: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        layers["/".join(context.module.path)] = type(context.module)
+        return call_next(*args, **kwargs)
+
+    def create(key: jax.Array, *given: jax.Array) -> Any:
+        with nn.intercept_methods(note):
+            return nn.unbox(init(module, key, *rebuild(given)))
+
+    variables = _run(
+        "the Linen init", jax.eval_shape, create, jax.eval_shape(jax.random.key, 0), *arrays
+    )
+    flat = {_join(path): (path, leaf) for path, leaf in flatten_dict(variables).items()}
+    leaves = {
+        name: Leaf(leaf.shape, leaf.dtype, str(path[0])) for name, (path, leaf) in flat.items()
+    }
+
+    def forward(values: list[jax.Array], *given: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
+        tree = unflatten_dict(
+            {path: value for (path, _), value in zip(flat.values(), values, strict=True)}
+        )
+        out = call(module, tree, *rebuild(given))
+        if isinstance(out, tuple) and len(out) == 2 and _collections(out[1], variables):
+            after = {_join(path): value for path, value in flatten_dict(out[1]).items()}
+            return out[0], {name: value for name, value in after.items() if name in leaves}
+        return out, {}
+
+    return _trace("linen", forward, leaves, arrays, layers)
+
+
+def trace_nnx(twin: Twin) -> Trace:
+    """Traces the nnx side. Raises `TwinError` naming the part of the twin that failed."""
+    arrays, rebuild = _inputs(twin)
+    call = twin.call_nnx or (lambda model, *inputs: model(*inputs))
+    model = _run("nnx(rngs)", nnx.eval_shape, lambda: twin.nnx(_rngs()))
+    if any(isinstance(module, nnx.WeightNorm) for _, module in nnx.iter_modules(model)):
+        model = twin.nnx(nnx.Rngs(0))  # keeps arrays outside its state, which must exist (#5577)
+    layers = {_join(path): type(module) for path, module in nnx.iter_modules(model)}
+    graphdef, state = nnx.split(model)
+    variables, rest = {}, {}
+    for path, variable in nnx.to_flat_state(state):
+        kept = rest if isinstance(variable, nnx.RngState) else variables
+        kept[path] = variable
+    keys = {path: variable.replace(_random(variable)) for path, variable in rest.items()}
+    leaves = {
+        _join(path): Leaf(variable.shape, variable.dtype, _collection(variable))
+        for path, variable in variables.items()
+    }
+
+    def forward(values: list[jax.Array], *given: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
+        pairs = zip(variables.items(), values, strict=True)
+        flat = [(path, _filled(variable, value)) for (path, variable), value in pairs]
+        model = nnx.merge(graphdef, nnx.from_flat_state([*flat, *keys.items()]))
+        out = call(model, *rebuild(given))
+        after = {_join(path): _value(leaf) for path, leaf in nnx.to_flat_state(nnx.state(model))}
+        before = zip(leaves, values, strict=True)
+        return out, {name: after[name] for name, value in before if after[name] is not value}
+
+    return _trace("nnx", forward, leaves, arrays, layers)
+
+
+def _trace(
+    side: Side,
+    forward: Callable[..., Any],
+    leaves: dict[str, Leaf],
+    arrays: tuple[jax.Array, ...],
+    layers: dict[str, type],
+) -> Trace:
+    updated: list[str] = []
+
+    def flat(values: list[jax.Array], *given: jax.Array) -> tuple[list[Any], list[Any]]:
+        out, updates = forward(values, *given)
+        updated[:] = updates
+        outputs = [leaf for leaf in jax.tree.leaves(out) if hasattr(leaf, "dtype")]
+        return outputs, list(updates.values())
+
+    specs = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves.values()]
+    jaxpr = _run(f"the {side} call", jax.make_jaxpr(flat), specs, *arrays)
+    return Trace(side, jaxpr, leaves, arrays, tuple(updated), layers)
+
+
+def _inputs(twin: Twin) -> tuple[tuple[jax.Array, ...], Callable[..., tuple[Any, ...]]]:
+    """The arrays among the inputs, and the function that puts arrays back among the rest."""
+    inputs = _run("inputs()", twin.inputs)
+    if not isinstance(inputs, tuple):
+        raise TwinError(
+            f"inputs() must return the tuple of a call's arguments, got a {type(inputs).__name__}; "
+            "write `inputs=lambda: (x,)`, with the comma"
+        )
+    leaves, structure = jax.tree.flatten(inputs)
+    places = [k for k, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | np.ndarray)]
+
+    def rebuild(arrays: tuple[jax.Array, ...]) -> tuple[Any, ...]:
+        given = dict(zip(places, arrays, strict=True))
+        return structure.unflatten([given.get(k, leaf) for k, leaf in enumerate(leaves)])
+
+    return tuple(jax.numpy.asarray(leaves[k]) for k in places), rebuild
+
+
+def _run(part: str, function: Callable[..., Any], *args: Any) -> Any:
+    try:
+        return function(*args)
+    except TwinError:
+        raise
+    except Exception as error:  # the user's own code: whatever it raises, say where
+        raise TwinError(f"{part} of the twin failed: {type(error).__name__}: {error}") from error
+
+
+def _module(source: str) -> ModuleType:
+    path = Path(source)
+    if path.suffix != ".py":
+        return _run(f"import of `{source}`, the module", importlib.import_module, source)
+    if not path.is_file():
+        raise TwinError(f"there is no file {source}")
+    name = f"_twin_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.resolve().parent))  # as `python file.py` would: its neighbours
+    try:
+        _run(f"import of {source}, the file", spec.loader.exec_module, module)
+    finally:
+        sys.path.pop(0)
+    return module
+
+
+def _collections(updates: Any, variables: Mapping[str, Any]) -> bool:
+    """Whether the second of two results is what `apply(..., mutable=[...])` returns."""
+    return (
+        isinstance(updates, Mapping)
+        and bool(set(updates) & set(variables))
+        and all(isinstance(value, Mapping) for value in updates.values())
+    )
+
+
+def _collection(variable: Any) -> str:
+    if isinstance(variable, nnx.Param) or not isinstance(variable, nnx.Variable):
+        return "params"
+    return nnx.variable_name_from_type(type(variable))
+
+
+def _filled(variable: Any, value: jax.Array) -> Any:
+    return variable.replace(value) if isinstance(variable, nnx.Variable) else value
+
+
+def _value(leaf: Any) -> Any:
+    return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+
+
+class _Stream(nnx.RngStream):
+    """A stream that always gives the same key: under abstract evaluation counting is quadratic."""
+
+    def __call__(self) -> jax.Array:
+        return self.key[...]
+
+
+def _rngs() -> nnx.Rngs:
+    rngs = nnx.Rngs(0)
+    rngs.default = _Stream(0, tag="default")
+    return rngs
+
+
+def _random(variable: Any) -> jax.Array:
+    """A fixed key or count in place of an abstract one."""
+    spec = variable.get_value()
+    if jax.dtypes.issubdtype(spec.dtype, jax.dtypes.prng_key):
+        return jax.random.split(jax.random.key(0), spec.shape) if spec.shape else jax.random.key(0)
+    return jax.numpy.zeros(spec.shape, spec.dtype)
+
+
+def _join(path: tuple[Any, ...]) -> str:
+    return "/".join(map(str, path))
