@@ -7,6 +7,7 @@ its name. Everything that has no home on the other side is an error until a rule
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from linen_nnx.ops import Action, Fill, Multiply, Spec
@@ -200,11 +201,14 @@ def _find_mirrors(
     """
     mirrors: list[tuple[str, str]] = []
     plain: list[str] = []
-    branches = {name: _branches(tree) for name, tree in trees.items()}
+
+    @cache
+    def branches(name: str) -> set[str]:
+        return _branches(trees[name])
 
     def fits(prefix: str, path: str, name: str) -> bool:
         full = f"{prefix}/{path}"
-        return path in trees[name] or (rest[full].empty and path in branches[name])
+        return path in trees[name] or (rest[full].empty and path in branches(name))
 
     def visit(prefix: str, paths: list[str]) -> None:
         below = [path[len(prefix) + 1 :] for path in paths] if prefix else []

@@ -94,15 +94,11 @@ class Conversion:
             # The names of data files are random, and a manifest leads to all that it needs.
             small = path.name.startswith(("_", "manifest"))
             state.update(path.read_bytes() if small else _stamp(path))
-        changes = [
-            (
-                [leaf.name for leaf in job.change.sources],
-                [[leaf.keys, leaf.value_type] for leaf in job.targets],
-                [str(action) for action in job.change.actions],
-            )
-            for job in self.jobs
-        ]
-        state.update(json.dumps([changes, str(self.to), self.source.kind]).encode())
+        for job in self.jobs:
+            sources = [leaf.name for leaf in job.change.sources]
+            targets = [(leaf.keys, leaf.value_type) for leaf in job.targets]
+            state.update(f"{sources} {targets} {job.change.actions}\n".encode())
+        state.update(f"{self.to} {self.source.kind}".encode())
         return state.hexdigest()
 
     def summary(self) -> dict[str, Any]:
