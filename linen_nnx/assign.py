@@ -144,9 +144,8 @@ class _State:
         """(slots, bytes): how each slot is related to the known ones, as packed bits."""
         flow = self.flows[side]
         known = np.asarray(known, int)
-        related = [flow.above[:, known], flow.above[known].T]
-        related += [flow.base[:, known], flow.base[known].T]
-        return np.packbits(np.concatenate(related, axis=1), axis=1)
+        related = np.concatenate([flow.above[:, known], flow.above[known].T], axis=1)
+        return np.packbits(related, axis=1)
 
     def tied(self, skip: set[int]) -> tuple[list[int], list[int]] | None:
         """The first slots that share all their candidates, if they are equally many."""

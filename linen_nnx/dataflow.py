@@ -8,7 +8,7 @@ that sums over K and (N, 1) for everything else. Two models that compute the sam
 slots, however their leaves are named, stacked, fused, transposed or reshaped.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ from jax.extend.core import Literal
 from linen_nnx.twin import Trace
 
 Array = np.ndarray
+Site = tuple[int, ...]
 _FOLD = 1 << 16  # integer arrays up to this size (positions, indices) are computed on the way
 _CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 _ELEMENTWISE = frozenset(
@@ -26,14 +27,12 @@ _ELEMENTWISE = frozenset(
     "not optimization_barrier or pow reduce_precision rem round rsqrt select_n sharding_constraint "
     "sign sin sinh sqrt square stop_gradient sub tan tanh xor".split()
 )
-_PARALLEL = frozenset({"device_put", "optimization_barrier"})  # many in, as many out, untouched
 
 
 class Slot(NamedTuple):
     """One first use of leaf elements.
 
     ids: (N, K) element numbers, counted through all leaves of the side in their order.
-    order: what sorts slots by first use.
     site: the address of the equation: its index, within nested jaxprs the chain of indices; the
       iteration follows the index of a scan.
     lane: (how many, which): of a product batched over several layers (nn.vmap), the entry. Lanes
@@ -41,47 +40,42 @@ class Slot(NamedTuple):
     """
 
     ids: Array
-    order: tuple[int, int]
-    site: tuple[int, ...]
+    site: Site
     lane: tuple[int, int]
-    above: int
-    base: int
 
 
 class Flow(NamedTuple):
     """All slots of one side, by first use.
 
-    starts: the number of the first element of each leaf.
+    starts: the number of the first element of each leaf; size: that of all elements.
     above: (slots, slots) bool; [a, b]: what b gives flows into the place where a is used.
-    base: the same, where a acts directly, element by element, on what b gives (a bias on a
-      product); such a b is not above.
     """
 
     slots: list[Slot]
     starts: dict[str, int]
     size: int
     above: Array
-    base: Array
 
 
 class _Tag(NamedTuple):
-    """Columns of a leaf that are still in line with the axes of a value, -1 where there is none.
+    """Columns that are still in line with the axes of a value, -1 where there is none.
 
-    A column is an element or, with `rows` (columns, K), one output of a product.
+    A column is a leaf element or, with `rows` (columns, K), one output of a product; `lanes` are
+    the batch entries of such outputs. `order` and `site` tell of the first use, `above` (bits of
+    tags) what flows into it.
     """
 
     bit: int
     columns: Array
-    rows: Array | None
-    keys: Array | None  # the batch entry that each column of a batched product belongs to
+    site: Site
     order: int
-    site: tuple[int, ...]
     above: int
-    base: int
+    rows: Array | None = None
+    lanes: Array | None = None
 
 
 class _Value(NamedTuple):
-    """What is known of one variable: a view of leaves (`views`), or an activation, or a constant."""
+    """What is known of one variable: views of leaves, or tags of an activation, or a constant."""
 
     views: tuple[Array, ...] = ()
     tags: tuple[_Tag, ...] = ()
@@ -95,29 +89,25 @@ def flow(trace: Trace) -> Flow:
     starts, count, values = {}, 0, []
     for path, leaf in trace.leaves.items():
         starts[path] = count
-        size = int(np.prod(leaf.shape))
-        values.append(_Value(views=(np.arange(count, count + size).reshape(leaf.shape),)))
-        count += size
+        count += int(np.prod(leaf.shape))
+        values.append(_Value(views=(np.arange(starts[path], count).reshape(leaf.shape),)))
     walk = _Walk(count)
     values += [_Value(active=True) for _ in trace.inputs]
-    for out in walk.run(trace.jaxpr.jaxpr, trace.jaxpr.consts, values, ()):
-        walk.flush(out)
+    walk.flush(walk.run(trace.jaxpr, values, ()), ())
     return walk.finish(starts)
 
 
 class _Walk:
     def __init__(self, size: int) -> None:
-        self.size = size
         self.owner = np.full(size, -1)  # element -> the tag of its first use
         self.slot_of = np.full(size, -1)
-        self.slots: list[Slot] = []
+        self.slots: list[tuple[tuple[int, int], int, Slot]] = []  # with its order and `above`
         self.tags: list[_Tag] = []
-        self.covers: dict[int, list[int]] = {}  # bit -> slots; complete once a tag is flushed
+        self.covers: dict[int, list[int]] = {}  # bit -> slots, once a tag is flushed
 
-    def run(
-        self, jaxpr: Any, consts: Sequence[Any], args: Sequence[_Value], site: tuple[int, ...]
-    ) -> list[_Value]:
-        """The values that a jaxpr returns."""
+    def run(self, jaxpr: Any, args: Sequence[_Value], site: Site) -> list[_Value]:
+        """The values that a jaxpr, open or closed, returns."""
+        consts, jaxpr = getattr(jaxpr, "consts", ()), getattr(jaxpr, "jaxpr", jaxpr)
         known = dict(zip(jaxpr.constvars, map(_constant, consts), strict=True))
         known.update(zip(jaxpr.invars, args, strict=True))
 
@@ -129,219 +119,145 @@ class _Walk:
             known.update(zip(eqn.outvars, outs, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
-    def equation(self, eqn: Any, args: list[_Value], site: tuple[int, ...]) -> Sequence[_Value]:
+    def equation(self, eqn: Any, args: list[_Value], site: Site) -> Sequence[_Value]:
         name, params = eqn.primitive.name, eqn.params
-        shape = eqn.outvars[0].aval.shape if eqn.outvars else ()
-        inner = next((params[key] for key in _CALLS if key in params), None)
-        if name == "scan":
-            return self.scan(params, args, site)
-        if name == "while":
-            return self.loop(params, args, site)
-        if name == "cond":
-            return self.branches(params, args, site)
-        if inner is not None:
-            return self.run(*_opened(inner), args, site)
+        if control := {"scan": self.scan, "while": self.loop, "cond": self.branches}.get(name):
+            return control(params, args, site)
+        if (inner := next((params[key] for key in _CALLS if key in params), None)) is not None:
+            return self.run(inner, args, site)
         if all(arg.const is not None for arg in args) and (folded := _fold(eqn, args)):
             return folded
-        if name in _PARALLEL:
-            return args
         if name in _ELEMENTWISE:
-            return [self.elementwise(args, shape, site)]
-        move = _movement(eqn, args)
-        if move is not None and (args[0].views or args[0].tags):
-            return [self.moved(args[0], cut) for cut in move]
+            several = len(eqn.outvars) > 1  # an optimization_barrier, say: nothing is combined
+            shapes = [out.aval.shape for out in eqn.outvars]
+            return args if several else [self.elementwise(args, shapes[0], site)]
         if name in ("concatenate", "stack"):
-            return [self.joined(eqn, args, shape, site)]
-        if name == "dot_general":
-            weight = 1 if args[1].views else 0
-            if args[weight].views:
-                return [self.product(args, weight, *_dot(eqn, weight), shape, site)]
-        if name == "conv_general_dilated" and args[1].views:
-            out, into, *window = params["dimension_numbers"].rhs_spec
-            feature = params["dimension_numbers"].out_spec[1]
-            return [self.product(args, 1, [], [out], [*window, into], [feature], shape, site)]
-        if name == "gather" and args[0].views and (dims := _lookup(eqn)):
-            return [self.product(args, 0, [], *dims, shape, site)]
-        mask = 0
-        for arg in args:
-            mask |= self.flush(arg, site)
-        active = any(arg.active or arg.views for arg in args)
-        return [_Value(mask=mask, active=active) for _ in eqn.outvars]
+            return [self.joined(eqn, args, site)]
+        if (args[0].views or args[0].tags) and (moves := _movement(eqn, args)):
+            return [self.moved(args[0], move) for move in moves]
+        for weight in (1, 0):
+            if weight < len(args) and args[weight].views and (axes := _product(eqn, weight)):
+                return [self.product(args, weight, axes, eqn.outvars[0].aval.shape, site)]
+        return [self.mixed(args, site)] * len(eqn.outvars)
 
     # Control flow
 
-    def scan(self, params: Any, args: list[_Value], site: tuple[int, ...]) -> list[_Value]:
+    def scan(self, params: Any, args: list[_Value], site: Site) -> list[_Value]:
         """Runs the body once; once per step where that shows which elements a step uses."""
         fixed = params["num_consts"]
         carried = fixed + params["num_carry"]
         consts, carry, rows = args[:fixed], args[fixed:carried], args[carried:]
         counts = any(value.const is not None and value.const.ndim == 0 for value in carry)
-        sliced = any(row.views or row.tags for row in rows)
-        steps = range(params["length"])
-        if not sliced and not (counts and any(value.views for value in consts)):
-            steps = range(1)
-        collected: list[list[_Value]] = []
+        every = any(row.views or row.tags for row in rows) or (
+            counts and any(value.views for value in consts)
+        )
+        collected = []
+        steps = range(params["length"] if every else 1)
         for step in reversed(steps) if params["reverse"] else steps:
-            now = [self.row(row, step) for row in rows]
-            outs = self.run(*_opened(params["jaxpr"]), [*consts, *carry, *now], (*site, step))
+            now = [_row(self, row, step) for row in rows]
+            outs = self.run(params["jaxpr"], [*consts, *carry, *now], (*site, step))
             carry = outs[: params["num_carry"]]
             collected.append(outs[params["num_carry"] :])
-        if params["reverse"]:
-            collected.reverse()
-        return [*carry, *(self.stacked(list(rows), site) for rows in zip(*collected, strict=True))]
+        return [*carry, *(self.mixed(each, site) for each in zip(*collected, strict=True))]
 
-    def row(self, value: _Value, step: int) -> _Value:
-        if value.const is not None:
-            return _Value(const=value.const[step])
-        return self.moved(value, lambda array: array[step])
-
-    def stacked(self, values: list[_Value], site: tuple[int, ...]) -> _Value:
-        """The outputs of all steps as one value, its pending tags flushed."""
-        mask = 0
-        for value in values:
-            mask |= self.flush(value, site)
-        return _Value(mask=mask, active=any(value.active or value.views for value in values))
-
-    def loop(self, params: Any, args: list[_Value], site: tuple[int, ...]) -> list[_Value]:
+    def loop(self, params: Any, args: list[_Value], site: Site) -> list[_Value]:
         tests, bodies = params["cond_nconsts"], params["body_nconsts"]
-        # A constant that a loop counts up is none.
-        carry = [a._replace(const=None) for a in args[tests + bodies :]]
-        for out in self.run(*_opened(params["cond_jaxpr"]), [*args[:tests], *carry], (*site, 0)):
-            self.flush(out, site)
-        body = _opened(params["body_jaxpr"])
-        return self.run(*body, [*args[tests : tests + bodies], *carry], (*site, 1))
+        carry = [arg._replace(const=None) for arg in args[tests + bodies :]]  # it may be counted up
+        test = self.run(params["cond_jaxpr"], [*args[:tests], *carry], (*site, 0))
+        self.flush(test, site)
+        given = [*args[tests : tests + bodies], *carry]
+        return self.run(params["body_jaxpr"], given, (*site, 1))
 
-    def branches(self, params: Any, args: list[_Value], site: tuple[int, ...]) -> list[_Value]:
+    def branches(self, params: Any, args: list[_Value], site: Site) -> list[_Value]:
         outs = [
-            self.run(*_opened(branch), args[1:], (*site, number))
+            self.run(branch, args[1:], (*site, number))
             for number, branch in enumerate(params["branches"])
         ]
-        self.flush(args[0], site)
-        return [self.stacked(list(values), site) for values in zip(*outs, strict=True)]
+        self.flush(args[:1], site)
+        return [self.mixed(each, site) for each in zip(*outs, strict=True)]
 
     # Views and tags
 
-    def touch(
-        self, views: Sequence[Array], site: tuple[int, ...], above: int = 0, base: int = 0
-    ) -> tuple[list[_Tag], int]:
+    def touch(self, views: Iterable[Array], site: Site, above: int = 0) -> tuple[list[_Tag], int]:
         """Tags for the elements that are used for the first time, and the bits of all."""
         tags, bits = [], 0
         for view in views:
             lean = _lean(view)
             used = np.where(lean < 0, -2, self.owner[lean])
             bits |= _bits(np.unique(used[used >= 0]))
-            fresh = used == -1
-            if fresh.any():
-                columns = view if fresh.all() else np.broadcast_to(
-                    np.where(fresh, lean, -1), view.shape
-                )  # fmt: skip
-                tag = self.tag(columns, None, None, site, above, base)
-                self.owner[lean[fresh]] = tag.bit
-                tags.append(tag)
-                bits |= 1 << tag.bit
-        return tags, bits
+            if (fresh := used == -1).any():
+                columns = np.broadcast_to(np.where(fresh, lean, -1), view.shape)
+                tags.append(self.tag(columns, site, above))
+                self.owner[lean[fresh]] = tags[-1].bit
+        return tags, bits | _bits(tag.bit for tag in tags)
 
-    def tag(
-        self,
-        columns: Array,
-        rows: Array | None,
-        keys: Array | None,
-        site: tuple[int, ...],
-        above: int,
-        base: int,
-    ) -> _Tag:
+    def tag(self, columns: Array, site: Site, above: int, *product: Array | None) -> _Tag:
         number = len(self.tags)
-        self.tags.append(_Tag(number, columns, rows, keys, number, site, above, base))
+        self.tags.append(_Tag(number, columns, site, number, above, *product))
         return self.tags[-1]
 
-    def elementwise(
-        self, args: list[_Value], shape: tuple[int, ...], site: tuple[int, ...]
-    ) -> _Value:
-        active = [arg for arg in args if arg.active]
+    def elementwise(self, args: list[_Value], shape: tuple[int, ...], site: Site) -> _Value:
         views = [np.broadcast_to(view, shape) for arg in args for view in arg.views]
-        if not active:
+        if not any(arg.active for arg in args):
             return _Value(views=tuple(views))
         tags: list[_Tag] = []
         mask = 0
-        for arg in active:
+        for arg in args:
             mask |= arg.mask
-            tags += [t for t in arg.tags if t.bit not in self.covers and not _among(t, tags)]
-        pending = _bits([tag.bit for tag in tags])
-        new, bits = self.touch(views, site, mask & ~pending, pending)
+            tags += [tag for tag in self.pending(arg) if not _among(tag, tags)]
+        new, bits = self.touch(views, site, mask)
         return _Value(tags=(*tags, *new), mask=mask | bits, active=True)
 
     def moved(self, value: _Value, move: Callable[[Array], Array]) -> _Value:
         """The value after a movement of its elements, which may leave some of them out."""
         if not value.active:
             return _Value(views=tuple(move(view) for view in value.views))
-        renamed: dict[int, int] = {}
-        tags: list[_Tag] = []
-        for tag in value.tags:
-            if tag.bit in self.covers:
-                continue
-            columns = move(tag.columns)
-            if columns.size < tag.columns.size and _cut(tag.columns, columns):
-                part = self.tag(columns, tag.rows, tag.keys, tag.site, tag.above, tag.base)
-                part = part._replace(order=tag.order)
-                self.tags[part.bit] = part
-                renamed[tag.bit] = part.bit
-                tags.append(part)
-            else:
-                tags.append(tag._replace(columns=columns))
-        if renamed:
-            for place, tag in enumerate(tags):
-                tags[place] = tag._replace(base=_renamed(tag.base, renamed))
-                self.tags[tag.bit] = tags[place]
-        return _Value(tags=tuple(tags), mask=_renamed(value.mask, renamed), active=True)
+        tags = [tag._replace(columns=move(tag.columns)) for tag in self.pending(value)]
+        parts: dict[int, int] = {}
+        for place, (tag, old) in enumerate(zip(tags, self.pending(value), strict=True)):
+            if tag.columns.size < old.columns.size and _cut(old.columns, tag.columns):
+                parts[tag.bit] = len(self.tags)
+                tags[place] = tag._replace(bit=len(self.tags))
+                self.tags.append(tags[place])
+        if parts:  # of what was cut with it only this part flows on
+            tags = [tag._replace(above=_renamed(tag.above, parts)) for tag in tags]
+            for tag in tags:
+                self.tags[tag.bit] = tag
+        return _Value(tags=tuple(tags), mask=_renamed(value.mask, parts), active=True)
 
-    def joined(
-        self, eqn: Any, args: list[_Value], shape: tuple[int, ...], site: tuple[int, ...]
-    ) -> _Value:
+    def joined(self, eqn: Any, args: list[_Value], site: Site) -> _Value:
         """A concatenation or stack of values of any kind."""
-        stack = eqn.primitive.name == "stack"
+        stack, shape = eqn.primitive.name == "stack", eqn.outvars[0].aval.shape
         axis = eqn.params["axis" if stack else "dimension"]
-        widths = [1 if stack else atom.aval.shape[axis] for atom in eqn.invars]
-        starts = np.cumsum([0, *widths])
-        active = any(arg.active for arg in args)
+        ends = np.cumsum([1 if stack else atom.aval.shape[axis] for atom in eqn.invars])
 
-        def place(array: Array, start: int) -> Array:
+        def place(array: Array, end: int) -> Array:
             lean = _lean(np.expand_dims(array, axis) if stack else array, keep=axis)
-            sizes = [shape[axis] if k == axis else size for k, size in enumerate(lean.shape)]
-            out = np.full(sizes, -1)
-            out[(*[slice(None)] * axis, slice(start, start + lean.shape[axis]))] = lean
+            out = np.full((*lean.shape[:axis], shape[axis], *lean.shape[axis + 1 :]), -1)
+            out[(*[slice(None)] * axis, slice(end - lean.shape[axis], end))] = lean
             return np.broadcast_to(out, shape)
 
-        if not active and all(len(arg.views) == 1 for arg in args):
-            whole = [place(arg.views[0], s) for arg, s in zip(args, starts, strict=False)]
+        if not any(arg.active for arg in args) and all(len(arg.views) == 1 for arg in args):
+            whole = [place(arg.views[0], end) for arg, end in zip(args, ends, strict=True)]
             return _Value(views=(np.maximum.reduce(whole),))
         tags: list[_Tag] = []
         mask = 0
-        for arg, start in zip(args, starts, strict=False):
+        for arg, end in zip(args, ends, strict=True):
             new, bits = self.touch(arg.views, site)
             mask |= arg.mask | bits
-            pending = [tag for tag in (*arg.tags, *new) if tag.bit not in self.covers]
-            tags += [tag._replace(columns=place(tag.columns, start)) for tag in pending]
-        return _Value(tags=tuple(tags), mask=mask, active=active or bool(mask))
+            every = [*self.pending(arg), *new]
+            tags += [tag._replace(columns=place(tag.columns, end)) for tag in every]
+        return _Value(tags=tuple(tags), mask=mask, active=bool(mask) or any(a.active for a in args))
 
     def product(
-        self,
-        args: list[_Value],
-        weight: int,
-        batch: list[int],
-        free: list[int],
-        summed: list[int],
-        places: list[int],
-        shape: tuple[int, ...],
-        site: tuple[int, ...],
+        self, args: list[_Value], weight: int, axes: "_Axes", shape: tuple[int, ...], site: Site
     ) -> _Value:
-        """A sum over products with a leaf; its axes `batch` and `free` become the axes `places`."""
-        above = 0
-        for number, arg in enumerate(args):
-            above |= self.flush(arg, site) if number != weight else arg.mask
-        view, *others = sorted(args[weight].views, key=lambda v: -_varying(v).size)
-        above |= self.flush(_Value(views=tuple(others)), site)
-        ids = view.transpose([*batch, *free, *summed])
-        grid = ids.shape[: len(batch) + len(free)]
+        """A sum over products with a leaf."""
+        view, *others = sorted(args[weight].views, key=lambda each: -_varying(each).size)
+        rest = [arg for number, arg in enumerate(args) if number != weight]
+        above = self.flush([*rest, _Value(views=tuple(others))], site)
+        ids = view.transpose([*axes.batch, *axes.free, *axes.summed])
+        grid = ids.shape[: len(axes.places)]
         rows = ids.reshape(int(np.prod(grid)), -1)
         owners = self.owner[rows]
         bits = _bits(np.unique(owners[owners >= 0]))
@@ -349,41 +265,46 @@ class _Walk:
         if not fresh.any():
             return _Value(mask=above | bits, active=True)
         columns = np.where(fresh, np.arange(len(rows)), -1).reshape(grid)
-        sizes = [1] * len(shape)
-        for place, size in zip(places, grid, strict=True):
-            sizes[place] = size
-        many = int(np.prod([view.shape[axis] for axis in batch]))
-        keys = np.repeat(np.arange(many), len(rows) // many) if many > 1 else None
-        ranked = columns.transpose(np.argsort(places)).reshape(sizes)
-        tag = self.tag(np.broadcast_to(ranked, shape), rows, keys, site, above, 0)
+        columns = _broadcast(columns, shape, axes.places)
+        count = int(np.prod(grid[: len(axes.batch)]))
+        lanes = np.repeat(np.arange(count), len(rows) // count)
+        tag = self.tag(columns, site, above, rows, lanes)
         self.owner[rows[fresh]] = tag.bit
         return _Value(tags=(tag,), mask=above | bits | 1 << tag.bit, active=True)
 
-    def flush(self, value: _Value, site: tuple[int, ...] = ()) -> int:
-        """Makes slots of all that is pending on a value; returns the bits that flow out of it."""
-        new, bits = self.touch(value.views, site)
-        for tag in (*value.tags, *new):
-            if tag.bit not in self.covers:
-                self.register(tag, value.tags)
-        return value.mask | bits
+    def mixed(self, args: Sequence[_Value], site: Site) -> _Value:
+        """What comes of values in a way that keeps no element in its place."""
+        active = any(arg.active or arg.views for arg in args)
+        return _Value(mask=self.flush(args, site), active=active)
+
+    def pending(self, value: _Value) -> list[_Tag]:
+        return [tag for tag in value.tags if tag.bit not in self.covers]
+
+    def flush(self, values: Iterable[_Value], site: Site) -> int:
+        """Makes slots of all that is pending on values; returns the bits that flow out of them."""
+        mask = 0
+        for value in values:
+            new, bits = self.touch(value.views, site)
+            for tag in (*self.pending(value), *new):
+                if tag.bit not in self.covers:
+                    self.register(tag, value.tags)
+            mask |= value.mask | bits
+        return mask
 
     def register(self, tag: _Tag, beside: Sequence[_Tag]) -> None:
-        columns = _varying(tag.columns).ravel()
-        numbers, first = np.unique(columns, return_index=True)
+        numbers, first = np.unique(_varying(tag.columns), return_index=True)
         numbers = numbers[np.argsort(first)]
         numbers = numbers[numbers >= 0]
         rows = numbers[:, None] if tag.rows is None else tag.rows[numbers]
         seen = self.slot_of[rows[:, 0]]
         covers = np.unique(seen[seen >= 0]).tolist()
-        keys = _keys(tag, beside, numbers)[seen < 0]
-        fresh = rows[seen < 0]
-        for key in np.unique(keys):
-            part = fresh[keys == key]
-            order = (tag.order, int(numbers[seen < 0][keys == key].min()))
+        lanes = _lanes(tag, beside, numbers)
+        for lane in np.unique(lanes[seen < 0]):
+            part = (seen < 0) & (lanes == lane)
+            slot = Slot(rows[part], tag.site, (len(np.unique(lanes)), int(lane)))
             covers.append(len(self.slots))
-            self.slot_of[part] = len(self.slots)
-            lane = (len(np.unique(keys)), int(key))
-            self.slots.append(Slot(part, order, tag.site, lane, tag.above, tag.base))
+            self.slot_of[slot.ids] = len(self.slots)
+            self.slots.append(((tag.order, int(numbers[part].min())), tag.above, slot))
         self.covers[tag.bit] = covers
 
     def finish(self, starts: dict[str, int]) -> Flow:
@@ -391,29 +312,80 @@ class _Walk:
         for tag in reversed(self.tags):  # parts before the whole they were cut from
             if tag.bit not in self.covers:
                 self.register(tag, ())
-        ranks = sorted(range(len(self.slots)), key=lambda number: self.slots[number].order)
-        slots = [self.slots[number] for number in ranks]
-        position = {number: rank for rank, number in enumerate(ranks)}
-        cover = np.zeros((len(self.tags), len(slots)), np.float32)
+        ranks = sorted(range(len(self.slots)), key=lambda number: self.slots[number][0])
+        place = {number: rank for rank, number in enumerate(ranks)}
+        cover = np.zeros((len(self.tags), len(ranks)), np.float32)
         for bit, numbers in self.covers.items():
-            cover[bit, [position[number] for number in numbers]] = 1
-        above = _unpacked([slot.above for slot in slots], len(self.tags)) @ cover > 0
-        base = _unpacked([slot.base for slot in slots], len(self.tags)) @ cover > 0
-        return Flow(slots, starts, self.size, above, base & ~above)
+            cover[bit, [place[number] for number in numbers]] = 1
+        above = _unpacked([self.slots[number][1] for number in ranks], len(self.tags)) @ cover > 0
+        slots = [self.slots[number][2] for number in ranks]
+        return Flow(slots, starts, len(self.owner), above)
 
 
 # Equations
 
 
-def _opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
-    return (jaxpr.jaxpr, jaxpr.consts) if hasattr(jaxpr, "consts") else (jaxpr, ())
+class _Axes(NamedTuple):
+    """Axes of a leaf in a product; `places`: where batch and free axes are in the output."""
+
+    batch: list[int]
+    free: list[int]
+    summed: list[int]
+    places: list[int]
 
 
-def _constant(value: Any) -> _Value:
-    """A constant, with its value where it is a small array of integers or booleans."""
-    kind = getattr(value, "dtype", None) or np.result_type(value)
-    small = getattr(kind, "kind", "") in "iub" and np.size(value) <= _FOLD
-    return _Value(const=np.asarray(value)) if small else _Value()
+def _product(eqn: Any, weight: int) -> _Axes | None:
+    """How an equation sums over products with its operand `weight`, if it does."""
+    params, operand = eqn.params, eqn.invars[weight].aval
+    match eqn.primitive.name:
+        case "dot_general":
+            contract, batches = params["dimension_numbers"]
+            pairs = zip(contract[1 - weight], contract[weight], strict=True)
+            summed = [axis for _, axis in sorted(pairs)]  # in the order of a reshape of the other
+            batch = list(batches[weight])
+            free = [axis for axis in range(operand.ndim) if axis not in (*summed, *batch)]
+            other = eqn.invars[0].aval.ndim - len(summed) - len(batch) if weight else 0
+            before = len(batch) + other
+            places = [*range(len(batch)), *range(before, before + len(free))]
+            return _Axes(batch, free, summed, places)
+        case "conv_general_dilated" if weight == 1:
+            out, into, *window = params["dimension_numbers"].rhs_spec
+            return _Axes([], [out], [*window, into], [params["dimension_numbers"].out_spec[1]])
+        case "gather" if weight == 0:  # looked up by index: a product with one-hot rows
+            numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
+            indexed = list(numbers.collapsed_slice_dims)
+            free = [axis for axis in range(operand.ndim) if axis not in indexed]
+            whole = all(sizes[axis] == operand.shape[axis] for axis in free)
+            if whole and indexed and not numbers.operand_batching_dims:
+                return _Axes([], free, indexed, list(numbers.offset_dims))
+    return None
+
+
+def _movement(eqn: Any, args: list[_Value]) -> list[Callable[[Array], Array]] | None:
+    """What an equation does to the elements of its first operand, one function per output."""
+    params, shape = eqn.params, eqn.outvars[0].aval.shape
+    match eqn.primitive.name:
+        case "squeeze" | "expand_dims" | "reshape":  # (a reshape's own transpose is not in use)
+            return [lambda a: a.reshape(shape)]
+        case "transpose":
+            return [lambda a: a.transpose(params["permutation"])]
+        case "broadcast_in_dim":
+            return [lambda a: _broadcast(a, shape, params["broadcast_dimensions"])]
+        case "rev":
+            return [lambda a: np.flip(a, params["dimensions"])]
+        case "slice":
+            steps = params["strides"] or (1,) * len(shape)
+            cut = tuple(map(slice, params["start_indices"], params["limit_indices"], steps))
+            return [lambda a: a[cut]]
+        case "split":
+            ends = np.cumsum(params["sizes"])[:-1]
+            axis = params["axis"]
+            return [lambda a, k=k: np.split(a, ends, axis)[k] for k in range(len(ends) + 1)]
+        case "gather" | "dynamic_slice" if all(arg.const is not None for arg in args[1:]):
+            rest = [arg.const for arg in args[1:]]
+            params = {**params, "fill_value": -1} if "fill_value" in params else params
+            return [lambda a: np.asarray(eqn.primitive.bind(np.int32(a), *rest, **params))]
+    return None
 
 
 def _fold(eqn: Any, args: list[_Value]) -> list[_Value] | None:
@@ -425,80 +397,34 @@ def _fold(eqn: Any, args: list[_Value]) -> list[_Value] | None:
     return [_constant(out) for out in (outs if eqn.primitive.multiple_results else [outs])]
 
 
-def _movement(eqn: Any, args: list[_Value]) -> list[Callable[[Array], Array]] | None:
-    """What an equation does to the elements of its first operand, one function per output."""
-    params, shape = eqn.params, eqn.outvars[0].aval.shape
-    match eqn.primitive.name:
-        case "reshape":
-            return [lambda a: a.reshape(shape)] if params["dimensions"] is None else None
-        case "transpose":
-            return [lambda a: a.transpose(params["permutation"])]
-        case "squeeze" | "expand_dims":
-            return [lambda a: a.reshape(shape)]
-        case "broadcast_in_dim":
-            return [lambda a: _broadcast(a, shape, params["broadcast_dimensions"])]
-        case "rev":
-            return [lambda a: np.flip(a, params["dimensions"])]
-        case "slice":
-            steps = params["strides"] or (1,) * len(shape)
-            cut = tuple(map(slice, params["start_indices"], params["limit_indices"], steps))
-            return [lambda a: a[cut]]
-        case "split":
-            ends = np.cumsum(params["sizes"])
-            axis = params["axis"]
-            return [
-                lambda a, low=end - size, high=end: a[(*[slice(None)] * axis, slice(low, high))]
-                for end, size in zip(ends, params["sizes"], strict=True)
-            ]
-        case "gather" | "dynamic_slice" if all(arg.const is not None for arg in args[1:]):
-            rest = [arg.const for arg in args[1:]]
-            params = {**params, "fill_value": -1} if "fill_value" in params else params
-            return [lambda a: np.asarray(eqn.primitive.bind(np.int32(a), *rest, **params))]
-    return None
+def _constant(value: Any) -> _Value:
+    """A constant, with its value where it is a small array of integers or booleans."""
+    kind = getattr(value, "dtype", None) or np.result_type(value)
+    small = getattr(kind, "kind", "?") in "iub" and np.size(value) <= _FOLD
+    return _Value(const=np.asarray(value)) if small else _Value()
 
 
-def _broadcast(array: Array, shape: tuple[int, ...], dims: Sequence[int]) -> Array:
-    sizes = [1] * len(shape)
-    for dim, size in zip(dims, array.shape, strict=True):
-        sizes[dim] = size
-    return np.broadcast_to(array.reshape(sizes), shape)
-
-
-def _dot(eqn: Any, weight: int) -> tuple[list[int], list[int], list[int], list[int]]:
-    """Of a leaf in a dot product: batch, free and summed axes, and where they are in the output.
-
-    Summed axes come in the order of the other operand's axes, which is the order of a reshape.
-    """
-    contract, batch = eqn.params["dimension_numbers"]
-    summed = [axis for _, axis in sorted(zip(contract[1 - weight], contract[weight], strict=True))]
-    batched = list(batch[weight])
-    ranks = [atom.aval.ndim for atom in eqn.invars]
-    free = [axis for axis in range(ranks[weight]) if axis not in (*summed, *batched)]
-    before = len(batched) + (ranks[0] - len(summed) - len(batched) if weight else 0)
-    return batched, free, summed, [*range(len(batched)), *range(before, before + len(free))]
-
-
-def _lookup(eqn: Any) -> tuple[list[int], list[int], list[int]] | None:
-    """Of a leaf that is looked up by index: free and indexed axes, and places in the output."""
-    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    indexed = list(numbers.collapsed_slice_dims)
-    free = [axis for axis in range(len(sizes)) if axis not in indexed]
-    whole = all(sizes[axis] == eqn.invars[0].aval.shape[axis] for axis in free)
-    plain = whole and not numbers.operand_batching_dims and indexed
-    return (free, indexed, list(numbers.offset_dims)) if plain else None
+def _row(walk: _Walk, value: _Value, step: int) -> _Value:
+    """What a scan hands to one step."""
+    if value.const is not None:
+        return _Value(const=value.const[step])
+    return walk.moved(value, lambda array: array[step])
 
 
 # Arrays of numbers
 
 
+def _broadcast(array: Array, shape: tuple[int, ...], places: Sequence[int]) -> Array:
+    sizes = [1] * len(shape)
+    for place, size in zip(places, array.shape, strict=True):
+        sizes[place] = size
+    return np.broadcast_to(array.reshape(sizes), shape)
+
+
 def _lean(array: Array, keep: int | None = None) -> Array:
     """The array with every broadcast axis cut to length 1."""
-    return array[
-        tuple(
-            slice(0, 1) if stride == 0 and axis != keep else slice(None)
-            for axis, stride in enumerate(array.strides)
-        )
-    ]
+    ones = (stride == 0 and axis != keep for axis, stride in enumerate(array.strides))
+    return array[tuple(slice(0, 1) if one else slice(None) for one in ones)]
 
 
 def _varying(array: Array) -> Array:
@@ -524,19 +450,19 @@ def _among(tag: _Tag, tags: list[_Tag]) -> bool:
     )
 
 
-def _keys(tag: _Tag, beside: Sequence[_Tag], numbers: Array) -> Array:
-    """Which of the parts of a batched product each column belongs to, or acts on."""
-    if tag.keys is not None:
-        return tag.keys[numbers]
+def _lanes(tag: _Tag, beside: Sequence[_Tag], numbers: Array) -> Array:
+    """Which lane of a batched product each column belongs to, or acts on."""
+    if tag.lanes is not None:
+        return tag.lanes[numbers]
     for other in beside:
-        if tag.rows is None and other.keys is not None and tag.base >> other.bit & 1:
+        if other.lanes is not None and other.lanes.any() and tag.above >> other.bit & 1:
             found, first = np.unique(tag.columns, return_index=True)
-            owners = other.columns.reshape(-1)[first[np.searchsorted(found, numbers)]]
-            return np.where(owners < 0, -1, other.keys[owners])
+            acts_on = other.columns.reshape(-1)[first[np.searchsorted(found, numbers)]]
+            return np.where(acts_on < 0, -1, other.lanes[acts_on])
     return np.zeros(len(numbers), int)
 
 
-def _bits(numbers: Sequence[int] | Array) -> int:
+def _bits(numbers: Iterable[int]) -> int:
     mask = 0
     for number in numbers:
         mask |= 1 << int(number)

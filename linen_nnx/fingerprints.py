@@ -64,7 +64,7 @@ def fingerprints(linen: Side, nnx: Side) -> Prints:
     rich = {form for form in left if left[form] == right[form] and len(form) > 1}
     given = linen.trace.inputs
     problem = None
-    for inputs in ([_lively(array) for array in given], given):
+    for inputs in ([_lively(array, seed) for seed, array in enumerate(given)], given):
         try:
             problem = _mismatch(linen, nnx, inputs, rich)
             if problem:  # hold back the forms that the sides read differently
@@ -86,10 +86,35 @@ def _measured(linen: Side, nnx: Side, inputs: Sequence[Any], rich: set[Form]) ->
     one = run(linen, inputs, values[0], gradient=True)
     two = run(nnx, inputs, values[1], gradient=True)
     noise = difference(one.outputs, two.outputs)
-    # Where all slots of a form are equal, symmetry hides some: ask again with no two alike.
-    generic = run(linen, inputs, distinct(linen, values[0], linen.paths), gradient=True)
-    seen = _sizes(linen, generic) > 0
+    seen = _sizes(linen, one) > 0
+    for number in _waking(linen, inputs, values[0], np.flatnonzero(~seen).tolist()):
+        seen[number] = True
     return Prints(_prints(linen, one), _prints(nnx, two), inputs, values, noise, seen, None)
+
+
+def _waking(side: Side, inputs: Sequence[Any], values: Array, slots: list[int]) -> list[int]:
+    """Which slots without a gradient are seen after all, once no two slots are alike.
+
+    Where all slots of a form are equal, symmetry hides some: the gates of equal experts, say.
+    """
+    if not slots:
+        return []
+    base = distinct(side, values, side.paths)
+    moved = base.copy()
+    for number in slots:
+        moved[side.flow.slots[number].ids] *= _pattern(*side.flow.slots[number].ids.shape)
+    one, two = (run(side, inputs, given, gradient=False) for given in (base, moved))
+    changed = [value for path, value in two.updates.items() if path in one.updates]
+    news = [one.updates[path] for path in two.updates if path in one.updates]
+    if difference([*one.outputs, *news], [*two.outputs, *changed]) <= EXACT:
+        return []
+    if len(slots) == 1:
+        return slots
+    half = len(slots) // 2
+    return [
+        *_waking(side, inputs, values, slots[:half]),
+        *_waking(side, inputs, values, slots[half:]),
+    ]
 
 
 def run(side: Side, inputs: Sequence[Any], values: Array, gradient: bool) -> Run:
@@ -231,11 +256,11 @@ def _normal(shape: tuple[int, ...], seed: int) -> Array:
     return np.random.default_rng([seed, *shape]).normal(size=shape)
 
 
-def _lively(array: jax.Array) -> Any:
+def _lively(array: jax.Array, seed: int) -> Any:
     """An example input with noise: zeros, ones and even ramps hide much of a model."""
     kind = getattr(array.dtype, "kind", "") if array.size > 1 else ""
     given = np.asarray(array) if kind in ("f", "i", "u") else np.zeros(0)
-    random = np.random.default_rng(given.size)
+    random = np.random.default_rng([seed, given.size])
     if kind == "f":
         return given + random.uniform(0, given.std() or 1.0, given.shape)
     if given.size and (given == given.flat[0]).all():  # all tokens the same

@@ -91,7 +91,7 @@ def _parted(side: Side) -> Side:
     """The side without flow from one lane of a batch to another."""
     counts, lanes = np.array([slot.lane for slot in side.flow.slots]).reshape(-1, 2).T
     apart = (counts[:, None] == counts) & (counts > 1) & (lanes[:, None] != lanes)
-    parted = side.flow._replace(above=side.flow.above & ~apart, base=side.flow.base & ~apart)
+    parted = side.flow._replace(above=side.flow.above & ~apart)
     return Side(side.trace, parted, side.forms)
 
 
@@ -124,7 +124,7 @@ def _cut(side: Side, other: Side) -> Side:
             )
     grid = np.ix_(origin, origin)
     known = side.flow
-    flow_now = Flow(slots_now, known.starts, known.size, known.above[grid], known.base[grid])
+    flow_now = Flow(slots_now, known.starts, known.size, known.above[grid])
     return Side(side.trace, flow_now, forms)
 
 
