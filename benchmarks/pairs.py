@@ -291,10 +291,9 @@ PAIRS = (
         (SEQUENCE,),
         _fused("ifgo", "i/kernel", "h/kernel", "h/bias", linen="params/cell", nnx="cell/"),
         varies=GRADIENTS,
-        why="XLA contracts a product and the sum of the bias's gradient over time into one fused "
-        "multiply-add, with one rounding, in one of the twins only",
-        fix="none; it is rounding, absent on a CPU without such an instruction "
-        "(XLA_FLAGS=--xla_cpu_max_isa=AVX)",
+        why="where the CPU has a fused multiply-add, the compiled loops round the sum of the "
+        "bias's gradient over time otherwise; with XLA_FLAGS=--xla_cpu_max_isa=AVX they do not",
+        fix="none; it is rounding",
     ),
     Pair(
         "Bidirectional",
