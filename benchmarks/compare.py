@@ -127,9 +127,14 @@ def _cast(array: np.ndarray, dtype: str, wanted: bool) -> Array:
     return jnp.asarray(array, dtype if wanted and array.dtype.kind == "f" else None)
 
 
+def _arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments as the layers take them: keys are no numpy arrays there."""
+    return {k: jnp.asarray(v) if isinstance(v, np.ndarray) else v for k, v in call.items()}
+
+
 def _linen_twin(pair: Pair, dtype: str, inputs: list[Any], rng: np.random.Generator) -> _Twin:
     module = pair.linen(jnp.dtype(dtype))
-    call: dict[str, Any] = {"method": pair.method, **pair.linen_call}
+    call: dict[str, Any] = {"method": pair.method, **_arguments(pair.linen_call)}
     leaves = flatten(module.init(jax.random.key(0), *inputs, **call))
     for path, leaf in leaves.items():
         moved = leaf + rng.uniform(-0.3, 0.3, leaf.shape)
@@ -152,7 +157,7 @@ def _nnx_twin(pair: Pair, dtype: str, book: RuleBook, linen: _Twin) -> _Twin:
     def forward(leaves: Leaves, inputs: Sequence[Any]) -> tuple[list[Array], dict[str, Array]]:
         flat = [(path, variable.replace(leaves[n])) for n, (path, variable) in variables.items()]
         model = nnx.merge(graphdef, nnx.from_flat_state(flat), rest, copy=True)
-        outputs = getattr(model, pair.method)(*inputs, **pair.nnx_call)
+        outputs = getattr(model, pair.method)(*inputs, **_arguments(pair.nnx_call))
         updated = nnx.to_flat_state(nnx.state(model, nnx.BatchStat))
         return jax.tree.leaves(outputs), {_name(p): variable.get_value() for p, variable in updated}
 

@@ -180,7 +180,7 @@ GAPS = (
     Gap(
         "recurrent init of fused cells",
         _orthogonal,
-        "translate Linen's init to start alike: Linen draws an orthogonal matrix for each gate, nnx "
-        "one for all",
+        "translate Linen's init to start alike: Linen draws an orthogonal matrix for each gate, "
+        "nnx one for all",
     ),
 )

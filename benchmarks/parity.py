@@ -171,8 +171,11 @@ def _print_pairs(pairs: Sequence[Pair]) -> list[Row]:
     for (why, fix), group in reasons.items():
         print()
         for row in group:
-            worst = max(row.cells, key=lambda cell: cell.largest, default=None)
-            print(f"{row.pair.name}: {f'up to {_size(worst)}' if worst else 'not compared'}")
+            print(row.pair.name)
+            for dtype in DTYPES:
+                wrong = [cell for cell in row.cells if cell.dtype == dtype and not cell.exact]
+                if wrong:
+                    print(f"  {dtype}: up to {_size(max(wrong, key=lambda cell: cell.largest))}")
         _print_wrapped(f"why: {why}")
         _print_wrapped(f"fix: {fix}")
     print("\nTo know when converting")
@@ -214,7 +217,7 @@ def _short(cell: Cell | None) -> str:
 def _size(cell: Cell) -> str:
     if not cell.largest:
         return "the sign of a zero"
-    return f"{cell.largest:.1e}, {cell.ulps:.3g} units in the last place, in `{cell.where}`"
+    return f"{cell.largest:.1e}, {cell.ulps:,.1f} units in the last place, in `{cell.where}`"
 
 
 def _reason(error: Exception) -> str:
