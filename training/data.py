@@ -107,8 +107,8 @@ class TrainIterator:
             raise DataError(
                 "The saved data position counts batches of other data:\n"
                 + "\n".join(changed)
-                + "\nGoing on would repeat and skip examples. Set these back (the digest stands for "
-                "the content of the data), or begin another run, without init_from."
+                + "\nGoing on would repeat and skip examples. Set these back (the digest stands "
+                "for the content of the data), or begin another run, without init_from."
             )
         self._batches.set_state({"next_index": state["batches"]})
 
