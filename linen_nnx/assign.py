@@ -1,9 +1,10 @@
 """Pairs the slots of two models on the evidence, and leaves open what the evidence leaves open.
 
-Two slots may be a pair if their forms and their gradient fingerprints are equal. Of such candidates
-the dataflow rules out those that other pairs contradict: what flows into one must be what flows into
-the other, and so for what it flows into and what it acts on. What both leave open is interchangeable
-as far as any output shows; then the order of first use decides, unless the names say otherwise.
+Two slots may be a pair if their forms and their gradient fingerprints are equal. Of such
+candidates the dataflow rules out those that other pairs contradict: what flows into one must be
+what flows into the other, and so for what it flows into and what it acts on. What both leave open
+is interchangeable as far as any output shows; then the order of first use decides, unless the names
+say otherwise.
 """
 
 import re
@@ -116,7 +117,8 @@ class _State:
         """Rules out what the dataflow between pairs contradicts, until nothing changes."""
         known = -1
         while known != (known := self._settle()):
-            left, right = map(np.array, zip(*self.pairs(), strict=True)) if known else ([], [])
+            pairs = np.array(list(self.pairs()) if known else [], int).reshape(-1, 2)
+            left, right = pairs[:, 0], pairs[:, 1]
             one, two = self._relations(0, left), self._relations(1, right)
             _, kinds = np.unique(np.concatenate([one, two]), axis=0, return_inverse=True)
             same = kinds[: len(one), None] == kinds[None, len(one) :]

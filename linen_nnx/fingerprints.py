@@ -153,7 +153,7 @@ def run(side: Side, inputs: Sequence[Any], values: Array, gradient: bool) -> Run
 
 
 def difference(left: Sequence[Any], right: Sequence[Any]) -> float:
-    """The largest difference of two lists of arrays, each relative to its array; NaN is infinite."""
+    """The largest difference of two lists of arrays, relative to each array; NaN is infinite."""
     worst = 0.0
     for one, two in zip(left, right, strict=True):
         if one.size and one.dtype.kind in "fc":

@@ -17,7 +17,8 @@ _GRU = (
 )
 _WEIGHT_NORM = (
     "nnx.WeightNorm overwrites its layer's kernel in the forward pass and keeps its scales where "
-    "no optimizer sees them (flax #5577): train it in one framework, or fold the norm into the kernel"
+    "no optimizer sees them (flax #5577): train it in one framework, or fold the norm into its "
+    "kernel"
 )
 _SPECTRAL_NORM = (
     "nnx.SpectralNorm overwrites its layer's kernel in the forward pass (flax #5576): the original "

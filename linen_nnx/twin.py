@@ -114,10 +114,11 @@ def trace_linen(twin: Twin) -> Trace:
         with nn.intercept_methods(note):
             return nn.unbox(init(module, key, *rebuild(given)))
 
-    variables = _run(
+    variables: Any = _run(
         "the Linen init", jax.eval_shape, create, jax.eval_shape(jax.random.key, 0), *arrays
     )
-    flat = {_join(path): (path, leaf) for path, leaf in flatten_dict(variables).items()}
+    paths: dict[Any, Any] = flatten_dict(variables)
+    flat = {_join(path): (path, leaf) for path, leaf in paths.items()}
     leaves = {
         name: Leaf(leaf.shape, leaf.dtype, str(path[0])) for name, (path, leaf) in flat.items()
     }
@@ -128,7 +129,8 @@ def trace_linen(twin: Twin) -> Trace:
         )
         out = call(module, tree, *rebuild(given))
         if isinstance(out, tuple) and len(out) == 2 and _collections(out[1], variables):
-            after = {_join(path): value for path, value in flatten_dict(out[1]).items()}
+            updated: dict[Any, Any] = flatten_dict(out[1])
+            after = {_join(path): value for path, value in updated.items()}
             return out[0], {name: value for name, value in after.items() if name in leaves}
         return out, {}
 
@@ -263,7 +265,7 @@ class _Stream(nnx.RngStream):
 
 def _rngs() -> nnx.Rngs:
     rngs = nnx.Rngs(0)
-    rngs.default = _Stream(0, tag="default")
+    setattr(rngs, "default", _Stream(0, tag="default"))  # noqa: B010 (a stream is any attribute)
     return rngs
 
 

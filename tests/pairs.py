@@ -545,8 +545,10 @@ def batch_norm_in_training() -> Pair:
     images = jnp.linspace(-1, 1, 2 * 5 * 5 * 4).reshape(2, 5, 5, 4) ** 3
     rules = [
         same("params/Conv_{i}/{leaf}", "convs/{i}/{leaf}"),
-        *(same(f"params/BatchNorm_{{i}}/{leaf}", f"norms/{{i}}/{leaf}") for leaf in ("scale", "bias")),
-        *(same(f"batch_stats/BatchNorm_{{i}}/{leaf}", f"norms/{{i}}/{leaf}") for leaf in ("mean", "var")),
+        same("params/BatchNorm_{i}/scale", "norms/{i}/scale"),
+        same("params/BatchNorm_{i}/bias", "norms/{i}/bias"),
+        same("batch_stats/BatchNorm_{i}/mean", "norms/{i}/mean"),
+        same("batch_stats/BatchNorm_{i}/var", "norms/{i}/var"),
     ]  # fmt: skip
     twin = Twin(
         Linen, lambda rngs: Nnx(rngs), lambda: (images,),
