@@ -113,7 +113,7 @@ class Checkpoints:
             return
         self._wait()
         step = int(state.step)
-        manager.save(
+        saved = manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state.tree()),
@@ -121,6 +121,11 @@ class Checkpoints:
                 run=ocp.args.JsonSave(self._run),
             ),
         )
+        if not saved:
+            raise Refused(
+                f"Orbax did not save step {step}: {manager.directory} holds step "
+                f"{manager.latest_step()} already."
+            )
         self._digested = self._background.submit(_digest, manager, step)
 
     def forget_best_after(self, step: int) -> None:
