@@ -157,4 +157,4 @@ def test_the_package_holds_the_library_alone(tmp_path):
     top = {name.split("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == {"linen_nnx"}
     assert "linen_nnx/inner/__init__.py" in names
-    assert scripts.decode().split("\n")[1] == "linen-nnx = linen_nnx.cli:main"
+    assert scripts.decode().split("\n")[1] == "linen-nnx = linen_nnx.cli:program"
