@@ -1,10 +1,9 @@
 """Pairs the slots of two models on the evidence, and leaves open what the evidence leaves open.
 
-Two slots may be a pair if their forms and their gradient fingerprints are equal. Of such
-candidates the dataflow rules out those that other pairs contradict: what flows into one must be
-what flows into the other, and so for what it flows into and what it acts on. What both leave open
-is interchangeable as far as any output shows; then the order of first use decides, unless the names
-say otherwise.
+Two slots may be a pair if their forms and their gradient fingerprints are equal. Of such candidates
+the dataflow rules out those that other pairs contradict: what flows into one must be what flows
+into the other, and so for what they flow into. Slots that both leave open are interchangeable as
+far as any output shows; then the order of first use decides, unless the names say otherwise.
 """
 
 import re
@@ -13,11 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from linen_nnx.dataflow import Flow
-from linen_nnx.fingerprints import Prints, distances
+from linen_nnx.fingerprints import EXACT, Prints, distances
 from linen_nnx.sides import Side
 
 Array = np.ndarray
+Open = dict[int, tuple[list[int], str]]
 
 
 class Pair(NamedTuple):
@@ -25,8 +24,8 @@ class Pair(NamedTuple):
 
     gap: relative difference of their fingerprints; margin: that to the nearest other candidate.
     seen: whether any output depends on them.
-    tie: how many slots the evidence could not tell apart from them when order decided, else 0.
-    named: whether names agreed with the order when it decided.
+    chosen: whether the order of first use had to decide, on them or on slots they go with.
+    named: whether names agreed where it did.
     """
 
     linen: int
@@ -34,74 +33,84 @@ class Pair(NamedTuple):
     gap: float
     margin: float
     seen: bool
-    tie: int = 0
-    named: bool = False
+    chosen: bool
+    named: bool
 
 
 class Assignment(NamedTuple):
-    """Pairs, and for every slot without one its candidates on the other side and the reason."""
+    """Pairs, and for every slot of either side without one: candidates, likeliest first, and why.
+
+    tolerance: fingerprints that differ by no more are equal.
+    """
 
     pairs: list[Pair]
-    open_linen: dict[int, tuple[list[int], str]]
-    open_nnx: dict[int, tuple[list[int], str]]
+    open: tuple[Open, Open]
+    tolerance: float
 
 
 def assign(linen: Side, nnx: Side, prints: Prints) -> Assignment:
     """Pairs the slots of both sides on their fingerprints and dataflow."""
     fits, gaps = _candidates(linen, nnx, prints)
-    state = _State(linen.flow, nnx.flow, fits)
-    state.narrow()
-    ties: dict[int, tuple[int, bool]] = {}
+    seen = prints.seen if len(prints.seen) else np.zeros(len(linen.forms), bool)
+    state = _State((linen.flow.above, nnx.flow.above), fits)
+    firm = set(state.pairs())
+    named: dict[int, bool] = {}
     disputed: dict[int, str] = {}
-    seen = np.zeros(len(linen.forms), bool) if prints.problem else prints.seen
-    while (tied := state.tied(set(disputed))) is not None:
-        left, right = tied
-        choice = right[0]  # slots are numbered by first use, on both sides
+    while tied := state.tied(disputed):
+        left, right = tied  # slots are numbered by first use, on both sides
         scores = _alike(linen.first[left[0]], [nnx.first[k] for k in right])
-        if not seen[left[0]]:
+        if prints.partial or not seen[left[0]]:
             disputed |= dict.fromkeys(left, "no output sees it, and several places fit it")
         elif max(scores) > scores[0]:
             why = "the order of first use and the names disagree on which is whose"
             disputed |= dict.fromkeys(left, why)
         else:
-            ties[left[0]] = (len(left), scores.count(scores[0]) == 1)
-            state.choose(left[0], choice)
-            state.narrow()
+            named[left[0]] = scores.count(scores[0]) == 1
+            state.choose(left[0], right[0])
     pairs = []
     for a, b in state.pairs():
-        others = np.delete(gaps[a], b)
-        margin = float(others.min()) if others.size else np.inf
-        tie, named = ties.get(a, (0, False))
-        pairs.append(Pair(a, b, float(gaps[a, b]), margin, bool(seen[a]), tie, named))
-    return Assignment(
-        pairs,
-        _open(state, {pair.linen for pair in pairs}, fits, gaps, prints, disputed),
-        _open(state, {pair.nnx for pair in pairs}, fits.T, gaps.T, prints, {}),
+        margin = float(np.delete(gaps[a], b).min(initial=np.inf))
+        agreed = named.get(a, all(named.values()))
+        pairs.append(
+            Pair(a, b, float(gaps[a, b]), margin, bool(seen[a]), (a, b) not in firm, agreed)
+        )
+    missing = (
+        _open(linen, nnx, {pair.linen for pair in pairs}, fits, gaps, prints, disputed),
+        _open(nnx, linen, {pair.nnx for pair in pairs}, fits.T, gaps.T, prints, {}),
     )
+    return Assignment(pairs, missing, prints.tolerance)
+
+
+def words(path: str) -> set[str]:
+    """The words and numbers of a path, in lower case."""
+    return {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+|[0-9]+", path)}
 
 
 def _candidates(linen: Side, nnx: Side, prints: Prints) -> tuple[Array, Array]:
     """(Linen slots, nnx slots): which may be pairs, and the gaps of their fingerprints."""
     gaps = np.full((len(linen.forms), len(nnx.forms)), np.inf)
-    for form in set(linen.forms) & set(nnx.forms):
-        rows = [k for k, other in enumerate(linen.forms) if other == form]
-        columns = [k for k, other in enumerate(nnx.forms) if other == form]
-        if prints.problem or len(form) == 1:
-            gaps[np.ix_(rows, columns)] = 1.0
-            continue
-        left = np.stack([prints.linen[k] for k in rows])
-        right = np.stack([prints.nnx[k] for k in columns])
-        each = [distances(left[:, part], right[:, part], 1e-30) for part in range(2)]
-        gaps[np.ix_(rows, columns)] = np.maximum(*each)
-    return gaps <= prints.tolerance, gaps
+    for form in {form for form in linen.forms if len(form) > 1}:
+        place = np.ix_(_places(linen, form), _places(nnx, form))
+        gaps[place] = 1.0
+        if form in prints.rich:
+            left, right = prints.linen[place[0].ravel()], prints.nnx[place[1].ravel()]
+            if prints.partial:  # what is held constant may hide a slot: no gradient tells nothing
+                left[~left.any((1, 2))] = np.nan
+            each = [distances(left[:, part], right[:, part]) for part in range(2)]
+            gaps[place] = np.nan_to_num(np.maximum(*each), nan=1.0)
+    near = np.minimum(
+        gaps.min(1, initial=np.inf, keepdims=True), gaps.min(0, initial=np.inf, keepdims=True)
+    )
+    return (gaps <= prints.tolerance) & (gaps <= np.maximum(10 * near, EXACT)), gaps
 
 
 class _State:
-    """The pairs that are still possible."""
+    """The pairs that are still possible: `fits` is (Linen slots, nnx slots) bool."""
 
-    def __init__(self, linen: Flow, nnx: Flow, fits: Array) -> None:
+    def __init__(self, above: tuple[Array, Array], fits: Array) -> None:
+        self.above = above
         self.fits = fits.copy()
-        self.flows = (linen, nnx)
+        self.narrow()
 
     def pairs(self) -> list[tuple[int, int]]:
         """Linen slots with one candidate that is no other's candidate."""
@@ -109,86 +118,86 @@ class _State:
         return [(int(a), int(b)) for a, b in np.argwhere(single)]
 
     def choose(self, a: int, b: int) -> None:
-        self.fits[a] = False
-        self.fits[:, b] = False
+        """Makes two slots a pair."""
+        self.fits[a] = self.fits[:, b] = False
         self.fits[a, b] = True
+        self.narrow()
 
     def narrow(self) -> None:
         """Rules out what the dataflow between pairs contradicts, until nothing changes."""
-        known = -1
-        while known != (known := self._settle()):
-            pairs = np.array(list(self.pairs()) if known else [], int).reshape(-1, 2)
-            left, right = pairs[:, 0], pairs[:, 1]
-            one, two = self._relations(0, left), self._relations(1, right)
-            _, kinds = np.unique(np.concatenate([one, two]), axis=0, return_inverse=True)
-            same = kinds[: len(one), None] == kinds[None, len(one) :]
-            for a in np.flatnonzero(self.fits.sum(1) > 1):
-                if (self.fits[a] & same[a]).any():
-                    self.fits[a] &= same[a]
-            for b in np.flatnonzero(self.fits.sum(0) > 1):
-                if (self.fits[:, b] & same[:, b]).any():
-                    self.fits[:, b] &= same[:, b]
+        count = -1
+        while count != (count := self._settle()):
+            known = np.array(self.pairs(), int).reshape(-1, 2).T
+            related = [_related(above, side) for above, side in zip(self.above, known, strict=True)]
+            _, kinds = np.unique(np.concatenate(related), axis=0, return_inverse=True)
+            same = kinds[: len(self.fits), None] == kinds[None, len(self.fits) :]
+            for fits, alike in ((self.fits, same), (self.fits.T, same.T)):
+                for slot in np.flatnonzero(fits.sum(1) > 1):
+                    if (fits[slot] & alike[slot]).any():
+                        fits[slot] &= alike[slot]
 
     def _settle(self) -> int:
         """Drops pairs that contradict others, the worst first; returns how many remain."""
         while pairs := self.pairs():
-            left, right = map(np.array, zip(*pairs, strict=True))
-            one = self.flows[0].above[np.ix_(left, left)]
-            two = self.flows[1].above[np.ix_(right, right)]
-            faults = (one != two).sum(0) + (one != two).sum(1)
+            left, right = np.array(pairs).T
+            faults = self.above[0][np.ix_(left, left)] != self.above[1][np.ix_(right, right)]
             if not faults.any():
-                return len(pairs)
-            worst = int(faults.argmax())
+                break
+            worst = int((faults.sum(0) + faults.sum(1)).argmax())
             self.fits[left[worst], right[worst]] = False
-        return 0
+        return len(pairs)
 
-    def _relations(self, side: int, known: Array) -> Array:
-        """(slots, bytes): how each slot is related to the known ones, as packed bits."""
-        flow = self.flows[side]
-        known = np.asarray(known, int)
-        related = np.concatenate([flow.above[:, known], flow.above[known].T], axis=1)
-        return np.packbits(related, axis=1)
-
-    def tied(self, skip: set[int]) -> tuple[list[int], list[int]] | None:
+    def tied(self, skip: dict[int, str]) -> tuple[list[int], list[int]] | None:
         """The first slots that share all their candidates, if they are equally many."""
         for a in np.flatnonzero(self.fits.sum(1) > 1):
-            if int(a) in skip:
-                continue
             right = np.flatnonzero(self.fits[a])
             left = np.flatnonzero((self.fits == self.fits[a]).all(1))
-            closed = not self.fits[np.setdiff1d(np.arange(len(self.fits)), left)][:, right].any()
-            if len(left) == len(right) and closed:
+            shared = np.flatnonzero(self.fits[:, right].any(1))
+            if int(a) not in skip and len(left) == len(right) == len(shared):
                 return left.tolist(), right.tolist()
         return None
 
 
+def _related(above: Array, known: Array) -> Array:
+    """(slots, bytes): what of the known slots flows into each slot, and what it flows into."""
+    return np.packbits(np.concatenate([above[:, known], above[known].T], axis=1), axis=1)
+
+
 def _open(
-    state: _State,
+    side: Side,
+    other: Side,
     paired: set[int],
     fits: Array,
     gaps: Array,
     prints: Prints,
     disputed: dict[int, str],
-) -> dict[int, tuple[list[int], str]]:
-    """For each slot without a pair: candidates, the likeliest first, and the reason."""
-    result = {}
+) -> Open:
+    result: Open = {}
     for slot in sorted(set(range(len(gaps))) - paired):
-        near = np.argsort(gaps[slot], kind="stable")
-        candidates = [int(k) for k in near if gaps[slot, k] < np.inf]
-        if slot in disputed:
-            why = disputed[slot]
-        elif not candidates:
+        form = side.forms[slot]
+        rank = side.forms[:slot].count(form)
+        alike = _places(other, form)
+        near = sorted(alike, key=lambda k: (gaps[slot, k], abs(alike.index(k) - rank)))
+        count = int(fits[slot].sum())
+        if len(form) == 1:
+            why = (
+                f"the other side has no leaf for it; both compute the same where it is {form[0]:g}"
+            )
+        elif not alike:
             why = "the other side uses no leaf in this form"
         elif prints.problem:
             why = prints.problem
-        elif not fits[slot].any():
+        elif not count:
             why = f"no gradient of the other side equals its own (nearest {gaps[slot].min():.0e})"
         else:
-            count = int(fits[slot].sum())
-            candidates = [k for k in candidates if fits[slot, k]]
+            near = [k for k in near if fits[slot, k]]
             why = f"{count} leaves fit equally well" if count > 1 else "the dataflow contradicts it"
-        result[slot] = (candidates, why)
+        result[slot] = near, disputed.get(slot, why)
     return result
+
+
+def _places(side: Side, form: tuple[object, ...]) -> list[int]:
+    return [slot for slot, other in enumerate(side.forms) if other == form and len(form) > 1]
 
 
 def _alike(name: str, others: Sequence[str]) -> list[int]:
@@ -196,8 +205,3 @@ def _alike(name: str, others: Sequence[str]) -> list[int]:
     known = [words(other) for other in others]
     common = set.intersection(*known)
     return [len(words(name) & (other - common)) for other in known]
-
-
-def words(path: str) -> set[str]:
-    """The words and numbers of a path, in lower case."""
-    return {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+|[0-9]+", path)}

@@ -117,7 +117,7 @@ def _renamed(texts: Texts, word: str) -> Texts:
     """The texts with a capture in place of a path element: `{leaf}` at the end, `{name}` before."""
     last = all(text.split("/")[-1] == word for side in texts for text in side)
     taken = _flat(texts)
-    name = "leaf" if last else next(n for n in _NAMES if f"{{{n}}}" not in taken)
+    name = "leaf" if last else next((n for n in _NAMES if f"{{{n}}}" not in taken), word)
     return _mapped(texts, rf"(?<![^/]){re.escape(word)}(?![^/])", f"{{{name}}}")
 
 

@@ -36,52 +36,75 @@ class Run(NamedTuple):
 
 
 class Prints(NamedTuple):
-    """Fingerprints of both sides (slots of one form have equally long ones).
+    """Fingerprints of both sides, (slots, 2, sums): of the gradient and of the new value.
 
     inputs, values: what both sides were run on; values are (elements,) for each side.
     noise: relative difference of the twins' outputs.
     seen: for each Linen slot, whether any output or update depends on it.
+    rich: the forms whose values told; `partial`: the others had to be held constant.
     problem: why there are no fingerprints, else None.
     """
 
-    linen: list[Array]
-    nnx: list[Array]
+    linen: Array
+    nnx: Array
     inputs: Sequence[Any]
     values: tuple[Array, Array]
     noise: float
     seen: Array
+    rich: set[Form]
+    partial: bool
     problem: str | None
 
     @property
     def tolerance(self) -> float:
         """Fingerprints that differ relatively by no more than this are equal."""
-        return max(EXACT, 100 * self.noise)
+        return max(EXACT, min(100 * self.noise, 0.01))
 
 
 def fingerprints(linen: Side, nnx: Side) -> Prints:
     """Runs both sides with equal values in slots of equal form."""
-    left, right = Counter(linen.forms), Counter(nnx.forms)
-    rich = {form for form in left if left[form] == right[form] and len(form) > 1}
     given = linen.trace.inputs
-    problem = None
-    for inputs in ([_lively(array, seed) for seed, array in enumerate(given)], given):
+    every = {form for form in linen.forms if len(form) > 1}
+    problem = _imbalance(linen, nnx)
+    ways = [[_lively(array, seed) for seed, array in enumerate(given)], given]
+    for inputs in [] if problem else ways:
         try:
-            problem = _mismatch(linen, nnx, inputs, rich)
-            if problem:  # hold back the forms that the sides read differently
-                kept: set[Form] = set()
-                problem = _mismatch(linen, nnx, inputs, kept)
-                for form in sorted(rich) if not problem else ():
-                    if not _mismatch(linen, nnx, inputs, kept | {form}):
-                        kept.add(form)
-                rich = kept if not problem else rich
-            if not problem:
-                return _measured(linen, nnx, inputs, rich)
+            problem = _mismatch(linen, nnx, inputs, every)
+            rich = _comparable(linen, nnx, inputs, every) if problem else every
+            if rich:
+                return _measured(linen, nnx, inputs, rich, partial=rich != every)
         except Exception as error:  # the user's own model: whatever it raises is the reason
             problem = f"the twins could not be run in float64: {type(error).__name__}: {error}"
-    return Prints([], [], given, (np.zeros(0), np.zeros(0)), 0.0, np.zeros(0, bool), problem)
+    none = np.zeros(0)
+    return Prints(none, none, given, (none, none), 0.0, none, set(), False, problem)
 
 
-def _measured(linen: Side, nnx: Side, inputs: Sequence[Any], rich: set[Form]) -> Prints:
+def _imbalance(linen: Side, nnx: Side) -> str | None:
+    """Which forms one side has more of, if any: then the two do not compute the same."""
+    counts = Counter(linen.forms), Counter(nnx.forms)
+    surplus = [
+        f"{name} uses {(one - two)[form]} more of form {form[0]} {form[1]} x {form[2]}"
+        for name, one, two in (("Linen", *counts), ("nnx", *counts[::-1]))
+        for form in one - two
+        if len(form) > 1
+    ]
+    return f"the sides use different leaves: {'; '.join(surplus[:4])}" if surplus else None
+
+
+def _comparable(linen: Side, nnx: Side, inputs: Sequence[Any], rich: set[Form]) -> set[Form]:
+    """The forms that may have rich values so that outputs still agree; none if no set will do."""
+    kept: set[Form] = set()
+    if _mismatch(linen, nnx, inputs, kept):
+        return kept
+    for form in sorted(rich):
+        if not _mismatch(linen, nnx, inputs, kept | {form}):
+            kept.add(form)
+    return kept
+
+
+def _measured(
+    linen: Side, nnx: Side, inputs: Sequence[Any], rich: set[Form], partial: bool
+) -> Prints:
     values = _values(linen, rich), _values(nnx, rich)
     one = run(linen, inputs, values[0], gradient=True)
     two = run(nnx, inputs, values[1], gradient=True)
@@ -89,7 +112,8 @@ def _measured(linen: Side, nnx: Side, inputs: Sequence[Any], rich: set[Form]) ->
     seen = _sizes(linen, one) > 0
     for number in _waking(linen, inputs, values[0], np.flatnonzero(~seen).tolist()):
         seen[number] = True
-    return Prints(_prints(linen, one), _prints(nnx, two), inputs, values, noise, seen, None)
+    prints = _prints(linen, one), _prints(nnx, two)
+    return Prints(*prints, inputs, values, noise, seen, rich, partial, None)
 
 
 def _waking(side: Side, inputs: Sequence[Any], values: Array, slots: list[int]) -> list[int]:
@@ -162,11 +186,10 @@ def difference(left: Sequence[Any], right: Sequence[Any]) -> float:
     return worst
 
 
-def distances(left: Array, right: Array, floor: float) -> Array:
-    """(n, m): relative differences of n and m fingerprints; `floor` is what counts as nothing."""
+def distances(left: Array, right: Array) -> Array:
+    """(n, m): relative differences of n and m rows of sums."""
     scale = np.maximum(np.abs(left).max(-1)[:, None], np.abs(right).max(-1)[None])
-    gaps = np.abs(left[:, None] - right[None]).max(-1)
-    return gaps / np.maximum(scale, floor)
+    return np.abs(left[:, None] - right[None]).max(-1) / np.maximum(scale, 1e-30)
 
 
 def _mismatch(linen: Side, nnx: Side, inputs: Sequence[Any], rich: set[Form]) -> str | None:
@@ -211,15 +234,15 @@ def _pattern(columns: int, summed: int, seed: int = 0) -> Array:
     return random.normal(size=(columns, summed)) / np.sqrt(summed)
 
 
-def _prints(side: Side, result: Run) -> list[Array]:
-    """For each slot two rows of sums: of its gradient, 0 if blind, and of its new value."""
+def _prints(side: Side, result: Run) -> Array:
+    """(slots, 2, sums): of the gradient of each slot, 0 if blind, and of its new value."""
     assert result.gradient is not None
     updated = _updated(side, result)
     rows = []
     for slot, size in zip(side.flow.slots, _sizes(side, result), strict=True):
         sums = _sums(result.gradient[slot.ids]) if size > 0 else np.zeros(_SUMS)
         rows.append(np.stack([sums, _sums(updated[slot.ids])]))
-    return rows
+    return np.stack(rows)
 
 
 def _sizes(side: Side, result: Run) -> Array:

@@ -227,15 +227,14 @@ class RuleBook:
 
 def _read_unassigned(entry: Any) -> tuple[str, Unassigned]:
     """One entry of `unassigned`. Raises `ValueError` saying what it must be."""
-    keys = {"leaf", *Unassigned._fields}
-    texts = isinstance(entry, Mapping) and set(entry) == keys and [
-        entry["leaf"], entry["reason"], *(entry["candidates"] or ())
-    ]  # fmt: skip
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"expected a mapping with {', '.join(sorted(keys))}, got {entry!r}")
-    if entry["side"] not in ("linen", "nnx"):
-        raise ValueError(f"`side` is linen or nnx, got {entry['side']!r}")
+    keys = ("leaf", *Unassigned._fields)
+    if not isinstance(entry, Mapping) or set(entry) != set(keys):
+        raise ValueError(f"expected a mapping with {', '.join(keys)}, got {entry!r}")
     known = Unassigned(entry["side"], entry["reason"], tuple(entry["candidates"] or ()))
+    if not all(isinstance(text, str) for text in (entry["leaf"], known.reason, *known.candidates)):
+        raise ValueError(f"leaf, reason and candidates are texts, got {entry!r}")
+    if known.side not in ("linen", "nnx"):
+        raise ValueError(f"`side` is linen or nnx, got {known.side!r}")
     return entry["leaf"], known
 
 

@@ -5,6 +5,7 @@ in one leaf what the other keeps in several (experts, stacked on an axis) and th
 show it, the slots of the one leaf are cut along that axis.
 """
 
+import difflib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from linen_nnx.twin import Trace
 
 Array = np.ndarray
 Form = tuple[Any, ...]
-"""(collection, N, K), or (value,) for a slot that is held at a value: it has no twin."""
+"""(collection, N, K), or (value,) for a slot that has no twin and is held at a value."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,31 @@ def sides(linen: Trace, nnx: Trace, alone: Mapping[str, float]) -> tuple[Side, S
             form = (alone[path],) if path in alone else (collection, *slot.ids.shape)
             side.forms.append(form)
         both.append(side)
-    return _parted(_cut(both[0], both[1])), _parted(_cut(both[1], both[0]))
+    linen_side, nnx_side = _cut(both[0], both[1]), _cut(both[1], both[0])
+    _set_apart(linen_side.forms, nnx_side.forms)
+    return _parted(linen_side), _parted(nnx_side)
+
+
+def _set_apart(linen: list[Form], nnx: list[Form]) -> None:
+    """Holds at 0 the vectors that only one side has (a bias that the port lacks), by their place.
+
+    Whether these are the ones shows when both sides are run.
+    """
+    counts = Counter(linen), Counter(nnx)
+    steps = difflib.SequenceMatcher(None, linen, nnx, autojunk=False).get_opcodes()
+    for forms, more, spans in (
+        (
+            linen,
+            counts[0] - counts[1],
+            [range(a, b) for tag, a, b, _, _ in steps if tag != "equal"],
+        ),
+        (nnx, counts[1] - counts[0], [range(a, b) for tag, _, _, a, b in steps if tag != "equal"]),
+    ):
+        odd = [k for span in spans for k in span]
+        for form in [form for form in more if form[-1] == 1 and len(form) > 1]:
+            places = [k for k in odd if forms[k] == form]
+            for place in places if len(places) == more[form] else ():
+                forms[place] = (0.0,)
 
 
 def _parted(side: Side) -> Side:
@@ -129,14 +154,18 @@ def _cut(side: Side, other: Side) -> Side:
 
 
 def _axes(side: Side, slot: Slot) -> list[list[Array]]:
-    """The ways to cut a slot along an axis of its one leaf, with whole columns in every part."""
+    """The ways to cut a slot along an axis of its one leaf, by columns (N) or by rows (K)."""
     ways = []
-    (path, *others) = side.leaves_of(slot.ids)
+    path, *others = side.leaves_of(slot.ids)
     shape = side.trace.leaves[path].shape
     for axis, count in enumerate(shape if not others else ()):
         places = np.unravel_index(slot.ids - side.flow.starts[path], shape)[axis]
-        whole = (places == places[:, :1]).all()
-        parts = [slot.ids[places[:, 0] == k] for k in range(count)]
-        if whole and count > 1 and len({part.shape for part in parts}) == 1 and len(parts[0]):
+        if (places == places[:, :1]).all():
+            parts = [slot.ids[places[:, 0] == k] for k in range(count)]
+        elif (places == places[:1]).all():
+            parts = [slot.ids[:, places[0] == k] for k in range(count)]
+        else:
+            continue
+        if count > 1 and len({part.shape for part in parts}) == 1 and parts[0].size:
             ways.append(parts)
     return ways

@@ -87,7 +87,8 @@ class Trace(NamedTuple):
     """One side as a pure function: `jaxpr(*leaves, *inputs) -> (*outputs, *updates)`.
 
     `updates` names the leaves whose new values follow the outputs (batch statistics, say).
-    `layers` maps the path of each submodule to its class.
+    `layers` maps the path of each submodule to its class. `bare` names the arrays of an nnx module
+    that are no Variables: they are constants of the function, not leaves.
     """
 
     side: Side
@@ -96,6 +97,7 @@ class Trace(NamedTuple):
     inputs: tuple[jax.Array, ...]
     updates: tuple[str, ...]
     layers: dict[str, type]
+    bare: tuple[str, ...] = ()
 
 
 def trace_linen(twin: Twin) -> Trace:
@@ -142,15 +144,19 @@ def trace_nnx(twin: Twin) -> Trace:
     arrays, rebuild = _inputs(twin)
     call = twin.call_nnx or (lambda model, *inputs: model(*inputs))
     model = _run("nnx(rngs)", nnx.eval_shape, lambda: twin.nnx(_rngs()))
-    if any(isinstance(module, nnx.WeightNorm) for _, module in nnx.iter_modules(model)):
-        model = twin.nnx(nnx.Rngs(0))  # keeps arrays outside its state, which must exist (#5577)
+    if any(isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) for _, leaf in nnx.iter_graph(model)):
+        model = twin.nnx(nnx.Rngs(0))  # arrays that are no Variables count by their values
     layers = {_join(path): type(module) for path, module in nnx.iter_modules(model)}
     graphdef, state = nnx.split(model)
-    variables, rest = {}, {}
-    for path, variable in nnx.to_flat_state(state):
-        kept = rest if isinstance(variable, nnx.RngState) else variables
-        kept[path] = variable
-    keys = {path: variable.replace(_random(variable)) for path, variable in rest.items()}
+    variables, fixed = {}, {}
+    for path, leaf in nnx.to_flat_state(state):
+        if isinstance(leaf, nnx.RngState):
+            fixed[path] = leaf.replace(_random(leaf))
+        elif isinstance(leaf, nnx.Variable):
+            variables[path] = leaf
+        else:
+            fixed[path] = leaf
+    bare = tuple(_join(path) for path, leaf in fixed.items() if not isinstance(leaf, nnx.RngState))
     leaves = {
         _join(path): Leaf(variable.shape, variable.dtype, _collection(variable))
         for path, variable in variables.items()
@@ -158,14 +164,15 @@ def trace_nnx(twin: Twin) -> Trace:
 
     def forward(values: list[jax.Array], *given: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
         pairs = zip(variables.items(), values, strict=True)
-        flat = [(path, _filled(variable, value)) for (path, variable), value in pairs]
-        model = nnx.merge(graphdef, nnx.from_flat_state([*flat, *keys.items()]))
+        flat = [(path, variable.replace(value)) for (path, variable), value in pairs]
+        model = nnx.merge(graphdef, nnx.from_flat_state([*flat, *fixed.items()]))
         out = call(model, *rebuild(given))
-        after = {_join(path): _value(leaf) for path, leaf in nnx.to_flat_state(nnx.state(model))}
+        state = nnx.to_flat_state(nnx.state(model, nnx.Variable))
+        after = {_join(path): leaf.get_value() for path, leaf in state}
         before = zip(leaves, values, strict=True)
         return out, {name: after[name] for name, value in before if after[name] is not value}
 
-    return _trace("nnx", forward, leaves, arrays, layers)
+    return _trace("nnx", forward, leaves, arrays, layers, bare)
 
 
 def _trace(
@@ -174,6 +181,7 @@ def _trace(
     leaves: dict[str, Leaf],
     arrays: tuple[jax.Array, ...],
     layers: dict[str, type],
+    bare: tuple[str, ...] = (),
 ) -> Trace:
     updated: list[str] = []
 
@@ -185,7 +193,7 @@ def _trace(
 
     specs = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves.values()]
     jaxpr = _run(f"the {side} call", jax.make_jaxpr(flat), specs, *arrays)
-    return Trace(side, jaxpr, leaves, arrays, tuple(updated), layers)
+    return Trace(side, jaxpr, leaves, arrays, tuple(updated), layers, bare)
 
 
 def _inputs(twin: Twin) -> tuple[tuple[jax.Array, ...], Callable[..., tuple[Any, ...]]]:
@@ -243,17 +251,8 @@ def _collections(updates: Any, variables: Mapping[str, Any]) -> bool:
 
 
 def _collection(variable: Any) -> str:
-    if isinstance(variable, nnx.Param) or not isinstance(variable, nnx.Variable):
-        return "params"
-    return nnx.variable_name_from_type(type(variable))
-
-
-def _filled(variable: Any, value: jax.Array) -> Any:
-    return variable.replace(value) if isinstance(variable, nnx.Variable) else value
-
-
-def _value(leaf: Any) -> Any:
-    return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+    is_param = isinstance(variable, nnx.Param)  # of any subclass
+    return "params" if is_param else nnx.variable_name_from_type(type(variable))
 
 
 class _Stream(nnx.RngStream):
