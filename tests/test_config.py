@@ -195,7 +195,7 @@ def test_every_mismatch_is_in_one_error(wrong):
         ("optimizer.head.freeze", 1, "got 1; expected true or false"),
         ("optimizer.head", 1, "got 1; expected a group of keys"),
         ("model", None, "got null; expected a group of keys"),
-        ("stop_at", 501, "got 501; expected at most steps, 500"),
+        ("stop_at", 601, "got 601; expected at most steps, 600"),
         ("data.length", None, "got null; text needs the length of a window, in bytes"),
         ("optimizer.b2", None, "got null; adamw needs a number"),
         ("optimizer.momentum", 0.9, "got 0.9; adamw does not have it: set null"),
