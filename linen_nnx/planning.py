@@ -251,7 +251,7 @@ def _rule_book(source: Source, rules: str | Path | RuleBook | None) -> RuleBook:
     if own.is_file():
         return RuleBook.load(own)
     raise RuleError(
-        f"{source.path} has no rule book with it", ["give one with --rules FILE (or --twin TWIN)"]
+        f"{source.path} has no rule book with it", ["give one with --rules FILE"]
     )
 
 
