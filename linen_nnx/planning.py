@@ -250,9 +250,7 @@ def _rule_book(source: Source, rules: str | Path | RuleBook | None) -> RuleBook:
     own = source.folder / RULES
     if own.is_file():
         return RuleBook.load(own)
-    raise RuleError(
-        f"{source.path} has no rule book with it", ["give one with --rules FILE"]
-    )
+    raise RuleError(f"{source.path} has no rule book with it", ["give one with --rules FILE"])
 
 
 def _origin(source: Source, to: Form, book: RuleBook) -> State | None:
