@@ -1,23 +1,32 @@
 """Translates parameters and checkpoints between Flax Linen and Flax NNX, bit for bit."""
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from linen_nnx.grammar import Rule
+from linen_nnx.plan import Plan, RuleError, Step
+from linen_nnx.rules import RuleBook, Unassigned
+
 if TYPE_CHECKING:
-    from linen_nnx.convert import convert
-    from linen_nnx.grammar import Rule
-    from linen_nnx.plan import Plan, RuleError, Step
-    from linen_nnx.rules import RuleBook
-    from linen_nnx.verify import verify
+    from linen_nnx.suggest import suggest
+    from linen_nnx.twin import Twin, TwinError
 
-__all__ = ["Plan", "Rule", "RuleBook", "RuleError", "Step", "convert", "verify"]
+__all__ = [
+    "Plan", "Rule", "RuleBook", "RuleError", "Step", "Twin", "TwinError", "Unassigned", "suggest",
+]  # fmt: skip
 
-_HOMES = {"Plan": "plan", "RuleError": "plan", "Step": "plan", "Rule": "grammar"}
-_HOMES |= {"RuleBook": "rules", "convert": "convert", "verify": "verify"}
+_NEED_JAX = {"Twin": "twin", "TwinError": "twin", "suggest": "suggest"}
 
 
-def __getattr__(name: str) -> Any:
-    """Imports each name when it is first used: `convert.py --help` needs none of them."""
-    if name not in _HOMES:
-        raise AttributeError(f"module `linen_nnx` has no attribute `{name}`")
-    return getattr(import_module(f"linen_nnx.{_HOMES[name]}"), name)
+class _Package(ModuleType):
+    """Imports what needs jax on first use; `linen_nnx.suggest` is the function, not its file."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in _NEED_JAX:
+            return getattr(import_module(f"linen_nnx.{_NEED_JAX[name]}"), name)
+        return super().__getattribute__(name)
+
+
+sys.modules[__name__].__class__ = _Package

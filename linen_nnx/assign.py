@@ -179,14 +179,10 @@ def _open(
         alike = _places(other, form)
         near = sorted(alike, key=lambda k: (gaps[slot, k], abs(alike.index(k) - rank)))
         count = int(fits[slot].sum())
-        if len(form) == 1:
-            why = (
-                f"the other side has no leaf for it; both compute the same where it is {form[0]:g}"
-            )
-        elif not alike:
-            why = "the other side uses no leaf in this form"
-        elif prints.problem:
+        if prints.problem:
             why = prints.problem
+        elif len(form) == 1:
+            why = f"the other side has no leaf for it; both compute the same where it is {form[0]}"
         elif not count:
             why = f"no gradient of the other side equals its own (nearest {gaps[slot].min():.0e})"
         else:

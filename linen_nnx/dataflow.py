@@ -20,75 +20,14 @@ Array = np.ndarray
 Site = tuple[int, ...]
 _FOLD = 1 << 16  # integer arrays up to this size (positions, indices) are computed on the way
 _CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
-_ELEMENTWISE = frozenset(
-    [
-        "abs",
-        "acos",
-        "acosh",
-        "add",
-        "add_any",
-        "and",
-        "asin",
-        "asinh",
-        "atan",
-        "atan2",
-        "atanh",
-        "cbrt",
-        "ceil",
-        "clamp",
-        "convert_element_type",
-        "copy",
-        "copy_p",
-        "cos",
-        "cosh",
-        "device_put",
-        "div",
-        "eq",
-        "erf",
-        "erf_inv",
-        "erfc",
-        "exp",
-        "exp2",
-        "expm1",
-        "floor",
-        "ge",
-        "gt",
-        "integer_pow",
-        "is_finite",
-        "le",
-        "log",
-        "log1p",
-        "logistic",
-        "lt",
-        "max",
-        "min",
-        "mul",
-        "name",
-        "ne",
-        "neg",
-        "nextafter",
-        "not",
-        "optimization_barrier",
-        "or",
-        "pow",
-        "reduce_precision",
-        "rem",
-        "round",
-        "rsqrt",
-        "select_n",
-        "sharding_constraint",
-        "sign",
-        "sin",
-        "sinh",
-        "sqrt",
-        "square",
-        "stop_gradient",
-        "sub",
-        "tan",
-        "tanh",
-        "xor",
-    ]
+_EACH_ALONE = (  # primitives that keep every element in its place
+    "abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp "
+    "convert_element_type copy copy_p cos cosh device_put div eq erf erf_inv erfc exp exp2 expm1 "
+    "floor ge gt integer_pow is_finite le log log1p logistic lt max min mul name ne neg nextafter "
+    "not optimization_barrier or pow reduce_precision rem round rsqrt select_n sharding_constraint "
+    "sign sin sinh sqrt square stop_gradient sub tan tanh xor"
 )
+_ELEMENTWISE = frozenset(_EACH_ALONE.split())
 
 
 class Slot(NamedTuple):
@@ -161,8 +100,8 @@ def flow(trace: Trace) -> Flow:
 
 class _Walk:
     def __init__(self, size: int) -> None:
-        self.owner = np.full(size, -1)  # element -> the tag of its first use
-        self.slot_of = np.full(size, -1)
+        self.owner = np.full(size, -1, np.int32)  # element -> the tag of its first use
+        self.slot_of = np.full(size, -1, np.int32)
         self.slots: list[tuple[tuple[int, int], int, Slot]] = []  # with its order and `above`
         self.tags: list[_Tag] = []
         self.covers: dict[int, list[int]] = {}  # bit -> slots, once a tag is flushed
@@ -195,7 +134,7 @@ class _Walk:
             return args if several else [self.elementwise(args, shapes[0], site)]
         if name in ("concatenate", "stack"):
             return [self.joined(eqn, args, site)]
-        if (args[0].views or args[0].tags) and (moves := _movement(eqn, args)):
+        if args and (args[0].views or args[0].tags) and (moves := _movement(eqn, args)):
             return [self.moved(args[0], move) for move in moves]
         for weight in (1, 0):
             if weight < len(args) and args[weight].views and (axes := _product(eqn, weight)):

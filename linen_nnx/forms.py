@@ -81,7 +81,7 @@ def _drafts(group: Group, depth: int) -> Iterator[_Draft]:
 def _stacks(
     one: Mapping[str, Array], many: Mapping[str, Array], depth: int
 ) -> Iterator[tuple[Ops, tuple[dict[str, Array], dict[str, Array]]]]:
-    """Ways to read `many` as a list whose index is an axis of `one`: the op, and both entries 0."""
+    """Ways to read `many` as a list indexed by an axis of `one`: the op, and entry 0 of both."""
     letter = _LETTERS[depth % len(_LETTERS)]
     for lists in _listed(many, letter):
         count = len(next(iter(lists.values())))

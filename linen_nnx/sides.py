@@ -93,22 +93,22 @@ def sides(linen: Trace, nnx: Trace, alone: Mapping[str, float]) -> tuple[Side, S
 def _set_apart(linen: list[Form], nnx: list[Form]) -> None:
     """Holds at 0 the vectors that only one side has (a bias that the port lacks), by their place.
 
-    Whether these are the ones shows when both sides are run.
+    Whether these are the ones shows when both sides are run. Where a side has more than vectors
+    to itself, the two are no twins, and nothing is held.
     """
     counts = Counter(linen), Counter(nnx)
-    steps = difflib.SequenceMatcher(None, linen, nnx, autojunk=False).get_opcodes()
-    for forms, more, spans in (
-        (
-            linen,
-            counts[0] - counts[1],
-            [range(a, b) for tag, a, b, _, _ in steps if tag != "equal"],
-        ),
-        (nnx, counts[1] - counts[0], [range(a, b) for tag, _, _, a, b in steps if tag != "equal"]),
-    ):
-        odd = [k for span in spans for k in span]
-        for form in [form for form in more if form[-1] == 1 and len(form) > 1]:
-            places = [k for k in odd if forms[k] == form]
-            for place in places if len(places) == more[form] else ():
+    surplus = counts[0] - counts[1], counts[1] - counts[0]
+    if any(form[-1] > 1 for more in surplus for form in more if len(form) > 1):
+        return
+    blocks = difflib.SequenceMatcher(None, linen, nnx, autojunk=False).get_matching_blocks()
+    paired = (
+        {k for block in blocks for k in range(block.a, block.a + block.size)},
+        {k for block in blocks for k in range(block.b, block.b + block.size)},
+    )
+    for forms, more, known in zip((linen, nnx), surplus, paired, strict=True):
+        for form, count in more.items():
+            odd = [k for k, other in enumerate(forms) if other == form and k not in known]
+            for place in odd if len(odd) == count and len(form) > 1 else ():
                 forms[place] = (0.0,)
 
 

@@ -10,6 +10,7 @@ rule is worse than none.
 """
 
 import itertools
+import re
 from dataclasses import replace
 from typing import Literal
 
@@ -62,7 +63,7 @@ def suggest(twin: Twin) -> RuleBook:
 
 
 def _items(both: Both, found: Assignment, why: dict[Leaf, str]) -> list[Item]:
-    """A rule for each group of leaves that share elements; into `why` the reasons for others."""
+    """A rule for each group of leaves that share elements; where there is none, `why` says so."""
     linen, nnx = both
     numbers = np.full(nnx.flow.size, -1)
     root: dict[Leaf, Leaf] = {}
@@ -78,13 +79,16 @@ def _items(both: Both, found: Assignment, why: dict[Leaf, str]) -> list[Item]:
         for side in (0, 1):
             for path in both[side].leaves_of(ids[side]):
                 root[top((side, path))] = top((0, linen.first[pair.linen]))
+    members: dict[Leaf, list[Leaf]] = {}
+    for leaf in sorted(root):
+        members.setdefault(top(leaf), []).append(leaf)
     pairs: dict[Leaf, list[Pair]] = {}
     for pair in found.pairs:
         pairs.setdefault(top((0, linen.first[pair.linen])), []).append(pair)
 
     items = []
     for group, evidence in pairs.items():  # by first use
-        leaves = [leaf for leaf in sorted(root) if top(leaf) == group]
+        leaves = members[group]
         arrays = Group(
             {path: linen.elements(path) for side, path in leaves if side == 0},
             {path: numbers[nnx.elements(path)] for side, path in leaves if side == 1},
@@ -169,17 +173,18 @@ def _note(item: Item, linen: Side, ordered: set[Pair], tolerance: float) -> str:
     same = sum(pair in ordered for pair in pairs)
     plural = "s" if len(pairs) > 1 else ""
     texts = [f"{len(pairs)} use{plural} in the same dataflow, {same} in the same order"]
-    seen = [pair for pair in pairs if pair.seen]
-    if seen:
+    if seen := [pair for pair in pairs if pair.seen]:
         gap = max(pair.gap for pair in seen)
-        margin = min((p.margin for p in seen if p.margin > tolerance), default=np.inf)
-        other = "no other fits" if margin == np.inf else f"the nearest other {margin:.1g} away"
-        texts.append(f"fingerprints equal ({f'to {gap:.0e}' if gap else 'exactly'}), {other}")
+        texts.append(f"fingerprints equal ({f'to {gap:.0e}' if gap else 'exactly'})")
+        if others := [pair.margin for pair in seen if tolerance < pair.margin < np.inf]:
+            texts[-1] += f", the nearest other {min(others):.1g} away"
+        elif all(pair.margin == np.inf for pair in seen):
+            texts[-1] += ", none other of their form"
     if alike := [pair for pair in seen if pair.margin <= tolerance and not pair.chosen]:
-        texts.append(f"{len(alike)} told from its like by the dataflow alone")
-    if blind := sorted({linen.first[pair.linen] for pair in pairs if not pair.seen}):
-        more = f" and {len(blind) - 1} more" if len(blind) > 1 else ""
-        texts.append(f"no output sees {blind[0]}{more}: placed by the dataflow alone")
+        texts.append(f"{len(alike)} told from others alike by the dataflow alone")
+    if blind := {linen.first[pair.linen] for pair in pairs if not pair.seen}:
+        paths = sorted(blind if len(blind) == 1 else {re.sub(r"\d+", "*", p) for p in blind})
+        texts.append(f"no output sees {', '.join(paths)}: placed by the dataflow alone")
     if chosen := [pair for pair in pairs if pair.chosen]:
         named = "and names" if all(pair.named for pair in chosen) else "alone"
         texts.append(f"{len(chosen)} interchangeable to all outputs: by order of first use {named}")

@@ -75,7 +75,8 @@ class Twin:
         return twin
 
 
-class Leaf(NamedTuple):
+@dataclass(frozen=True)
+class Leaf:
     """Shape, dtype and collection of one leaf; nnx collections come from the Variable's type."""
 
     shape: tuple[int, ...]
@@ -102,7 +103,7 @@ class Trace(NamedTuple):
 
 def trace_linen(twin: Twin) -> Trace:
     """Traces the Linen side. Raises `TwinError` naming the part of the twin that failed."""
-    module = _run("linen()", twin.linen)
+    module = _run("linen() of the twin", twin.linen)
     arrays, rebuild = _inputs(twin)
     init = twin.init_linen or (lambda module, key, *inputs: module.init(key, *inputs))
     call = twin.call_linen or (lambda module, variables, *inputs: module.apply(variables, *inputs))
@@ -116,11 +117,14 @@ def trace_linen(twin: Twin) -> Trace:
         with nn.intercept_methods(note):
             return nn.unbox(init(module, key, *rebuild(given)))
 
-    variables: Any = _run(
-        "the Linen init", jax.eval_shape, create, jax.eval_shape(jax.random.key, 0), *arrays
+    variables = _run(
+        "the Linen init of the twin",
+        jax.eval_shape,
+        create,
+        jax.eval_shape(jax.random.key, 0),
+        *arrays,
     )
-    paths: dict[Any, Any] = flatten_dict(variables)
-    flat = {_join(path): (path, leaf) for path, leaf in paths.items()}
+    flat = {_join(path): (path, leaf) for path, leaf in _flat(variables).items()}
     leaves = {
         name: Leaf(leaf.shape, leaf.dtype, str(path[0])) for name, (path, leaf) in flat.items()
     }
@@ -131,8 +135,7 @@ def trace_linen(twin: Twin) -> Trace:
         )
         out = call(module, tree, *rebuild(given))
         if isinstance(out, tuple) and len(out) == 2 and _collections(out[1], variables):
-            updated: dict[Any, Any] = flatten_dict(out[1])
-            after = {_join(path): value for path, value in updated.items()}
+            after = {_join(path): value for path, value in _flat(out[1]).items()}
             return out[0], {name: value for name, value in after.items() if name in leaves}
         return out, {}
 
@@ -143,9 +146,7 @@ def trace_nnx(twin: Twin) -> Trace:
     """Traces the nnx side. Raises `TwinError` naming the part of the twin that failed."""
     arrays, rebuild = _inputs(twin)
     call = twin.call_nnx or (lambda model, *inputs: model(*inputs))
-    model = _run("nnx(rngs)", nnx.eval_shape, lambda: twin.nnx(_rngs()))
-    if any(isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) for _, leaf in nnx.iter_graph(model)):
-        model = twin.nnx(nnx.Rngs(0))  # arrays that are no Variables count by their values
+    model = _run("nnx(rngs) of the twin", _built, twin)
     layers = {_join(path): type(module) for path, module in nnx.iter_modules(model)}
     graphdef, state = nnx.split(model)
     variables, fixed = {}, {}
@@ -192,13 +193,13 @@ def _trace(
         return outputs, list(updates.values())
 
     specs = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves.values()]
-    jaxpr = _run(f"the {side} call", jax.make_jaxpr(flat), specs, *arrays)
+    jaxpr = _run(f"the {side} call of the twin", jax.make_jaxpr(flat), specs, *arrays)
     return Trace(side, jaxpr, leaves, arrays, tuple(updated), layers, bare)
 
 
 def _inputs(twin: Twin) -> tuple[tuple[jax.Array, ...], Callable[..., tuple[Any, ...]]]:
     """The arrays among the inputs, and the function that puts arrays back among the rest."""
-    inputs = _run("inputs()", twin.inputs)
+    inputs = _run("inputs() of the twin", twin.inputs)
     if not isinstance(inputs, tuple):
         raise TwinError(
             f"inputs() must return the tuple of a call's arguments, got a {type(inputs).__name__}; "
@@ -220,25 +221,31 @@ def _run(part: str, function: Callable[..., Any], *args: Any) -> Any:
     except TwinError:
         raise
     except Exception as error:  # the user's own code: whatever it raises, say where
-        raise TwinError(f"{part} of the twin failed: {type(error).__name__}: {error}") from error
+        raise TwinError(f"{part} failed: {type(error).__name__}: {error}") from error
 
 
 def _module(source: str) -> ModuleType:
     path = Path(source)
-    if path.suffix != ".py":
-        return _run(f"import of `{source}`, the module", importlib.import_module, source)
-    if not path.is_file():
+    is_file = path.suffix == ".py"
+    if is_file and not path.is_file():
         raise TwinError(f"there is no file {source}")
-    name = f"_twin_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.resolve().parent))  # as `python file.py` would: its neighbours
+    # As `python file.py` and `python -m module` would find the neighbours.
+    sys.path.insert(0, str(path.resolve().parent if is_file else Path.cwd()))
     try:
-        _run(f"import of {source}, the file", spec.loader.exec_module, module)
+        if not is_file:
+            return _run(f"import of the module `{source}`", importlib.import_module, source)
+        name = f"_twin_{path.stem}"
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        _run(f"import of the file {source}", spec.loader.exec_module, module)
+        return module
     finally:
         sys.path.pop(0)
-    return module
+
+
+def _flat(tree: Any) -> dict[tuple[Any, ...], Any]:
+    return dict(flatten_dict(tree))
 
 
 def _collections(updates: Any, variables: Mapping[str, Any]) -> bool:
@@ -255,6 +262,20 @@ def _collection(variable: Any) -> str:
     return "params" if is_param else nnx.variable_name_from_type(type(variable))
 
 
+def _built(twin: Twin) -> nnx.Module:
+    """The nnx model without values; with them if it holds arrays that are no Variables.
+
+    Such arrays count by their values, and under abstract evaluation they make trouble.
+    """
+    rngs = nnx.Rngs(0)
+    try:
+        model = nnx.eval_shape(lambda: twin.nnx(_rngs()))
+    except Exception:  # if it is the twin's own fault, it shows again
+        return twin.nnx(rngs)
+    bare = jax.Array | jax.ShapeDtypeStruct
+    return twin.nnx(rngs) if any(isinstance(x, bare) for _, x in nnx.iter_graph(model)) else model
+
+
 class _Stream(nnx.RngStream):
     """A stream that always gives the same key: under abstract evaluation counting is quadratic."""
 
@@ -263,8 +284,8 @@ class _Stream(nnx.RngStream):
 
 
 def _rngs() -> nnx.Rngs:
-    rngs = nnx.Rngs(0)
-    setattr(rngs, "default", _Stream(0, tag="default"))  # noqa: B010 (a stream is any attribute)
+    rngs: Any = nnx.Rngs(0)
+    rngs.default = _Stream(0, tag="default")
     return rngs
 
 

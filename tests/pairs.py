@@ -23,7 +23,7 @@ TOKENS = jnp.array([[3, 1, 4, 1], [5, 9, 2, 6]])
 class Pair(NamedTuple):
     """A twin, its true rules, and what `suggest` is to say about its leaves.
 
-    blind: Linen leaves that no output sees; open: leaves, of either side, that must stay open.
+    blind: Linen leaves that no output sees; open: leaves, of either side, that stay open.
     """
 
     twin: Twin
@@ -545,16 +545,20 @@ def batch_norm_in_training() -> Pair:
     images = jnp.linspace(-1, 1, 2 * 5 * 5 * 4).reshape(2, 5, 5, 4) ** 3
     rules = [
         same("params/Conv_{i}/{leaf}", "convs/{i}/{leaf}"),
-        same("params/BatchNorm_{i}/scale", "norms/{i}/scale"),
-        same("params/BatchNorm_{i}/bias", "norms/{i}/bias"),
-        same("batch_stats/BatchNorm_{i}/mean", "norms/{i}/mean"),
-        same("batch_stats/BatchNorm_{i}/var", "norms/{i}/var"),
-    ]  # fmt: skip
+        *(
+            same(f"{collection}/BatchNorm_{{i}}/{leaf}", f"norms/{{i}}/{leaf}")
+            for collection, names in (
+                ("params", ("scale", "bias")),
+                ("batch_stats", ("mean", "var")),
+            )
+            for leaf in names
+        ),
+    ]
     twin = Twin(
         Linen, lambda rngs: Nnx(rngs), lambda: (images,),
         call_linen=lambda module, variables, x: module.apply(variables, x, mutable=["batch_stats"]),
     )  # fmt: skip
-    return Pair(twin, rules, blind=())
+    return Pair(twin, rules, blind=("params/Conv_0/bias", "params/Conv_1/bias"))
 
 
 @pair
@@ -625,3 +629,354 @@ def tied_embeddings() -> Pair:
             same("params/LayerNorm_0/{leaf}", "norm/{leaf}"),
         ],
     )
+
+
+# More forms
+
+
+@pair
+def nested_scans() -> Pair:
+    """A scan of scans; in nnx a list of lists."""
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return x + nn.tanh(nn.Dense(D)(x)), None
+
+    def scanned(layer, length):
+        return nn.scan(
+            layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=length
+        )
+
+    class Stage(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.LayerNorm()(scanned(Layer, 2)(name="inner")(x, None)[0]), None
+
+    class Linen(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return scanned(Stage, 3)(name="outer")(x, None)[0]
+
+    class Nnx(nnx.Module):
+        def __init__(self, rngs):
+            self.norms = nnx.List([nnx.LayerNorm(D, rngs=rngs) for _ in range(3)])
+            self.stages = nnx.List([nnx.List([linear(rngs) for _ in range(2)]) for _ in range(3)])
+
+        def __call__(self, x):
+            for stage, norm in zip(self.stages, self.norms, strict=True):
+                for layer in stage:
+                    x = x + nnx.tanh(layer(x))
+                x = norm(x)
+            return x
+
+    outer, inner = ({"op": "stack", "capture": name, "axis": 0} for name in "ij")
+    return Pair(
+        Twin(Linen, lambda rngs: Nnx(rngs), lambda: (X,)),
+        [
+            same("params/outer/inner/Dense_0/{leaf}", "stages/{i}/{j}/{leaf}", outer, inner),
+            same("params/outer/LayerNorm_0/{leaf}", "norms/{i}/{leaf}", outer),
+        ],
+    )
+
+
+@pair
+def layouts_of_another_framework() -> Pair:
+    """Convolutions stored as (out, in, height, width), dense kernels as (out, in)."""
+
+    class Linen(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            for _ in range(2):
+                x = nn.relu(nn.Conv(4, (3, 3))(x))
+            return nn.Dense(D)(x.reshape(x.shape[0], -1))
+
+    class Nnx(nnx.Module):
+        def __init__(self, rngs):
+            self.w = nnx.List([nnx.Param(rngs.params.normal((4, 4, 3, 3))) for _ in range(2)])
+            self.b = nnx.List([nnx.Param(jnp.zeros(4)) for _ in range(2)])
+            self.fc = nnx.Param(rngs.params.normal((D, 64)))
+            self.fc_bias = nnx.Param(jnp.zeros(D))
+
+        def __call__(self, x):
+            dims = ("NHWC", "OIHW", "NHWC")
+            for w, b in zip(self.w, self.b, strict=True):
+                x = jax.lax.conv_general_dilated(x, w[...], (1, 1), "SAME", dimension_numbers=dims)
+                x = nnx.relu(x + b[...])
+            return x.reshape(x.shape[0], -1) @ self.fc[...].T + self.fc_bias[...]
+
+    return Pair(
+        Twin(Linen, lambda rngs: Nnx(rngs), lambda: (jnp.ones((2, 4, 4, 4)),)),
+        [
+            same("params/Conv_{i}/kernel", "w/{i}", {"op": "transpose", "perm": [3, 2, 0, 1]}),
+            same("params/Conv_{i}/bias", "b/{i}"),
+            same("params/Dense_0/kernel", "fc", {"op": "transpose", "perm": [1, 0]}),
+            same("params/Dense_0/bias", "fc_bias"),
+        ],
+    )
+
+
+@pair
+def gated_mlps() -> Pair:
+    """Gate and up projection in one array, the norms of all layers in another, down transposed."""
+
+    class Linen(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            for k in range(3):
+                y = nn.RMSNorm()(x)
+                gate = nn.silu(nn.Dense(8, use_bias=False, name=f"gate{k}")(y))
+                y = gate * nn.Dense(8, use_bias=False, name=f"up{k}")(y)
+                x = x + nn.Dense(D, use_bias=False, name=f"down{k}")(y)
+            return x
+
+    class Nnx(nnx.Module):
+        def __init__(self, rngs):
+            self.wi = nnx.List([nnx.Param(rngs.params.normal((2, D, 8))) for _ in range(3)])
+            self.wo = nnx.List([nnx.Param(rngs.params.normal((D, 8))) for _ in range(3)])
+            self.norm = nnx.Param(jnp.ones((3, D)))
+
+        def __call__(self, x):
+            for k in range(3):
+                scale = jax.lax.rsqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+                h = jnp.einsum("bd,cdf->cbf", x * scale * self.norm[k], self.wi[k][...])
+                x = x + (h[1] * nnx.silu(h[0])) @ self.wo[k][...].T
+            return x
+
+    wide = {"op": "reshape", "linen": [D, 8], "nnx": [1, D, 8]}
+    rules = [same("params/RMSNorm_{i}/scale", "norm", {"op": "stack", "capture": "i", "axis": 0})]
+    for k in range(3):
+        parts = [f"params/gate{k}/kernel", f"params/up{k}/kernel"]
+        joined = {"linen": parts, "nnx": f"wi/{k}", "ops": [wide, {"op": "concat", "axis": 0}]}
+        turn = {"op": "transpose", "perm": [1, 0]}
+        rules += [joined, same(f"params/down{k}/kernel", f"wo/{k}", turn)]
+    return Pair(Twin(Linen, lambda rngs: Nnx(rngs), lambda: (X,)), rules)
+
+
+@pair
+def experts_in_one_einsum() -> Pair:
+    """Experts as one array each; gates applied before the last product, which leaves them open."""
+
+    class Linen(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            wi = self.param("wi", nn.initializers.normal(), (3, D, 8))
+            wo = self.param("wo", nn.initializers.normal(), (3, 8, D))
+            bias = self.param("bias", nn.initializers.zeros, (3, 8))
+            gates = nn.softmax(nn.Dense(3)(x))
+            h = nn.relu(jnp.einsum("bd,edf->bef", x, wi) + bias)
+            return jnp.einsum("bef,efd,be->bd", h, wo, gates)
+
+    class Nnx(nnx.Module):
+        def __init__(self, rngs):
+            self.into = nnx.List([linear(rngs, D, 8) for _ in range(3)])
+            self.out = nnx.List([linear(rngs, 8, D, use_bias=False) for _ in range(3)])
+            self.router = linear(rngs, D, 3)
+
+        def __call__(self, x):
+            gates = nnx.softmax(self.router(x))
+            ys = [out(nnx.relu(into(x))) for into, out in zip(self.into, self.out, strict=True)]
+            return sum(gates[:, k : k + 1] * y for k, y in enumerate(ys))
+
+    stack = {"op": "stack", "capture": "i", "axis": 0}
+    router = ("params/Dense_0/kernel", "params/Dense_0/bias", "router/kernel", "router/bias")
+    return Pair(
+        Twin(Linen, lambda rngs: Nnx(rngs), lambda: (X,)),
+        [
+            same("params/wi", "into/{i}/kernel", stack),
+            same("params/bias", "into/{i}/bias", stack),
+            same("params/wo", "out/{i}/kernel", stack),
+            same("params/Dense_0/{leaf}", "router/{leaf}"),
+        ],
+        open=router,
+    )
+
+
+@pair
+def plain_and_optimized_lstm_cells() -> Pair:
+    """A bidirectional pair: one cell fused in nnx, the other not (`if` is called `if_`)."""
+
+    class Linen(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Bidirectional(nn.RNN(nn.LSTMCell(D)), nn.RNN(nn.LSTMCell(D)))(x)
+
+    class Nnx(nnx.Module):
+        def __init__(self, rngs):
+            back = {"reverse": True, "keep_order": True}
+            self.back = nnx.RNN(nnx.LSTMCell(D, D, rngs=rngs), rngs=rngs, **back)
+            self.ahead = nnx.RNN(nnx.OptimizedLSTMCell(D, D, rngs=rngs), rngs=rngs)
+
+        def __call__(self, x):
+            return jnp.concatenate([self.ahead(x), self.back(x)], -1)
+
+    rules = []
+    for kind, leaf in (("i", "kernel"), ("h", "kernel"), ("h", "bias")):
+        parts = [f"params/LSTMCell_0/{kind}{gate}/{leaf}" for gate in "ifgo"]
+        join = {"op": "concat", "axis": -1}
+        rules.append({"linen": parts, "nnx": f"ahead/cell/dense_{kind}/{leaf}", "ops": [join]})
+        for gate in "ifgo":
+            name = {"if": "if_"}.get(kind + gate, kind + gate)
+            rules.append(same(f"params/LSTMCell_1/{kind}{gate}/{leaf}", f"back/cell/{name}/{leaf}"))
+    return Pair(Twin(Linen, lambda rngs: Nnx(rngs), lambda: (SEQ,)), rules)
+
+
+@pair
+def control_flow() -> Pair:
+    """Four equal layers in a cond, under custom derivatives and in a loop; one is never taken."""
+
+    @jax.custom_vjp
+    def clip(x):
+        return jnp.clip(x, -1, 1)
+
+    clip.defvjp(lambda x: (clip(x), None), lambda _, g: (g,))
+
+    class Linen(nn.Module):
+        def setup(self):
+            self.layers = [nn.Dense(D) for _ in range(4)]
+
+        def __call__(self, x):
+            if self.is_initializing():
+                self.layers[0](x), self.layers[1](x)
+            branches = (lambda m, x: m.layers[0](x), lambda m, x: m.layers[1](x))
+            x = nn.cond(jnp.sum(x**2) > 0, *branches, self, x)
+            return clip(self.layers[3](clip(nn.remat(nn.Dense.__call__)(self.layers[2], x))))
+
+    class Nnx(nnx.Module):
+        def __init__(self, rngs):
+            self.d, self.c, self.b, self.a = (linear(rngs) for _ in range(4))
+
+        def __call__(self, x):
+            x = jax.lax.cond(jnp.sum(x**2) > 0, lambda x: self.a(x), lambda x: self.b(x), x)
+            return clip(self.d(clip(jax.jit(lambda x: self.c(x))(x))))
+
+    return Pair(
+        Twin(Linen, lambda rngs: Nnx(rngs), lambda: (X,)),
+        [same(f"params/layers_{k}/{{leaf}}", f"{name}/{{leaf}}") for k, name in enumerate("abcd")],
+        blind=("params/layers_1/kernel", "params/layers_1/bias"),
+    )
+
+
+@pair
+def learned_latents() -> Pair:
+    """Cross-attention of learned queries, scalars, a leaf with an extra axis."""
+
+    class Linen(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            latents = self.param("latents", nn.initializers.normal(), (3, D))
+            z = jnp.broadcast_to(latents, (x.shape[0], 3, D))
+            z = z + nn.MultiHeadDotProductAttention(num_heads=2, name="attend")(z, x)
+            temperature = self.param("temperature", nn.initializers.ones, ())
+            return z * temperature + self.param("offset", nn.initializers.ones, ())
+
+    class Nnx(nnx.Module):
+        def __init__(self, rngs):
+            self.a, self.b = nnx.Param(jnp.ones(())), nnx.Param(jnp.ones((1,)))
+            self.cross = nnx.MultiHeadAttention(2, D, decode=False, rngs=rngs)
+            self.query = nnx.Param(jnp.ones((1, 3, D)))
+
+        def __call__(self, x):
+            z = jnp.repeat(self.query[...], x.shape[0], 0)
+            return (z + self.cross(z, x)) * self.b[...] + self.a[...]
+
+    return Pair(
+        Twin(Linen, lambda rngs: Nnx(rngs), lambda: (SEQ,)),
+        [
+            same("params/attend/{name}/{leaf}", "cross/{name}/{leaf}"),
+            same("params/latents", "query", {"op": "reshape", "linen": [3, D], "nnx": [1, 3, D]}),
+            same("params/temperature", "b", {"op": "reshape", "linen": [], "nnx": [1]}),
+            same("params/offset", "a"),
+        ],
+        blind=("params/attend/key/bias",),
+    )
+
+
+# Pairs that are no twins, or not quite: what is true of them is all that may be assigned.
+
+
+def stack_of(layers: int, ported: int, bias: bool = True, epsilon: float = 1e-6, act=nnx.tanh):
+    """Residual blocks with norms: `layers` in Linen, `ported` in nnx."""
+
+    class Linen(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            for _ in range(layers):
+                x = nn.LayerNorm()(x + nn.Dense(D)(nn.tanh(nn.Dense(D)(x))))
+            return nn.Dense(3)(x)
+
+    class Nnx(nnx.Module):
+        def __init__(self, rngs):
+            self.a = nnx.List([linear(rngs, use_bias=bias) for _ in range(ported)])
+            self.b = nnx.List([linear(rngs) for _ in range(ported)])
+            self.n = nnx.List([nnx.LayerNorm(D, epsilon=epsilon, rngs=rngs) for _ in range(ported)])
+            self.head = linear(rngs, D, 3)
+
+        def __call__(self, x):
+            for a, b, n in zip(self.a, self.b, self.n, strict=True):
+                x = n(x + b(act(a(x))))
+            return self.head(x)
+
+    rules = [same("params/LayerNorm_{i}/{leaf}", "n/{i}/{leaf}")]
+    for k in range(layers):
+        rules.append(same(f"params/Dense_{2 * k}/{{leaf}}", f"b/{k}/{{leaf}}"))
+        rules.append(same(f"params/Dense_{2 * k + 1}/kernel", f"a/{k}/kernel"))
+        one_sided = {"linen": f"params/Dense_{2 * k + 1}/bias", "ops": [{"op": "drop"}]}
+        both = same(f"params/Dense_{2 * k + 1}/bias", f"a/{k}/bias")
+        rules.append(both if bias else one_sided)
+    rules.append(same(f"params/Dense_{2 * layers}/{{leaf}}", "head/{leaf}"))
+    return Pair(Twin(Linen, lambda rngs: Nnx(rngs), lambda: (X,)), rules)
+
+
+def standard_deviation_for_variance() -> Twin:
+    """A value-changing port: log-variance there, log-deviation here."""
+
+    class Linen(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(D)(nn.Dense(D)(x) + jnp.exp(0.5 * nn.Dense(D)(x)))
+
+    class Nnx(nnx.Module):
+        def __init__(self, rngs):
+            self.mean, self.deviation, self.out = (linear(rngs) for _ in range(3))
+
+        def __call__(self, x):
+            return self.out(self.mean(x) + jnp.exp(self.deviation(x)))
+
+    return Twin(Linen, lambda rngs: Nnx(rngs), lambda: (X,))
+
+
+def names_that_disagree_with_the_order() -> Twin:
+    """Interchangeable layers, called in opposite orders."""
+
+    class Linen(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(D, name="left")(x) + nn.Dense(D, name="right")(x)
+
+    class Nnx(nnx.Module):
+        def __init__(self, rngs):
+            self.left, self.right = linear(rngs), linear(rngs)
+
+        def __call__(self, x):
+            return self.right(x) + self.left(x)
+
+    return Twin(Linen, lambda rngs: Nnx(rngs), lambda: (X,))
+
+
+def wrapped(linen: Any, nnx_: Any, **options: Any) -> Twin:
+    """A dense layer in a wrapper of each framework, and one without."""
+
+    class Linen(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(D, name="out")(linen(nn.Dense(D, name="into"))(x, **options))
+
+    class Nnx(nnx.Module):
+        def __init__(self, rngs):
+            self.wrapped, self.out = nnx_(linear(rngs), rngs=rngs), linear(rngs)
+
+        def __call__(self, x):
+            return self.out(self.wrapped(x, **options))
+
+    return Twin(Linen, lambda rngs: Nnx(rngs), lambda: (X,))
