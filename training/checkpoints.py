@@ -94,7 +94,7 @@ class Checkpoints:
 
     def __init__(self, run_dir: Path, cfg: schema.Checkpoint, run: dict[str, Any]) -> None:
         """`run` is what the item of that name holds: config, stage and rules."""
-        self._cfg, self._run = cfg, run
+        self._run = run
         self._latest = _manager(run_dir / "checkpoints", cfg.keep)
         self._best = _manager(run_dir / "best", 1) if cfg.best else None
         self._background = ThreadPoolExecutor(1, "digests")
