@@ -8,26 +8,18 @@ that sums over K and (N, 1) for everything else. Two models that compute the sam
 slots, however their leaves are named, stacked, fused, transposed or reshaped.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jax.extend.core import Literal
 
-from linen_nnx.twin import Trace
+from linen_nnx.equations import ELEMENTWISE, Axes, Move, broadcast, called, movements, product_axes
+from linen_nnx.trace import Trace
 
 Array = np.ndarray
 Site = tuple[int, ...]
 _FOLD = 1 << 16  # integer arrays up to this size (positions, indices) are computed on the way
-_CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
-_EACH_ALONE = (  # primitives that keep every element in its place
-    "abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp "
-    "convert_element_type copy copy_p cos cosh device_put div eq erf erf_inv erfc exp exp2 expm1 "
-    "floor ge gt integer_pow is_finite le log log1p logistic lt max min mul name ne neg nextafter "
-    "not optimization_barrier or pow reduce_precision rem round rsqrt select_n sharding_constraint "
-    "sign sin sinh sqrt square stop_gradient sub tan tanh xor"
-)
-_ELEMENTWISE = frozenset(_EACH_ALONE.split())
 
 
 class Slot(NamedTuple):
@@ -124,20 +116,21 @@ class _Walk:
         name, params = eqn.primitive.name, eqn.params
         if control := {"scan": self.scan, "while": self.loop, "cond": self.branches}.get(name):
             return control(params, args, site)
-        if (inner := next((params[key] for key in _CALLS if key in params), None)) is not None:
+        if (inner := called(eqn)) is not None:
             return self.run(inner, args, site)
         if all(arg.const is not None for arg in args) and (folded := _fold(eqn, args)):
             return folded
-        if name in _ELEMENTWISE:
+        if name in ELEMENTWISE:
             several = len(eqn.outvars) > 1  # an optimization_barrier, say: nothing is combined
             shapes = [out.aval.shape for out in eqn.outvars]
             return args if several else [self.elementwise(args, shapes[0], site)]
         if name in ("concatenate", "stack"):
             return [self.joined(eqn, args, site)]
-        if args and (args[0].views or args[0].tags) and (moves := _movement(eqn, args)):
+        rest = [arg.const for arg in args[1:]]
+        if args and (args[0].views or args[0].tags) and (moves := movements(eqn, rest)):
             return [self.moved(args[0], move) for move in moves]
         for weight in (1, 0):
-            if weight < len(args) and args[weight].views and (axes := _product(eqn, weight)):
+            if weight < len(args) and args[weight].views and (axes := product_axes(eqn, weight)):
                 return [self.product(args, weight, axes, eqn.outvars[0].aval.shape, site)]
         return [self.mixed(args, site)] * len(eqn.outvars)
 
@@ -209,7 +202,7 @@ class _Walk:
         new, bits = self.touch(views, site, mask)
         return _Value(tags=(*tags, *new), mask=mask | bits, active=True)
 
-    def moved(self, value: _Value, move: Callable[[Array], Array]) -> _Value:
+    def moved(self, value: _Value, move: Move) -> _Value:
         """The value after a movement of its elements, which may leave some of them out."""
         if not value.active:
             return _Value(views=tuple(move(view) for view in value.views))
@@ -251,7 +244,7 @@ class _Walk:
         return _Value(tags=tuple(tags), mask=mask, active=bool(mask) or any(a.active for a in args))
 
     def product(
-        self, args: list[_Value], weight: int, axes: "_Axes", shape: tuple[int, ...], site: Site
+        self, args: list[_Value], weight: int, axes: Axes, shape: tuple[int, ...], site: Site
     ) -> _Value:
         """A sum over products with a leaf."""
         view, *others = sorted(args[weight].views, key=lambda each: -_varying(each).size)
@@ -266,7 +259,7 @@ class _Walk:
         if not fresh.any():
             return _Value(mask=above | bits, active=True)
         columns = np.where(fresh, np.arange(len(rows)), -1).reshape(grid)
-        columns = _broadcast(columns, shape, axes.places)
+        columns = broadcast(columns, shape, axes.places)
         count = int(np.prod(grid[: len(axes.batch)]))
         lanes = np.repeat(np.arange(count), len(rows) // count)
         tag = self.tag(columns, site, above, rows, lanes)
@@ -323,72 +316,6 @@ class _Walk:
         return Flow(slots, starts, len(self.owner), above)
 
 
-# Equations
-
-
-class _Axes(NamedTuple):
-    """Axes of a leaf in a product; `places`: where batch and free axes are in the output."""
-
-    batch: list[int]
-    free: list[int]
-    summed: list[int]
-    places: list[int]
-
-
-def _product(eqn: Any, weight: int) -> _Axes | None:
-    """How an equation sums over products with its operand `weight`, if it does."""
-    params, operand = eqn.params, eqn.invars[weight].aval
-    match eqn.primitive.name:
-        case "dot_general":
-            contract, batches = params["dimension_numbers"]
-            pairs = zip(contract[1 - weight], contract[weight], strict=True)
-            summed = [axis for _, axis in sorted(pairs)]  # in the order of a reshape of the other
-            batch = list(batches[weight])
-            free = [axis for axis in range(operand.ndim) if axis not in (*summed, *batch)]
-            other = eqn.invars[0].aval.ndim - len(summed) - len(batch) if weight else 0
-            before = len(batch) + other
-            places = [*range(len(batch)), *range(before, before + len(free))]
-            return _Axes(batch, free, summed, places)
-        case "conv_general_dilated" if weight == 1:
-            out, into, *window = params["dimension_numbers"].rhs_spec
-            return _Axes([], [out], [*window, into], [params["dimension_numbers"].out_spec[1]])
-        case "gather" if weight == 0:  # looked up by index: a product with one-hot rows
-            numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
-            indexed = list(numbers.collapsed_slice_dims)
-            free = [axis for axis in range(operand.ndim) if axis not in indexed]
-            whole = all(sizes[axis] == operand.shape[axis] for axis in free)
-            if whole and indexed and not numbers.operand_batching_dims:
-                return _Axes([], free, indexed, list(numbers.offset_dims))
-    return None
-
-
-def _movement(eqn: Any, args: list[_Value]) -> list[Callable[[Array], Array]] | None:
-    """What an equation does to the elements of its first operand, one function per output."""
-    params, shape = eqn.params, eqn.outvars[0].aval.shape
-    match eqn.primitive.name:
-        case "squeeze" | "expand_dims" | "reshape":  # (a reshape's own transpose is not in use)
-            return [lambda a: a.reshape(shape)]
-        case "transpose":
-            return [lambda a: a.transpose(params["permutation"])]
-        case "broadcast_in_dim":
-            return [lambda a: _broadcast(a, shape, params["broadcast_dimensions"])]
-        case "rev":
-            return [lambda a: np.flip(a, params["dimensions"])]
-        case "slice":
-            steps = params["strides"] or (1,) * len(shape)
-            cut = tuple(map(slice, params["start_indices"], params["limit_indices"], steps))
-            return [lambda a: a[cut]]
-        case "split":
-            ends = np.cumsum(params["sizes"])[:-1]
-            axis = params["axis"]
-            return [lambda a, k=k: np.split(a, ends, axis)[k] for k in range(len(ends) + 1)]
-        case "gather" | "dynamic_slice" if all(arg.const is not None for arg in args[1:]):
-            rest = [arg.const for arg in args[1:]]
-            params = {**params, "fill_value": -1} if "fill_value" in params else params
-            return [lambda a: np.asarray(eqn.primitive.bind(np.int32(a), *rest, **params))]
-    return None
-
-
 def _fold(eqn: Any, args: list[_Value]) -> list[_Value] | None:
     """The values of an equation of integer constants, if it is one."""
     for out in eqn.outvars:
@@ -410,16 +337,6 @@ def _row(walk: _Walk, value: _Value, step: int) -> _Value:
     if value.const is not None:
         return _Value(const=value.const[step])
     return walk.moved(value, lambda array: array[step])
-
-
-# Arrays of numbers
-
-
-def _broadcast(array: Array, shape: tuple[int, ...], places: Sequence[int]) -> Array:
-    sizes = [1] * len(shape)
-    for place, size in zip(places, array.shape, strict=True):
-        sizes[place] = size
-    return np.broadcast_to(array.reshape(sizes), shape)
 
 
 def _lean(array: Array, keep: int | None = None) -> Array:

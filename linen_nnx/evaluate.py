@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Literal
 
-_CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+from linen_nnx.equations import called
 
 
 def widen(jaxpr: Any) -> Any:
@@ -39,7 +39,6 @@ def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[ja
 
 def _equation(eqn: Any, args: list[Any]) -> Sequence[Any]:
     name, params = eqn.primitive.name, eqn.params
-    inner = next((params[key] for key in _CALLS if key in params), None)
     if name == "scan":
         return _scan(params, args)
     if name == "while":
@@ -51,7 +50,7 @@ def _equation(eqn: Any, args: list[Any]) -> Sequence[Any]:
     if name == "cond":
         branches = [_function(branch, []) for branch in params["branches"]]
         return lax.switch(args[0], branches, *args[1:])
-    if inner is not None:
+    if (inner := called(eqn)) is not None:
         return _function(inner, [])(*args)
     if name == "reduce_precision":
         return args

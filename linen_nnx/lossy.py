@@ -9,7 +9,7 @@ from typing import NamedTuple
 import flax.linen as nn
 from flax import nnx
 
-from linen_nnx.twin import Trace
+from linen_nnx.trace import Trace
 
 _GRU = (
     "nnx.GRUCell has no home for the bias that Linen's GRUCell adds to its recurrent candidate "

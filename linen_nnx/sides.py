@@ -16,7 +16,7 @@ import numpy as np
 
 from linen_nnx.dataflow import Flow, Slot, flow
 from linen_nnx.evaluate import widen
-from linen_nnx.twin import Trace
+from linen_nnx.trace import Trace
 
 Array = np.ndarray
 Form = tuple[Any, ...]
@@ -45,7 +45,7 @@ class Side:
     def owner(self) -> Array:
         """(elements,): the number of the leaf that each element belongs to."""
         sizes = [int(np.prod(leaf.shape)) for leaf in self.trace.leaves.values()]
-        return np.repeat(np.arange(len(sizes)), sizes)
+        return np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
 
     @cached_property
     def first(self) -> list[str]:
@@ -63,7 +63,10 @@ class Side:
 
     def leaves_of(self, ids: Array) -> list[str]:
         """The paths of the leaves that elements belong to."""
-        return [self.paths[number] for number in np.unique(self.owner[ids])]
+        owners = self.owner[ids]
+        first, last = int(owners.min()), int(owners.max())
+        numbers = [first] if first == last else np.unique(owners)
+        return [self.paths[number] for number in numbers]
 
     def elements(self, path: str) -> Array:
         """The element numbers of a leaf, in its shape."""

@@ -24,7 +24,8 @@ from linen_nnx.grammar import parse_rule
 from linen_nnx.lossy import lossy
 from linen_nnx.rules import RuleBook, Unassigned
 from linen_nnx.sides import Side, sides
-from linen_nnx.twin import Twin, trace_linen, trace_nnx
+from linen_nnx.trace import trace_linen, trace_nnx
+from linen_nnx.twin import Twin
 
 Array = np.ndarray
 Both = tuple[Side, Side]

@@ -20,7 +20,7 @@ from random_twins import random_twin
 import linen_nnx
 from linen_nnx import RuleBook, RuleError, Twin, TwinError, suggest
 from linen_nnx.dataflow import flow
-from linen_nnx.twin import Leaf, Trace, trace_linen, trace_nnx
+from linen_nnx.trace import Leaf, Trace, trace_linen, trace_nnx
 from model import families
 from model.stages import _Hybrid, _NnxHybrid
 

@@ -1,0 +1,103 @@
+"""What single equations of a jaxpr do to the elements of an operand: move them, or sum products.
+
+`dataflow.py` follows leaf elements through a model with these. Shapes and numbers only: nothing
+here computes a value of the model.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Array = np.ndarray
+Move = Callable[[Array], Array]
+_EACH_ALONE = (
+    "abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp "
+    "convert_element_type copy copy_p cos cosh device_put div eq erf erf_inv erfc exp exp2 expm1 "
+    "floor ge gt integer_pow is_finite le log log1p logistic lt max min mul name ne neg nextafter "
+    "not optimization_barrier or pow reduce_precision rem round rsqrt select_n sharding_constraint "
+    "sign sin sinh sqrt square stop_gradient sub tan tanh xor"
+)
+ELEMENTWISE = frozenset(_EACH_ALONE.split())
+"""The primitives that keep every element in its place."""
+_CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+
+
+def called(eqn: Any) -> Any:
+    """The jaxpr that a jit, remat or custom derivative calls; None for other equations."""
+    return next((eqn.params[key] for key in _CALLS if key in eqn.params), None)
+
+
+class Axes(NamedTuple):
+    """Axes of a leaf in a product; `places`: where batch and free axes are in the output."""
+
+    batch: list[int]
+    free: list[int]
+    summed: list[int]
+    places: list[int]
+
+
+def product_axes(eqn: Any, weight: int) -> Axes | None:
+    """How an equation sums over products with its operand `weight`, if it does."""
+    params, operand = eqn.params, eqn.invars[weight].aval
+    match eqn.primitive.name:
+        case "dot_general":
+            contract, batches = params["dimension_numbers"]
+            pairs = zip(contract[1 - weight], contract[weight], strict=True)
+            summed = [axis for _, axis in sorted(pairs)]  # in the order of a reshape of the other
+            batch = list(batches[weight])
+            free = [axis for axis in range(operand.ndim) if axis not in (*summed, *batch)]
+            other = eqn.invars[0].aval.ndim - len(summed) - len(batch) if weight else 0
+            before = len(batch) + other
+            places = [*range(len(batch)), *range(before, before + len(free))]
+            return Axes(batch, free, summed, places)
+        case "conv_general_dilated" if weight == 1:
+            out, into, *window = params["dimension_numbers"].rhs_spec
+            return Axes([], [out], [*window, into], [params["dimension_numbers"].out_spec[1]])
+        case "gather" if weight == 0:  # looked up by index: a product with one-hot rows
+            numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
+            indexed = list(numbers.collapsed_slice_dims)
+            free = [axis for axis in range(operand.ndim) if axis not in indexed]
+            whole = all(sizes[axis] == operand.shape[axis] for axis in free)
+            if whole and indexed and not numbers.operand_batching_dims:
+                return Axes([], free, indexed, list(numbers.offset_dims))
+    return None
+
+
+def movements(eqn: Any, rest: Sequence[Array | None]) -> list[Move] | None:
+    """What an equation does to the elements of its first operand, one function per output.
+
+    rest: the values of its other operands where they are constants. None if it keeps no element.
+    """
+    params, shape = eqn.params, eqn.outvars[0].aval.shape
+    match eqn.primitive.name:
+        case "squeeze" | "expand_dims":
+            return [lambda a: a.reshape(shape)]
+        case "reshape" if params["dimensions"] is None:
+            return [lambda a: a.reshape(shape)]
+        case "transpose":
+            return [lambda a: a.transpose(params["permutation"])]
+        case "broadcast_in_dim":
+            return [lambda a: broadcast(a, shape, params["broadcast_dimensions"])]
+        case "rev":
+            return [lambda a: np.flip(a, params["dimensions"])]
+        case "slice":
+            steps = params["strides"] or (1,) * len(shape)
+            cut = tuple(map(slice, params["start_indices"], params["limit_indices"], steps))
+            return [lambda a: a[cut]]
+        case "split":
+            ends = np.cumsum(params["sizes"])[:-1]
+            axis = params["axis"]
+            return [lambda a, k=k: np.split(a, ends, axis)[k] for k in range(len(ends) + 1)]
+        case "gather" | "dynamic_slice" if all(value is not None for value in rest):
+            params = {**params, "fill_value": -1} if "fill_value" in params else params
+            return [lambda a: np.asarray(eqn.primitive.bind(np.int32(a), *rest, **params))]
+    return None
+
+
+def broadcast(array: Array, shape: tuple[int, ...], places: Sequence[int]) -> Array:
+    """The array with its axes at `places` of `shape`, repeated along the others."""
+    sizes = [1] * len(shape)
+    for place, size in zip(places, array.shape, strict=True):
+        sizes[place] = size
+    return np.broadcast_to(array.reshape(sizes), shape)
