@@ -27,7 +27,17 @@ from training.state import Program, State, translate_state
 from training.terminal import say
 
 # What may change when a run goes on; everything else would bend its curve.
-FREE = ("stop_at", "log_every", "resume", "init_from", "run_dir", "eval", "checkpoint", "log")
+FREE = (
+    "stop_at",
+    "log_every",
+    "resume",
+    "init_from",
+    "init",  # which is past then
+    "run_dir",
+    "eval",
+    "checkpoint",
+    "log",
+)
 
 CONFIG_PART = "config.yaml.part"  # config.yaml while it is being written
 
