@@ -3,9 +3,9 @@
 Equal bytes through a rule book prove nothing about the book. So both forms of the model are run on
 the same inputs and weights, and their outputs, gradients and optimizer steps compared. Two arrays
 are *exact* if every bit is equal. Where rounding makes that impossible (another order of sums),
-they are *close* if both models, evaluated in float64, agree to 2e-7 of an array's largest element
-(two roundings of a float32 constant): then they are one function, and what they differ by is the
-rounding of each. Anything else fails, and so does any NaN or infinity.
+they are *close* if both models, evaluated in float64, agree to 2e-7 of an array's largest element,
+gradients to 2e-6 (constants are rounded to float32 in either): then they are one function, and what
+they differ by is the rounding of each. Anything else fails, and so does any NaN or infinity.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,11 +31,11 @@ from linen_nnx.verify import Check
 
 Array = np.ndarray
 Named = dict[str, Array]
-_ROUNDING = 2e-7  # in float64, relative: see above
+_FORWARD, _GRADIENT = 2e-7, 2e-6  # in float64, relative: see above
 _STEP_ULPS = 16  # of an optimizer's step on equal gradients: sums over leaves in another order
 _FLOOR = 1e-5  # of the largest array: what is smaller is compared on that scale
 _BLIND = 1e-10  # of the median gradient
-_SHOWN = 20
+_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class _Pair:
             ours = {**outputs, **{_name(key): olds[key] for key in touched}}
             return ours, theirs | {_name(key): news.get(key, case.right[key]) for key in touched}
 
-        return _judge(f"forward pass, {case.name}", both, self.before.exact)
+        return _judge(f"forward pass, {case.name}", both, self.before.exact, _FORWARD)
 
     def gradients(self, case: _Case, blind: set[Id]) -> Check:
         """Compares the gradients of all leaves but the blind, which have none but rounding."""
@@ -154,7 +154,7 @@ class _Pair:
 
         all_blind = (route for route in self.routes if {*route.sources} <= blind)
         unseen = {key for route in all_blind for key in route.targets}
-        return _judge(f"gradients, {case.name}", both, self.before.exact)
+        return _judge(f"gradients, {case.name}", both, self.before.exact, _GRADIENT)
 
     def optimizer(self, case: _Case) -> Iterator[Check]:
         """Compares one step on equal gradients, and the same from a fresh optimizer."""
@@ -279,7 +279,7 @@ def _sight(subject: Subject, state: Arrays, inputs: Sequence[Any]) -> tuple[set[
         return _gap(left, right) > 1e-12
 
     try:
-        slopes = subject.gradient(state, inputs, wide=True)
+        slopes = subject.gradient(state, inputs, wide=True, updates=True)
         sizes = {id: np.abs(slope).max(initial=0) for id, slope in slopes.items()}
         seen = [size for size in sizes.values() if size > 0]
         limit = _BLIND * float(np.median(seen)) if seen else 0.0
@@ -330,12 +330,12 @@ def _suspects(twin: Twin, book: RuleBook) -> Check:
     return Check(name, True if theirs else None, (hint,))
 
 
-def _judge(name: str, both: Callable[[bool], Any], exact: bool) -> Check:
+def _judge(name: str, both: Callable[[bool], Any], exact: bool, bound: float = 0.0) -> Check:
     """Compares named arrays of two sides.
 
     both: returns the two mappings, in the models' own dtypes or (given True) in float64; None if
       there is no float64 to compare in.
-    exact: whether every bit must be equal.
+    exact: whether every bit must be equal; else `bound`: what is rounding, in float64.
     """
     left, right = both(False)
     problems = [
@@ -354,23 +354,28 @@ def _judge(name: str, both: Callable[[bool], Any], exact: bool) -> Check:
     other = {label for label in left if not _same(left[label], right[label])}
     if not other:
         return Check(name, True, (f"exact: every bit of {len(left)} arrays",))
-    ulps = {label: _ulps(left[label], right[label]) for label in other}
+    ulps = _ulps(left, right)
     worst = sorted(other, key=lambda label: -ulps[label])
-    texts = [f"{len(other)} of {len(left)} arrays differ; most, in ulps of its largest element:"]
-    texts += [f"  {label}: {ulps[label]:.3g}" for label in worst[:_SHOWN]]
+    shown = [f"{label} by {ulps[label]:.3g}" for label in worst[:_SHOWN]]
+    more = ", ..." if len(worst) > _SHOWN else ""
+    text = f"{len(other)} of {len(left)} arrays differ (ulps of the largest element): "
+    text += ", ".join(shown) + more
     if exact:
-        return Check(name, False, (*texts, "every bit must be equal here"))
+        return Check(name, False, (text, "every bit must be equal here"))
     try:
         wide = both(True)
     except Exception as error:  # the user's own model: whatever it raises is the reason
-        return Check(name, False, (*texts, f"not to be compared in float64: {error!r}"))
-    gap = None if wide is None else _gap(*wide)
-    close = ulps[worst[0]] <= _STEP_ULPS if gap is None else gap <= _ROUNDING
-    bound = (
-        f"{_STEP_ULPS} ulps are rounding here" if gap is None else f"in float64: {gap:.0e} apart"
+        return Check(name, False, (text, f"not to be compared in float64: {error!r}"))
+    if wide is None:
+        close = ulps[worst[0]] <= _STEP_ULPS
+        why = f"{_STEP_ULPS} ulps are rounding here"
+    else:
+        gap = _gap(*wide)
+        close = gap <= bound
+        why = f"in float64 {gap:.0e} apart, of which {bound:.0e} may be rounding"
+    return Check(
+        name, close, (text, f"{'close, not exact' if close else 'not equal'}: {why}"), close
     )
-    verdict = "close, not exact" if close else "more than rounding"
-    return Check(name, close, (*texts, f"{verdict} ({bound})"), close)
 
 
 def _shown(array: Array | None) -> str:
@@ -385,26 +390,36 @@ def _same(left: Array, right: Array) -> bool:
     return left.dtype == right.dtype and left.tobytes() == right.tobytes()
 
 
-def _ulps(left: Array, right: Array) -> float:
-    """The largest difference in units in the last place of the largest element."""
-    if not jnp.issubdtype(left.dtype, jnp.inexact):
-        return np.inf
-    kind = jnp.finfo(left.dtype)
-    one, two = (np.asarray(array, np.complex128) for array in (left, right))
-    largest = max(np.abs(one).max(), np.abs(two).max(), float(kind.smallest_normal))
-    return float(np.abs(one - two).max() / (float(kind.eps) * 2 ** np.floor(np.log2(largest))))
+def _ulps(left: Named, right: Named) -> dict[str, float]:
+    """The largest difference of each array, in units in the last place of its largest element."""
+    ulps = {}
+    for label, scale in _scales(left).items():
+        kind = left[label].dtype
+        if jnp.issubdtype(kind, jnp.inexact):
+            unit = float(jnp.finfo(kind).eps) * 2 ** np.floor(np.log2(scale))
+            ulps[label] = _distance(left[label], right[label]) / unit
+        else:
+            ulps[label] = np.inf if _distance(left[label], right[label]) else 0.0
+    return ulps
 
 
 def _gap(left: Named, right: Named) -> float:
     """The largest difference, relative to each array's largest element; NaN is infinite."""
-    sizes = {label: np.abs(array).max(initial=0) for label, array in left.items()}
-    floor = max(_FLOOR * max(sizes.values()), 1e-30)
-    gaps = [
-        np.abs(np.subtract(left[label], right[label], dtype=complex)).max(initial=0)
-        / max(size, floor)
-        for label, size in sizes.items()
-    ]
+    scales = _scales(left).items()
+    gaps = [_distance(left[label], right[label]) / scale for label, scale in scales]
     return float(np.nan_to_num(max(gaps), nan=np.inf))
+
+
+def _scales(arrays: Named) -> dict[str, float]:
+    """The largest element of each array, and of arrays that are all but 0 a share of the others."""
+    sizes = {label: float(np.abs(array).max(initial=0)) for label, array in arrays.items()}
+    floor = max(_FLOOR * max(sizes.values(), default=0.0), 1e-30)
+    return {label: max(size, floor) for label, size in sizes.items()}
+
+
+def _distance(left: Array, right: Array) -> float:
+    one, two = (np.asarray(array, complex) for array in (left, right))
+    return float(np.abs(one - two).max(initial=0))
 
 
 def _name(key: Id | str) -> str:

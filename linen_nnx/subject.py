@@ -67,29 +67,31 @@ class Subject:
         updates = zip((ids[path] for path in self.trace.updates), outs[self._count :], strict=True)
         return {f"output {k}": out for k, out in enumerate(outs[: self._count])}, dict(updates)
 
-    def gradient(self, state: Arrays, inputs: Sequence[Any], wide: bool = False) -> dict[Id, Array]:
+    def gradient(
+        self, state: Arrays, inputs: Sequence[Any], wide: bool = False, updates: bool = False
+    ) -> dict[Id, Array]:
         """The gradient of a random projection of all outputs by every leaf of floats.
 
-        `wide`: in float64, and with what the call updates among the outputs.
+        `wide`: in float64; `updates`: as if what the call updates were outputs, too.
         """
         with jax.enable_x64(wide):
             values = self._arguments(state, inputs, wide)
             moved = [k for k, id in enumerate(self.leaves) if _is_float(values[k])]
-            pull = partial(self._pull, wide=wide)
-            slopes = (pull if wide else self._jitted_pull)(values, [values[k] for k in moved])
+            pull = partial(self._pull, self._wide) if wide else self._jitted_pull
+            slopes = pull(values, [values[k] for k in moved], updates)
             ids = list(self.leaves)
             return {ids[k]: np.asarray(slope) for k, slope in zip(moved, slopes, strict=True)}
 
-    def _pull(self, values: list[Any], floats: list[Any], wide: bool = False) -> list[Any]:
-        call = self._wide if wide else jaxpr_as_fun(self.trace.jaxpr)
-
+    def _pull(
+        self, call: Callable[..., list[Any]], values: list[Any], floats: list[Any], updates: bool
+    ) -> list[Any]:
         def outputs(floats: list[Any]) -> list[Any]:
             given = iter(floats)
             leaves = [
                 next(given) if _is_float(value) else value for value in values[: self._leaves]
             ]
             outs = call(*leaves, *values[self._leaves :])
-            return [out for out in outs[: None if wide else self._count] if _is_float(out)]
+            return [out for out in outs[: None if updates else self._count] if _is_float(out)]
 
         outs, pull = jax.vjp(outputs, floats)
         return pull([jnp.asarray(normal(o.shape, k), o.dtype) for k, o in enumerate(outs)])[0]
@@ -118,7 +120,7 @@ class Subject:
 
     @cached_property
     def _jitted_pull(self) -> Callable[..., list[Any]]:
-        return jax.jit(self._pull)
+        return jax.jit(partial(self._pull, jaxpr_as_fun(self.trace.jaxpr)), static_argnums=2)
 
     @cached_property
     def _wide(self) -> Callable[..., list[Any]]:
