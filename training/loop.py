@@ -36,7 +36,7 @@ def train(cfg: Config) -> bool:
     # Set-up: processes, data, model, optimizer. Nothing is written yet.
     if cfg.compile_cache is not None:
         jax.config.update("jax_compilation_cache_dir", cfg.compile_cache)
-    processes.join(cfg.distributed)
+    processes.join(cfg)
     with processes.together():
         layout = mesh.create(cfg.mesh, cfg.data.batch)
         dataset = data.load(cfg.data)

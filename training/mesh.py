@@ -99,7 +99,7 @@ class Layout:
             for path, leaf in params
             if leaf.sharding.is_fully_replicated
         ]
-        text += f"; each holds {held / 1e6:,.2f} of the state's {total / 1e6:,.2f} MB"
+        text += f"; each holds {held / 1e3:,.0f} of the state's {total / 1e3:,.0f} kB"
         if odd:
             more = f" and {len(odd) - LISTED} more" if len(odd) > LISTED else ""
             text += f", and all of what cannot be divided: {', '.join(odd[:LISTED])}{more}"

@@ -6,6 +6,8 @@ up ends all of them with its message; one that dies later takes the others down 
 would wait for it in the next step. For a run of one process everything here does nothing.
 """
 
+import dataclasses
+import hashlib
 import os
 import signal
 import sys
@@ -18,33 +20,45 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from configs import schema
+from configs.schema import Config
 from training.errors import Refused
 from training.terminal import CONSOLE, say
 
 MESSAGE = 2000  # bytes of an error that the other processes are told
 
 
-def join(cfg: schema.Distributed) -> None:
+def join(cfg: Config) -> None:
     """Meets the other processes of the run, if there are any; before anything else asks for jax.
 
-    Who they are: `cfg`, else what `srun` or `mpirun` has put into the environment. A process
-    joins once, whatever the number of its runs.
+    Who they are: `cfg.distributed`, else what `srun` or `mpirun` has put into the environment. A
+    process joins once, whatever the number of its runs.
 
     Raises:
-        Refused: when what is known does not suffice.
+        Refused: when what is known does not suffice, or configurations differ.
     """
+    own = cfg.distributed
     launched = any(int(os.environ.get(name, 1)) > 1 for name in _launchers())
-    if (cfg.coordinator is None and not launched) or jax.distributed.is_initialized():
+    if (own.coordinator is not None or launched) and not jax.distributed.is_initialized():
+        try:
+            jax.distributed.initialize(own.coordinator, own.num_processes, own.process_id)
+        except ValueError as error:
+            raise Refused(
+                f"distributed.coordinator is {own.coordinator}, and {str(error).rstrip('.')}. Give "
+                "distributed.num_processes and distributed.process_id too."
+            ) from None
+        CONSOLE.quiet = not first()
+        sys.excepthook = _leave
+    if jax.process_count() == 1:
         return
-    try:
-        jax.distributed.initialize(cfg.coordinator, cfg.num_processes, cfg.process_id)
-    except ValueError as error:
+    text = repr(dataclasses.replace(cfg, distributed=schema.Distributed(None, None, None)))
+    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+    digests = multihost_utils.process_allgather(digest)
+    others = [index for index, other in enumerate(digests) if (other != digests[0]).any()]
+    if others:
         raise Refused(
-            f"distributed.coordinator is {cfg.coordinator}, and {str(error).rstrip('.')}. Give "
-            "distributed.num_processes and distributed.process_id too."
-        ) from None
-    CONSOLE.quiet = not first()
-    sys.excepthook = _leave
+            f"Process {others[0]} of {len(digests)} was started with another configuration than "
+            "process 0. Give all of them the same keys; distributed.process_id alone may differ."
+        )
 
 
 def first() -> bool:

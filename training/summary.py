@@ -4,6 +4,8 @@ import dataclasses
 import math
 from pathlib import Path
 
+import jax
+
 from configs.schema import Config
 from model.stages import HALVES, STAGES
 from training.board import Board
@@ -22,8 +24,11 @@ def opening(cfg: Config, dataset: Dataset, program: Program, step: int) -> str:
     form = STAGES[cfg.stage]
     halves = ", ".join(f"{half} {getattr(form, half)} {n:,}" for half, n in counts.items())
     begin = f"going on from step {step}" if step else "from scratch"
-    layout = program.layout
-    devices = "" if layout is None else f"\nmesh: {layout.describe(program.abstract())}"
+    devices = ""
+    if program.layout is not None:
+        devices = f"\nmesh: {program.layout.describe(program.abstract())}"
+    elif jax.device_count() > 1:
+        devices = f"\nmesh: 1 device of {jax.device_count()}; mesh.data=-1 uses all"
     return (
         f"{cfg.name} at stage {cfg.stage}: {cfg.model['family']} with {sum(counts.values()):,} "
         f"parameters ({halves})\ndata: {dataset.description}\n"
