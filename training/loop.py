@@ -46,6 +46,7 @@ def train(cfg: Config) -> bool:
         example = dataset.example_batch(cfg.data.batch)
         family.check_data(example, dataset.classes)
         program = Program(cfg, Stage(cfg.stage, family, example["inputs"]), rules, layout)
+        example = example if layout is None else layout.shapes(example)
 
     # Start: resume, init_from or scratch. From here on the run directory is this run's.
     state = start.begin(cfg, program, batches)

@@ -43,6 +43,13 @@ class Layout:
             for name, rows in batch.items()
         }
 
+    def shapes(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.ShapeDtypeStruct]:
+        """What `batch` returns, without values, from a batch that has the rows of all processes."""
+        return {
+            name: jax.ShapeDtypeStruct(rows.shape, rows.dtype, sharding=self.rows)
+            for name, rows in batch.items()
+        }
+
     def fetch(self, tree: Any) -> Any:
         """The whole of each array as numpy, in every process; to be called by all of them."""
         return jax.device_get(jax.device_put(tree, self.whole))
