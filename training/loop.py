@@ -36,6 +36,7 @@ def train(cfg: Config) -> bool:
     # Set-up: processes, data, model, optimizer. Nothing is written yet.
     if cfg.compile_cache is not None:
         jax.config.update("jax_compilation_cache_dir", cfg.compile_cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     processes.join(cfg)
     with processes.together():
         layout = mesh.create(cfg.mesh, cfg.data.batch)
