@@ -198,6 +198,9 @@ def _meaning(
     from linen_nnx.subject import of_twin
 
     runs = conversion.source.run, result.run
+    if twin is not None and (conversion.state.form.stage or conversion.to.stage):
+        yield Check("the models", False, ("a run of this template has its own: leave out --twin",))
+        return
     if twin is not None:
         before, after = of_twin(twin, conversion.state.form.side), of_twin(twin, conversion.to.side)
     elif own_runs is None or runs[0] is None or runs[1] is None:

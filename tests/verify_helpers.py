@@ -59,6 +59,13 @@ def port(**options):
 
 twin = port()
 
+# What cannot be assigned: nnx has no home for one of Linen's biases.
+gru = Twin(
+    linen=lambda: nn.RNN(nn.GRUCell(WIDTH)),
+    nnx=lambda rngs: nnx.RNN(nnx.GRUCell(WIDTH, WIDTH, rngs=rngs)),
+    inputs=lambda: (X[None],),
+)
+
 
 def rename(linen, nnx, **more):
     return {"linen": linen, "nnx": nnx, **more}
