@@ -66,7 +66,7 @@ def fingerprints(linen: Side, nnx: Side) -> Prints:
     given = linen.trace.inputs
     every = {form for form in linen.forms if len(form) > 1}
     problem = _imbalance(linen, nnx)
-    ways = [[_lively(array, seed) for seed, array in enumerate(given)], given]
+    ways = [[lively(array, seed) for seed, array in enumerate(given)], given]
     for inputs in [] if problem else ways:
         try:
             problem = _mismatch(linen, nnx, inputs, every)
@@ -277,7 +277,7 @@ def _normal(shape: tuple[int, ...], seed: int) -> Array:
     return np.random.default_rng([seed, *shape]).normal(size=shape)
 
 
-def _lively(array: jax.Array, seed: int) -> Any:
+def lively(array: jax.Array, seed: int) -> Any:
     """An example input with noise: zeros, ones and even ramps hide much of a model."""
     kind = getattr(array.dtype, "kind", "") if array.size > 1 else ""
     given = np.asarray(array) if kind in ("f", "i", "u") else np.zeros(0)

@@ -151,8 +151,7 @@ def _cut(side: Side, other: Side) -> Side:
                 (*side.forms[number][:1], *ids.shape) if number in cuts else side.forms[number]
             )
     grid = np.ix_(origin, origin)
-    known = side.flow
-    flow_now = Flow(slots_now, known.starts, known.size, known.above[grid])
+    flow_now = side.flow._replace(slots=slots_now, above=side.flow.above[grid])
     return Side(side.trace, flow_now, forms)
 
 

@@ -1,0 +1,2 @@
+def watch(twin): return twin, None
+def lint(c, p): return []
