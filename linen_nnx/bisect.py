@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from linen_nnx.compare import Error, Value, Verdict, aligned, judge
 from linen_nnx.fingerprints import lively
 from linen_nnx.lint import lint, watch
 from linen_nnx.mates import gather, mates, side_of, weights
-from linen_nnx.record import record
+from linen_nnx.record import Mode, record
 from linen_nnx.rules import RuleBook
 from linen_nnx.sides import Side
 from linen_nnx.suggest import suggest
@@ -103,7 +103,7 @@ def bisect(
     both = _Half(linen, leaves[0], inputs), _Half(nnx, leaves[1], inputs)
     found = _Comparison(both, mate)
     layers, first = found.layers()
-    return Bisection(tuple(layers), first, tuple(lint(configs, found.pairs())), (*notes, *more))
+    return Bisection(tuple(layers), first, tuple(lint(configs, found.modules())), (*notes, *more))
 
 
 class _Half:
@@ -112,15 +112,16 @@ class _Half:
     def __init__(self, side: Side, leaves: dict[str, Any], inputs: Sequence[Any]) -> None:
         self.side, self.flow = side, side.flow
         args = [*(jnp.asarray(leaves[path]) for path in side.paths), *inputs]
-        sites = {use.site for use in side.flow.uses.values()}
-        outs, self.own = record(side.trace.jaxpr, args, sites)
-        wide, self.wide = record(side.trace.jaxpr, args, sites, widened=True)
-        compiled = jax.jit(jaxpr_as_fun(side.trace.jaxpr))(*args)
-        count = len(outs) - len(side.trace.updates)
-        values = list(map(Value.of, outs, wide))
+        jaxpr, sites = side.trace.jaxpr, {use.site for use in side.flow.uses.values()}
+        runs = [record(jaxpr, args, sites, mode) for mode in get_args(Mode)]
+        self.records = [records for _, records in runs]
+        outs = [out for out, _ in runs]
+        count = len(outs[0]) - len(side.trace.updates)
+        values = list(map(Value.of, *outs))
         self.outs = values[:count]
-        self.compiled = list(map(Value.of, compiled, wide))[:count]
-        old = {path: Value.of(arg, arg) for path, arg in zip(side.paths, args, strict=False)}
+        compiled = jax.jit(jaxpr_as_fun(jaxpr))(*args)
+        self.compiled = list(map(Value.of, compiled, *outs[1:]))[:count]
+        old = {path: Value.of(a, a, a) for path, a in zip(side.paths, args, strict=False)}
         self.leaves = {**old, **dict(zip(side.trace.updates, values[count:], strict=True))}
 
     @cached_property
@@ -146,7 +147,7 @@ class _Half:
         return f"{path}{list(steps)}" if path in self.stepping else path
 
     def steps(self, use: int) -> tuple[int, ...]:
-        found = self.own.get(self.flow.uses[use].site)
+        found = self.records[0].get(self.flow.uses[use].site)
         return found.steps if found else ()
 
     @cached_property
@@ -157,18 +158,17 @@ class _Half:
     def value(self, use: int) -> Value | None:
         """What the equation of a use gives."""
         at = self.flow.uses[use]
-        if at.site not in self.own:
+        if at.site not in self.records[0]:
             return None
-        own, wide = self.own[at.site].outs, self.wide[at.site].outs
-        fit = [k for k, out in enumerate(own) if out.shape == at.columns.shape]
-        number = fit[0] if fit else 0
-        return Value.of(own[number], wide[number])
+        outs = [records[at.site].outs for records in self.records]
+        fit = [k for k, out in enumerate(outs[0]) if out.shape == at.columns.shape]
+        return Value.of(*(each[fit[0] if fit else 0] for each in outs))
 
     def inputs(self, use: int) -> list[Value]:
         """What flows into the equation of a use."""
         at = self.flow.uses[use]
-        own, wide = self.own[at.site].args, self.wide[at.site].args
-        return [Value.of(own[k], wide[k]) for k in at.inputs]
+        args = [records[at.site].args for records in self.records]
+        return [Value.of(*(each[k] for each in args)) for k in at.inputs]
 
 
 def module_of(side: Side, leaf: str) -> str:
@@ -183,10 +183,10 @@ class _Point:
 
     linen: int
     nnx: int
+    shape: str
     values: tuple[Value, Value] | None
     error: Error | None = None
     verdict: Verdict = "other form"
-    differs: bool = False
 
 
 class _Comparison:
@@ -196,21 +196,23 @@ class _Comparison:
         self.points = sorted(self._points(), key=lambda point: (point.linen, point.nnx))
         self.known = [point for point in self.points if point.values]
         self.feeds = self._feeds()
-        for point, feeds in zip(self.known, self.feeds, strict=True):
-            inherited = any(other.differs for other in feeds)
+        for point in self.known:
             assert point.values is not None
-            point.error, point.verdict, point.differs = judge(*point.values, inherited)
+            point.error, point.verdict = judge(*point.values)
         self.ends = list(self._ends())
         self._absorb()
 
-    def pairs(self) -> list[tuple[str, str, str]]:
-        """Modules of both sides that share leaves, and the dtype that they give."""
+    def modules(self) -> dict[tuple[str, str], str]:
+        """Modules of both sides that share leaves, and the dtype of what the Linen one gives."""
         found = {}
         for point in self.points:
-            modules = [module_of(h.side, h.leaf[u]) for h, u in zip(self.both, (point.linen, point.nnx), strict=True)]
+            one, two = (
+                module_of(half.side, half.leaf[use])
+                for half, use in zip(self.both, (point.linen, point.nnx), strict=True)
+            )
             value = self.both[0].value(point.linen)
-            found[modules[0], modules[1]] = str(value.own.dtype) if value else ""
-        return [(*modules, dtype) for modules, dtype in found.items()]
+            found[one, two] = str(value.own.dtype) if value else ""
+        return found
 
     def layers(self) -> tuple[list[Layer], Layer | None]:
         """All lines, and the first that diverges."""
@@ -223,7 +225,7 @@ class _Comparison:
         feeds = {id(p): each for p, each in zip(self.known, self.feeds, strict=True)}
         for (linen, nnx), points in groups.items():
             failed = [point for point in points if _RANKS.index(point.verdict) > 3]
-            shown = failed[0] if failed else max(points, key=_rank)
+            shown = failed[0] if failed else max(reversed(points), key=_rank)
             inside = {id(point) for point in points}
             before = [
                 other.error
@@ -235,7 +237,7 @@ class _Comparison:
                 linen,
                 nnx,
                 self.both[0].leaf[shown.linen],
-                _shape(shown.values),
+                shown.shape,
                 max(before, key=_amount, default=None),
                 shown.error,
                 shown.verdict,
@@ -255,25 +257,27 @@ class _Comparison:
         paired = set(), set()
         layers: tuple[dict[str, list[int]], dict[str, list[int]]] = {}, {}
         for pair in uses:
-            values = one.value(pair[0]), two.value(pair[1])
-            fit = None
-            if values[0] is not None and values[1] is not None:
-                at = one.flow.uses[pair[0]], two.flow.uses[pair[1]]
-                fit = aligned((values[0], values[1]), at, self.numbers)
-            yield _Point(pair[0], pair[1], fit)
+            yield self._point(pair[0], pair[1], fit=True)
             for side in (0, 1):
                 paired[side].add(pair[side])
-                layers[side].setdefault(self.both[side].layer(pair[side]), []).append(pair[1 - side])
+                layer = self.both[side].layer(pair[side])
+                layers[side].setdefault(layer, []).append(pair[1 - side])
         for side, half in enumerate(self.both):
             for use in half.leaf.keys() - paired[side]:
-                others = layers[side].get(half.layer(use))
-                if others is None:
-                    continue
-                pair = (use, max(others))[:: 1 - 2 * side]
-                values = one.value(pair[0]), two.value(pair[1])
-                if values[0] is not None and values[1] is not None:
-                    same = values[0].own.shape == values[1].own.shape
-                    yield _Point(*pair, (values[0], values[1]) if same else None)
+                if others := layers[side].get(half.layer(use)):
+                    pair = (use, max(others)) if side == 0 else (max(others), use)
+                    yield self._point(*pair, fit=False)
+
+    def _point(self, linen: int, nnx: int, fit: bool) -> _Point:
+        """`fit`: whether the uses share elements, so that values in other forms can be aligned."""
+        one, two = self.both[0].value(linen), self.both[1].value(nnx)
+        if one is None or two is None:
+            return _Point(linen, nnx, "", None)
+        values = (one, two) if one.own.shape == two.own.shape else None
+        if fit:
+            at = self.both[0].flow.uses[linen], self.both[1].flow.uses[nnx]
+            values = aligned((one, two), at, self.numbers)
+        return _Point(linen, nnx, _shape((one, two)), values)
 
     def _feeds(self) -> list[list[_Point]]:
         """For each known point those that flow into it with no other in between."""
@@ -289,7 +293,9 @@ class _Comparison:
     def _ends(self) -> Iterator[Layer]:
         """Updated leaves, outputs, and the outputs of each side as one compiled program."""
         one, two = self.both
-        inherited = any(point.differs for point in self.known)
+        inner = {id(other) for feeds in self.feeds for other in feeds}
+        last = [point.error for point in self.known if id(point) not in inner and point.error]
+        before = max(last, key=_amount, default=None)
         old = {path for half in self.both for path in half.side.trace.updates}
         for path in two.side.paths:
             ids = self.mate[two.side.elements(path)]
@@ -297,19 +303,20 @@ class _Comparison:
                 continue
             sources = one.side.leaves_of(ids)
             if path in old or old & set(sources):
-                own, wide = (
-                    gather(one.side, {p: one.leaves[p][k] for p in sources}, ids) for k in (0, 1)
-                )
-                values = Value(own, wide), two.leaves[path]
-                yield _end(f"update of {sources[0]}", f"update of {path}", values, inherited)
+                mine = zip(*(one.leaves[p] for p in sources), strict=True)
+                leaves = [dict(zip(sources, arrays, strict=True)) for arrays in mine]
+                value = Value(*(gather(one.side, each, ids) for each in leaves))
+                values = value, two.leaves[path]
+                yield _end(f"update of {sources[0]}", f"update of {path}", values, before)
         for outs, text in (((one.outs, two.outs), ""), ((one.compiled, two.compiled), ", compiled")):
             for number in range(max(map(len, outs))):
                 name = f"output {number}{text}"
                 if number < min(map(len, outs)):
-                    yield _end(name, name, (outs[0][number], outs[1][number]), inherited)
+                    values = outs[0][number], outs[1][number]
+                    yield _end(name, name, values, before)
                 else:
                     names = [name if number < len(each) else "none" for each in outs]
-                    yield Layer(names[0], names[1], "", "", None, None, "DIVERGES")
+                    yield Layer(names[0], names[1], "", "", before, None, "DIVERGES")
 
     def _absorb(self) -> None:
         """Marks points that differ while everything computed from them agrees."""
@@ -330,14 +337,16 @@ class _Comparison:
         shapes = [[value.own.shape for value in values] for values in given]
         if shapes[0] != shapes[1]:
             return None
-        return all(judge(*pair, True)[1] in AGREE for pair in zip(*given, strict=True))
+        return all(judge(*pair)[1] in AGREE for pair in zip(*given, strict=True))
 
 
-def _end(linen: str, nnx: str, values: tuple[Value, Value], inherited: bool) -> Layer:
+def _end(
+    linen: str, nnx: str, values: tuple[Value, Value], before: Error | None
+) -> Layer:
     if values[0].own.shape != values[1].own.shape:
-        return Layer(linen, nnx, "", _shape(values), None, None, "DIVERGES")
-    error, verdict, _ = judge(*values, inherited)
-    return Layer(linen, nnx, "", _shape(values), None, error, verdict)
+        return Layer(linen, nnx, "", _shape(values), before, None, "DIVERGES")
+    error, verdict = judge(*values)
+    return Layer(linen, nnx, "", _shape(values), before, error, verdict)
 
 
 def _rank(point: _Point) -> tuple[int, float]:
@@ -350,8 +359,6 @@ def _amount(error: Error | None) -> float:
     return -1.0 if error.exact else np.nan_to_num(error.relative, nan=np.inf)
 
 
-def _shape(values: tuple[Value, Value] | None) -> str:
-    if values is None:
-        return ""
+def _shape(values: tuple[Value, Value]) -> str:
     texts = [f"{value.own.dtype}[{','.join(map(str, value.own.shape))}]" for value in values]
     return texts[0] if texts[0] == texts[1] else " / ".join(texts)

@@ -11,8 +11,7 @@ from linen_nnx.fingerprints import EXACT
 
 Array = np.ndarray
 Verdict = Literal["exact", "rounding", "absorbed", "other form", "DIVERGES", "NaN"]
-_CONSTANTS = 8  # epsilons: what constants that were rounded to the model's dtype do in float64
-_ROUNDING = 16  # times what the better side loses by rounding: what twins may differ by
+_ROUNDING = 16  # times what rounding does to one side: what twins may differ by
 
 
 class Error(NamedTuple):
@@ -29,39 +28,42 @@ class Error(NamedTuple):
 
 
 class Value(NamedTuple):
-    """An array as the model gives it, and the same in float64."""
+    """An array in the three modes of `record`."""
 
     own: Array
     wide: Array
+    nudged: Array
 
     @classmethod
-    def of(cls, own: Any, wide: Any) -> "Value":
-        return cls(_array(own), _array(wide))
+    def of(cls, *arrays: Any) -> "Value":
+        return cls(*map(_array, arrays))
 
     def at(self, places: Array) -> "Value":
         """Some of its elements, by number."""
-        return Value(self.own.reshape(-1)[places], self.wide.reshape(-1)[places])
+        return Value(*(array.reshape(-1)[places] for array in self))
 
 
-def judge(one: Value, two: Value, inherited: bool) -> tuple[Error, Verdict, bool]:
-    """The error, its verdict, and whether the two differ in float64.
+def judge(one: Value, two: Value) -> tuple[Error, Verdict]:
+    """The error between two values of one shape, and its verdict: all but `absorbed`.
 
-    Rounding is what two ways to compute one function may do: in float64 they agree, up to constants
-    that were rounded and what has come of those before (`inherited`), and they are no farther apart
-    than 16 times what the better side is from its own float64 run. Arrays must be equal in shape.
+    Rounding is what two ways to compute one function may do. In float64 they agree, but for
+    constants that one of them alone has and that were rounded to the model's dtype: what those may
+    do shows when all constants are nudged. In the model's dtype they are no farther apart than 16
+    times what the better side is from its own float64 run.
     """
     error = difference(one.own, two.own)
-    real = difference(one.wide, two.wide)
-    differs = not real.relative <= EXACT
     if np.isnan(error.absolute):
-        return error, "NaN", differs
+        return error, "NaN"
     if error.exact:
-        return error, "exact", differs
+        return error, "exact"
     noise = min(difference(value.own, value.wide).absolute for value in (one, two))
-    unit = max(_epsilon(one.own), _epsilon(two.own)) * _size(one.own, two.own)
-    allowed = max(_CONSTANTS * unit, noise if inherited else 0.0)
-    rounding = real.absolute <= allowed and error.absolute <= _ROUNDING * noise + 4 * unit
-    return error, "rounding" if rounding else "DIVERGES", differs
+    unit = min(_epsilon(one.own), _epsilon(two.own)) * _size(one.own, two.own)
+    real = difference(one.wide, two.wide).absolute
+    gaps = (_doubled(a) - _doubled(b) for a, b in ((one.wide, two.wide), (one.nudged, two.nudged)))
+    constants = difference(*gaps).absolute
+    same = real <= _ROUNDING * constants + EXACT * _size(one.wide, two.wide)
+    close = error.absolute <= _ROUNDING * noise + 4 * unit
+    return error, "rounding" if same and close else "DIVERGES"
 
 
 def difference(one: Array, two: Array) -> Error:
@@ -77,7 +79,7 @@ def difference(one: Array, two: Array) -> Error:
     worst = float(gaps[place])
     near = max(abs(left.reshape(-1)[place]), abs(right.reshape(-1)[place]))
     epsilon = max(_epsilon(one), _epsilon(two))
-    ulp = epsilon * 2.0 ** np.floor(np.log2(near)) if 0 < near < np.inf else epsilon or 1.0
+    ulp = epsilon * 2.0 ** float(np.floor(np.log2(near))) if 0 < near < np.inf else epsilon or 1.0
     size = _size(one, two)
     relative = worst / size if worst and size else float(worst > 0)
     return Error(exact, worst / ulp, worst, relative)

@@ -219,7 +219,8 @@ class _Walk:
         mask = 0
         for arg in args:
             mask |= arg.mask
-            tags += [tag for tag in self.pending(arg) if not _among(tag, tags)]
+            wide = (_spread(tag, shape) for tag in self.pending(arg))
+            tags += [tag for tag in wide if not _among(tag, tags)]
         new, bits = self.touch(views, site, mask)
         return _Value(tags=(*tags, *new), mask=mask | bits, active=True)
 
@@ -379,6 +380,12 @@ def _varying(array: Array) -> Array:
 def _cut(before: Array, after: Array) -> bool:
     """Whether a movement left columns out, rather than copies of the same ones."""
     return len(np.unique(lean(after))) < len(np.unique(lean(before)))
+
+
+def _spread(tag: _Tag, shape: tuple[int, ...]) -> _Tag:
+    """The tag in the shape of an output; axes of length 1 are repeated."""
+    same = tag.columns.shape == shape
+    return tag if same else tag._replace(columns=np.broadcast_to(tag.columns, shape))
 
 
 def _among(tag: _Tag, tags: list[_Tag]) -> bool:

@@ -1,6 +1,5 @@
 """Which element of one side is which of the other, and weights that are the same on both."""
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from linen_nnx.fingerprints import distinct
 from linen_nnx.ops import Side as Name
 from linen_nnx.plan import RuleError
 from linen_nnx.rules import RuleBook
-from linen_nnx.sides import Side
+from linen_nnx.sides import Side, in_order
 from linen_nnx.sources import find
 from linen_nnx.state import HALVES, Form, guess_side, read_state
 from linen_nnx.trace import Trace
@@ -47,13 +46,16 @@ def mates(linen: Side, nnx: Side, book: RuleBook) -> tuple[Array, list[str]]:
     right = [k for k, slot in enumerate(nnx.flow.slots) if (mate[slot.ids] < 0).all()]
     forms = [linen.forms[k] for k in left], [nnx.forms[k] for k in right]
     guessed = []
-    for a, b, size in difflib.SequenceMatcher(None, *forms, autojunk=False).get_matching_blocks():
-        for one, two in zip(left[a : a + size], right[b : b + size], strict=True):
-            mate[nnx.flow.slots[two].ids] = linen.flow.slots[one].ids
-            guessed.append(f"{linen.first[one]} = {nnx.first[two]}")
-    shown = ", ".join(guessed[:3]) + (", ..." if len(guessed) > 3 else "")
-    text = f"{len(guessed)} uses have no rule and were paired by their order: {shown}"
-    return mate, [text] if guessed else []
+    for a, b in in_order(*forms):
+        mate[nnx.flow.slots[right[b]].ids] = linen.flow.slots[left[a]].ids
+        guessed.append(f"{linen.first[left[a]]} = {nnx.first[right[b]]}")
+    notes = []
+    if guessed:
+        notes.append(f"{len(guessed)} uses have no rule and were paired by order: {_few(guessed)}")
+    taken[mate[mate >= 0]] = True
+    if alone := [path for path in linen.paths if not taken[linen.elements(path)].any()]:
+        notes.append(f"Linen leaves without a mate in nnx: {_few(alone)}")
+    return mate, notes
 
 
 def weights(
@@ -109,8 +111,12 @@ def _carried(
         if (ids < 0).any():
             alone.append(path)
     if alone:
-        notes.append(f"{to} leaves without a mate have random values: {', '.join(alone)}")
+        notes.append(f"{to} leaves without a mate have random values: {_few(alone)}")
     return found
+
+
+def _few(texts: Sequence[str]) -> str:
+    return ", ".join(texts[:4]) + (f", ... ({len(texts)})" if len(texts) > 4 else "")
 
 
 def _checked(side: Side, leaves: Leaves, name: str) -> Leaves:

@@ -1,12 +1,12 @@
 """Runs a traced model one equation at a time and keeps the values at given addresses.
 
 Nothing is compiled as a whole, so no fusion rounds one model's equations otherwise than its twin's:
-where two models do the same, the bits are the same. `wide` runs it in float64 instead.
+where two models do the same, the bits are the same. It may also be run in float64.
 """
 
 from collections.abc import Container, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any, Literal as One, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ from jax.extend.core import Literal
 from linen_nnx.dataflow import Site
 from linen_nnx.equations import called
 from linen_nnx.evaluate import equation, wide
+
+Mode = One["own", "wide", "nudged"]
 
 
 class Record(NamedTuple):
@@ -27,34 +29,42 @@ class Record(NamedTuple):
 
 
 def record(
-    jaxpr: Any, args: Sequence[Any], sites: Container[Site], widened: bool = False
+    jaxpr: Any, args: Sequence[Any], sites: Container[Site], mode: Mode = "own"
 ) -> tuple[list[Any], dict[Site, Record]]:
     """The outputs of a closed jaxpr, and a record of each equation at one of `sites`.
 
-    Addresses are those of `dataflow.Site`. Arguments have the dtypes of the jaxpr's, whether or not
-    it is `widened` to float64.
+    Addresses are those of `dataflow.Site`; arguments have the dtypes of the jaxpr's.
+
+    Args:
+      mode: `own`, in the dtypes of the model; `wide`, in float64; `nudged`, in float64 with every
+        constant that may have been rounded moved by half a unit in its last place, equal ones alike.
     """
-    run = _Run(sites, widened)
-    with jax.enable_x64(True) if widened else nullcontext():
+    run = _Run(sites, mode)
+    with nullcontext() if mode == "own" else jax.enable_x64(True):
         return run.jaxpr(jaxpr, args, (), ()), run.found
 
 
 class _Run:
-    def __init__(self, sites: Container[Site], widened: bool) -> None:
-        self.sites, self.widened = sites, widened
+    def __init__(self, sites: Container[Site], mode: Mode) -> None:
+        self.sites, self.mode = sites, mode
         self.found: dict[Site, Record] = {}
+
+    def constant(self, value: Any) -> Any:
+        if self.mode == "own":
+            return value
+        return wide(_nudged(value) if self.mode == "nudged" else value)
 
     def jaxpr(
         self, jaxpr: Any, args: Sequence[Any], site: Site, steps: tuple[int, ...]
     ) -> list[Any]:
         consts, jaxpr = getattr(jaxpr, "consts", ()), getattr(jaxpr, "jaxpr", jaxpr)
-        as_run = wide if self.widened else lambda value: value
-        known = dict(zip(jaxpr.constvars, map(as_run, consts), strict=True))
-        known.update(zip(jaxpr.invars, map(as_run, args), strict=True))
+        known = dict(zip(jaxpr.constvars, map(self.constant, consts), strict=True))
+        given = args if self.mode == "own" else map(wide, args)
+        known.update(zip(jaxpr.invars, given, strict=True))
 
         def read(atom: Any) -> Any:
             if isinstance(atom, Literal):
-                return as_run(np.asarray(atom.val, atom.aval.dtype))
+                return self.constant(np.asarray(atom.val, atom.aval.dtype))
             return known[atom]
 
         for number, eqn in enumerate(jaxpr.eqns):
@@ -78,7 +88,7 @@ class _Run:
                 return self.jaxpr(eqn.params["branches"][number], args[1:], (*site, number), steps)
         if (inner := called(eqn)) is not None:
             return self.jaxpr(inner, args, site, steps)
-        if self.widened:
+        if self.mode != "own":
             return equation(eqn, args)
         outs = eqn.primitive.bind(*args, **eqn.params)
         return outs if eqn.primitive.multiple_results else [outs]
@@ -106,3 +116,18 @@ class _Run:
         while self.jaxpr(params["cond_jaxpr"], [*test, *carry], (*site, 0), steps)[0]:
             carry = self.jaxpr(params["body_jaxpr"], [*body, *carry], (*site, 1), steps)
         return carry
+
+
+def _nudged(value: Any) -> Any:
+    """A constant in float64, moved within its rounding: up or down as its own last bits say.
+
+    Numbers with few digits (1, 0.5, 64) were not rounded and stay.
+    """
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        return value
+    info = jnp.finfo(value.dtype)
+    wide_value = np.asarray(value, np.float64)
+    digits = np.frexp(wide_value)[0] * 2.0 ** (info.nmant // 2)
+    with np.errstate(invalid="ignore"):
+        signs = np.where(np.floor(digits * 2.0**8) % 2, 1.0, -1.0) * (digits != np.round(digits))
+    return wide_value * (1 + signs * float(info.eps) / 2)
