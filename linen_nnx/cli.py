@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 _CKPT = "a run directory, a CheckpointManager's root or step, an Orbax directory, or a file"
+_JSON = "print a machine-readable result"
 _TARGET = (
     "linen or nnx: the layout that stock Flax restores; or, of this template's own runs, a stage "
     "(a whole run directory goes to a stage, also for linen and nnx)"
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return command(**options)
     except (ValueError, OSError) as error:
-        refusals = ("RuleError", "StoreError", "TargetError", "DigestError", "Mismatch")
+        refusals = ("RuleError", "StoreError", "TargetError", "DigestError", "Mismatch", "TwinError")
         if isinstance(error, OSError) or type(error).__name__ in refusals:
             print(f"refused: {error}", file=sys.stderr)
             return 1
@@ -52,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         for positional in names:
             sub.add_argument(positional, metavar=positional.upper(), help=_HELP[positional])
         sub.add_argument(
-            "--json", dest="as_json", action="store_true", help="print a machine-readable result"
+            "--json", dest="as_json", action="store_true", help=_JSON
         )
         sub.add_argument("--step", type=int, help="which step of a root (default: the latest)")
         sub.add_argument("--item", help="which item of a step holds the state, if several may")
@@ -77,6 +78,15 @@ def _parser() -> argparse.ArgumentParser:
     sub = add("verify", _verify, "prove OUT right against CKPT", "ckpt", "out")
     sub.add_argument("--to", metavar="TARGET", help="what OUT is (default: what its report says)")
     add_rules(sub)
+    text = "run both twins layer by layer, show the first divergence (then exit code 1)"
+    sub = commands.add_parser("bisect", help=text, description=text)
+    sub.set_defaults(command=_bisect)
+    sub.add_argument("twin", metavar="TWIN", help="path/to/file.py:NAME or package.module:NAME")
+    weights = "weights of either form, or one of each (default: random ones)"
+    sub.add_argument("checkpoints", metavar="CKPT", nargs="*", help=weights)
+    sub.add_argument("--rules", metavar="FILE", help="rule book (default: what suggest finds)")
+    sub.add_argument("--png", metavar="FILE", help="where to plot the error of each layer")
+    sub.add_argument("--json", dest="as_json", action="store_true", help=_JSON)
     return parser
 
 
@@ -162,6 +172,24 @@ def _verify(ckpt: str, out: str, to: str | None, as_json: bool, **options: Any) 
         for detail in check.details:
             print(f"{'':18}  {detail}")
     return int(failed)
+
+
+def _bisect(
+    twin: str, checkpoints: list[str], rules: str | None, png: str | None, as_json: bool
+) -> int:
+    from linen_nnx import show
+    from linen_nnx.bisect import bisect
+    from linen_nnx.twin import Twin
+
+    found = bisect(Twin.load(twin), rules, checkpoints)
+    if png is not None:
+        show.plot(found, png)
+    if as_json:
+        _print_json(show.content(found))
+    else:
+        _table(show.table(found))
+        print("\n" + "\n".join(show.conclusion(found)))
+    return int(found.first is not None)
 
 
 def _summary(report: dict[str, Any]) -> str:
