@@ -97,7 +97,9 @@ def bisect(
     *leaves, more = weights(linen, nnx, book, mate, checkpoints)
     inputs = []
     for number, array in enumerate(linen.trace.inputs):
-        even = array.size > 1 and array.dtype.kind in "fiu" and bool((array == array.ravel()[0]).all())
+        even = (
+            array.size > 1 and array.dtype.kind in "fiu" and bool((array == array.ravel()[0]).all())
+        )
         inputs.append(jnp.asarray(lively(array, number), array.dtype) if even else array)
         notes += [f"input {number} was all one value, which hides much: it got noise"] * even
     both = _Half(linen, leaves[0], inputs), _Half(nnx, leaves[1], inputs)
@@ -153,7 +155,9 @@ class _Half:
     @cached_property
     def stepping(self) -> set[str]:
         """Modules that are used in more than one step of a scan."""
-        return {module_of(self.side, path) for use, path in self.leaf.items() if any(self.steps(use))}
+        return {
+            module_of(self.side, path) for use, path in self.leaf.items() if any(self.steps(use))
+        }
 
     def value(self, use: int) -> Value | None:
         """What the equation of a use gives."""
@@ -308,7 +312,10 @@ class _Comparison:
                 value = Value(*(gather(one.side, each, ids) for each in leaves))
                 values = value, two.leaves[path]
                 yield _end(f"update of {sources[0]}", f"update of {path}", values, before)
-        for outs, text in (((one.outs, two.outs), ""), ((one.compiled, two.compiled), ", compiled")):
+        for outs, text in (
+            ((one.outs, two.outs), ""),
+            ((one.compiled, two.compiled), ", compiled"),
+        ):
             for number in range(max(map(len, outs))):
                 name = f"output {number}{text}"
                 if number < min(map(len, outs)):
@@ -333,16 +340,16 @@ class _Comparison:
 
     def _inside(self, point: _Point) -> bool | None:
         """Whether what flows into both equations of a point agrees."""
-        given = [half.inputs(use) for half, use in zip(self.both, (point.linen, point.nnx), strict=True)]
+        given = [
+            half.inputs(use) for half, use in zip(self.both, (point.linen, point.nnx), strict=True)
+        ]
         shapes = [[value.own.shape for value in values] for values in given]
         if shapes[0] != shapes[1]:
             return None
         return all(judge(*pair)[1] in AGREE for pair in zip(*given, strict=True))
 
 
-def _end(
-    linen: str, nnx: str, values: tuple[Value, Value], before: Error | None
-) -> Layer:
+def _end(linen: str, nnx: str, values: tuple[Value, Value], before: Error | None) -> Layer:
     if values[0].own.shape != values[1].own.shape:
         return Layer(linen, nnx, "", _shape(values), before, None, "DIVERGES")
     error, verdict = judge(*values)

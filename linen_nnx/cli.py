@@ -27,7 +27,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return command(**options)
     except (ValueError, OSError) as error:
-        refusals = ("RuleError", "StoreError", "TargetError", "DigestError", "Mismatch", "TwinError")
+        refusals = (
+            "RuleError",
+            "StoreError",
+            "TargetError",
+            "DigestError",
+            "Mismatch",
+            "TwinError",
+        )
         if isinstance(error, OSError) or type(error).__name__ in refusals:
             print(f"refused: {error}", file=sys.stderr)
             return 1
@@ -52,9 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=command)
         for positional in names:
             sub.add_argument(positional, metavar=positional.upper(), help=_HELP[positional])
-        sub.add_argument(
-            "--json", dest="as_json", action="store_true", help=_JSON
-        )
+        sub.add_argument("--json", dest="as_json", action="store_true", help=_JSON)
         sub.add_argument("--step", type=int, help="which step of a root (default: the latest)")
         sub.add_argument("--item", help="which item of a step holds the state, if several may")
         return sub

@@ -98,7 +98,7 @@ def aligned(
     if [key.shape for key in keys] == shapes:
         small = [np.unique(lean(key)) for key in keys]
         known = [each[each >= 0] for each in small]
-        common = np.intersect1d(*known)
+        common = np.intersect1d(known[0], known[1])
         if len(common) and len(common) in map(len, known):
             order = [_places(key, common) for key in keys]
             if len(order[0]) == len(order[1]):

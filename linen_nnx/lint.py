@@ -46,7 +46,7 @@ _ADVICE = {
     "num_groups": "give both the same",
     "num_heads": "give both the same; the kernels' shapes do not always show it",
     "normalize_qk": "give both the same",
-    "attention_fn": "give both the same function: Linen's and nnx's own scale and round differently",
+    "attention_fn": "give both the same function: Linen's and nnx's own round differently",
     "activation_fn": "give both the same function",
     "gate_fn": "give both the same function",
     "rate": "give both the same",
@@ -100,7 +100,9 @@ def watch(twin: Twin) -> tuple[Twin, Configs]:
             return call_linen(*given)
 
     def of_nnx(model: Any, *inputs: Any) -> Any:
-        modules = {id(m): ("/".join(map(str, path)) or ".", m) for path, m in nnx.iter_modules(model)}
+        modules = {
+            id(m): ("/".join(map(str, path)) or ".", m) for path, m in nnx.iter_modules(model)
+        }
 
         def seen(call: Callable[..., Any]) -> Callable[..., Any]:
             @functools.wraps(call)
@@ -160,7 +162,10 @@ def _differences(linen: Settings, nnx_: Settings, dtype: str) -> Iterator[tuple[
     is_norm = "epsilon" in nnx_ and nnx_.get("promote_dtype") is promote_dtype
     if is_norm and dtype in ("bfloat16", "float16"):
         what = f"promotion in {nnx_['kind']}: nnx casts to {dtype} first, Linen takes statistics of"
-        yield f"{what} float32", "construct it with `promote_dtype=lambda arrays, dtype=None: arrays`"
+        yield (
+            f"{what} float32",
+            "construct it with `promote_dtype=lambda arrays, dtype=None: arrays`",
+        )
 
 
 def _ancestors(configs: Configs, pairs: _Pairs) -> Iterator[tuple[str, str]]:

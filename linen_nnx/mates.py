@@ -73,6 +73,8 @@ def weights(
             found[name] = _checked(side, found[name], name)
     if not found:
         found["linen"] = random_leaves(linen)
+    if len(found) == 2 and (others := _different(linen, nnx, found["linen"], found["nnx"], mate)):
+        notes.append(f"the checkpoints' weights differ, in nnx leaves {_few(others)}")
     back = np.full(linen.flow.size, -1)
     back[mate[mate >= 0]] = np.flatnonzero(mate >= 0)
     if "nnx" not in found:
@@ -113,6 +115,16 @@ def _carried(
     if alone:
         notes.append(f"{to} leaves without a mate have random values: {_few(alone)}")
     return found
+
+
+def _different(linen: Side, nnx: Side, ours: Leaves, theirs: Leaves, mate: Array) -> list[str]:
+    """The nnx leaves whose bits are not those of their mates."""
+    mates_of = {path: mate[nnx.elements(path)] for path in nnx.paths}
+    return [
+        path
+        for path, ids in mates_of.items()
+        if (ids >= 0).all() and gather(linen, ours, ids).tobytes() != theirs[path].tobytes()
+    ]
 
 
 def _few(texts: Sequence[str]) -> str:

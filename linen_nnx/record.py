@@ -6,7 +6,8 @@ where two models do the same, the bits are the same. It may also be run in float
 
 from collections.abc import Container, Sequence
 from contextlib import nullcontext
-from typing import Any, Literal as One, NamedTuple
+from typing import Any, NamedTuple
+from typing import Literal as One
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +37,8 @@ def record(
     Addresses are those of `dataflow.Site`; arguments have the dtypes of the jaxpr's.
 
     Args:
-      mode: `own`, in the dtypes of the model; `wide`, in float64; `nudged`, in float64 with every
-        constant that may have been rounded moved by half a unit in its last place, equal ones alike.
+      mode: `own`, in the dtypes of the model; `wide`, in float64; `nudged`, in float64 with each
+        constant that may have been rounded moved by as much, and equal constants alike.
     """
     run = _Run(sites, mode)
     with nullcontext() if mode == "own" else jax.enable_x64(True):
@@ -64,7 +65,8 @@ class _Run:
 
         def read(atom: Any) -> Any:
             if isinstance(atom, Literal):
-                return self.constant(np.asarray(atom.val, atom.aval.dtype))
+                aval: Any = atom.aval
+                return self.constant(np.asarray(atom.val, aval.dtype))
             return known[atom]
 
         for number, eqn in enumerate(jaxpr.eqns):

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from linen_nnx.bisect import AGREE, Bisection, Layer
+from linen_nnx.bisect import Bisection, Layer
 from linen_nnx.compare import Error
 
 _HEAD = ("", "Linen", "nnx", "shape", "error before", "error after", "verdict")
@@ -28,7 +28,8 @@ def table(found: Bisection) -> list[tuple[str, ...]]:
     near = {k for change in changes for k in range(change - _NEAR, change + _NEAR)}
     ends = [k for k, line in enumerate(lines) if not line.leaf]
     shown = sorted(({0, *near, *ends}) & set(range(len(lines))))
-    rows, last = [_HEAD], -1
+    rows: list[tuple[str, ...]] = [_HEAD]
+    last = -1
     for number in [*shown, len(lines)]:
         skipped = Counter(line.verdict for line in lines[last + 1 : number])
         if skipped:
@@ -57,7 +58,7 @@ def conclusion(found: Bisection) -> Iterator[str]:
         yield f"First divergence: {_name(first)}, where `{leaf}` is used."
         yield f"  error {_amount(first.after)}; of what feeds this layer: {before}"
         if first.inside:
-            yield f"  What `{leaf}` is applied to agrees: look at `{leaf}` itself and how it is used."
+            yield f"  What `{leaf}` is applied to agrees: look at `{leaf}` and how it is used."
         elif first.inside is False:
             yield (
                 f"  What `{leaf}` is applied to differs already: look at what this layer does "

@@ -111,7 +111,7 @@ def net(scan: bool = False, depth: int = DEPTH, **options: Any) -> Twin:
 
 
 def book(wrong: dict[str, str] | None = None, transposed: str = "") -> RuleBook:
-    """The leaves of `net` one by one; `wrong` has nnx leaves for Linen leaves in place of theirs."""
+    """The leaves of `net` one by one; `wrong` has other nnx leaves for some Linen leaves."""
     parts = {"LayerNorm_0": ("norm", "scale"), "up": ("up", "kernel"), "down": ("down", "kernel")}
     pairs = {
         f"params/block_{k}/{part}/{leaf}": f"blocks/{k}/{name}/{leaf}"
@@ -166,9 +166,7 @@ class NnxConvs(nnx.Module):
         self.convs, self.norms = nnx.List(), nnx.List()
         for into, out in ((3, 3), (3, 4), (4, 4)):
             conv = nnx.Conv(into, out, (3, 3), strides=2, padding=padding, rngs=rngs)
-            norm = nnx.BatchNorm(
-                out, momentum=momentum, use_running_average=not train, rngs=rngs
-            )
+            norm = nnx.BatchNorm(out, momentum=momentum, use_running_average=not train, rngs=rngs)
             self.convs.append(conv)
             self.norms.append(norm)
         self.out = nnx.Linear(4, 3, rngs=rngs)
