@@ -1,0 +1,13 @@
+"""Both models and an example of their input: all that `convert.py suggest` needs."""
+
+import jax
+from linen_vit import ViT as LinenViT
+from nnx_vit import ViT as NnxViT
+
+from linen_nnx import Twin
+
+twin = Twin(
+    linen=LinenViT,
+    nnx=lambda rngs: NnxViT(rngs=rngs),
+    inputs=lambda: (jax.random.uniform(jax.random.key(0), (2, 8, 8, 1)),),
+)
