@@ -1,6 +1,6 @@
 """Trains the Linen model with `TrainState` and Orbax, and resumes: a stranger's own script.
 
-    python examples/seq2seq/train_linen.py --steps 300
+    python examples/seq2seq/train_linen.py --steps 500
 """
 
 import argparse
@@ -28,7 +28,7 @@ def train_step(
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=300, help="train until this step")
+    parser.add_argument("--steps", type=int, default=500, help="train until this step")
     parser.add_argument("--dir", type=Path, default="runs/seq2seq/linen", help="the checkpoints")
     args = parser.parse_args()
     model = Seq2Seq(len(ALPHABET))

@@ -1,6 +1,6 @@
 """Goes on with `nnx.Optimizer` and Orbax from the converted checkpoint.
 
-    python examples/seq2seq/train_nnx.py --steps 400
+    python examples/seq2seq/train_nnx.py --steps 600
 """
 
 import argparse
@@ -35,7 +35,7 @@ def train_step(
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=400, help="train until this step")
+    parser.add_argument("--steps", type=int, default=600, help="train until this step")
     parser.add_argument("--dir", type=Path, default="runs/seq2seq/nnx", help="the checkpoints")
     args = parser.parse_args()
     model = Seq2Seq(len(ALPHABET), rngs=nnx.Rngs(1))

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from sklearn.datasets import load_digits
 
-BATCH = 64
+BATCH = 32
 CLASSES = 10
 _TEST = 297  # images held out, of 1797
 
@@ -26,7 +26,7 @@ _IMAGES, _LABELS = _load()
 
 
 def batch(step: int) -> Arrays:
-    """The batch of a step, a function of the step alone: (64, 8, 8, 1) float32, (64,) int32."""
+    """The batch of a step, a function of the step alone: (32, 8, 8, 1) float32, (32,) int32."""
     chosen = np.random.default_rng(step).integers(_TEST, len(_IMAGES), BATCH)
     return _IMAGES[chosen], _LABELS[chosen]
 
@@ -37,8 +37,8 @@ def test_set() -> Arrays:
 
 
 def optimizer() -> optax.GradientTransformation:
-    """AdamW that warms up and decays over 600 steps, whenever a run is stopped."""
-    return optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 2e-3, 50, 600), weight_decay=1e-2)
+    """AdamW that warms up and decays over 500 steps, whenever a run is stopped."""
+    return optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 1e-3, 50, 500), weight_decay=1e-2)
 
 
 def write_losses(path: Path, first: int, losses: Sequence[float]) -> None:

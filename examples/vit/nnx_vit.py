@@ -5,6 +5,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, **_: object) -> jax.Array:
+    """Softmax attention in the order of Linen's; nnx's own, from `jax.nn`, rounds otherwise.
+
+    `(batch, tokens, heads, head width)` each. What nnx passes besides concerns masks and dropout,
+    which this model has not.
+    """
+    query = query / jnp.sqrt(query.shape[-1])
+    weights = nnx.softmax(jnp.einsum("bqhd,bkhd->bhqk", query, key))
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+
+
 class Mlp(nnx.Module):
     def __init__(self, width: int, *, rngs: nnx.Rngs) -> None:
         self.up = nnx.Linear(width, 4 * width, rngs=rngs)
@@ -18,9 +29,10 @@ class Block(nnx.Module):
     """A pre-norm block: (batch, tokens, width) -> the same."""
 
     def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs) -> None:
-        # nnx's norms and attention have Linen's defaults for epsilon and bias.
         self.norm1 = nnx.LayerNorm(width, rngs=rngs)
-        self.attention = nnx.MultiHeadAttention(heads, width, decode=False, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(
+            heads, width, attention_fn=attend, decode=False, rngs=rngs
+        )
         self.norm2 = nnx.LayerNorm(width, rngs=rngs)
         self.mlp = Mlp(width, rngs=rngs)
 
@@ -30,7 +42,10 @@ class Block(nnx.Module):
 
 
 class ViT(nnx.Module):
-    """Images (batch, height, width, channels) float32 -> logits (batch, classes) float32."""
+    """Images (batch, height, width, channels) float32 -> logits (batch, classes) float32.
+
+    With `loop` the blocks run in a loop, as under `nn.scan`, and round as they do there.
+    """
 
     def __init__(
         self,
@@ -43,7 +58,9 @@ class ViT(nnx.Module):
         width: int = 64,
         depth: int = 4,
         heads: int = 4,
+        loop: bool = False,
     ) -> None:
+        self.loop = loop
         size = (patch, patch)
         self.patches = nnx.Conv(channels, width, size, strides=size, rngs=rngs)
         self.class_token = nnx.Param(jnp.zeros((1, 1, width)))
@@ -57,6 +74,11 @@ class ViT(nnx.Module):
         x = x.reshape(len(x), -1, x.shape[-1])
         x = jnp.concatenate([jnp.tile(self.class_token[...], (len(x), 1, 1)), x], axis=1)
         x = x + self.position[...]
-        for block in self.blocks:
-            x = block(x)
+        if self.loop:
+            block = nnx.graphdef(self.blocks[0])
+            states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(nnx.state, self.blocks))
+            x, _ = jax.lax.scan(lambda x, state: (nnx.merge(block, state)(x), None), x, states)
+        else:
+            for block in self.blocks:
+                x = block(x)
         return self.classifier(self.norm(x)[:, 0])

@@ -1,6 +1,6 @@
 """Goes on with `nnx.Optimizer` and Orbax from the converted checkpoint.
 
-    python examples/vit/train_nnx.py --steps 400
+    python examples/vit/train_nnx.py --steps 500
 """
 
 import argparse
@@ -22,16 +22,17 @@ def train_step(
         return optax.softmax_cross_entropy_with_integer_labels(model(images), labels).mean()
 
     loss, grads = nnx.value_and_grad(loss_of)(model)
-    optimizer.update(model, grads)
+    optimizer.update(model, jax.lax.optimization_barrier(grads))  # as in train_linen.py
     return loss
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=400, help="train until this step")
+    parser.add_argument("--steps", type=int, default=500, help="train until this step")
     parser.add_argument("--dir", type=Path, default="runs/vit/nnx", help="the checkpoints")
+    parser.add_argument("--loop", action="store_true", help="run the blocks in a loop")
     args = parser.parse_args()
-    model = ViT(rngs=nnx.Rngs(1))
+    model = ViT(loop=args.loop, rngs=nnx.Rngs(1))
     state = nnx.Optimizer(model, optimizer(), wrt=nnx.Param)
     with ocp.CheckpointManager(args.dir.absolute()) as manager:
         like = {"model": nnx.state(model), "optimizer": nnx.state(state)}
