@@ -3,4 +3,4 @@
 from linen_nnx.cli import program
 
 if __name__ == "__main__":
-    raise SystemExit(program())
+    raise SystemExit(program(own_runs="training.proof:subject"))

@@ -8,8 +8,10 @@ import contextlib
 import ctypes
 import gc
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from importlib import import_module
 from typing import Any
 
 _CKPT = "a run directory, a CheckpointManager's root or step, an Orbax directory, or a file"
@@ -19,30 +21,41 @@ _TARGET = (
 )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code."""
-    options = vars(_parser().parse_args(arguments))
+def main(arguments: Sequence[str] | None = None, own_runs: str | None = None) -> int:
+    """Runs one command; returns the exit code.
+
+    `own_runs` is the `module:function` that builds the models of this template's own runs, for
+    `verify` (see `verify.OwnRuns`); it is imported when it is needed.
+    """
+    options = vars(_parser(own_runs).parse_args(arguments))
     command: Callable[..., int] = options.pop("command")
     try:
         return command(**options)
     except (ValueError, OSError) as error:
-        refusals = ("RuleError", "StoreError", "TargetError", "DigestError", "Mismatch")
+        refusals = (
+            "RuleError",
+            "StoreError",
+            "TargetError",
+            "DigestError",
+            "Mismatch",
+            "TwinError",
+        )
         if isinstance(error, OSError) or type(error).__name__ in refusals:
             print(f"refused: {error}", file=sys.stderr)
             return 1
         raise
 
 
-def program() -> int:
+def program(own_runs: str | None = None) -> int:
     """`main` in a process of its own, whose memory and time it may tune."""
     gc.disable()  # a short life with many small objects and no cycles of them: 15 % faster
     with contextlib.suppress(OSError, AttributeError):
         # Else glibc keeps the freed buffers of streamed leaves: M_MMAP_THRESHOLD, 1 MB, fixed.
         ctypes.CDLL(None).mallopt(-3, 1 << 20)
-    return main()
+    return main(own_runs=own_runs)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(own_runs: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="convert.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
@@ -50,20 +63,28 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(command=command)
         for positional in names:
-            sub.add_argument(positional, metavar=positional.upper(), help=_HELP[positional])
+            kind = _twin if positional == "twin" else str
+            sub.add_argument(
+                positional, type=kind, metavar=positional.upper(), help=_HELP[positional]
+            )
         sub.add_argument(
             "--json", dest="as_json", action="store_true", help="print a machine-readable result"
         )
-        sub.add_argument("--step", type=int, help="which step of a root (default: the latest)")
-        sub.add_argument("--item", help="which item of a step holds the state, if several may")
+        if "ckpt" in names:
+            sub.add_argument("--step", type=int, help="which step of a root (default: the latest)")
+            sub.add_argument("--item", help="which item of a step holds the state, if several may")
         return sub
 
-    def add_rules(sub: Any) -> None:
-        sub.add_argument("--rules", metavar="FILE", help="rule book (default: the checkpoint's)")
+    def add_rules(sub: Any, twin: str, both: bool = False) -> None:
+        books = sub if both else sub.add_mutually_exclusive_group()
+        books.add_argument("--rules", metavar="FILE", help="rule book (default: the checkpoint's)")
+        books.add_argument("--twin", type=_twin, metavar="TWIN", help=f"{_HELP['twin']}: {twin}")
         reset = "leave the optimizer's state out"
         sub.add_argument("--reset-optimizer", action="store_true", help=reset)
 
     add("inspect", _inspect, "show the tree: paths, shapes, dtypes, bytes, layout", "ckpt")
+    sub = add("suggest", _suggest, "propose a rule book, with its evidence", "twin")
+    sub.add_argument("-o", dest="out", metavar="RULES", help="write it to this file, a new one")
     for name, command, text, names in (
         ("plan", _plan, "show what would be done to every leaf; writes nothing", ["ckpt"]),
         ("run", _run, "translate to OUT, which must not exist; atomic", ["ckpt", "out"]),
@@ -71,16 +92,24 @@ def _parser() -> argparse.ArgumentParser:
         sub = add(name, command, text, *names)
         sub.add_argument("--to", required=True, metavar="TARGET", help=_TARGET)
         sub.add_argument("--like", metavar="CKPT", help="a checkpoint that OUT must equal in form")
-        add_rules(sub)
+        add_rules(sub, "suggest the rule book")
     sub.add_argument("--link", action="store_true", help="hard-link data files, do not copy them")
     sub.add_argument("--digest", action="store_true", help="hash linked files, too")
     sub = add("verify", _verify, "prove OUT right against CKPT", "ckpt", "out")
     sub.add_argument("--to", metavar="TARGET", help="what OUT is (default: what its report says)")
-    add_rules(sub)
+    add_rules(sub, "run both models, too", both=True)
+    sub.set_defaults(own_runs=own_runs)
     return parser
 
 
+def _twin(text: str) -> str:
+    if not all(text.rpartition(":")):
+        raise argparse.ArgumentTypeError(f"expected {_HELP['twin']}, got {text!r}")
+    return text
+
+
 _HELP = {
+    "twin": "path/to/file.py:NAME or package.module:NAME",
     "ckpt": _CKPT,
     "out": "what to create, or what was created; *.msgpack, *.safetensors: a file",
 }
@@ -109,9 +138,59 @@ def _inspect(ckpt: str, as_json: bool, step: int | None, item: str | None) -> in
     return 0
 
 
-def _plan(ckpt: str, to: str, as_json: bool, **options: Any) -> int:
+def _suggest(twin: str, out: str | None, as_json: bool) -> int:
+    if out is not None and os.path.exists(out):
+        raise FileExistsError(f"{out} exists: choose another file")
+    book = _suggested(twin)
+    if out is not None:
+        book.save(out)
+    if as_json:
+        _print_json({"complete": not book.unassigned, "out": out, **book.to_dict()})
+        return int(bool(book.unassigned))
+    rows = [_rule(entry) for entry in book.to_dict()["rules"]]
+    width = max((len(linen) for linen, _, _ in rows), default=0)
+    for linen, nnx, note in rows:
+        print(f"{linen:{width}}  ->  {nnx}\n    {note}")
+    for leaf, known in book.unassigned.items():
+        print(f"UNASSIGNED {known.side} {leaf}\n    {known.reason}")
+        print(f"    candidates: {_few(known.candidates)}")
+    print(f"\n{len(book.rules)} rules, {len(book.unassigned)} leaves unassigned")
+    if book.unassigned:
+        print("write rules for those by hand; until then the book translates nothing")
+    if out is not None:
+        print(f"{out} is written")
+    return int(bool(book.unassigned))
+
+
+def _rule(entry: dict[str, Any]) -> tuple[str, str, str]:
+    """How a rule is shown: its Linen side, its nnx side with the ops, its evidence."""
+    sides = [entry.get(side, "(nothing)") for side in ("linen", "nnx")]
+    linen, nnx = (side if isinstance(side, str) else " + ".join(side) for side in sides)
+    for op in entry.get("ops", ()):
+        settings = ", ".join(f"{key} {value}" for key, value in op.items() if key != "op")
+        nnx += f"  {op['op']}({settings})"
+    return linen, nnx, entry.get("note", "")
+
+
+def _suggested(twin: str) -> Any:
+    """The rule book of a twin."""
+    from linen_nnx.suggest import suggest
+
+    return suggest(_loaded(twin))
+
+
+def _loaded(twin: str) -> Any:
+    """The twin; from here on there is work for the garbage collector, which `program` stops."""
+    from linen_nnx.twin import Twin
+
+    gc.enable()
+    return Twin.load(twin)
+
+
+def _plan(ckpt: str, to: str, as_json: bool, twin: str | None, **options: Any) -> int:
     from linen_nnx.planning import plan_conversion
 
+    options["rules"] = _suggested(twin) if twin else options["rules"]
     conversion = plan_conversion(ckpt, to, **options)
     jobs = [
         {
@@ -133,9 +212,10 @@ def _plan(ckpt: str, to: str, as_json: bool, **options: Any) -> int:
     return 0
 
 
-def _run(ckpt: str, out: str, to: str, as_json: bool, **options: Any) -> int:
+def _run(ckpt: str, out: str, to: str, as_json: bool, twin: str | None, **options: Any) -> int:
     from linen_nnx.convert import convert
 
+    options["rules"] = _suggested(twin) if twin else options["rules"]
     result = convert(ckpt, out, to, progress=_progress(), **options)
     reports = [{k: v for k, v in report.items() if k != "origin"} for report in result.reports]
     if as_json:
@@ -147,20 +227,34 @@ def _run(ckpt: str, out: str, to: str, as_json: bool, **options: Any) -> int:
     return 0
 
 
-def _verify(ckpt: str, out: str, to: str | None, as_json: bool, **options: Any) -> int:
+def _verify(
+    ckpt: str,
+    out: str,
+    to: str | None,
+    as_json: bool,
+    twin: str | None,
+    own_runs: str | None,
+    **options: Any,
+) -> int:
     from linen_nnx.verify import verify
 
+    def build(run: Any) -> Any:
+        gc.enable()
+        module, _, name = (own_runs or "").partition(":")
+        return getattr(import_module(module), name)(run)
+
+    options |= {"twin": _loaded(twin) if twin else None, "own_runs": build if own_runs else None}
     checks = verify(ckpt, out, to, progress=_progress(), **options)
     failed = any(check.passed is False for check in checks)
     if as_json:
-        content = [{"name": c.name, "passed": c.passed, "details": c.details} for c in checks]
+        content = [vars(check) for check in checks]
         _print_json({"passed": not failed, "checks": content})
         return int(failed)
-    words = {True: "ok", False: "FAILED", None: "nothing to check"}
+    words = {True: "ok", False: "FAILED", None: "not proved"}
     for check in checks:
-        print(f"{words[check.passed]:18}{check.name}")
+        print(f"{'close' if check.close else words[check.passed]:12}{check.name}")
         for detail in check.details:
-            print(f"{'':18}  {detail}")
+            print(f"{'':12}  {detail}")
     return int(failed)
 
 

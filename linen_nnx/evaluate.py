@@ -58,6 +58,8 @@ def _equation(eqn: Any, args: list[Any]) -> Sequence[Any]:
         args = [lax.convert_element_type(args[0], eqn.invars[0].aval.dtype)]
     else:
         params = {key: _wide_dtype(value) for key, value in params.items()}
+        if name in ("dot_general", "conv_general_dilated"):
+            params["precision"] = None  # else it may ask for products of bfloat16
     outs = eqn.primitive.bind(*args, **params)
     return [_wide(out) for out in (outs if eqn.primitive.multiple_results else [outs])]
 

@@ -66,7 +66,7 @@ def fingerprints(linen: Side, nnx: Side) -> Prints:
     given = linen.trace.inputs
     every = {form for form in linen.forms if len(form) > 1}
     problem = _imbalance(linen, nnx)
-    ways = [[_lively(array, seed) for seed, array in enumerate(given)], given]
+    ways = [[lively(array, seed) for seed, array in enumerate(given)], given]
     for inputs in [] if problem else ways:
         try:
             problem = _mismatch(linen, nnx, inputs, every)
@@ -157,7 +157,7 @@ def run(side: Side, inputs: Sequence[Any], values: Array, gradient: bool) -> Run
         total = jnp.zeros(())
         for number, out in enumerate(outs[:count]):
             if jnp.issubdtype(out.dtype, jnp.floating):
-                total += (out * _normal(out.shape, number)).sum()
+                total += (out * normal(out.shape, number)).sum()
         return total, outs
 
     with jax.enable_x64(True):
@@ -273,11 +273,11 @@ def _weights(size: int) -> Array:
     return np.random.default_rng(size).uniform(0.5, 1.5, size)
 
 
-def _normal(shape: tuple[int, ...], seed: int) -> Array:
+def normal(shape: tuple[int, ...], seed: int) -> Array:
     return np.random.default_rng([seed, *shape]).normal(size=shape)
 
 
-def _lively(array: jax.Array, seed: int) -> Any:
+def lively(array: jax.Array, seed: int) -> Any:
     """An example input with noise: zeros, ones and even ramps hide much of a model."""
     kind = getattr(array.dtype, "kind", "") if array.size > 1 else ""
     given = np.asarray(array) if kind in ("f", "i", "u") else np.zeros(0)

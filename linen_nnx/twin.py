@@ -35,6 +35,7 @@ class Twin:
         *inputs)`. It may return `(outputs, updated collections)`, as `apply` with `mutable` does.
       call_nnx: `(model, *inputs) -> outputs`; default: `model(*inputs)`.
       init_linen: `(module, key, *inputs) -> variables`; default: `module.init(key, *inputs)`.
+      optimizer: the optax transformation that trained them; only `verify` uses it, for a step.
     """
 
     linen: Callable[[], Any]
@@ -43,6 +44,7 @@ class Twin:
     call_linen: Callable[..., Any] | None = None
     call_nnx: Callable[..., Any] | None = None
     init_linen: Callable[..., Any] | None = None
+    optimizer: Any = None
 
     @classmethod
     def load(cls, where: str) -> "Twin":

@@ -1,10 +1,15 @@
-"""Proves a converted checkpoint right against its source, leaf by leaf and bit by bit."""
+"""Proves a converted checkpoint right against its source: its bytes, and with code its meaning.
+
+The bytes are compared leaf by leaf through the rule book. Whether the rule book is right only the
+models can tell: given a twin, or the code of this template's own runs, `proof.py` runs both.
+"""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from linen_nnx import digests
 from linen_nnx.files import SUFFIXES
@@ -12,19 +17,29 @@ from linen_nnx.plan import RuleError
 from linen_nnx.planning import REPORT, RULES, Conversion, plan_conversion
 from linen_nnx.rekey import Job
 from linen_nnx.sources import Source, find, parts
+from linen_nnx.state import State, read_state
 from linen_nnx.store import Leaf, StoreError
 from linen_nnx.stream import Reader
+
+if TYPE_CHECKING:  # jax, which comparing bytes does not need
+    from linen_nnx.subject import Subject
+    from linen_nnx.twin import Twin
+
+OwnRuns = Callable[[Mapping[str, Any]], "Subject"]
+"""The model of a run of this template, from what its checkpoint says of it (`run`)."""
 
 _BATCH = 32 << 20  # bytes of arrays compared at once, if no single leaf is larger
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of a verification; `passed` is None where there was nothing to check."""
+    """One line of a verification; `passed` is None where nothing was, or could be, proved."""
 
     name: str
     passed: bool | None
     details: tuple[str, ...] = ()
+    close: bool = False
+    """Passed, but not in every bit: what differs is of the size of rounding."""
 
 
 def verify(
@@ -32,25 +47,32 @@ def verify(
     out: str | Path,
     to: str | None = None,
     progress: Callable[[str], None] = lambda text: None,
+    twin: "Twin | None" = None,
+    own_runs: OwnRuns | None = None,
     **options: Any,
 ) -> list[Check]:
     """Checks a conversion's result `out` against its source `path`.
 
     Digests of both; every leaf of either side accounted for by the rule book, with its shape and
-    dtype; every bit of every leaf equal to its source's through the rule book. Memory holds one
-    leaf's sources and targets.
+    dtype; every bit of every leaf equal to its source's through the rule book, and the way back
+    as exact. For that memory holds one leaf's sources and targets. With the models' code, all of
+    `proof.prove` as well, which holds both states.
 
     Args:
       path: the source, and `out`: the result.
       to: the target that `out` was made for, if its report does not say so.
       progress: is told what is being done.
+      twin: the code of both models. Its own rule book is used where there is no other.
+      own_runs: how to build the models of this template's own runs, which need no twin.
       options: as in `planning.plan_conversion`; the rule book is the one beside `out`, if none
         is given.
 
     Raises:
       StoreError: if there is no checkpoint at `path` or at `out`.
+      TwinError: when a part of the twin cannot be built or called.
     """
     path, out = Path(path), Path(out)
+    build = None if own_runs is None else _once(own_runs)
     checks: list[Check] = []
     both = ["checkpoints"] if out.suffix in SUFFIXES else parts(path)
     for part in both:
@@ -59,9 +81,21 @@ def verify(
         step = chosen.get("step") if out.is_dir() and not (out / "_METADATA").exists() else None
         result = find(out, step, part=part)
         target, reset = _asked(result, to)
-        for check in _verify_one(path, result, target, reset, part, progress, chosen):
-            checks.append(Check(label + check.name, check.passed, check.details))
+        found = partial(_verify_one, path, result, target, reset, part, progress, chosen)
+        for check in found(twin, build):
+            checks.append(replace(check, name=label + check.name))
     return checks
+
+
+def _once(own_runs: OwnRuns) -> OwnRuns:
+    """The same with a memory: a run's latest and best checkpoint share their compiled model."""
+    known: dict[str, Subject] = {}
+
+    def build(run: Mapping[str, Any]) -> "Subject":
+        key = json.dumps(run, sort_keys=True)
+        return known.get(key) or known.setdefault(key, own_runs(run))
+
+    return build
 
 
 def _asked(result: Source, to: str | None) -> tuple[str, bool]:
@@ -83,6 +117,8 @@ def _verify_one(
     part: str,
     progress: Callable[[str], None],
     options: dict[str, Any],
+    twin: "Twin | None",
+    own_runs: OwnRuns | None,
 ) -> Iterator[Check]:
     progress("digests")
     source = find(path, options.get("step"), options.get("item"), part)
@@ -91,6 +127,10 @@ def _verify_one(
     progress("coverage, shapes, dtypes")
     if options.get("rules") is None and (result.folder / RULES).is_file():
         options = {**options, "rules": result.folder / RULES}
+    if twin is not None and options.get("rules") is None:
+        from linen_nnx.suggest import suggest
+
+        options = {**options, "rules": suggest(twin)}
     options = {"reset_optimizer": reset, **options, "like": result.folder, "part": part}
     model_only = result.folder.suffix in SUFFIXES
     try:
@@ -103,6 +143,66 @@ def _verify_one(
     yield Check("coverage, shapes, dtypes", True, (f"{len(leaves)} leaves",))
     different = list(_different(conversion, leaves, reader, progress))
     yield Check("every bit, through the rule book", not different, tuple(different))
+    progress("the way back")
+    yield _inverse(conversion, result, part)
+    if twin is None and (own_runs is None or source.run is None):
+        return
+    progress("running both models")
+    state = read_state(leaves, conversion.to, conversion.book)
+    yield from _meaning(conversion, result, state, reader, twin, own_runs)
+
+
+def _inverse(conversion: Conversion, result: Source, part: str) -> Check:
+    """The way back from the result: the same leaves, each with its own bits."""
+    name = "exact inverse"
+    source = conversion.source
+    lost = [*conversion.dropped, *conversion.filled]
+    if lost or not conversion.book.invertible:
+        what = f" ({', '.join(lost[:10])})" if lost else ""
+        return Check(name, None, (f"leaves are dropped, invented or rescaled{what}",))
+    if source.run is not None and conversion.to.stage is None:
+        return Check(name, None, ("a stock layout does not say of which stage it was",))
+    form = conversion.state.form
+    step = int(result.folder.name) if result.kind in ("run", "root") else None
+    options = {"step": step, "like": source.folder, "part": part}
+    try:
+        back = plan_conversion(result.path, form.stage or form.side, conversion.book, **options)
+    except (RuleError, StoreError) as error:
+        return Check(name, False, getattr(error, "problems", (str(error),)))
+    there = {_paths(job.change.sources, job.targets) for job in conversion.jobs}
+    moved = [_paths(job.targets, job.change.sources) for job in back.jobs if job.change.sources]
+    wrong = [f"{new} leads back to {old}" for old, new in moved if (old, new) not in there]
+    changed = replace(back, jobs=tuple(job for job in back.jobs if job.change.actions))
+    _, leaves, reader = source.open()
+    wrong += _different(changed, leaves, reader, lambda text: None)
+    return Check(name, not wrong, tuple(wrong))
+
+
+def _paths(*groups: Sequence[Leaf]) -> tuple[str, ...]:
+    return tuple(", ".join(sorted(leaf.path for leaf in group)) for group in groups)
+
+
+def _meaning(
+    conversion: Conversion,
+    result: Source,
+    state: State,
+    reader: Reader,
+    twin: "Twin | None",
+    own_runs: OwnRuns | None,
+) -> Iterator[Check]:
+    """The checks that run the models' code."""
+    from linen_nnx.proof import prove
+    from linen_nnx.subject import of_twin
+
+    runs = conversion.source.run, result.run
+    if twin is not None:
+        before, after = of_twin(twin, conversion.state.form.side), of_twin(twin, conversion.to.side)
+    elif own_runs is None or runs[0] is None or runs[1] is None:
+        yield Check("the models", None, ("a stage is compared with a stage, not a stock layout",))
+        return
+    else:
+        before, after = own_runs(runs[0]), own_runs(runs[1])
+    yield from prove(conversion, state, reader, before, after, twin)
 
 
 def _digests(name: str, folder: Path) -> Check:
