@@ -1,6 +1,6 @@
 """Restores the converted weights with stock Orbax and asks both models the same.
 
-    python examples/bert/load.py runs/bert/flax_model.msgpack runs/bert/nnx [--base]
+python examples/bert/load.py runs/bert/flax_model.msgpack runs/bert/nnx [--base]
 """
 
 import argparse

@@ -1,4 +1,7 @@
-"""BERT in nnx, flat and short, without dropout. Shapes: B batch, L length, D width, V vocabulary."""
+"""BERT in nnx, flat and short, without dropout.
+
+Shapes: B batch, L length, D width, V vocabulary.
+"""
 
 import jax
 import jax.numpy as jnp

@@ -23,8 +23,8 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, y: jax.Array, carry: tuple[jax.Array, jax.Array]) -> jax.Array:
-        y = nn.RNN(nn.OptimizedLSTMCell(self.width), name="rnn")(y, initial_carry=carry)
-        return nn.Dense(self.vocab, name="logits")(y)
+        features = nn.RNN(nn.OptimizedLSTMCell(self.width), name="rnn")(y, initial_carry=carry)
+        return nn.Dense(self.vocab, name="logits")(features)
 
 
 class Seq2Seq(nn.Module):

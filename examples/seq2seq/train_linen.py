@@ -1,6 +1,6 @@
 """Trains the Linen model with `TrainState` and Orbax, and resumes: a stranger's own script.
 
-    python examples/seq2seq/train_linen.py --steps 500
+python examples/seq2seq/train_linen.py --steps 500
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Goes on with `nnx.Optimizer` and Orbax from the converted checkpoint.
 
-    python examples/seq2seq/train_nnx.py --steps 600
+python examples/seq2seq/train_nnx.py --steps 600
 """
 
 import argparse
@@ -18,7 +18,7 @@ from nnx_seq2seq import Seq2Seq
 @nnx.jit
 def train_step(
     model: Seq2Seq,
-    optimizer: nnx.Optimizer,
+    optimizer: nnx.Optimizer[Seq2Seq],
     source: jax.Array,
     lengths: jax.Array,
     late: jax.Array,

@@ -14,7 +14,7 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
         width = x.shape[-1]
         y = nn.LayerNorm()(x)
-        x = x + nn.MultiHeadDotProductAttention(self.heads)(y)
+        x = x + nn.MultiHeadDotProductAttention(self.heads)(y)  # pyrefly: ignore
         y = nn.LayerNorm()(x)
         y = nn.Dense(4 * width)(y)
         return x + nn.Dense(width)(nn.gelu(y)), None

@@ -1,6 +1,6 @@
 """Trains the Linen model with `TrainState` and Orbax, and resumes: a stranger's own script.
 
-    python examples/vit/train_linen.py --steps 400
+python examples/vit/train_linen.py --steps 400
 """
 
 import argparse
@@ -47,7 +47,8 @@ def main() -> None:
         manager.save(args.steps, args=ocp.args.StandardSave(state))
     write_losses(args.dir.with_suffix(".json"), first, losses)
     images, labels = test_set()
-    accuracy = (model.apply({"params": state.params}, images).argmax(-1) == labels).mean()
+    logits = state.apply_fn({"params": state.params}, images)
+    accuracy = (logits.argmax(-1) == labels).mean()
     print(f"Linen, steps {first} to {args.steps}: last loss {losses[-1]:.4f}, ", end="")
     print(f"{100 * accuracy:.1f} % of the test images right")
 

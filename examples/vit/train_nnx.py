@@ -1,6 +1,6 @@
 """Goes on with `nnx.Optimizer` and Orbax from the converted checkpoint.
 
-    python examples/vit/train_nnx.py --steps 500
+python examples/vit/train_nnx.py --steps 500
 """
 
 import argparse
@@ -16,7 +16,7 @@ from nnx_vit import ViT
 
 @nnx.jit
 def train_step(
-    model: ViT, optimizer: nnx.Optimizer, images: jax.Array, labels: jax.Array
+    model: ViT, optimizer: nnx.Optimizer[ViT], images: jax.Array, labels: jax.Array
 ) -> jax.Array:
     def loss_of(model: ViT) -> jax.Array:
         return optax.softmax_cross_entropy_with_integer_labels(model(images), labels).mean()
