@@ -6,7 +6,7 @@ answered at once.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from configs.build import (
     Count,
@@ -15,11 +15,13 @@ from configs.build import (
     Natural,
     NonNegative,
     Positive,
+    Range,
     Share,
     refuse,
     show,
 )
 
+Devices = Annotated[int, Range(low=-1)]
 Stage = Literal["linen", "nnx_in_linen", "linen_in_nnx", "nnx"]
 
 
@@ -121,6 +123,49 @@ class Log:
 
 
 @dataclass(frozen=True)
+class Mesh:
+    """How many devices share each batch: with whole parameters, and with parts of them."""
+
+    data: Devices
+    fsdp: Devices
+
+    def __post_init__(self) -> None:
+        problems = {}
+        for key in ("data", "fsdp"):
+            if getattr(self, key) == 0:
+                problems[key] = "got 0; expected a whole number, at least 1, or -1 for the rest"
+        if self.data == self.fsdp == -1:
+            problems["fsdp"] = "got -1, with data -1: only one of them can be the rest"
+        refuse(problems)
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """The processes that compute the run together."""
+
+    coordinator: str | None
+    num_processes: Count | None
+    process_id: Natural | None
+
+    def __post_init__(self) -> None:
+        problems = {}
+        given = [key for key in ("num_processes", "process_id") if getattr(self, key) is not None]
+        if given and self.coordinator is None:
+            problems["coordinator"] = f"got null, with {given[0]}: expected host:port of process 0"
+        if self.coordinator is not None and not self.coordinator.rpartition(":")[2].isdigit():
+            problems["coordinator"] = f"got {show(self.coordinator)}; expected host:port"
+        if len(given) == 1:
+            other = {"num_processes": "process_id", "process_id": "num_processes"}[given[0]]
+            problems[other] = f"got null, with {given[0]}: expected both or neither"
+        if self.num_processes and self.process_id and self.process_id >= self.num_processes:
+            problems["process_id"] = (
+                f"got {self.process_id}; expected 0 to {self.num_processes - 1}, for num_processes "
+                f"is {self.num_processes}"
+            )
+        refuse(problems)
+
+
+@dataclass(frozen=True)
 class Debug:
     """A deliberately unusual run, to look at one thing."""
 
@@ -147,6 +192,9 @@ class Config:
     eval: Eval
     checkpoint: Checkpoint
     log: Log
+    mesh: Mesh
+    distributed: Distributed
+    compile_cache: str | None
     debug: Debug
 
     def __post_init__(self) -> None:

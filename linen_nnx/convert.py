@@ -75,19 +75,22 @@ def convert(
     if out.exists():
         return _existing(out, conversions)
     _check_target(path, out, list(conversions.values()), link)
-    with _partial(out) as partial, Placer(link, progress) as placer:
+    with _partial(out) as partial, Placer(link, not link or digest, progress) as placer:
         reports = []
         for relative, conversion in conversions.items():
             if to_file:
                 _write_file(conversion, partial / out.name)
             else:
                 folder = partial / relative
-                reports.append(_write(conversion, folder, placer, link and not digest, progress))
+                reports.append(_write(conversion, folder, placer))
         first = next(iter(conversions.values()))
         if not to_file and first.source.kind == "run":
             _write_run(path, partial, first)
+        hashed = placer.finish()
+        for report, (relative, conversion) in zip(reports, conversions.items(), strict=False):
+            if report["digests"]:
+                _write_digests(conversion, partial / relative, placer, hashed)
         progress("syncing to disk")
-        placer.finish()
         _sync_all(partial, placer)
         if out.exists():
             raise TargetError(f"{out} was made by another process meanwhile")
@@ -164,14 +167,8 @@ def _partial(out: Path) -> Iterator[Path]:
         os.close(lock)
 
 
-def _write(
-    conversion: Conversion,
-    folder: Path,
-    placer: Placer,
-    lazy: bool,
-    progress: Callable[[str], None],
-) -> dict[str, Any]:
-    """Writes one converted checkpoint to `folder`; `lazy`: hash no file that was linked."""
+def _write(conversion: Conversion, folder: Path, placer: Placer) -> dict[str, Any]:
+    """Writes one converted checkpoint to `folder`, all but its digests; returns its report."""
     source = conversion.source
     folder.mkdir(parents=True, exist_ok=True)
     item = folder if source.folder in source.items or not source.items else folder / _name(source)
@@ -181,35 +178,49 @@ def _write(
     header = conversion.items[0].header if conversion.items else _HEADER
     write_side_files(item, leaves, header)
     _carry_along(conversion, folder, item, placer)
-    placer.wait()
     conversion.book.save(folder / RULES)
-    known = digests.read(source.folder) if source.kind != "file" else {}
-    carried = {
-        str(target.relative_to(folder)): known[str(origin.relative_to(source.folder))]
-        for target, origin in placer.placed.items()
-        if known and folder in target.parents and str(origin.relative_to(source.folder)) in known
-    }
-    linked = {str(p.relative_to(folder)) for p in placer.linked if folder in p.parents}
-    hashed = bool(linked <= set(carried) or not lazy)
+    linked = [target for target in placer.linked if folder in target.parents]
     report = {
         "version": 1,
         **conversion.summary(),
         "linked": bool(linked),
         "fell_back": placer.fell_back,
-        "digests": hashed,
+        "digests": placer.hash_links or set(linked) <= set(_carried(conversion, folder, placer)),
         "fingerprint": conversion.fingerprint,
         "origin": conversion.origin(),
     }
     lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in report.items())
     (folder / REPORT).write_text("{" + ",\n".join(lines) + "}\n")
-    if hashed:
-        progress("hashing")
-        digests.write(folder, {n: d for n, d in carried.items() if n in linked and lazy})
-        written = digests.read(folder) or {}
-        wrong = [name for name, digest in carried.items() if written[name] != digest]
-        if wrong:
-            raise digests.DigestError(f"the source is damaged, by its own digests: {wrong}")
     return report
+
+
+def _carried(conversion: Conversion, folder: Path, placer: Placer) -> dict[Path, digests.Digest]:
+    """What the source's own digests say of the files put in place below `folder`."""
+    source = conversion.source
+    known = (digests.read(source.folder) if source.kind != "file" else None) or {}
+    return {
+        target: known[name]
+        for target, origin in (placer.placed.items() if known else ())
+        if folder in target.parents and (name := str(origin.relative_to(source.folder))) in known
+    }
+
+
+def _write_digests(
+    conversion: Conversion, folder: Path, placer: Placer, hashed: dict[Path, digests.Digest]
+) -> None:
+    """Writes the digest file. Raises `DigestError` if a copy differs from the source's digests."""
+    carried = _carried(conversion, folder, placer)
+    wrong = [
+        str(target.relative_to(folder))
+        for target, digest in carried.items()
+        if hashed.get(target, digest) != digest
+    ]
+    if wrong:
+        raise digests.DigestError(f"the source is damaged, by its own digests: {wrong}")
+    known = {**carried, **hashed}
+    digests.write(
+        folder, {str(t.relative_to(folder)): d for t, d in known.items() if folder in t.parents}
+    )
 
 
 def _name(source: Source) -> str:

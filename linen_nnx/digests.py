@@ -16,15 +16,18 @@ NAME = "digests.json"
 _ALGORITHM = "xxh3_128"
 _BLOCK = 1 << 20  # fits the processor's cache, which makes hashing faster than larger blocks
 
-Digests = dict[str, tuple[int, str]]
-"""Size in bytes and hash of each file, by its path relative to the directory."""
+Digest = tuple[int, str]
+"""Size in bytes and hash of a file."""
+
+Digests = dict[str, Digest]
+"""By the file's path relative to the directory."""
 
 
 class DigestError(ValueError):
     """Files that differ from their digests; the message names every one of them."""
 
 
-def hash_file(path: Path) -> tuple[int, str]:
+def hash_file(path: Path) -> Digest:
     """Size and hash of one file."""
     state, size = xxhash.xxh3_128(), 0
     block = bytearray(_BLOCK)
@@ -36,7 +39,7 @@ def hash_file(path: Path) -> tuple[int, str]:
     return size, state.hexdigest()
 
 
-def write(directory: str | Path, known: Mapping[str, tuple[int, str]] | None = None) -> Path:
+def write(directory: str | Path, known: Mapping[str, Digest] | None = None) -> Path:
     """Writes the digest file of a finished checkpoint directory, atomically.
 
     `known` are digests that need not be computed. Returns the file's path.

@@ -8,7 +8,7 @@ A store of one directory per array has its directories copied under their new na
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, Literal
 import tensorstore as ts
 
 from linen_nnx.chunks import Grid, apply
+from linen_nnx.digests import Digest, hash_file
 from linen_nnx.layouts import Change
 from linen_nnx.store import Item, Leaf, open_kv
 from linen_nnx.stream import Reader, fresh_metadata, stream
@@ -67,14 +68,17 @@ def choose(change: Change, zarr3: bool, readable_only: bool = False) -> Job:
 
 
 class Placer:
-    """Puts files in place by copy or by hard link, two at a time, and syncs copies to disk."""
+    """Puts files in place by copy or by hard link; copies are synced to disk, and all are hashed.
 
-    def __init__(self, link: bool, progress: Callable[[str], None]) -> None:
+    The work goes on in threads, so that the disk, the hash and the caller's own work overlap.
+    """
+
+    def __init__(self, link: bool, hash_links: bool, progress: Callable[[str], None]) -> None:
         self._link = link
+        self.hash_links = hash_links
         self.progress = progress
-        self._pool = ThreadPoolExecutor(2)
-        self._copying: list[Future[None]] = []
-        self._syncing: list[Future[None]] = []
+        self._pool = ThreadPoolExecutor(4)
+        self._working: dict[Path, Future[Digest | None]] = {}
         self.fell_back: str | None = None
         """Why hard links were not possible, if they were asked for and were not."""
         self.placed: dict[Path, Path] = {}
@@ -89,26 +93,27 @@ class Placer:
             try:
                 os.link(source, target)
                 self.linked.add(target)
+                if self.hash_links:
+                    self._working[target] = self._pool.submit(hash_file, target)
                 return
             except OSError as error:
                 self.fell_back = f"{error.strerror}: {target.parent}"
-        self._copying.append(self._pool.submit(_copy, source, target))
+        self._working[target] = self._pool.submit(_copy, source, target)
 
-    def wait(self) -> None:
-        """Waits until every file can be read; copies go on to disk in the background."""
-        for number, future in enumerate(self._copying, start=1):
-            self.progress(f"copying files: {number} of {len(self._copying)}")
-            future.result()
-        self._copying.clear()
-        targets = [target for target in self.placed if target not in self.linked]
-        new = targets[len(self._syncing) :]
-        self._syncing += [self._pool.submit(sync, target) for target in new]
+    def wait(self, targets: Iterable[Path]) -> None:
+        """Waits until these can be read."""
+        for target in targets:
+            if target in self._working:
+                self._working[target].result()
 
-    def finish(self) -> None:
-        """Waits until every copy is on disk."""
-        self.wait()
-        for future in self._syncing:
-            future.result()
+    def finish(self) -> dict[Path, Digest]:
+        """Waits until every copy is on disk. Returns the digests of what was copied or hashed."""
+        found = {}
+        for number, (target, future) in enumerate(self._working.items(), start=1):
+            self.progress(f"copying files: {number} of {len(self._working)}")
+            if (digest := future.result()) is not None:
+                found[target] = digest
+        return found
 
     def __enter__(self) -> "Placer":
         return self
@@ -117,7 +122,8 @@ class Placer:
         self._pool.shutdown(cancel_futures=True)
 
 
-def _copy(source: Path, target: Path) -> None:
+def _copy(source: Path, target: Path) -> Digest:
+    """Copies a file through to disk; returns the digest of the copy."""
     with source.open("rb", buffering=0) as old, target.open("xb", buffering=0) as new:
         left = os.fstat(old.fileno()).st_size
         while left:
@@ -125,6 +131,9 @@ def _copy(source: Path, target: Path) -> None:
             if not count:
                 raise OSError(f"{source} became shorter while it was copied")
             left -= count
+        digest = hash_file(target)
+        os.fsync(new.fileno())
+    return digest
 
 
 def sync(path: Path) -> None:
@@ -147,11 +156,10 @@ def write_store(
         for number, item in enumerate(items):
             for file in item.data_files(kept(moving, number)):
                 placer.place(file, out / file.relative_to(item.path))
-        placer.wait()
+            placer.wait(out / node for node in (item.tree.own if item.tree else ()))
         store = open_kv(out, context, True, config=_CONFIG)
     else:
         _place_arrays(out, items, moving, placer)
-        placer.wait()
         store = open_kv(out, context, False)
     changed = [
         (j.change.sources, j.change.actions, j.targets) for j in jobs if j.engine == "stream"

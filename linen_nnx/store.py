@@ -127,11 +127,12 @@ class Item:
         return bool(self.header.get("use_zarr3"))
 
     def data_files(self, names: Collection[str]) -> list[Path]:
-        """The files of an OCDBT store that hold its tree, and the bytes of the named arrays."""
+        """The files of an OCDBT store that hold its tree, then those of the named arrays' bytes."""
         if self.tree is None:
             return []
         found = {place for name in names for place in self.tree.files.get(name, ())}
-        return [self.path / place for place in sorted(found | self.tree.own)]
+        places = sorted(self.tree.own) + sorted(found - self.tree.own)
+        return [self.path / place for place in places]
 
 
 def is_item(path: Path) -> bool:

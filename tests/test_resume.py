@@ -281,20 +281,6 @@ def test_a_validation_loss_that_is_not_finite_is_called_so(train: Train, tmp_pat
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("before", "after"), [("linen", "nnx"), ("nnx", "nnx_in_linen"), ("nnx_in_linen", "linen")]
-)
-def test_init_from_goes_on_at_another_stage(train: Train, before: str, after: str) -> None:
-    options = ("steps=12", "optimizer.ema=0.9", "optimizer.warmup=2", "eval.every=3")
-    whole = train("digits", f"stage={after}", *options)
-    first = train("digits", f"stage={before}", *options, "stop_at=6")
-
-    second = train("digits", f"stage={after}", *options, f"init_from={first}")
-
-    assert curve(first) + curve(second) == curve(whole)
-
-
 def test_init_from_a_run_with_nothing_left_to_train_is_refused(
     train: Train, tmp_path: Path
 ) -> None:

@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 from configs import schema
 from linen_nnx import digests
 from model.stages import check
+from training import processes
 from training.errors import Refused
 from training.state import State
 
@@ -150,15 +151,17 @@ class Checkpoints:
 
 def save_aside(path: Path, state: State) -> None:
     """Writes a state that no run should resume from, to be looked at. Replaces an earlier one."""
-    if path.exists():
-        shutil.rmtree(path)
+    with processes.together():
+        if processes.first() and path.exists():
+            shutil.rmtree(path)
     with ocp.StandardCheckpointer() as writer:
         writer.save(path.absolute(), state.tree())
 
 
 def _digest(manager: ocp.CheckpointManager, step: int) -> None:
     manager.wait_until_finished()
-    digests.write(Path(manager.directory) / str(step))
+    if processes.first():
+        digests.write(Path(manager.directory) / str(step))
 
 
 def _manager(root: Path, keep: int) -> ocp.CheckpointManager:

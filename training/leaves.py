@@ -62,6 +62,14 @@ class View:
         ]
         return jnp.sqrt(jnp.sum(jnp.sort(jnp.stack(squares))))
 
+    def ranks(self) -> dict[str, int]:
+        """`{"half/path" at this stage: rank}` of the parameters in nnx form."""
+        return {
+            path.split("/", 1)[1]: max(rank for _, rank in leaves)
+            for path, leaves in self._ranks.items()
+            if path.startswith("params/")
+        }
+
     def mask(self, test: Callable[[str, int], bool]) -> dict[str, bool]:
         """`{"half/path" at this stage: bool}`: whether `test(nnx path, rank)` holds for the leaf.
 

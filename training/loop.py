@@ -2,18 +2,16 @@
 
 import dataclasses
 import os
-import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import FrameType
 
 import jax
 
 from configs.schema import Config
 from model import families
 from model.stages import Stage
-from training import data, samples, start, summary
+from training import data, mesh, processes, samples, start, summary
 from training.board import Board
 from training.checkpoints import Checkpoints, save_aside
 from training.errors import Refused
@@ -35,14 +33,21 @@ def train(cfg: Config) -> bool:
         Refused: for anything that cannot be done as asked; nothing has been overwritten then.
         ConfigError: for model options that do not fit the data; nothing has been written then.
     """
-    # Set-up: data, model, optimizer. Nothing is written yet.
-    dataset = data.load(cfg.data)
-    batches = data.train_iterator(dataset, cfg.data)
-    family = families.create(cfg.model)
-    rules = start.load_rules(cfg, family)
-    example = dataset.example_batch(cfg.data.batch)
-    family.check_data(example, dataset.classes)
-    program = Program(cfg, Stage(cfg.stage, family, example["inputs"]), rules)
+    # Set-up: processes, data, model, optimizer. Nothing is written yet.
+    if cfg.compile_cache is not None:
+        jax.config.update("jax_compilation_cache_dir", cfg.compile_cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    processes.join(cfg)
+    with processes.together():
+        layout = mesh.create(cfg.mesh, cfg.data.batch)
+        dataset = data.load(cfg.data)
+        batches = data.train_iterator(dataset, cfg.data, *_share())
+        family = families.create(cfg.model)
+        rules = start.load_rules(cfg, family)
+        example = dataset.example_batch(cfg.data.batch)
+        family.check_data(example, dataset.classes)
+        program = Program(cfg, Stage(cfg.stage, family, example["inputs"]), rules, layout)
+        example = example if layout is None else layout.shapes(example)
 
     # Start: resume, init_from or scratch. From here on the run directory is this run's.
     state = start.begin(cfg, program, batches)
@@ -55,28 +60,31 @@ def train(cfg: Config) -> bool:
         )
     with _checks(cfg):
         jax.eval_shape(program.train_step, state, example)  # what cannot be traced writes nothing
-    lock = start.write_run(cfg, rules)
+    with processes.together():
+        lock = start.write_run(cfg, rules)
+    writes = processes.first()
     run_dir = Path(cfg.run_dir)
-    metrics = Metrics(run_dir, first)
+    metrics = Metrics(run_dir, first, write=writes)
     checkpoints = Checkpoints(run_dir, cfg.checkpoint, start.run_item(cfg, rules))
     checkpoints.forget_best_after(first)
-    board = Board(run_dir, first, dataclasses.asdict(cfg), on=cfg.log.tensorboard)
+    board = Board(run_dir, first, dataclasses.asdict(cfg), on=cfg.log.tensorboard and writes)
     terminal = Terminal(last, first, cfg.data.batch, progress=cfg.log.progress)
     say(summary.opening(cfg, dataset, program, first))
     recorder = Recorder(metrics, board, terminal, cfg.log_every)
 
     # Steps. What is due after step k is done before batch k + 1 is drawn.
-    batch = None
+    batch, stopped = None, False
     ended = step >= last or _patience_lost(cfg, metrics)
     if ended:
         say("Nothing is left to train; another run_dir begins anew.")
     try:
-        with terminal, _interrupts() as stop, _checks(cfg), ExitStack() as profile:
+        with terminal, processes.interrupts() as stop, _checks(cfg), ExitStack() as profile:
             while not ended:
-                if cfg.debug.mode == "profile" and step - first == PROFILED.start:
+                if cfg.debug.mode == "profile" and step - first == PROFILED.start and writes:
                     profile.enter_context(jax.profiler.trace(run_dir))
                 if batch is None or cfg.debug.mode != "overfit":
                     batch = next(batches)
+                    batch = batch if layout is None else layout.batch(batch)
                 state, values = program.train_step(state, batch)
                 step += 1
                 recorder.train(step, values)
@@ -91,8 +99,10 @@ def train(cfg: Config) -> bool:
                     if cfg.log.tensorboard:
                         samples.show(cfg, program, dataset, state, board)
                 if _due(step, cfg.log.histograms_every):
-                    board.histograms(step, program.view.leaves(state.variables["params"]))
-                ended = step == last or bool(stop) or _patience_lost(cfg, metrics)
+                    leaves = program.view.leaves(state.variables["params"])
+                    board.histograms(step, program.fetch(leaves))
+                stopped = stop(step)
+                ended = step == last or stopped or _patience_lost(cfg, metrics)
                 if _due(step, cfg.checkpoint.every) or ended:
                     recorder.drain()
                     metrics.sync()
@@ -103,7 +113,8 @@ def train(cfg: Config) -> bool:
         checkpoints.close()
         metrics.close()
         batches.close()
-        os.close(lock)
+        if lock is not None:
+            os.close(lock)
 
     # Summary, where the run is at its end and not only stopped.
     if step == cfg.steps or _patience_lost(cfg, metrics):
@@ -114,7 +125,7 @@ def train(cfg: Config) -> bool:
         how = "without stop_at " if step == cfg.stop_at else ""
         say(f"Saved at step {step} of {cfg.steps}; the same command {how}goes on from there.")
     board.close()
-    return bool(stop)
+    return stopped
 
 
 def evaluate(
@@ -123,7 +134,8 @@ def evaluate(
     """The validation means of the family's losses, each example with equal weight."""
     totals: dict[str, float] = {}
     pending = []
-    for batch in data.eval_batches(dataset, cfg.data, cfg.eval.batches):
+    for batch in data.eval_batches(dataset, cfg.data, cfg.eval.batches, *_share()):
+        batch = batch if program.layout is None else program.layout.batch(batch)
         pending.append(program.eval_step(state, batch))
     for sums in jax.device_get(pending):
         for name, value in sums.items():
@@ -132,14 +144,18 @@ def evaluate(
     return {name: total / weight for name, total in totals.items()}
 
 
+def _share() -> tuple[int, int]:
+    """Which part of each batch this process reads, of how many."""
+    return jax.process_index(), jax.process_count()
+
+
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
 def _patience_lost(cfg: Config, metrics: Metrics) -> bool:
     """Whether the last `patience` evaluations brought no lower loss."""
-    losses = [row["loss"] for row in metrics.rows if row["split"] == "eval"]
-    patience = cfg.eval.patience
+    losses, patience = metrics.eval_losses, cfg.eval.patience
     return (
         patience is not None
         and len(losses) > patience
@@ -167,22 +183,3 @@ def _checks(cfg: Config) -> Iterator[None]:
     on = cfg.debug.mode == "nans"
     with jax.debug_nans(on), jax.debug_infs(on):
         yield
-
-
-@contextmanager
-def _interrupts() -> Iterator[list[int]]:
-    """SIGTERM and Ctrl-C end the run after the step at hand; a second one ends it at once."""
-    received: list[int] = []
-
-    def receive(number: int, frame: FrameType | None) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-        say(f"{signal.Signals(number).name}: saving after this step.")
-
-    before = {n: signal.signal(n, receive) for n in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

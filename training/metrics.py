@@ -10,6 +10,7 @@ update k; an eval row is taken after it.
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,42 +18,65 @@ Row = dict[str, Any]
 
 
 class Metrics:
-    """The open file of one run, cut back to the step that the run goes on from."""
+    """The open file of one run, cut back to the step that the run goes on from.
 
-    def __init__(self, run_dir: Path, step: int) -> None:
-        """Keeps the rows up to and including `step`, drops later ones and a torn last line."""
-        self._path = run_dir / "metrics.jsonl"
-        self.rows = [row for row in read(run_dir) if row["step"] <= step]
-        part = self._path.with_suffix(".part")
-        with open(part, "w") as file:
-            file.writelines(_line(row) for row in self.rows)
+    Attributes:
+        last: the newest row of each split.
+        eval_losses: the loss of every eval row, in order.
+    """
+
+    def __init__(self, run_dir: Path, step: int, *, write: bool = True) -> None:
+        """Keeps the rows up to and including `step`, drops later ones and a torn last line.
+
+        Args:
+            run_dir: where the file is.
+            step: what the run goes on from.
+            write: False leaves the file to another process, and reads it alone.
+        """
+        self.last: dict[str, Row] = {}
+        self.eval_losses: list[float] = []
+        path = run_dir / "metrics.jsonl"
+        part = path.with_suffix(".part")
+        with open(part if write else os.devnull, "w") as file:
+            for row in read(run_dir):
+                if row["step"] <= step:
+                    self._note(row)
+                    file.write(_line(row))
             file.flush()
-            os.fsync(file.fileno())
-        part.replace(self._path)
-        self._file = open(self._path, "a")  # noqa: SIM115 (open as long as the run)
+            if write:
+                os.fsync(file.fileno())
+                part.replace(path)
+        self._file = open(path, "a") if write else None  # noqa: SIM115 (open as long as the run)
 
     def write(self, row: Row) -> None:
         """Appends one row."""
-        self.rows.append(row)
-        self._file.write(_line(row))
+        self._note(row)
+        if self._file is not None:
+            self._file.write(_line(row))
 
     def sync(self) -> None:
         """Puts all rows on the disk; before a checkpoint is, so that no row is ever missing."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self.sync()
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+
+    def _note(self, row: Row) -> None:
+        self.last[row["split"]] = row
+        if row["split"] == "eval":
+            self.eval_losses.append(row["loss"])
 
 
-def read(run_dir: Path) -> list[Row]:
+def read(run_dir: Path) -> Iterator[Row]:
     """The rows of a run; without a last line that was not written to its end."""
     path = run_dir / "metrics.jsonl"
-    if not path.exists():
-        return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    if path.exists():
+        with open(path) as file:
+            yield from (json.loads(line) for line in file if line.endswith("\n"))
 
 
 def _line(row: Row) -> str:

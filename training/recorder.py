@@ -50,7 +50,7 @@ class Recorder:
 
     def eval(self, step: int, values: dict[str, float]) -> bool:
         """Writes the validation metrics after a step; True if their loss is the lowest so far."""
-        before = [row["loss"] for row in self._metrics.rows if row["split"] == "eval"]
+        best = min(self._metrics.eval_losses, default=math.inf)
         for name, value in values.items():
             if not math.isfinite(value):
                 raise NonFiniteError(
@@ -61,7 +61,7 @@ class Recorder:
         self._board.scalars(step, {f"eval/{name}": value for name, value in values.items()})
         text = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         say(f"step {step}: validation {text}")
-        return all(values["loss"] < loss for loss in before)
+        return values["loss"] < best
 
     def _write(self, keep: int) -> None:
         count = len(self._pending) - keep

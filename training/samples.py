@@ -46,9 +46,9 @@ def write_text(
     Sampled at temperature 0.8 with a key that depends on the seed and the step alone.
     """
     prompt = dataset.validation.take(np.array([0]))["inputs"]
-    key = jax.random.fold_in(jax.random.key(cfg.seed + 1), state.step)
+    key = jax.random.fold_in(jax.random.key(cfg.seed + 1), int(state.step))
     written = _written(program.stage, cfg.log.samples, program.evaluated(state), prompt, key)
-    return _decoded(prompt[0]), _decoded(np.asarray(written))
+    return _decoded(prompt[0]), _decoded(program.fetch(written))
 
 
 # Compiled once for a run: the stage is static, its variables are not.
@@ -83,7 +83,7 @@ def misclassified(
     tiles, wrong = [], 0
     variables = program.evaluated(state)
     for batch in data.eval_batches(dataset, cfg.data, cfg.eval.batches):
-        guesses = np.asarray(_guesses(program.stage, variables, batch["inputs"]))
+        guesses = program.fetch(_guesses(program.stage, variables, batch["inputs"]))
         for index in np.flatnonzero((guesses != batch["targets"]) & (batch["weight"] > 0)):
             wrong += 1
             if len(tiles) < cfg.log.samples:

@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax
 import yaml
 
 from configs.build import build
@@ -20,14 +21,18 @@ from configs.schema import Config
 from linen_nnx import RuleBook
 from model import families
 from model.stages import Stage, check
-from training import checkpoints
+from training import checkpoints, processes
 from training.data import TrainIterator
 from training.errors import Refused
 from training.state import Program, State, translate_state
 from training.terminal import say
 
 # What may change when a run goes on; everything else would bend its curve.
-FREE = ("stop_at", "log_every", "resume", "init_from", "run_dir", "eval", "checkpoint", "log")
+FREE = (
+    "stop_at", "log_every", "resume", "init_from", "run_dir", "eval", "checkpoint", "log",
+    "mesh", "distributed", "compile_cache",
+    "init",  # which is past then
+)  # fmt: skip
 
 CONFIG_PART = "config.yaml.part"  # config.yaml while it is being written
 
@@ -57,18 +62,16 @@ def begin(cfg: Config, program: Program, batches: TrainIterator) -> State:
     Raises:
         Refused: when the run directory belongs to another run, or what was asked for is missing.
     """
-    run_dir = Path(cfg.run_dir)
-    own = _own(cfg, run_dir)
-    if own is None and cfg.init_from is None:
+    with processes.together():
+        own = _own(cfg, Path(cfg.run_dir))
+        saved = own
+        if own is None and cfg.init_from is not None:
+            saved = _foreign(cfg, Path(cfg.init_from))
+        # One process reads every byte, for all of them.
+        if saved and cfg.checkpoint.verify and processes.first() and not saved.verify():
+            say(f"{saved.path} has no digests to verify it with; its arrays are taken as they are.")
+    if saved is None:
         return program.init()
-    saved = own or checkpoints.find(Path(str(cfg.init_from)))
-    if cfg.checkpoint.verify and not saved.verify():
-        say(f"{saved.path} has no digests to verify it with; its arrays are taken as they are.")
-    if own is None and saved.step >= (last := cfg.stop_at or cfg.steps):
-        raise Refused(
-            f"init_from {saved.path} is at step {saved.step}, and this run ends at step {last}: "
-            "nothing is left to train. Give more steps, or translate it as it is: convert.py run."
-        )
     state = saved.restore(program.abstract()) if own else _translated(cfg, program, saved)
     if cfg.debug.mode != "overfit":  # which stays at the first batch
         batches.set_state(saved.data)
@@ -84,16 +87,19 @@ def run_item(cfg: Config, rules: RuleBook | None) -> dict[str, Any]:
     }
 
 
-def write_run(cfg: Config, rules: RuleBook | None) -> int:
+def write_run(cfg: Config, rules: RuleBook | None) -> int | None:
     """Creates the run directory with `config.yaml` and `rules.yaml`, or brings them up to date.
 
     Returns:
-        A descriptor that holds the directory for this process until it is closed.
+        A descriptor that holds the directory for this process until it is closed; None in a
+        process that leaves the writing to the first one.
 
     Raises:
         Refused: when it cannot be created, or another process holds it.
     """
     run_dir = Path(cfg.run_dir)
+    if not processes.first():
+        return None
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -139,6 +145,17 @@ def _own(cfg: Config, run_dir: Path) -> checkpoints.Saved | None:
     return saved
 
 
+def _foreign(cfg: Config, path: Path) -> checkpoints.Saved:
+    """The checkpoint that `init_from` names, if something is left to train."""
+    saved, last = checkpoints.find(path), cfg.stop_at or cfg.steps
+    if saved.step >= last:
+        raise Refused(
+            f"init_from {saved.path} is at step {saved.step}, and this run ends at step {last}: "
+            "nothing is left to train. Give more steps, or translate it as it is: convert.py run."
+        )
+    return saved
+
+
 def _refuse_other_run(before: dict[str, Any], now: dict[str, Any], run_dir: Path) -> None:
     old, new = (
         {key: value for key, value in flat_config(config).items() if key.split(".")[0] not in FREE}
@@ -164,7 +181,8 @@ def _translated(cfg: Config, program: Program, saved: checkpoints.Saved) -> Stat
     stage = Stage(source_cfg.stage, family, program.stage.inputs)
     book = saved.run["rules"]
     source_rules = None if book is None else RuleBook.from_dict(book, f"the rules in {saved.path}")
-    state = saved.restore(Program(source_cfg, stage, source_rules).abstract())
+    source = Program(source_cfg, stage, source_rules, program.layout)
+    state = saved.restore(source.abstract())
     # By way of nnx, since the two runs may store their Linen layers differently (loop and scan).
     for rules, here, there in (
         (source_rules, source_cfg.stage, "nnx"),
@@ -174,9 +192,12 @@ def _translated(cfg: Config, program: Program, saved: checkpoints.Saved) -> Stat
             if rules is None:
                 raise Refused(f"To go from stage {here} to {there} takes a rule book; none found.")
             state = translate_state(state, rules, here, there)
-    expected = checkpoints.named(program.abstract().tree())
-    check(checkpoints.named(state.tree()), expected, f"this run, translated from {saved.path}")
-    return state
+    expected = program.abstract()
+    where = f"this run, translated from {saved.path}"
+    check(checkpoints.named(state.tree()), checkpoints.named(expected.tree()), where)
+    if program.layout is None:
+        return state
+    return jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, expected))
 
 
 def flat_config(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -19,6 +19,7 @@ from linen_nnx.tree import flatten, unflatten
 from model.stages import HALVES, Stage, Variables, translate
 from training import optimizer
 from training.leaves import View
+from training.mesh import Layout
 
 Batch = dict[str, Any]
 
@@ -60,22 +61,36 @@ class Program:
         stage: the model at its stage.
         view: the stage-independent view of its parameters.
         rules: the family's rule book; None at stage `nnx` without a Linen twin.
+        layout: where the arrays lie; None for one device.
         train_step: `(state, batch) -> (state, metrics)`, jitted, donating `state`; metrics are
             float32 scalars: the batch means of the family's losses, `lr`, and `grad_norm_<half>`.
         eval_step: `(state, batch) -> {metric: sum, "weight": sum}`, jitted; uses the EMA if kept.
     """
 
-    def __init__(self, cfg: Config, stage: Stage, rules: RuleBook | None) -> None:
-        self.stage, self.rules, self._cfg = stage, rules, cfg
+    def __init__(
+        self, cfg: Config, stage: Stage, rules: RuleBook | None, layout: Layout | None = None
+    ) -> None:
+        self.stage, self.rules, self.layout, self._cfg = stage, rules, layout, cfg
         self.view = View(stage, rules)
         self.optimizer = optimizer.create(cfg.optimizer, cfg.steps, self.view)
         self._schedule = optimizer.schedule(cfg.optimizer, cfg.steps)
-        self.train_step = jax.jit(self._train_step, donate_argnums=0)
-        self.eval_step = jax.jit(self._eval_step)
+        if layout is None:
+            self.train_step = jax.jit(self._train_step, donate_argnums=0)
+            self.eval_step = jax.jit(self._eval_step)
+            return
+        self._places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract())
+        places = (self._places, layout.whole)
+        self.train_step = jax.jit(self._train_step, donate_argnums=0, out_shardings=places)
+        self.eval_step = jax.jit(self._eval_step, out_shardings=layout.whole)
 
     def init(self) -> State:
         """The state before the first batch; parameters as `init` says, alike at every stage."""
-        return self.start(initial_variables(self._cfg, self.stage, self.rules))
+
+        def create() -> State:
+            return self.start(initial_variables(self._cfg, self.stage, self.rules))
+
+        # On a mesh as one program, so that no device ever holds what it has no room for.
+        return create() if self.layout is None else jax.jit(create, out_shardings=self._places)()
 
     def start(self, variables: Variables) -> State:
         """A state at step 0 with the given variables."""
@@ -85,8 +100,9 @@ class Program:
         return State(jnp.zeros((), jnp.int32), variables, opt_state, ema)
 
     def abstract(self) -> State:
-        """The state's shapes and dtypes, without computing anything."""
-        return jax.eval_shape(self.start, unflatten(self.stage.abstract))
+        """The state's shapes and dtypes (on a mesh, shardings too), without computing anything."""
+        shapes = jax.eval_shape(self.start, unflatten(self.stage.abstract))
+        return shapes if self.layout is None else self.layout.state(shapes, self.view.ranks())
 
     def _train_step(self, state: State, batch: Batch) -> tuple[State, dict[str, Array]]:
         cfg = self._cfg.optimizer
@@ -99,8 +115,12 @@ class Program:
             means = {k: v.mean() for k, v in self.stage.family.losses(outputs, batch).items()}
             return means["loss"], (updates, means)
 
-        params = state.variables["params"]
-        grads, (updates, metrics) = jax.grad(loss_fn, has_aux=True)(params)
+        params = whole = state.variables["params"]
+        if self.layout is not None:
+            whole = jax.lax.with_sharding_constraint(params, self.layout.whole)
+        grads, (updates, metrics) = jax.grad(loss_fn, has_aux=True)(whole)
+        if self.layout is not None:
+            grads = jax.lax.with_sharding_constraint(grads, self._places.variables["params"])
         # Without it XLA fuses the end of the backward pass into the update, whose rounding would
         # then depend on how a stage stores the leaves: stacked, or cut out of a scan's stack.
         grads = jax.lax.optimization_barrier(grads)
@@ -121,6 +141,10 @@ class Program:
         values = self.stage.family.losses(outputs, batch)
         sums = {name: (value * batch["weight"]).sum() for name, value in values.items()}
         return {**sums, "weight": batch["weight"].sum()}
+
+    def fetch(self, tree: Any) -> Any:
+        """Arrays as numpy, whole, wherever their parts lie; every process has to ask for them."""
+        return jax.device_get(tree) if self.layout is None else self.layout.fetch(tree)
 
     def evaluated(self, state: State) -> Variables:
         """The variables that evaluation uses: the EMA of the parameters, if one is kept."""

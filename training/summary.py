@@ -4,6 +4,8 @@ import dataclasses
 import math
 from pathlib import Path
 
+import jax
+
 from configs.schema import Config
 from model.stages import HALVES, STAGES
 from training.board import Board
@@ -14,7 +16,7 @@ from training.state import Program
 
 
 def opening(cfg: Config, dataset: Dataset, program: Program, step: int) -> str:
-    """What is trained, on what, from where."""
+    """What is trained, on what, from where, on which devices if on several."""
     counts = dict.fromkeys(HALVES, 0)
     for path, spec in program.stage.abstract.items():
         if path.startswith("params/"):
@@ -22,16 +24,22 @@ def opening(cfg: Config, dataset: Dataset, program: Program, step: int) -> str:
     form = STAGES[cfg.stage]
     halves = ", ".join(f"{half} {getattr(form, half)} {n:,}" for half, n in counts.items())
     begin = f"going on from step {step}" if step else "from scratch"
+    devices = ""
+    if program.layout is not None:
+        devices = f"\nmesh: {program.layout.describe(program.abstract())}"
+    elif jax.device_count() > 1:
+        devices = f"\nmesh: 1 device of {jax.device_count()}; mesh.data=-1 uses all"
     return (
         f"{cfg.name} at stage {cfg.stage}: {cfg.model['family']} with {sum(counts.values()):,} "
-        f"parameters ({halves})\ndata: {dataset.description}\nrun: {Path(cfg.run_dir)}, {begin}"
+        f"parameters ({halves})\ndata: {dataset.description}\n"
+        f"run: {Path(cfg.run_dir)}, {begin}{devices}"
     )
 
 
 def closing(cfg: Config, dataset: Dataset, metrics: Metrics, board: Board) -> str:
     """Last losses beside the baselines; writes the run's results to TensorBoard too."""
-    last = {row["split"]: row for row in metrics.rows}
-    lines = [f"finished at step {max(row['step'] for row in metrics.rows)}"]
+    last = metrics.last
+    lines = [f"finished at step {max(row['step'] for row in last.values())}"]
     results: dict[str, float] = {}
     for split, title in (("train", "train, batch"), ("eval", "validation, step")):
         if split not in last:

@@ -1,0 +1,195 @@
+"""Shows how cost grows: steps with depth, width and devices; conversion with bytes and leaves.
+
+    python -m benchmarks.growth [--json FILE] [--png FILE] [--folder DIR]
+
+Each point is a process of its own, so that memory is its own too: the seconds of a step (median of
+five) and of compiling it, the peak memory of the process, the bytes of parameters and optimizer
+state on one device; for conversions the whole process; for `suggest` the call alone.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.convert import MAKE, RENAME, ROOT
+from benchmarks.rounds import save, table
+
+BASE = ["experiment=lm", "model.width=64", "model.depth=4", "data.batch=16", "compile_cache=null"]
+STEPS = {
+    "depth": [1, 2, 4, 8, 16],
+    "width": [32, 64, 128, 256, 512],
+    "devices": [1, 2, 4, 8],
+}
+BYTES = [(n, (1024, 1024)) for n in (16, 64, 256, 1024)]  # of 4 MB each
+LEAVES = [(n, (256,)) for n in (100, 500, 2000, 10000)]
+SUGGESTED = [4, 16, 64]  # blocks of 14 leaves
+
+
+def step(axis: str, value: int) -> dict[str, float]:
+    """One point: run in a process of its own."""
+    import jax
+
+    from model import families
+    from model.stages import Stage
+    from training import cli, data, mesh, start
+    from training.state import Program
+
+    change = f"mesh.fsdp={value}" if axis == "devices" else f"model.{axis}={value}"
+    cfg = cli.compose(*BASE, change, check_model=families.create)
+    family = families.create(cfg.model)
+    example = next(data.train_iterator(data.load(cfg.data), cfg.data))
+    layout = mesh.create(cfg.mesh, cfg.data.batch)
+    stage = Stage(cfg.stage, family, example["inputs"])
+    made = Program(cfg, stage, start.load_rules(cfg, family), layout)
+    batch = example if layout is None else layout.batch(example)
+    state = made.init()
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+    begin = time.perf_counter()
+    state, _ = jax.block_until_ready(made.train_step(state, batch))
+    first, times = time.perf_counter() - begin, []
+    for _ in range(5):
+        begin = time.perf_counter()
+        state, _ = jax.block_until_ready(made.train_step(state, batch))
+        times.append(time.perf_counter() - begin)
+    seconds = statistics.median(times)
+    return {"seconds": seconds, "compile": first - seconds, "state_mb": held / 1e6}
+
+
+def suggestion(blocks: int) -> dict[str, float]:
+    """One point: run in a process of its own."""
+    import jax
+    import jax.numpy as jnp
+
+    from linen_nnx import Twin, suggest
+    from model import families
+    from training import cli
+
+    cfg = cli.compose(*BASE, f"model.depth={blocks}", check_model=families.create)
+    family = families.create(cfg.model)
+    options: Any = family.cfg
+    linen, nnx = family.twin("linen"), family.twin("nnx")
+    tokens = jnp.zeros((1, options.length), jnp.int32)
+    keywords = {"train": False, "key": None}
+    twin = Twin(
+        linen=lambda: linen.Encoder(options),
+        nnx=lambda rngs: nnx.Encoder(options, rngs=rngs),
+        inputs=lambda: (tokens,),
+        call_linen=lambda module, variables, x: module.apply(variables, x, **keywords),
+        call_nnx=lambda model, x: model(x, **keywords),
+        init_linen=lambda module, key, x: module.init(key, x, **keywords),
+    )
+    leaves = len(jax.tree.leaves(jax.eval_shape(
+        lambda: linen.Encoder(options).init(jax.random.key(0), tokens, **keywords))))  # fmt: skip
+    begin = time.perf_counter()
+    book = suggest(twin)
+    seconds = time.perf_counter() - begin
+    return {"seconds": seconds, "leaves": leaves, "unassigned": len(book.unassigned)}
+
+
+def child(kind: str, value: int) -> dict[str, float]:
+    """Runs one point in a process of its own; adds its peak memory."""
+    devices = value if kind == "devices" else 1
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    result = subprocess.run(
+        [sys.executable, "-m", "benchmarks.growth", "--point", kind, str(value)],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def point(kind: str, value: int) -> None:
+    found = suggestion(value) if kind == "suggest" else step(kind, value)
+    found["memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps(found))
+
+
+def conversion(folder: Path, count: int, shape: tuple[int, ...], link: bool) -> dict[str, float]:
+    """Makes a checkpoint, and times one conversion of it."""
+    source, out, rules = folder / "source", folder / "out", folder / "rules.yaml"
+    for path in (source, out):
+        shutil.rmtree(path, ignore_errors=True)
+    rules.write_text(json.dumps({"version": 1, "rules": [RENAME]}))
+    make = [sys.executable, "-c", MAKE, str(source), str(count), str(shape)]
+    subprocess.run(make, check=True, stderr=subprocess.DEVNULL)
+    os.sync()
+    command = [sys.executable, "convert.py", "run", str(source), str(out), "--to", "nnx"]
+    command += ["--rules", str(rules), *(["--link"] if link else [])]
+    begin = time.perf_counter()
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0
+    return {"seconds": time.perf_counter() - begin, "memory_mb": usage.ru_maxrss / 1024}
+
+
+def measure(folder: Path) -> dict[str, dict[str, dict[str, float]]]:
+    """`{curve: {x: figures}}`."""
+    curves: dict[str, dict[str, dict[str, float]]] = {}
+    for axis, values in STEPS.items():
+        curves[f"step, by {axis}"] = {str(value): child(axis, value) for value in values}
+    curves["copy, by MB"] = {
+        str(count * 4): conversion(folder, count, shape, link=False) for count, shape in BYTES
+    }
+    curves["--link, by leaves"] = {
+        str(count): conversion(folder, count, shape, link=True) for count, shape in LEAVES
+    }
+    points = [child("suggest", blocks) for blocks in SUGGESTED]
+    curves["suggest, by leaves"] = {str(int(found["leaves"])): found for found in points}
+    return curves
+
+
+def plot(path: Path, curves: dict[str, dict[str, dict[str, float]]]) -> None:
+    """Seconds and memory of every curve, on logarithmic axes."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6.4))
+    for axis, (title, points) in zip(axes.flat, curves.items(), strict=True):
+        x = [float(key) for key in points]
+        axis.loglog(x, [p["seconds"] for p in points.values()], "o-", label="seconds")
+        axis.set_ylabel("seconds")
+        other = axis.twinx()
+        other.plot(x, [p["memory_mb"] for p in points.values()], "s:", color="tab:gray")
+        other.set_ylabel("peak memory, MB", color="tab:gray")
+        other.set_ylim(bottom=0)
+        axis.set_title(title)
+        axis.set_xticks(x, [f"{value:g}" for value in x])
+        axis.minorticks_off()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--png", type=Path, help="where to draw them")
+    parser.add_argument("--folder", type=Path, help="where checkpoints are made (about 9 GB)")
+    parser.add_argument("--point", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.point:
+        return point(options.point[0], int(options.point[1]))
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        curves = measure(Path(folder))
+    for title, points in curves.items():
+        names = list(next(iter(points.values())))
+        rows = [["", *names]]
+        rows += [[x, *(f"{found[name]:.4g}" for name in names)] for x, found in points.items()]
+        table(title, rows)
+    save(options.json, curves)
+    if options.png:
+        plot(options.png, curves)
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""A run that changes stage on its way draws the curve of one that does not, bit for bit."""
+
+from pathlib import Path
+
+import pytest
+from conftest import SMALL, STAGES, Train
+
+from linen_nnx import convert
+
+HALF = 100
+OPTIONS = (f"steps={2 * HALF}", "eval.every=50", "optimizer.warmup=20", "optimizer.ema=0.9",
+           "optimizer.accumulate=2", "model.dropout=0.1")  # fmt: skip
+
+
+def rows(run_dir: Path) -> list[bytes]:
+    return (run_dir / "metrics.jsonl").read_bytes().splitlines()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before", STAGES)
+@pytest.mark.parametrize("experiment", SMALL)
+def test_a_change_of_stage_in_mid_run_does_not_move_the_curve(
+    train: Train, experiment: str, before: str
+) -> None:
+    whole = train(experiment, *OPTIONS, f"stage={before}")
+    first = train(experiment, *OPTIONS, f"stage={before}", f"stop_at={HALF}")
+    assert len(rows(whole)) == 2 * HALF + 4
+    for after in STAGES:
+        if after != before:
+            second = train(experiment, *OPTIONS, f"stage={after}", f"init_from={first}")
+            assert rows(first) + rows(second) == rows(whole), f"{before} -> {after}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", SMALL)
+def test_one_run_climbs_all_four_rungs(train: Train, tmp_path: Path, experiment: str) -> None:
+    """The first two changes through `init_from`, the last by converting the run directory."""
+    whole = train(experiment, *OPTIONS, "stage=linen")
+    climbed: list[bytes] = []
+    run_dir = None
+    for stage, end in zip(STAGES[:3], (50, 100, 150), strict=True):
+        start = [] if run_dir is None else [f"init_from={run_dir}"]
+        run_dir = train(experiment, *OPTIONS, f"stage={stage}", f"stop_at={end}", *start)
+        climbed += rows(run_dir)
+    assert run_dir is not None
+    last = tmp_path / "last"
+    convert(run_dir, last, "nnx")
+    train(experiment, *OPTIONS, "stage=nnx", f"init_from={run_dir}", f"run_dir={last}")
+
+    assert climbed[: -len(rows(run_dir))] + rows(last) == rows(whole)

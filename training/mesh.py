@@ -1,0 +1,146 @@
+"""Which device holds what, when several compute a run.
+
+The devices form a grid of `mesh.data` x `mesh.fsdp`. Each has its rows of a batch. Parameters,
+optimizer state and averages are cut along `fsdp` into parts; a step puts the parameters together
+for the forward and backward pass, and updates the parts. The model's code knows nothing of it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from configs import schema
+from model.stages import HALVES
+from training.errors import Refused
+
+LISTED = 6  # arrays that cannot be divided, in the opening words
+
+
+class Layout:
+    """A mesh of devices, and where each array of a run lies on it.
+
+    Attributes:
+        mesh: axes `data` and `fsdp`; neighbours along `fsdp` are of one process where it has room.
+        rows: the sharding of a batch: rows over all devices.
+        whole: the sharding of what every device holds all of.
+    """
+
+    def __init__(self, data: int, fsdp: int) -> None:
+        """The first `data * fsdp` devices, those of a process side by side."""
+        devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+        grid = np.array(devices[: data * fsdp]).reshape(data, fsdp)
+        self.mesh = Mesh(grid, ("data", "fsdp"))
+        self.rows = NamedSharding(self.mesh, PartitionSpec(("data", "fsdp")))
+        self.whole = NamedSharding(self.mesh, PartitionSpec())
+
+    def batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        """The global batch, of which each process gives its own rows."""
+        return {
+            name: jax.make_array_from_process_local_data(self.rows, rows)
+            for name, rows in batch.items()
+        }
+
+    def shapes(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.ShapeDtypeStruct]:
+        """What `batch` returns, without values, from a batch that has the rows of all processes."""
+        return {
+            name: jax.ShapeDtypeStruct(rows.shape, rows.dtype, sharding=self.rows)
+            for name, rows in batch.items()
+        }
+
+    def fetch(self, tree: Any) -> Any:
+        """The whole of each array as numpy, in every process; to be called by all of them."""
+        return jax.device_get(jax.device_put(tree, self.whole))
+
+    def state(self, abstract: Any, ranks: Mapping[str, int]) -> Any:
+        """A `State` of shapes with shardings: what mirrors a parameter is cut as the parameter is.
+
+        Args:
+            abstract: the state's shapes.
+            ranks: `{"half/path": rank in nnx form}` of the parameters. Only so many of the last
+                axes are cut, so that a stack of layers lies as its layers do at another stage.
+        """
+
+        def placed(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+            names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+            start = next((i for i, name in enumerate(names) if name in HALVES), len(names))
+            rank = ranks.get("/".join(names[start:]))
+            if rank is None or (names[0] == "variables" and names[1] != "params"):
+                place = self.whole
+            else:
+                place = self._cut(leaf.shape, rank)
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+        return jax.tree_util.tree_map_with_path(placed, abstract)
+
+    def _cut(self, shape: tuple[int, ...], rank: int) -> NamedSharding:
+        """Parts along the largest (last, of equals) of the last `rank` axes that `fsdp` divides."""
+        parts = self.mesh.shape["fsdp"]
+        axes = range(max(0, len(shape) - rank), len(shape))
+        fitting = [axis for axis in axes if shape[axis] and shape[axis] % parts == 0]
+        if parts == 1 or not fitting:
+            return self.whole
+        axis = max(fitting, key=lambda axis: (shape[axis], axis))
+        return NamedSharding(self.mesh, PartitionSpec(*[None] * axis, "fsdp"))
+
+    def describe(self, state: Any) -> str:
+        """How the state (arrays, or shapes with shardings) lies on the devices, in words."""
+        text = f"{self.mesh.size} devices, data {self.mesh.shape['data']}"
+        text += f" x fsdp {self.mesh.shape['fsdp']}"
+        if jax.process_count() > 1:
+            text += f", in {jax.process_count()} processes"
+        if self.mesh.size < jax.device_count():
+            text += f", of {jax.device_count()}"
+        if self.mesh.shape["fsdp"] == 1:
+            return text
+        leaves = jax.tree.leaves(state)
+        total = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+        held = sum(
+            np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves
+        )
+        params, _ = jax.tree_util.tree_flatten_with_path(state.variables["params"])
+        odd = [
+            f"{jax.tree_util.keystr(path, simple=True, separator='/')} {list(leaf.shape)}"
+            for path, leaf in params
+            if leaf.sharding.is_fully_replicated
+        ]
+        text += f"; each holds {held / 1e3:,.0f} of the state's {total / 1e3:,.0f} kB"
+        if odd:
+            more = f" and {len(odd) - LISTED} more" if len(odd) > LISTED else ""
+            text += f", and all of what cannot be divided: {', '.join(odd[:LISTED])}{more}"
+        return text
+
+
+def create(cfg: schema.Mesh, batch: int) -> Layout | None:
+    """The layout that the config asks for; None for one device, which needs none.
+
+    Args:
+        cfg: the `mesh` group; -1 stands for the rest of the devices.
+        batch: rows of a batch.
+
+    Raises:
+        Refused: naming everything that does not fit the devices or the batch.
+    """
+    count = jax.device_count()
+    asked = f"mesh.data={cfg.data} mesh.fsdp={cfg.fsdp}"
+    given = abs(cfg.data * cfg.fsdp)  # with one of them -1: the other
+    if count % given:
+        raise Refused(f"{asked}: {given} does not divide the {count} devices there are.")
+    data = count // given if cfg.data == -1 else cfg.data
+    fsdp = count // given if cfg.fsdp == -1 else cfg.fsdp
+    size, problems = data * fsdp, []
+    if jax.process_count() > 1 and size < count:
+        problems.append(
+            f"{asked} uses {size} of the {count} devices of {jax.process_count()} processes, "
+            "which must all take part: set one of them to -1."
+        )
+    if batch % size:
+        problems.append(
+            f"data.batch is {batch}, which {size} devices ({asked}) cannot share evenly: choose "
+            f"a multiple of {size}."
+        )
+    if problems:
+        raise Refused("\n".join(problems))
+    return None if size == 1 else Layout(data, fsdp)

@@ -1,0 +1,142 @@
+"""Several processes that compute one run together: how they meet, agree and stop.
+
+Each runs the same program, on its own part of every batch. The first one alone writes: metrics,
+TensorBoard, config, digests, the terminal. What one process finds wrong while a run is being set
+up ends all of them with its message; one that dies later takes the others down with it, for they
+would wait for it in the next step. For a run of one process everything here does nothing.
+"""
+
+import dataclasses
+import hashlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from configs import schema
+from configs.schema import Config
+from training.errors import Refused
+from training.terminal import CONSOLE, say
+
+MESSAGE = 2000  # bytes of an error that the other processes are told
+
+
+def join(cfg: Config) -> None:
+    """Meets the other processes of the run, if there are any; before anything else asks for jax.
+
+    Who they are: `cfg.distributed`, else what `srun` or `mpirun` has put into the environment. A
+    process joins once, whatever the number of its runs.
+
+    Raises:
+        Refused: when what is known does not suffice, or configurations differ.
+    """
+    own = cfg.distributed
+    launched = any(int(os.environ.get(name, 1)) > 1 for name in _launchers())
+    if (own.coordinator is not None or launched) and not jax.distributed.is_initialized():
+        try:
+            jax.distributed.initialize(own.coordinator, own.num_processes, own.process_id)
+        except ValueError as error:
+            raise Refused(
+                f"distributed.coordinator is {own.coordinator}, and {str(error).rstrip('.')}. Give "
+                "distributed.num_processes and distributed.process_id too."
+            ) from None
+        CONSOLE.quiet = not first()
+        sys.excepthook = _leave
+    if jax.process_count() == 1:
+        return
+    text = repr(dataclasses.replace(cfg, distributed=schema.Distributed(None, None, None)))
+    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+    digests = multihost_utils.process_allgather(digest)
+    others = [index for index, other in enumerate(digests) if (other != digests[0]).any()]
+    if others:
+        raise Refused(
+            f"Process {others[0]} of {len(digests)} was started with another configuration than "
+            "process 0. Give all of them the same keys; distributed.process_id alone may differ."
+        )
+
+
+def first() -> bool:
+    """Whether this process is the one that writes."""
+    return jax.process_index() == 0
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """All processes leave the block, or none does: an error in one is an error in all.
+
+    Nothing in the block may wait for another process.
+
+    Raises:
+        Refused: when another process has failed, with its message.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    if jax.process_count() > 1:
+        text = np.zeros(MESSAGE, np.uint8)
+        if failure is not None:
+            told = f"{failure} ".encode()[:MESSAGE]
+            text[: len(told)] = np.frombuffer(told, np.uint8)
+        for index, other in enumerate(multihost_utils.process_allgather(text)):
+            if failure is None and (told := bytes(other[other > 0]).decode(errors="replace")):
+                failure = Refused(f"Process {index} of {jax.process_count()}: {told.strip()}")
+    if failure is not None:
+        raise failure
+
+
+@contextmanager
+def interrupts() -> Iterator[Callable[[int], bool]]:
+    """SIGTERM and Ctrl-C end the run after the step at hand, in every process after the same one;
+    in a run of one process, a second signal ends it at once.
+
+    Yields:
+        Whether to stop after step k; to be asked after every step.
+    """
+    received: list[int] = []
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        say(f"{signal.Signals(number).name}: saving after this step.")
+
+    handlers: dict[signal.Signals, Callable[[int, FrameType | None], None]]
+    if jax.process_count() > 1:
+        # jax listens to SIGTERM itself, and settles with the other processes where to stop.
+        handlers = {signal.SIGINT: lambda *_: signal.raise_signal(signal.SIGTERM)}
+        stop = multihost_utils.reached_preemption_sync_point
+    else:
+        handlers = dict.fromkeys((signal.SIGTERM, signal.SIGINT), receive)
+
+        def stop(step_id: int) -> bool:
+            return bool(received)
+
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _launchers() -> Iterator[str]:
+    """The environment variables that count the processes which a launcher has started."""
+    if "SLURM_STEP_NODELIST" in os.environ:  # by srun: a batch script alone is no step
+        yield "SLURM_NTASKS"
+    yield "OMPI_COMM_WORLD_SIZE"
+
+
+def _leave(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Ends a process that failed. An orderly exit would wait for others, which wait for it."""
+    sys.__excepthook__(kind, error, trace)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
