@@ -10,29 +10,25 @@ far a side is from its own float64 run is what rounding may do.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import jaxpr_as_fun
 
 from linen_nnx.compare import Error, Value, Verdict, aligned, judge
 from linen_nnx.fingerprints import lively
+from linen_nnx.half import Half, module_of
 from linen_nnx.lint import lint, watch
 from linen_nnx.mates import gather, mates, side_of, weights
-from linen_nnx.record import Mode, record
 from linen_nnx.rules import RuleBook
-from linen_nnx.sides import Side
 from linen_nnx.suggest import suggest
 from linen_nnx.trace import trace_linen, trace_nnx
 from linen_nnx.twin import Twin
 
 Array = np.ndarray
-AGREE = ("exact", "rounding", "absorbed")
-_RANKS = ("other form", "exact", "rounding", "absorbed", "DIVERGES", "NaN")
+_AGREE = ("exact", "rounding", "absorbed")
+_FAILED = ("DIVERGES", "NaN")
+_RANKS = ("other form", *_AGREE, *_FAILED)
 
 
 @dataclass(frozen=True)
@@ -102,86 +98,13 @@ def bisect(
         )
         inputs.append(jnp.asarray(lively(array, number), array.dtype) if even else array)
         notes += [f"input {number} was all one value, which hides much: it got noise"] * even
-    both = _Half(linen, leaves[0], inputs), _Half(nnx, leaves[1], inputs)
+    both = Half(linen, leaves[0], inputs), Half(nnx, leaves[1], inputs)
     found = _Comparison(both, mate)
     layers, first = found.layers()
     return Bisection(tuple(layers), first, tuple(lint(configs, found.modules())), (*notes, *more))
 
 
-class _Half:
-    """One side, its weights, and all that it gave on them."""
-
-    def __init__(self, side: Side, leaves: dict[str, Any], inputs: Sequence[Any]) -> None:
-        self.side, self.flow = side, side.flow
-        args = [*(jnp.asarray(leaves[path]) for path in side.paths), *inputs]
-        jaxpr, sites = side.trace.jaxpr, {use.site for use in side.flow.uses.values()}
-        runs = [record(jaxpr, args, sites, mode) for mode in get_args(Mode)]
-        self.records = [records for _, records in runs]
-        outs = [out for out, _ in runs]
-        count = len(outs[0]) - len(side.trace.updates)
-        values = list(map(Value.of, *outs))
-        self.outs = values[:count]
-        compiled = jax.jit(jaxpr_as_fun(jaxpr))(*args)
-        self.compiled = list(map(Value.of, compiled, *outs[1:]))[:count]
-        old = {path: Value.of(a, a, a) for path, a in zip(side.paths, args, strict=False)}
-        self.leaves = {**old, **dict(zip(side.trace.updates, values[count:], strict=True))}
-
-    @cached_property
-    def above(self) -> dict[int, set[int]]:
-        """For each use the uses that flow into it."""
-        owners = [int(self.flow.owner[slot.ids[0, 0]]) for slot in self.flow.slots]
-        above: dict[int, set[int]] = {use: set() for use in self.flow.uses}
-        for owner, row in zip(owners, self.flow.above, strict=True):
-            above[owner] |= {owners[k] for k in np.flatnonzero(row)} - {owner}
-        return above
-
-    @cached_property
-    def leaf(self) -> dict[int, str]:
-        """For each use the leaf, or the first of its leaves."""
-        first: dict[int, str] = {}
-        for slot, path in zip(self.flow.slots, self.side.first, strict=True):
-            first.setdefault(int(self.flow.owner[slot.ids[0, 0]]), path)
-        return first
-
-    def layer(self, use: int) -> str:
-        """The path of the module that holds the leaf of a use, and the steps of scans around it."""
-        path, steps = module_of(self.side, self.leaf[use]), self.steps(use)
-        return f"{path}{list(steps)}" if path in self.stepping else path
-
-    def steps(self, use: int) -> tuple[int, ...]:
-        found = self.records[0].get(self.flow.uses[use].site)
-        return found.steps if found else ()
-
-    @cached_property
-    def stepping(self) -> set[str]:
-        """Modules that are used in more than one step of a scan."""
-        return {
-            module_of(self.side, path) for use, path in self.leaf.items() if any(self.steps(use))
-        }
-
-    def value(self, use: int) -> Value | None:
-        """What the equation of a use gives."""
-        at = self.flow.uses[use]
-        if at.site not in self.records[0]:
-            return None
-        outs = [records[at.site].outs for records in self.records]
-        fit = [k for k, out in enumerate(outs[0]) if out.shape == at.columns.shape]
-        return Value.of(*(each[fit[0] if fit else 0] for each in outs))
-
-    def inputs(self, use: int) -> list[Value]:
-        """What flows into the equation of a use."""
-        at = self.flow.uses[use]
-        args = [records[at.site].args for records in self.records]
-        return [Value.of(*(each[k] for each in args)) for k in at.inputs]
-
-
-def module_of(side: Side, leaf: str) -> str:
-    """The path of the module that holds a leaf; "." for the root."""
-    parts = leaf.split("/")[side.trace.side == "linen" : -1]
-    return "/".join(parts) or "."
-
-
-@dataclass
+@dataclass(eq=False)
 class _Point:
     """A use on each side, whose values are compared."""
 
@@ -194,12 +117,12 @@ class _Point:
 
 
 class _Comparison:
-    def __init__(self, both: tuple[_Half, _Half], mate: Array) -> None:
+    def __init__(self, both: tuple[Half, Half], mate: Array) -> None:
         self.both, self.mate = both, mate
         self.numbers = np.arange(both[0].flow.size), mate
         self.points = sorted(self._points(), key=lambda point: (point.linen, point.nnx))
         self.known = [point for point in self.points if point.values]
-        self.feeds = self._feeds()
+        self.feeds = dict(zip(self.known, self._feeds(), strict=True))
         for point in self.known:
             assert point.values is not None
             point.error, point.verdict = judge(*point.values)
@@ -224,19 +147,13 @@ class _Comparison:
         for point in self.points:
             key = self.both[0].layer(point.linen), self.both[1].layer(point.nnx)
             groups.setdefault(key, []).append(point)
-        fault = next((point for point in self.points if _RANKS.index(point.verdict) > 3), None)
+        fault = next((point for point in self.points if point.verdict in _FAILED), None)
         lines, first = [], None
-        feeds = {id(p): each for p, each in zip(self.known, self.feeds, strict=True)}
         for (linen, nnx), points in groups.items():
-            failed = [point for point in points if _RANKS.index(point.verdict) > 3]
+            failed = [point for point in points if point.verdict in _FAILED]
             shown = failed[0] if failed else max(reversed(points), key=_rank)
-            inside = {id(point) for point in points}
-            before = [
-                other.error
-                for point in points
-                for other in feeds.get(id(point), ())
-                if id(other) not in inside and other.error
-            ]
+            feeds = {other for point in points for other in self.feeds.get(point, ())}
+            before = [other.error for other in feeds.difference(points) if other.error]
             line = Layer(
                 linen,
                 nnx,
@@ -250,7 +167,7 @@ class _Comparison:
             lines.append(line)
             first = line if fault in points else first
         lines += self.ends
-        return lines, first or next((line for line in self.ends if line.verdict not in AGREE), None)
+        return lines, first or next((line for line in self.ends if line.verdict in _FAILED), None)
 
     def _points(self) -> Iterator[_Point]:
         """Uses that share leaf elements; and uses of one side in a layer that has a mate."""
@@ -297,16 +214,15 @@ class _Comparison:
     def _ends(self) -> Iterator[Layer]:
         """Updated leaves, outputs, and the outputs of each side as one compiled program."""
         one, two = self.both
-        inner = {id(other) for feeds in self.feeds for other in feeds}
-        last = [point.error for point in self.known if id(point) not in inner and point.error]
+        inner = {other for feeds in self.feeds.values() for other in feeds}
+        last = [point.error for point in self.known if point not in inner and point.error]
         before = max(last, key=_amount, default=None)
-        old = {path for half in self.both for path in half.side.trace.updates}
         for path in two.side.paths:
             ids = self.mate[two.side.elements(path)]
             if (ids < 0).any():
                 continue
             sources = one.side.leaves_of(ids)
-            if path in old or old & set(sources):
+            if path in two.updated or one.updated & set(sources):
                 mine = zip(*(one.leaves[p] for p in sources), strict=True)
                 leaves = [dict(zip(sources, arrays, strict=True)) for arrays in mine]
                 value = Value(*(gather(one.side, each, ids) for each in leaves))
@@ -327,14 +243,14 @@ class _Comparison:
 
     def _absorb(self) -> None:
         """Marks points that differ while everything computed from them agrees."""
-        after: dict[int, list[_Point]] = {id(point): [] for point in self.known}
-        for point, feeds in zip(self.known, self.feeds, strict=True):
+        after: dict[_Point, list[_Point]] = {point: [] for point in self.known}
+        for point, feeds in self.feeds.items():
             for other in feeds:
-                after[id(other)].append(point)
-        final = all(line.verdict in AGREE for line in self.ends)
+                after[other].append(point)
+        final = all(line.verdict in _AGREE for line in self.ends)
         for point in reversed(self.known):
-            following = after[id(point)]
-            agree = all(other.verdict in AGREE for other in following) if following else final
+            agree = all(other.verdict in _AGREE for other in after[point])
+            agree = agree if after[point] else final
             if point.verdict == "DIVERGES" and agree:
                 point.verdict = "absorbed"
 
@@ -346,7 +262,7 @@ class _Comparison:
         shapes = [[value.own.shape for value in values] for values in given]
         if shapes[0] != shapes[1]:
             return None
-        return all(judge(*pair)[1] in AGREE for pair in zip(*given, strict=True))
+        return all(judge(*pair)[1] in _AGREE for pair in zip(*given, strict=True))
 
 
 def _end(linen: str, nnx: str, values: tuple[Value, Value], before: Error | None) -> Layer:

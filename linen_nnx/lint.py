@@ -59,6 +59,8 @@ _ADVICE = {
     "training": _TRAIN,
     "is_training": _TRAIN,
 }
+_FLAGS = ("deterministic", "use_running_average", "train", "training", "is_training")
+_READ = (*_ADVICE, "promote_dtype")
 _MAY_BE_NONE = ("dtype", "precision")  # elsewhere None means that something else decides
 _Pairs = Iterable[tuple[str, str]]
 
@@ -72,16 +74,20 @@ class Configs:
 
     sides: tuple[dict[str, Settings], dict[str, Settings]] = field(default_factory=lambda: ({}, {}))
 
-    def note(self, side: int, path: str, module: Any, args: Any = (), kwargs: Any = None) -> None:
-        """Keeps the settings of a module at its first call."""
-        known = {name: getattr(module, name) for name in _ADVICE if hasattr(module, name)}
-        call = inspect.signature(type(module).__call__)
-        given = call.bind_partial(module, *args, **(kwargs or {})).arguments
-        plain = {k: v for k, v in given.items() if isinstance(v, bool | int | float | str)}
-        known |= {name: value for name, value in plain.items() if name in _ADVICE}
-        if hasattr(module, "promote_dtype"):
-            known["promote_dtype"] = module.promote_dtype
-        self.sides[side].setdefault(path, {"kind": type(module).__name__, **known})
+    def note(self, side: int, path: str, module: Any, called_with: Settings | None) -> None:
+        """Keeps the settings of a module at its first call; None: the call was not seen."""
+        known = {name: value for name, value in vars(module).items() if name in _READ}
+        if called_with is None:
+            known = {name: value for name, value in known.items() if name not in _FLAGS}
+        kind = {"kind": type(module).__name__}
+        self.sides[side].setdefault(path, {**known, **(called_with or {}), **kind})
+
+
+def _given(module: Any, args: Any, kwargs: Any) -> Settings:
+    """The settings among the arguments of a call."""
+    call = inspect.signature(type(module).__call__).bind_partial(module, *args, **kwargs)
+    plain = {k: v for k, v in call.arguments.items() if isinstance(v, bool | int | float | str)}
+    return {name: value for name, value in plain.items() if name in _ADVICE}
 
 
 def watch(twin: Twin) -> tuple[Twin, Configs]:
@@ -93,13 +99,14 @@ def watch(twin: Twin) -> tuple[Twin, Configs]:
     def linen(*given: Any) -> Any:
         def seen(call_next: Any, args: Any, kwargs: Any, context: Any) -> Any:
             if context.method_name == "__call__":
-                configs.note(0, "/".join(context.module.path) or ".", context.module, args, kwargs)
+                path, given = "/".join(context.module.path), _given(context.module, args, kwargs)
+                configs.note(0, path or ".", context.module, given)
             return call_next(*args, **kwargs)
 
         with nn.intercept_methods(seen):
             return call_linen(*given)
 
-    def of_nnx(model: Any, *inputs: Any) -> Any:
+    def call_of_nnx(model: Any, *inputs: Any) -> Any:
         modules = {
             id(m): ("/".join(map(str, path)) or ".", m) for path, m in nnx.iter_modules(model)
         }
@@ -107,24 +114,32 @@ def watch(twin: Twin) -> tuple[Twin, Configs]:
         def seen(call: Callable[..., Any]) -> Callable[..., Any]:
             @functools.wraps(call)
             def noting(self: Any, *args: Any, **kwargs: Any) -> Any:
+                given = _given(self, args, kwargs)
                 if id(self) in modules:
-                    configs.note(1, *modules[id(self)], args, kwargs)
+                    configs.note(1, *modules[id(self)], given)
+                else:  # a copy that a transform (remat, scan, vmap) has made
+                    flags = {**vars(self), **given}
+                    copies.setdefault(type(self), []).append(
+                        {name: flags[name] for name in _FLAGS if name in flags}
+                    )
                 return call(self, *args, **kwargs)
 
             return noting
 
+        copies: dict[type, list[Settings]] = {}
         kinds = {kind for _, module in modules.values() for kind in type(module).__mro__}
         with ExitStack() as patches:
             for kind in kinds:
                 if inspect.isfunction(call := vars(kind).get("__call__")):
                     patches.enter_context(mock.patch.object(kind, "__call__", seen(call)))
             out = call_nnx(model, *inputs)
-        for path, module in modules.values():  # what a transform called, as another object
-            if callable(module):
-                configs.note(1, path, module)
+        for path, module in modules.values():
+            of_kind = copies.get(type(module), [])
+            same = bool(of_kind) and all(flags == of_kind[0] for flags in of_kind)
+            configs.note(1, path, module, of_kind[0] if same else None)
         return out
 
-    return replace(twin, call_linen=linen, call_nnx=of_nnx), configs
+    return replace(twin, call_linen=linen, call_nnx=call_of_nnx), configs
 
 
 def lint(configs: Configs, pairs: Mapping[tuple[str, str], str]) -> list[str]:
@@ -187,10 +202,15 @@ def _ancestors(configs: Configs, pairs: _Pairs) -> Iterator[tuple[str, str]]:
 
 
 def _dropouts(configs: Configs) -> Iterator[tuple[str, str]]:
-    """Dropout layers in the order of their calls; of scanned ones Linen knows one for all."""
-    paths = [[path for path, s in side.items() if s["kind"] == "Dropout"] for side in configs.sides]
-    for number in range(max(map(len, paths)) if all(paths) else 0):
-        yield paths[0][number % len(paths[0])], paths[1][number % len(paths[1])]
+    """Dropout layers: in the order of their calls, or each with one, if those are all alike."""
+    linen, nnx_ = (
+        {path: settings for path, settings in side.items() if settings["kind"] == "Dropout"}
+        for side in configs.sides
+    )
+    if len(linen) == len(nnx_):
+        yield from zip(linen, nnx_, strict=True)
+    elif linen and all(settings == next(iter(linen.values())) for settings in linen.values()):
+        yield from ((next(iter(linen)), path) for path in nnx_)
 
 
 def _plain(name: str, settings: Settings) -> Any:

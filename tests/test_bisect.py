@@ -282,25 +282,44 @@ def test_checkpoints_that_do_not_fit_are_refused_with_every_reason(saved):
         bisect(net(depth=13), None, [saved / "linen"])
 
 
-@pytest.mark.parametrize("stage", ["linen", "nnx_in_linen", "nnx"])
-def test_runs_of_this_template_serve_at_any_stage(train, stage):
-    run = train("diabetes", f"stage={stage}", "steps=2")
-    made = families.create(yaml.safe_load((run / "config.yaml").read_text())["model"])
+def of_family(options, inputs):
+    """The twin of one of this template's families, in evaluation, and its rules."""
+    made = families.create(options)
     linen, nnx_ = made.twin("linen"), made.twin("nnx")
     twin = Twin(
         linen=lambda: _Hybrid(linen.Encoder(made.cfg), linen.Head(made.cfg)),
         nnx=lambda rngs: _NnxHybrid(
             nnx_.Encoder(made.cfg, rngs=rngs), nnx_.Head(made.cfg, rngs=rngs)
         ),
-        inputs=lambda: (jax.random.normal(jax.random.key(0), (4, made.cfg.features)),),
+        inputs=lambda: (inputs,),
         call_linen=lambda module, variables, x: module.apply(variables, x, train=False, key=None),
         call_nnx=lambda model, x: model(x, train=False, key=None, mutable=[]),
         init_linen=lambda module, key, x: module.init(key, x, train=False, key=None),
     )
+    return twin, made.rules_path
 
-    found = bisect(twin, made.rules_path, [run])
+
+@pytest.mark.parametrize("stage", ["linen", "nnx_in_linen", "nnx"])
+def test_runs_of_this_template_serve_at_any_stage(train, stage):
+    run = train("diabetes", f"stage={stage}", "steps=2")
+    options = yaml.safe_load((run / "config.yaml").read_text())["model"]
+    inputs = jax.random.normal(jax.random.key(0), (4, options["features"]))
+
+    found = bisect(*of_family(options, inputs), [run])
 
     assert set(verdicts(found)) == {"exact"} and not found.notes and not found.findings
+
+
+def test_flags_are_known_also_where_a_transform_calls_the_layers():
+    options = {
+        "family": "transformer", "vocab": 7, "length": 4, "depth": 2, "width": 8, "heads": 2,
+        "mlp_factor": 2, "dropout": 0.1, "dtype": "bfloat16", "remat": True, "scan": True,
+    }  # fmt: skip
+
+    found = bisect(*of_family(options, jnp.array([[1, 2, 3, 4], [6, 5, 0, 1]])))
+
+    assert set(verdicts(found)) == {"exact"} and not found.notes and not found.findings
+    assert "encoder/ScanBlock/Mlp_0/Dense_0[1]" in {line.linen for line in found.layers}
 
 
 def test_an_even_input_gets_noise_and_says_so():
