@@ -8,9 +8,10 @@ gradients to 2e-6 (constants are rounded to float32 in either): then they are on
 they differ by is the rounding of each. Anything else fails, and so does any NaN or infinity.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,9 +32,7 @@ from linen_nnx.verify import Check
 
 Array = np.ndarray
 Named = dict[str, Array]
-_FORWARD, _GRADIENT = 2e-7, 2e-6  # in float64, relative: see above
 _STEP_ULPS = 16  # of an optimizer's step on equal gradients: sums over leaves in another order
-_FLOOR = 1e-5  # of the largest array: what is smaller is compared on that scale
 _BLIND = 1e-10  # of the median gradient
 _SHOWN = 8
 
@@ -49,6 +48,20 @@ class _Route:
     @property
     def lossless(self) -> bool:
         return not any(isinstance(action, Multiply | Fill) for action in self.actions)
+
+
+class _Bound(NamedTuple):
+    """What is rounding: in float64, relative to an array's largest element.
+
+    An array smaller than the share `floor` of the largest is measured on that scale: a gradient
+    that is all but 0 is a sum of larger ones that cancel.
+    """
+
+    relative: float
+    floor: float
+
+
+_FORWARD, _GRADIENT = _Bound(2e-7, 1e-12), _Bound(2e-6, 1e-5)
 
 
 @dataclass(frozen=True)
@@ -182,7 +195,7 @@ class _Pair:
             {_name(key): array for key, array in self.translated(ours).items()},
             {_name(key): array for key, array in theirs.items()},
         )
-        yield _judge(name, lambda wide: None if wide else both, before.exact)
+        yield _judge(name, lambda wide: both, before.exact)
         yield _control(case.left, ours, fresh)
 
 
@@ -276,7 +289,7 @@ def _sight(subject: Subject, state: Arrays, inputs: Sequence[Any]) -> tuple[set[
         left, right = (
             {**outs, **{_name(id): updates[id] for id in updates}} for outs, updates in (one, two)
         )
-        return _gap(left, right) > 1e-12
+        return _gap(left, right, 0.0) > 1e-12
 
     try:
         slopes = subject.gradient(state, inputs, wide=True, updates=True)
@@ -330,12 +343,14 @@ def _suspects(twin: Twin, book: RuleBook) -> Check:
     return Check(name, True if theirs else None, (hint,))
 
 
-def _judge(name: str, both: Callable[[bool], Any], exact: bool, bound: float = 0.0) -> Check:
+def _judge(
+    name: str, both: Callable[[bool], tuple[Named, Named]], exact: bool, bound: _Bound | None = None
+) -> Check:
     """Compares named arrays of two sides.
 
-    both: returns the two mappings, in the models' own dtypes or (given True) in float64; None if
-      there is no float64 to compare in.
-    exact: whether every bit must be equal; else `bound`: what is rounding, in float64.
+    both: returns the two mappings, in the models' own dtypes or (given True) in float64.
+    exact: whether every bit must be equal.
+    bound: what is rounding in float64; None if there is no float64 to compare in.
     """
     left, right = both(False)
     problems = [
@@ -354,25 +369,22 @@ def _judge(name: str, both: Callable[[bool], Any], exact: bool, bound: float = 0
     other = {label for label in left if not _same(left[label], right[label])}
     if not other:
         return Check(name, True, (f"exact: every bit of {len(left)} arrays",))
-    ulps = _ulps(left, right)
+    ulps = _ulps(left, right, bound.floor if bound else 0.0)
     worst = sorted(other, key=lambda label: -ulps[label])
     shown = [f"{label} by {ulps[label]:.3g}" for label in worst[:_SHOWN]]
-    more = ", ..." if len(worst) > _SHOWN else ""
     text = f"{len(other)} of {len(left)} arrays differ (ulps of the largest element): "
-    text += ", ".join(shown) + more
+    text += ", ".join(shown) + (", ..." if len(worst) > _SHOWN else "")
     if exact:
         return Check(name, False, (text, "every bit must be equal here"))
-    try:
-        wide = both(True)
-    except Exception as error:  # the user's own model: whatever it raises is the reason
-        return Check(name, False, (text, f"not to be compared in float64: {error!r}"))
-    if wide is None:
-        close = ulps[worst[0]] <= _STEP_ULPS
-        why = f"{_STEP_ULPS} ulps are rounding here"
+    if bound is None:
+        close, why = ulps[worst[0]] <= _STEP_ULPS, f"{_STEP_ULPS} ulps are rounding here"
     else:
-        gap = _gap(*wide)
-        close = gap <= bound
-        why = f"in float64 {gap:.0e} apart, of which {bound:.0e} may be rounding"
+        try:
+            gap = _gap(*both(True), bound.floor)
+        except Exception as error:  # the user's own model: whatever it raises is the reason
+            return Check(name, False, (text, f"not to be compared in float64: {error!r}"))
+        close = gap <= bound.relative
+        why = f"in float64 {gap:.0e} apart, of which {bound.relative:.0e} may be rounding"
     return Check(
         name, close, (text, f"{'close, not exact' if close else 'not equal'}: {why}"), close
     )
@@ -390,31 +402,31 @@ def _same(left: Array, right: Array) -> bool:
     return left.dtype == right.dtype and left.tobytes() == right.tobytes()
 
 
-def _ulps(left: Named, right: Named) -> dict[str, float]:
+def _ulps(left: Named, right: Named, floor: float) -> dict[str, float]:
     """The largest difference of each array, in units in the last place of its largest element."""
     ulps = {}
-    for label, scale in _scales(left).items():
+    for label, scale in _scales(left, floor).items():
         kind = left[label].dtype
         if jnp.issubdtype(kind, jnp.inexact):
-            unit = float(jnp.finfo(kind).eps) * 2 ** np.floor(np.log2(scale))
+            unit = float(jnp.finfo(kind).eps) * 2.0 ** math.floor(math.log2(scale))
             ulps[label] = _distance(left[label], right[label]) / unit
         else:
             ulps[label] = np.inf if _distance(left[label], right[label]) else 0.0
     return ulps
 
 
-def _gap(left: Named, right: Named) -> float:
+def _gap(left: Named, right: Named, floor: float) -> float:
     """The largest difference, relative to each array's largest element; NaN is infinite."""
-    scales = _scales(left).items()
+    scales = _scales(left, floor).items()
     gaps = [_distance(left[label], right[label]) / scale for label, scale in scales]
     return float(np.nan_to_num(max(gaps), nan=np.inf))
 
 
-def _scales(arrays: Named) -> dict[str, float]:
-    """The largest element of each array, and of arrays that are all but 0 a share of the others."""
+def _scales(arrays: Named, floor: float) -> dict[str, float]:
+    """The largest element of each array; at least the share `floor` of that of all."""
     sizes = {label: float(np.abs(array).max(initial=0)) for label, array in arrays.items()}
-    floor = max(_FLOOR * max(sizes.values(), default=0.0), 1e-30)
-    return {label: max(size, floor) for label, size in sizes.items()}
+    least = max(floor * max(sizes.values(), default=0.0), 1e-30)
+    return {label: max(size, least) for label, size in sizes.items()}
 
 
 def _distance(left: Array, right: Array) -> float:

@@ -144,7 +144,7 @@ def _verify_one(
     different = list(_different(conversion, leaves, reader, progress))
     yield Check("every bit, through the rule book", not different, tuple(different))
     progress("the way back")
-    yield _inverse(conversion, result, part)
+    yield _inverse(conversion, result, part, intact=not different)
     if twin is None and (own_runs is None or source.run is None):
         return
     progress("running both models")
@@ -152,8 +152,11 @@ def _verify_one(
     yield from _meaning(conversion, result, state, reader, twin, own_runs)
 
 
-def _inverse(conversion: Conversion, result: Source, part: str) -> Check:
-    """The way back from the result: the same leaves, each with its own bits."""
+def _inverse(conversion: Conversion, result: Source, part: str, intact: bool) -> Check:
+    """The way back from the result: the same leaves, each with its own bits.
+
+    Where nothing but a name changes, the bits are those compared before (`intact`).
+    """
     name = "exact inverse"
     source = conversion.source
     lost = [*conversion.dropped, *conversion.filled]
@@ -175,7 +178,7 @@ def _inverse(conversion: Conversion, result: Source, part: str) -> Check:
     changed = replace(back, jobs=tuple(job for job in back.jobs if job.change.actions))
     _, leaves, reader = source.open()
     wrong += _different(changed, leaves, reader, lambda text: None)
-    return Check(name, not wrong, tuple(wrong))
+    return Check(name, intact and not wrong, tuple(wrong))
 
 
 def _paths(*groups: Sequence[Leaf]) -> tuple[str, ...]:
@@ -195,6 +198,9 @@ def _meaning(
     from linen_nnx.subject import of_twin
 
     runs = conversion.source.run, result.run
+    if twin is not None and (conversion.state.form.stage or conversion.to.stage):
+        yield Check("the models", False, ("a run of this template has its own: leave out --twin",))
+        return
     if twin is not None:
         before, after = of_twin(twin, conversion.state.form.side), of_twin(twin, conversion.to.side)
     elif own_runs is None or runs[0] is None or runs[1] is None:
