@@ -41,7 +41,7 @@ def missing(quoted: list[str], printed: str) -> list[str]:
 
 def _says(line: str, quote: str) -> bool:
     parts = [re.escape(part.strip()) for part in _NUMBER.sub("\0", quote).split("...")]
-    found = re.search(r".*".join(parts).replace("\0", r"(\d+\.\d+)"), line)
+    found = re.search(r".*".join(parts).replace("\0", rf"(?<!\d)({_NUMBER.pattern})"), line)
     expected = [float(number) for number in _NUMBER.findall(quote)]
     return found is not None and all(
         abs(float(number) - value) <= 0.1 * value
@@ -75,8 +75,8 @@ def test_an_example_works_from_its_own_readme_lines(project, name):
 
 
 def test_a_quote_that_was_not_printed_is_noticed():
-    printed = "loss 0.0851\nstep 3 of 4\nok          digests\n"
-    assert not missing(["loss 0.085", "...", "ok ... digests"], printed)
+    printed = "loss 0.0851\nright 12.5 %\nstep 3 of 4\nok          digests\n"
+    assert not missing(["loss 0.085", "... 12.4 %", "...", "ok ... digests"], printed)
     assert missing(["loss 0.185", "step 4 of 4", "ok ... bits"], printed) == [
         "loss 0.185", "step 4 of 4", "ok ... bits",
     ]  # fmt: skip

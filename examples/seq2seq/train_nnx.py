@@ -46,6 +46,8 @@ def main() -> None:
         nnx.update(model, saved["model"])
         nnx.update(state, saved["optimizer"])
         first, losses = int(state.step[...]), []
+        if first >= args.steps:
+            parser.error(f"{args.dir} is at step {first} already: choose more --steps")
         for step in range(first, args.steps):
             source, lengths, target = batch(step)
             losses.append(train_step(model, state, source, lengths, shifted(target), target))

@@ -41,6 +41,8 @@ def main() -> None:
         if manager.latest_step() is not None:
             state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(state))
         first, losses = int(state.step), []
+        if first >= args.steps:
+            parser.error(f"{args.dir} is at step {first} already: choose more --steps")
         for step in range(first, args.steps):
             state, loss = train_step(state, *batch(step))
             losses.append(loss)

@@ -40,6 +40,8 @@ def main() -> None:
         nnx.update(model, saved["model"])
         nnx.update(state, saved["optimizer"])
         first = int(state.step[...])
+        if first >= args.steps:
+            parser.error(f"{args.dir} is at step {first} already: choose more --steps")
         losses = [train_step(model, state, *batch(step)) for step in range(first, args.steps)]
         tree = {"model": nnx.state(model), "optimizer": nnx.state(state)}
         manager.save(args.steps, args=ocp.args.StandardSave(tree))
