@@ -8,7 +8,7 @@ from training import cli
 
 
 def main(cfg: Config) -> None:
-    """Trains as configured.
+    """Trains, or evaluates, as configured.
 
     Raises:
         Refused: with a message alone for whatever a person can put right.
@@ -16,10 +16,11 @@ def main(cfg: Config) -> None:
     from linen_nnx import RuleError
     from model.stages import VariablesError
     from training.errors import Refused
+    from training.evaluation import report
     from training.loop import train
 
     try:
-        stopped = train(cfg)
+        stopped = report(cfg) if cfg.mode == "eval" else train(cfg)
     except (RuleError, VariablesError) as error:
         raise Refused(str(error)) from None
     if stopped:

@@ -28,6 +28,7 @@ from benchmarks.rounds import save, table
 from benchmarks.steps import program, stage_step
 from model import families
 from training import cli, data, loop
+from training.evaluation import evaluate
 from training.state import Program
 
 ROOT = Path(__file__).parent.parent
@@ -100,9 +101,9 @@ def evaluation() -> float:
     """Seconds of one reading of the validation set, as the default does it."""
     cfg, made, _ = program([LM], "nnx_in_linen")
     state, dataset = made.init(), data.load(cfg.data)
-    loop.evaluate(cfg, made, dataset, state)
+    evaluate(cfg, made, dataset, state)
     begin = time.perf_counter()
-    loop.evaluate(cfg, made, dataset, state)
+    evaluate(cfg, made, dataset, state)
     return time.perf_counter() - begin
 
 

@@ -120,6 +120,7 @@ class Log:
     histograms_every: Count | None
     progress: bool
     samples: Natural
+    prompt: str | None
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,7 @@ class Config:
     """One run. `model` stays a plain mapping: its family checks it (see the module's docstring)."""
 
     name: str
+    mode: Literal["train", "eval"]
     stage: Stage
     run_dir: str
     steps: Count

@@ -6,6 +6,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from linen_nnx.bisect import Bisection, Layer, bisect
     from linen_nnx.convert import convert
     from linen_nnx.grammar import Rule
     from linen_nnx.plan import Plan, RuleError, Step
@@ -15,13 +16,14 @@ if TYPE_CHECKING:
     from linen_nnx.verify import verify
 
 __all__ = [
-    "Plan", "Rule", "RuleBook", "RuleError", "Step", "Twin", "TwinError", "Unassigned", "convert",
-    "suggest", "verify",
+    "Bisection", "Layer", "Plan", "Rule", "RuleBook", "RuleError", "Step", "Twin", "TwinError",
+    "Unassigned", "bisect", "convert", "suggest", "verify",
 ]  # fmt: skip
 
 _HOMES = {"Plan": "plan", "RuleError": "plan", "Step": "plan", "Rule": "grammar"}
 _HOMES |= {"RuleBook": "rules", "Unassigned": "rules", "Twin": "twin", "TwinError": "twin"}
 _HOMES |= {"convert": "convert", "suggest": "suggest", "verify": "verify"}
+_HOMES |= {"Bisection": "bisect", "Layer": "bisect", "bisect": "bisect"}
 
 
 class _Package(ModuleType):

@@ -67,9 +67,8 @@ def _parser(own_runs: str | None) -> argparse.ArgumentParser:
             sub.add_argument(
                 positional, type=kind, metavar=positional.upper(), help=_HELP[positional]
             )
-        sub.add_argument(
-            "--json", dest="as_json", action="store_true", help="print a machine-readable result"
-        )
+        text = "print a machine-readable result"
+        sub.add_argument("--json", dest="as_json", action="store_true", help=text)
         if "ckpt" in names:
             sub.add_argument("--step", type=int, help="which step of a root (default: the latest)")
             sub.add_argument("--item", help="which item of a step holds the state, if several may")
@@ -99,6 +98,12 @@ def _parser(own_runs: str | None) -> argparse.ArgumentParser:
     sub.add_argument("--to", metavar="TARGET", help="what OUT is (default: what its report says)")
     add_rules(sub, "run both models, too", both=True)
     sub.set_defaults(own_runs=own_runs)
+    text = "run both twins layer by layer, show the first divergence (then exit code 1)"
+    sub = add("bisect", _bisect, text, "twin")
+    weights = "weights of either form, or one of each (default: random ones)"
+    sub.add_argument("checkpoints", metavar="CKPT", nargs="*", help=weights)
+    sub.add_argument("--rules", metavar="FILE", help="rule book (default: what suggest finds)")
+    sub.add_argument("--png", metavar="FILE", help="where to plot the error of each layer")
     return parser
 
 
@@ -258,6 +263,24 @@ def _verify(
     if not any(check.name.endswith("by an output") for check in checks):
         print("The models were not run, and so the rule book is taken at its word: --twin TWIN")
     return int(failed)
+
+
+def _bisect(
+    twin: str, checkpoints: list[str], rules: str | None, png: str | None, as_json: bool
+) -> int:
+    from linen_nnx import show
+    from linen_nnx.bisect import bisect
+    from linen_nnx.twin import Twin
+
+    found = bisect(Twin.load(twin), rules, checkpoints)
+    if png is not None:
+        show.plot(found, png)
+    if as_json:
+        _print_json(show.content(found))
+    else:
+        _table(show.table(found))
+        print("\n" + "\n".join(show.conclusion(found)))
+    return int(found.first is not None)
 
 
 def _summary(report: dict[str, Any]) -> str:

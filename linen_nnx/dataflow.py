@@ -37,17 +37,34 @@ class Slot(NamedTuple):
     lane: tuple[int, int]
 
 
+class Use(NamedTuple):
+    """One equation that uses leaf elements for the first time, and where they are in its output.
+
+    columns: -1 or an element number at each place of the output (or of an operand, where the
+      equation keeps no element in its place); with `rows` (columns, K) the number of a row, whose
+      elements a product sums over. inputs: its operands that depend on the model's inputs.
+    """
+
+    site: Site
+    columns: Array
+    rows: Array | None
+    inputs: tuple[int, ...]
+
+
 class Flow(NamedTuple):
     """All slots of one side, by first use.
 
     starts: the number of the first element of each leaf; size: that of all elements.
     above: (slots, slots) bool; [a, b]: what b gives flows into the place where a is used.
+    uses: the equations of the slots; owner: (size,) the number of each element's use, -1 if none.
     """
 
     slots: list[Slot]
     starts: dict[str, int]
     size: int
     above: Array
+    uses: dict[int, Use]
+    owner: Array
 
 
 class _Tag(NamedTuple):
@@ -96,6 +113,8 @@ class _Walk:
         self.slot_of = np.full(size, -1, np.int32)
         self.slots: list[tuple[tuple[int, int], int, Slot]] = []  # with its order and `above`
         self.tags: list[_Tag] = []
+        self.uses: dict[int, Use] = {}
+        self.inputs: tuple[int, ...] = ()  # of the equation at hand
         self.covers: dict[int, list[int]] = {}  # bit -> slots, once a tag is flushed
 
     def run(self, jaxpr: Any, args: Sequence[_Value], site: Site) -> list[_Value]:
@@ -114,6 +133,7 @@ class _Walk:
 
     def equation(self, eqn: Any, args: list[_Value], site: Site) -> Sequence[_Value]:
         name, params = eqn.primitive.name, eqn.params
+        self.inputs = tuple(number for number, arg in enumerate(args) if arg.active)
         if control := {"scan": self.scan, "while": self.loop, "cond": self.branches}.get(name):
             return control(params, args, site)
         if (inner := called(eqn)) is not None:
@@ -176,19 +196,20 @@ class _Walk:
         """Tags for the elements that are used for the first time, and the bits of all."""
         tags, bits = [], 0
         for view in views:
-            lean = _lean(view)
-            used = np.where(lean < 0, -2, self.owner[lean])
+            small = lean(view)
+            used = np.where(small < 0, -2, self.owner[small])
             bits |= _bits(np.unique(used[used >= 0]))
             if (fresh := used == -1).any():
-                columns = np.broadcast_to(np.where(fresh, lean, -1), view.shape)
+                columns = np.broadcast_to(np.where(fresh, small, -1), view.shape)
                 tags.append(self.tag(columns, site, above))
-                self.owner[lean[fresh]] = tags[-1].bit
+                self.owner[small[fresh]] = tags[-1].bit
         return tags, bits | _bits(tag.bit for tag in tags)
 
     def tag(self, columns: Array, site: Site, above: int, *product: Array | None) -> _Tag:
-        number = len(self.tags)
-        self.tags.append(_Tag(number, columns, site, number, above, *product))
-        return self.tags[-1]
+        tag = _Tag(len(self.tags), columns, site, len(self.tags), above, *product)
+        self.tags.append(tag)
+        self.uses[tag.bit] = Use(site, columns, tag.rows, self.inputs)
+        return tag
 
     def elementwise(self, args: list[_Value], shape: tuple[int, ...], site: Site) -> _Value:
         views = [np.broadcast_to(view, shape) for arg in args for view in arg.views]
@@ -198,7 +219,8 @@ class _Walk:
         mask = 0
         for arg in args:
             mask |= arg.mask
-            tags += [tag for tag in self.pending(arg) if not _among(tag, tags)]
+            wide = (_spread(tag, shape) for tag in self.pending(arg))
+            tags += [tag for tag in wide if not _among(tag, tags)]
         new, bits = self.touch(views, site, mask)
         return _Value(tags=(*tags, *new), mask=mask | bits, active=True)
 
@@ -226,9 +248,9 @@ class _Walk:
         ends = np.cumsum([1 if stack else atom.aval.shape[axis] for atom in eqn.invars])
 
         def place(array: Array, end: int) -> Array:
-            lean = _lean(np.expand_dims(array, axis) if stack else array, keep=axis)
-            out = np.full((*lean.shape[:axis], shape[axis], *lean.shape[axis + 1 :]), -1)
-            out[(*[slice(None)] * axis, slice(end - lean.shape[axis], end))] = lean
+            small = lean(np.expand_dims(array, axis) if stack else array, keep=axis)
+            out = np.full((*small.shape[:axis], shape[axis], *small.shape[axis + 1 :]), -1)
+            out[(*[slice(None)] * axis, slice(end - small.shape[axis], end))] = small
             return np.broadcast_to(out, shape)
 
         if not any(arg.active for arg in args) and all(len(arg.views) == 1 for arg in args):
@@ -313,7 +335,7 @@ class _Walk:
             cover[bit, [place[number] for number in numbers]] = 1
         above = _unpacked([self.slots[number][1] for number in ranks], len(self.tags)) @ cover > 0
         slots = [self.slots[number][2] for number in ranks]
-        return Flow(slots, starts, len(self.owner), above)
+        return Flow(slots, starts, len(self.owner), above, self.uses, self.owner)
 
 
 def _fold(eqn: Any, args: list[_Value]) -> list[_Value] | None:
@@ -339,7 +361,7 @@ def _row(walk: _Walk, value: _Value, step: int) -> _Value:
     return walk.moved(value, lambda array: array[step])
 
 
-def _lean(array: Array, keep: int | None = None) -> Array:
+def lean(array: Array, keep: int | None = None) -> Array:
     """The array with every broadcast axis cut to length 1."""
     ones = (stride == 0 and axis != keep for axis, stride in enumerate(array.strides))
     return array[tuple(slice(0, 1) if one else slice(None) for one in ones)]
@@ -347,7 +369,7 @@ def _lean(array: Array, keep: int | None = None) -> Array:
 
 def _varying(array: Array) -> Array:
     """The array with every axis along which it is constant cut to length 1."""
-    array = _lean(array)
+    array = lean(array)
     for axis in range(array.ndim):
         first = array[(*[slice(None)] * axis, slice(0, 1))]
         if array.shape[axis] > 1 and (array == first).all():
@@ -357,7 +379,13 @@ def _varying(array: Array) -> Array:
 
 def _cut(before: Array, after: Array) -> bool:
     """Whether a movement left columns out, rather than copies of the same ones."""
-    return len(np.unique(_lean(after))) < len(np.unique(_lean(before)))
+    return len(np.unique(lean(after))) < len(np.unique(lean(before)))
+
+
+def _spread(tag: _Tag, shape: tuple[int, ...]) -> _Tag:
+    """The tag in the shape of an output; axes of length 1 are repeated."""
+    same = tag.columns.shape == shape
+    return tag if same else tag._replace(columns=np.broadcast_to(tag.columns, shape))
 
 
 def _among(tag: _Tag, tags: list[_Tag]) -> bool:

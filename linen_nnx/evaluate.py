@@ -25,19 +25,20 @@ def widen(jaxpr: Any) -> Any:
 
 
 def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[jax.Array]:
-    known = dict(zip(jaxpr.constvars, map(_wide, consts), strict=True))
-    known.update(zip(jaxpr.invars, map(_wide, args), strict=True))
+    known = dict(zip(jaxpr.constvars, map(wide, consts), strict=True))
+    known.update(zip(jaxpr.invars, map(wide, args), strict=True))
 
     def read(atom: Any) -> Any:
-        return _wide(atom.val) if isinstance(atom, Literal) else known[atom]
+        return wide(atom.val) if isinstance(atom, Literal) else known[atom]
 
     for eqn in jaxpr.eqns:
-        outs = _equation(eqn, [read(atom) for atom in eqn.invars])
+        outs = equation(eqn, [read(atom) for atom in eqn.invars])
         known.update(zip(eqn.outvars, outs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _equation(eqn: Any, args: list[Any]) -> Sequence[Any]:
+def equation(eqn: Any, args: list[Any]) -> Sequence[Any]:
+    """The outputs of one equation with every float widened."""
     name, params = eqn.primitive.name, eqn.params
     if name == "scan":
         return _scan(params, args)
@@ -61,7 +62,7 @@ def _equation(eqn: Any, args: list[Any]) -> Sequence[Any]:
         if name in ("dot_general", "conv_general_dilated"):
             params["precision"] = None  # else it may ask for products of bfloat16
     outs = eqn.primitive.bind(*args, **params)
-    return [_wide(out) for out in (outs if eqn.primitive.multiple_results else [outs])]
+    return [wide(out) for out in (outs if eqn.primitive.multiple_results else [outs])]
 
 
 def _scan(params: Any, args: list[Any]) -> Sequence[Any]:
@@ -86,12 +87,13 @@ def _wide_spec(aval: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(aval.shape, _wide_dtype(aval.dtype))
 
 
-def _wide(value: Any) -> Any:
+def wide(value: Any) -> Any:
+    """The value in float64 or complex128 if it is a narrower one; anything else as it is."""
     kind = getattr(value, "dtype", None)
     if kind is None:
         kind = jnp.result_type(value)
-    wide = _wide_dtype(kind)
-    return value if wide is kind else lax.convert_element_type(value, wide)
+    to = _wide_dtype(kind)
+    return value if to is kind else lax.convert_element_type(value, to)
 
 
 def _wide_dtype(value: Any) -> Any:

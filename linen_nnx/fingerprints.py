@@ -282,7 +282,7 @@ def lively(array: jax.Array, seed: int) -> Any:
     kind = getattr(array.dtype, "kind", "") if array.size > 1 else ""
     given = np.asarray(array) if kind in ("f", "i", "u") else np.zeros(0)
     random = np.random.default_rng([seed, given.size])
-    if kind == "f":
+    if kind == "f" and np.isfinite(given).all():
         return given + random.uniform(0, given.std() or 1.0, given.shape)
     if given.size and (given == given.flat[0]).all():  # all tokens the same
         return random.integers(0, max(int(given.flat[0]), 1) + 1, given.shape).astype(given.dtype)

@@ -5,9 +5,8 @@ in one leaf what the other keeps in several (experts, stacked on an axis) and th
 show it, the slots of the one leaf are cut along that axis.
 """
 
-import difflib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -93,6 +92,31 @@ def sides(linen: Trace, nnx: Trace, alone: Mapping[str, float]) -> tuple[Side, S
     return _parted(linen_side), _parted(nnx_side)
 
 
+def in_order(one: Sequence[Any], two: Sequence[Any]) -> list[tuple[int, int]]:
+    """Places of equal items, in order, as many as there can be (a longest common subsequence)."""
+    start, ends = 0, [len(one), len(two)]
+    while start < min(ends) and one[start] == two[start]:
+        start += 1
+    while start < min(ends) and one[ends[0] - 1] == two[ends[1] - 1]:
+        ends = [end - 1 for end in ends]
+    most = {}  # of the rests from two places on, the number of pairs
+    for a in range(ends[0] - 1, start - 1, -1):
+        for b in range(ends[1] - 1, start - 1, -1):
+            same = 1 + most.get((a + 1, b + 1), 0) if one[a] == two[b] else 0
+            most[a, b] = max(same, most.get((a + 1, b), 0), most.get((a, b + 1), 0))
+    pairs = [(k, k) for k in range(start)]
+    a = b = start
+    while a < ends[0] and b < ends[1]:
+        if one[a] == two[b] and most[a, b] == 1 + most.get((a + 1, b + 1), 0):
+            pairs.append((a, b))
+            a, b = a + 1, b + 1
+        elif most.get((a + 1, b), 0) >= most.get((a, b + 1), 0):
+            a += 1
+        else:
+            b += 1
+    return pairs + [(ends[0] + k, ends[1] + k) for k in range(len(one) - ends[0])]
+
+
 def _set_apart(linen: list[Form], nnx: list[Form]) -> None:
     """Holds at 0 the vectors that only one side has (a bias that the port lacks), by their place.
 
@@ -103,11 +127,7 @@ def _set_apart(linen: list[Form], nnx: list[Form]) -> None:
     surplus = counts[0] - counts[1], counts[1] - counts[0]
     if any(form[-1] > 1 for more in surplus for form in more if len(form) > 1):
         return
-    blocks = difflib.SequenceMatcher(None, linen, nnx, autojunk=False).get_matching_blocks()
-    paired = (
-        {k for block in blocks for k in range(block.a, block.a + block.size)},
-        {k for block in blocks for k in range(block.b, block.b + block.size)},
-    )
+    paired = [set(places) for places in zip(*in_order(linen, nnx), strict=True)] or [set(), set()]
     for forms, more, known in zip((linen, nnx), surplus, paired, strict=True):
         for form, count in more.items():
             odd = [k for k, other in enumerate(forms) if other == form and k not in known]
@@ -151,8 +171,7 @@ def _cut(side: Side, other: Side) -> Side:
                 (*side.forms[number][:1], *ids.shape) if number in cuts else side.forms[number]
             )
     grid = np.ix_(origin, origin)
-    known = side.flow
-    flow_now = Flow(slots_now, known.starts, known.size, known.above[grid])
+    flow_now = side.flow._replace(slots=slots_now, above=side.flow.above[grid])
     return Side(side.trace, flow_now, forms)
 
 

@@ -15,8 +15,9 @@ from conftest import STAGES, Train
 from linen_nnx.tree import flatten
 from model import families
 from model.stages import HALVES, Stage, VariablesError
-from training import checkpoints
+from training import checkpoints, cli
 from training.errors import Refused
+from training.evaluation import report
 
 
 def rows(run_dir: Path, split: str) -> list[dict[str, Any]]:
@@ -278,3 +279,43 @@ def test_the_language_model_writes_a_sample(
     assert "sample after the prompt" in out
     assert "baseline bigram" in out
     assert "baseline uniform      5.5452" in out
+
+
+def test_mode_eval_finds_what_the_run_has_found_and_writes_nothing(
+    train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = train("diabetes", "steps=6", "eval.every=3", "checkpoint.best=true", "stage=nnx")
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    capsys.readouterr()
+
+    report(cli.compose("mode=eval", f"run_dir={run_dir}", "eval.batches=null"))
+
+    shown = capsys.readouterr().out
+    assert f"checkpoints, step 6, stage nnx: validation loss {last['loss']:.6f}" in shown
+    assert "encoder/linear" in shown
+    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
+
+
+def test_the_parameter_table_counts_each_parameter_once(
+    train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train("diabetes", "steps=1", "stage=linen")
+    rows = {row[0]: row[1:] for row in map(str.split, capsys.readouterr().out.splitlines()) if row}
+    assert rows["encoder"] == rows["encoder/Dense_0"] == ["704", "2,816", "float32"]
+    assert rows["head"] == rows["head/Dense_0"] == ["75", "300", "float32"]
+
+
+def test_a_resumed_run_says_which_settings_have_changed(
+    train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = train("diabetes", "steps=4", "stop_at=2", "eval.every=2")
+    train("diabetes", "steps=4", "eval.every=4", f"run_dir={run_dir}")
+    shown = capsys.readouterr().out
+    assert "eval.every: was 2, is 4" in shown
+    assert "stop_at: was 2, is None" in shown
+
+
+def test_debug_profile_leaves_the_compiled_step_as_text(train: Train) -> None:
+    run_dir = train("diabetes", "steps=20", "debug=profile")
+    assert "HloModule" in (run_dir / "train_step.hlo.txt").read_text()

@@ -9,15 +9,15 @@ from pathlib import Path
 import jax
 
 from configs.schema import Config
-from model import families
-from model.stages import Stage
-from training import data, mesh, processes, samples, start, summary
+from training import data, processes, samples, start, summary
 from training.board import Board
 from training.checkpoints import Checkpoints, save_aside
 from training.errors import Refused
+from training.evaluation import evaluate
 from training.metrics import Metrics
 from training.recorder import NonFiniteError, Recorder
-from training.state import Program, State
+from training.setup import prepare, share
+from training.state import State
 from training.terminal import Terminal, say
 
 PROFILED = range(5, 15)  # steps after the first that debug=profile records
@@ -34,20 +34,10 @@ def train(cfg: Config) -> bool:
         ConfigError: for model options that do not fit the data; nothing has been written then.
     """
     # Set-up: processes, data, model, optimizer. Nothing is written yet.
-    if cfg.compile_cache is not None:
-        jax.config.update("jax_compilation_cache_dir", cfg.compile_cache)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    processes.join(cfg)
+    made = prepare(cfg)
+    layout, dataset, program = made.layout, made.dataset, made.program
     with processes.together():
-        layout = mesh.create(cfg.mesh, cfg.data.batch)
-        dataset = data.load(cfg.data)
-        batches = data.train_iterator(dataset, cfg.data, *_share())
-        family = families.create(cfg.model)
-        rules = start.load_rules(cfg, family)
-        example = dataset.example_batch(cfg.data.batch)
-        family.check_data(example, dataset.classes)
-        program = Program(cfg, Stage(cfg.stage, family, example["inputs"]), rules, layout)
-        example = example if layout is None else layout.shapes(example)
+        batches = data.train_iterator(dataset, cfg.data, *share())
 
     # Start: resume, init_from or scratch. From here on the run directory is this run's.
     state = start.begin(cfg, program, batches)
@@ -59,13 +49,15 @@ def train(cfg: Config) -> bool:
             f"go from step {first} to {last}. Give more steps, or another run_dir."
         )
     with _checks(cfg):
-        jax.eval_shape(program.train_step, state, example)  # what cannot be traced writes nothing
+        jax.eval_shape(
+            program.train_step, state, made.example
+        )  # what cannot be traced writes nothing
     with processes.together():
-        lock = start.write_run(cfg, rules)
+        lock = start.write_run(cfg, made.rules)
     writes = processes.first()
     run_dir = Path(cfg.run_dir)
     metrics = Metrics(run_dir, first, write=writes)
-    checkpoints = Checkpoints(run_dir, cfg.checkpoint, start.run_item(cfg, rules))
+    checkpoints = Checkpoints(run_dir, cfg.checkpoint, start.run_item(cfg, made.rules))
     checkpoints.forget_best_after(first)
     board = Board(run_dir, first, dataclasses.asdict(cfg), on=cfg.log.tensorboard and writes)
     terminal = Terminal(last, first, cfg.data.batch, progress=cfg.log.progress)
@@ -73,7 +65,7 @@ def train(cfg: Config) -> bool:
     recorder = Recorder(metrics, board, terminal, cfg.log_every)
 
     # Steps. What is due after step k is done before batch k + 1 is drawn.
-    batch, stopped = None, False
+    batch, sample, stopped = None, None, False
     ended = step >= last or _patience_lost(cfg, metrics)
     if ended:
         say("Nothing is left to train; another run_dir begins anew.")
@@ -81,6 +73,8 @@ def train(cfg: Config) -> bool:
         with terminal, processes.interrupts() as stop, _checks(cfg), ExitStack() as profile:
             while not ended:
                 if cfg.debug.mode == "profile" and step - first == PROFILED.start and writes:
+                    compiled = program.train_step.lower(state, made.example).compile()
+                    (run_dir / "train_step.hlo.txt").write_text(compiled.as_text() or "")
                     profile.enter_context(jax.profiler.trace(run_dir))
                 if batch is None or cfg.debug.mode != "overfit":
                     batch = next(batches)
@@ -97,7 +91,7 @@ def train(cfg: Config) -> bool:
                         metrics.sync()
                         checkpoints.save(state, batches.get_state(), best=True)
                     if cfg.log.tensorboard:
-                        samples.show(cfg, program, dataset, state, board)
+                        sample = samples.show(cfg, program, dataset, state, board)
                 if _due(step, cfg.log.histograms_every):
                     leaves = program.view.leaves(state.variables["params"])
                     board.histograms(step, program.fetch(leaves))
@@ -119,34 +113,15 @@ def train(cfg: Config) -> bool:
     # Summary, where the run is at its end and not only stopped.
     if step == cfg.steps or _patience_lost(cfg, metrics):
         say(summary.closing(cfg, dataset, metrics, board))
-        if sample := samples.show(cfg, program, dataset, state, board):
+        if sample is None:
+            sample = samples.show(cfg, program, dataset, state, board)
+        if sample:
             say(sample)
     else:
         how = "without stop_at " if step == cfg.stop_at else ""
         say(f"Saved at step {step} of {cfg.steps}; the same command {how}goes on from there.")
     board.close()
     return stopped
-
-
-def evaluate(
-    cfg: Config, program: Program, dataset: data.Dataset, state: State
-) -> dict[str, float]:
-    """The validation means of the family's losses, each example with equal weight."""
-    totals: dict[str, float] = {}
-    pending = []
-    for batch in data.eval_batches(dataset, cfg.data, cfg.eval.batches, *_share()):
-        batch = batch if program.layout is None else program.layout.batch(batch)
-        pending.append(program.eval_step(state, batch))
-    for sums in jax.device_get(pending):
-        for name, value in sums.items():
-            totals[name] = totals.get(name, 0.0) + float(value)
-    weight = totals.pop("weight")
-    return {name: total / weight for name, total in totals.items()}
-
-
-def _share() -> tuple[int, int]:
-    """Which part of each batch this process reads, of how many."""
-    return jax.process_index(), jax.process_count()
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -41,11 +41,15 @@ def show(cfg: Config, program: Program, dataset: data.Dataset, state: State, boa
 def write_text(
     cfg: Config, program: Program, dataset: data.Dataset, state: State
 ) -> tuple[str, str]:
-    """A prompt from the validation text, and `log.samples` bytes that the model writes after it.
+    """A prompt, `log.prompt` or validation text, and `log.samples` bytes written after it.
 
     Sampled at temperature 0.8 with a key that depends on the seed and the step alone.
     """
     prompt = dataset.validation.take(np.array([0]))["inputs"]
+    if cfg.log.prompt is not None:  # a window is full: a short prompt has spaces before it
+        length = prompt.shape[1]
+        given = cfg.log.prompt.encode()[-length:].rjust(length)
+        prompt = np.frombuffer(given, np.uint8).astype(prompt.dtype)[None]
     key = jax.random.fold_in(jax.random.key(cfg.seed + 1), int(state.step))
     written = _written(program.stage, cfg.log.samples, program.evaluated(state), prompt, key)
     return _decoded(prompt[0]), _decoded(program.fetch(written))

@@ -30,7 +30,7 @@ from training.terminal import say
 # What may change when a run goes on; everything else would bend its curve.
 FREE = (
     "stop_at", "log_every", "resume", "init_from", "run_dir", "eval", "checkpoint", "log",
-    "mesh", "distributed", "compile_cache",
+    "mesh", "distributed", "compile_cache", "mode",
     "init",  # which is past then
 )  # fmt: skip
 
@@ -138,7 +138,7 @@ def _own(cfg: Config, run_dir: Path) -> checkpoints.Saved | None:
         raise Refused(
             f"{run_dir} is not empty and holds no run (no config.yaml). Choose another run_dir."
         )
-    _refuse_other_run(yaml.safe_load(file.read_text()), dataclasses.asdict(cfg), run_dir)
+    _compare_runs(yaml.safe_load(file.read_text()), dataclasses.asdict(cfg), run_dir)
     saved = checkpoints.latest(run_dir / "checkpoints")
     if saved is None and cfg.resume == "must":
         raise Refused(f"resume=must, but the run in {run_dir} has not saved a checkpoint yet.")
@@ -156,23 +156,24 @@ def _foreign(cfg: Config, path: Path) -> checkpoints.Saved:
     return saved
 
 
-def _refuse_other_run(before: dict[str, Any], now: dict[str, Any], run_dir: Path) -> None:
-    old, new = (
-        {key: value for key, value in flat_config(config).items() if key.split(".")[0] not in FREE}
-        for config in (before, now)
-    )
+def _compare_runs(before: dict[str, Any], now: dict[str, Any], run_dir: Path) -> None:
+    """Says what has changed since the run began; refuses what would bend its curve."""
+    old, new = flat_config(before), flat_config(now)
     changed = [
-        f"  {key}: was {old.get(key, 'absent')}, is {new.get(key, 'absent')}"
+        (key, f"  {key}: was {old.get(key, 'absent')}, is {new.get(key, 'absent')}")
         for key in sorted(old.keys() | new.keys())
         if key not in old or key not in new or old[key] != new[key]
     ]
-    if changed:
+    bending = [text for key, text in changed if key.split(".")[0] not in FREE]
+    if bending:
         raise Refused(
             f"{run_dir} belongs to another run:\n"
-            + "\n".join(changed)
+            + "\n".join(bending)
             + "\nGoing on would bend its curve. Choose another run_dir (and init_from="
             f"{run_dir}, to start from its state), or set these back."
         )
+    if changed:
+        say("Changed since the run was last started:\n" + "\n".join(text for _, text in changed))
 
 
 def _translated(cfg: Config, program: Program, saved: checkpoints.Saved) -> State:

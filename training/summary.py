@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -29,10 +30,33 @@ def opening(cfg: Config, dataset: Dataset, program: Program, step: int) -> str:
         devices = f"\nmesh: {program.layout.describe(program.abstract())}"
     elif jax.device_count() > 1:
         devices = f"\nmesh: 1 device of {jax.device_count()}; mesh.data=-1 uses all"
+    table = "" if step else f"\n{parameters(program)}"
     return (
         f"{cfg.name} at stage {cfg.stage}: {cfg.model['family']} with {sum(counts.values()):,} "
         f"parameters ({halves})\ndata: {dataset.description}\n"
-        f"run: {Path(cfg.run_dir)}, {begin}{devices}"
+        f"run: {Path(cfg.run_dir)}, {begin}{devices}{table}"
+    )
+
+
+def parameters(program: Program) -> str:
+    """A table of the parameters by module, of both halves: count, bytes, dtypes."""
+    rows: dict[str, list[Any]] = {}
+    for path, spec in program.stage.abstract.items():
+        collection, half, *names = path.split("/")
+        if collection != "params":
+            continue
+        for module in {"/".join((half, *names[:-1][:2])), half}:
+            row = rows.setdefault(module, [0, 0, set()])
+            row[0] += math.prod(spec.shape)
+            row[1] += math.prod(spec.shape) * spec.dtype.itemsize
+            row[2].add(str(spec.dtype))
+    table = [("module", "parameters", "bytes", "dtype")]
+    for module in sorted(rows):
+        count, size, dtypes = rows[module]
+        table.append((module, f"{count:,}", f"{size:,}", ", ".join(sorted(dtypes))))
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return "\n".join(
+        f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}" for a, b, c, d in table
     )
 
 

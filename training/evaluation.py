@@ -1,0 +1,59 @@
+"""How good a state is: while a run goes on, and of a checkpoint (`mode=eval`)."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+
+from configs.build import build
+from configs.schema import Config
+from training import checkpoints, data, samples, summary
+from training.board import Board
+from training.setup import prepare, share
+from training.state import Program, State
+from training.terminal import say
+
+
+def evaluate(
+    cfg: Config, program: Program, dataset: data.Dataset, state: State
+) -> dict[str, float]:
+    """The validation means of the family's losses, each example with equal weight."""
+    totals: dict[str, float] = {}
+    pending = []
+    for batch in data.eval_batches(dataset, cfg.data, cfg.eval.batches, *share()):
+        batch = batch if program.layout is None else program.layout.batch(batch)
+        pending.append(program.eval_step(state, batch))
+    for sums in jax.device_get(pending):
+        for name, value in sums.items():
+            totals[name] = totals.get(name, 0.0) + float(value)
+    weight = totals.pop("weight")
+    return {name: total / weight for name, total in totals.items()}
+
+
+def report(cfg: Config) -> None:
+    """Evaluates the checkpoints of `cfg.run_dir` and shows a sample of the last; writes nothing.
+
+    Model, data and stage are those that a checkpoint says; what is read of `cfg` is how to evaluate
+    and show (`eval`, `log`) and on which devices.
+
+    Raises:
+        Refused: when there is no checkpoint, or one is damaged.
+    """
+    run_dir = Path(cfg.run_dir)
+    found = [checkpoints.find(run_dir), checkpoints.latest(run_dir / "best")]
+    own = ("eval", "log", "mesh", "distributed", "compile_cache", "checkpoint", "run_dir")
+    asked = {name: getattr(cfg, name) for name in own}
+    for saved in filter(None, reversed(found)):
+        run = dataclasses.replace(build(Config, saved.run["config"]), **asked)
+        made = prepare(run)
+        if cfg.checkpoint.verify:
+            saved.verify()
+        state = saved.restore(made.program.abstract())
+        values = evaluate(run, made.program, made.dataset, state)
+        text = "  ".join(f"{name} {value:.6f}" for name, value in values.items())
+        say(f"{saved.path.parent.name}, step {saved.step}, stage {run.stage}: validation {text}")
+        if saved is found[0]:
+            board = Board(run_dir, saved.step, {}, on=False)
+            if sample := samples.show(run, made.program, made.dataset, state, board):
+                say(sample)
+            say(summary.parameters(made.program))
