@@ -154,6 +154,8 @@ def _read_flat(tree: list[tuple[Names, Leaf]], form: Form, planner: Planner) -> 
 def _read_nnx(tree: list[tuple[Names, Leaf]], planner: Planner) -> State:
     """`nnx.State` trees: the optimizer is the node with `opt_state`, the model what rules match."""
     owners = {names[: names.index(OPTIMIZER)] for names, _ in tree if OPTIMIZER in names}
+    if not owners and any(names == ("optimizer", "step") for names, _ in tree):
+        owners = {("optimizer",)}  # one that keeps no state
     owners = {owner for owner in owners if len(owner) == min(map(len, owners))}
     if len(owners) > 1:
         shown = ", ".join(f"`{'/'.join(owner)}`" for owner in sorted(owners))

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from flax import nnx
 from flax.training.train_state import TrainState
+from pairs import gru_cells
 
 from linen_nnx import RuleBook, Twin
 
@@ -59,12 +60,7 @@ def port(**options):
 
 twin = port()
 
-# What cannot be assigned: nnx has no home for one of Linen's biases.
-gru = Twin(
-    linen=lambda: nn.RNN(nn.GRUCell(WIDTH)),
-    nnx=lambda rngs: nnx.RNN(nnx.GRUCell(WIDTH, WIDTH, rngs=rngs)),
-    inputs=lambda: (X[None],),
-)
+gru = gru_cells().twin  # nnx has no home for one of its biases: that leaf stays open
 
 
 def rename(linen, nnx, **more):
