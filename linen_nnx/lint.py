@@ -170,6 +170,8 @@ def _differences(linen: Settings, nnx_: Settings, dtype: str) -> Iterator[tuple[
         if name not in linen or name not in nnx_ or (name == "deterministic" and rates == [0, 0]):
             continue
         values = [_plain(name, side) for side in (linen, nnx_)]
+        if name == "dtype" and dtype:  # None computed in that, too
+            values = [value or dtype for value in values]
         unset = None in values and name not in _MAY_BE_NONE
         if values[0] != values[1] and not unset:
             shown = [_shown(side[name]) for side in (linen, nnx_)]
