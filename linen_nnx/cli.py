@@ -153,7 +153,7 @@ def _suggest(twin: str, out: str | None, as_json: bool) -> int:
         _print_json({"complete": not book.unassigned, "out": out, **book.to_dict()})
         return int(bool(book.unassigned))
     rows = [_rule(entry) for entry in book.to_dict()["rules"]]
-    width = max((len(linen) for linen, _, _ in rows), default=0)
+    width = min(60, max((len(linen) for linen, _, _ in rows), default=0))
     for linen, nnx, note in rows:
         print(f"{linen:{width}}  ->  {nnx}\n    {note}")
     for leaf, known in book.unassigned.items():
