@@ -92,7 +92,7 @@ def _inspect(ckpt: str, as_json: bool, step: int | None, item: str | None) -> in
     from linen_nnx.state import Form, guess_side, read_state
 
     source = find(ckpt, step, item)
-    _, leaves, _ = source.open()
+    leaves = source.leaves
     form = (
         Form("linen", source.run["stage"]) if source.run else Form(guess_side(leaves, RuleBook([])))
     )

@@ -11,8 +11,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from linen_nnx.carry import Move, Place
 from linen_nnx.ops import Action, Cast, Spec
 from linen_nnx.plan import RuleError
@@ -102,9 +100,7 @@ class _Context:
             kind = self._step_kind(place, sources[0], mould)
             if kind is None:
                 return sources[0].at(keys), change
-            cast = dataclasses.replace(
-                change, actions=(Cast(kind[1]),), specs=(Spec((), np.dtype(kind[1])),)
-            )
+            cast = dataclasses.replace(change, actions=(Cast(kind[1]),), specs=(Spec((), kind[1]),))
             if kind[0] != "jax.Array":
                 return Leaf(keys, kind[0]), cast
             return Leaf(keys, kind[0], sharding=self.sharding, write_shape=()), cast
