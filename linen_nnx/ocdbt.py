@@ -101,9 +101,10 @@ def _read_node(folder: Path, node: _Child, height: int, prefix: bytes, tree: Tre
     (count,) = body.varints(1)
     shared, own = [0, *body.varints(count - 1)], body.varints(count)
     common = body.varints(count) if height else []
-    key, keys = b"", []
+    texts, at, key, keys = body.take(sum(own)), 0, b"", []
     for same, more in zip(shared, own, strict=True):
-        key = key[:same] + body.take(more)
+        key = key[:same] + texts[at : at + more]
+        at += more
         keys.append(key)
     if height:
         for key, same, child in zip(keys, common, body.children(files, count), strict=True):

@@ -91,10 +91,11 @@ class Conversion:
             # The names of data files are random, and a manifest leads to all that it needs.
             small = path.name.startswith(("_", "manifest"))
             state.update(path.read_bytes() if small else _stamp(path))
-        for job in self.jobs:
-            sources = [leaf.name for leaf in job.change.sources]
-            targets = [(leaf.keys, leaf.value_type) for leaf in job.targets]
-            state.update(f"{sources} {targets} {job.change.actions}\n".encode())
+        jobs = [
+            ([leaf.name for leaf in sources], [leaf.form for leaf in targets], actions)
+            for (sources, _, actions, _), _, targets, _ in self.jobs
+        ]
+        state.update(str(jobs).encode())
         state.update(f"{self.to} {self.source.kind}".encode())
         return state.hexdigest()
 
@@ -123,12 +124,7 @@ class Conversion:
         return {
             "side": self.state.form.side,
             "leaves": [
-                (
-                    [key.name for key in leaf.keys],
-                    [key.kind for key in leaf.keys],
-                    leaf.value_type,
-                    str(leaf.spec.dtype) if _is_scalar(leaf) else None,
-                )
+                (*leaf.form, str(leaf.spec.dtype) if _is_scalar(leaf) else None)
                 for leaf in self.source.leaves
             ],
         }
@@ -255,12 +251,12 @@ def _origin(source: Source, to: Form, book: RuleBook) -> State | None:
             return None
         leaves = [
             Leaf(
-                tuple(map(Key, names, kinds)),
+                tuple(map(Key, path.split("/"), map(int, kinds))),
                 value_type,
                 zarr=dtype and fresh_metadata(Spec((), dtype), zarr3=False),
             )
-            for names, kinds, value_type, dtype in origin["leaves"]
+            for path, kinds, value_type, dtype in origin["leaves"]
         ]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return read_state(leaves, to, book)

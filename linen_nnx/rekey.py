@@ -9,9 +9,8 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from linen_nnx import ocdbt
 from linen_nnx.chunks import Grid, apply
@@ -23,8 +22,7 @@ from linen_nnx.store import Item, Leaf, fresh_metadata
 Engine = Literal["name", "chunks", "stream", "drop"]
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """A change, the engine that does it, and its targets with all that their data settles."""
 
     change: Change

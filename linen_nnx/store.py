@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +46,9 @@ class Key(NamedTuple):
     kind: int
 
 
+make_key = cache(Key)  # most keys of a tree recur
+
+
 class Leaf(NamedTuple):
     """One entry of the tree: an array, a string, or an empty node."""
 
@@ -71,6 +75,11 @@ class Leaf(NamedTuple):
     def name(self) -> str:
         """Its name in the store."""
         return ".".join([key[0] for key in self.keys])
+
+    @property
+    def form(self) -> tuple[str, str, str]:
+        """What a tree's metadata say of it: path, the keys' kinds as digits, type."""
+        return self.path, "".join([str(key[1]) for key in self.keys]), self.value_type
 
     @property
     def empty(self) -> bool:
@@ -178,7 +187,7 @@ def read_item(path: Path, number: int = 0) -> Item:
         header = json.loads((path / "_METADATA").read_text())
         tree = header.pop("tree_metadata")
         entries = [
-            (tuple(Key(str(k["key"]), k["key_type"]) for k in entry["key_metadata"]), value)
+            (tuple([make_key(str(k["key"]), k["key_type"]) for k in entry["key_metadata"]]), value)
             for entry in tree.values()
             for value in [entry["value_metadata"]]
         ]
@@ -191,7 +200,7 @@ def read_item(path: Path, number: int = 0) -> Item:
         header["use_ocdbt"] = (path / "manifest.ocdbt").is_file()
     if header["use_ocdbt"] and not (path / "manifest.ocdbt").is_file():
         raise StoreError(f"{path} has no manifest.ocdbt: the save was cut off, or files were lost")
-    names = [".".join(key.name for key in keys) for keys, _ in entries]
+    names = [".".join([key[0] for key in keys]) for keys, _ in entries]
     _refuse_collisions(path, names, entries)
     held = [
         name
@@ -243,8 +252,10 @@ def _refuse_collisions(
     path: Path, names: Sequence[str], entries: Sequence[tuple[tuple[Key, ...], Any]]
 ) -> None:
     """Orbax saves `{"a.b": x, "a": {"b": y}}` without error, and keeps one of the two."""
-    counts = Counter(names)
-    problems = [f"`{name}` names {n} leaves in the store" for name, n in counts.items() if n > 1]
+    problems = []
+    if len(set(names)) < len(names):
+        counts = Counter(names).items()
+        problems = [f"`{name}` names {n} leaves in the store" for name, n in counts if n > 1]
     keys = {key.name for entry, _ in entries for key in entry}
     problems += [f"key `{key}` holds a `/`" for key in sorted(keys) if "/" in key]
     if problems:
@@ -279,6 +290,7 @@ def _read_zarr(
 def write_side_files(path: Path, leaves: Sequence[Leaf], header: dict[str, Any]) -> None:
     """Writes `_METADATA` and the other files keyed by name, for leaves whose data is in place."""
     # Pieces of JSON that recur are made once: trees of thousands of leaves have few keys.
+    quoted = json.encoder.encode_basestring_ascii  # what `json.dumps` comes to for a string
     keys: dict[Key, str] = {}
     values: dict[tuple[str, Any], str] = {}
     tree = []
@@ -291,7 +303,7 @@ def write_side_files(path: Path, leaves: Sequence[Leaf], header: dict[str, Any])
             shape = {} if leaf.write_shape is None else {"write_shape": leaf.write_shape}
             base = {"value_type": leaf.value_type, "skip_deserialize": leaf.empty}
             values[kind] = json.dumps(base | shape)
-        names = json.dumps(str(tuple([key[0] for key in leaf.keys])))
+        names = quoted(str(tuple([key[0] for key in leaf.keys])))
         entry = f'"key_metadata": [{", ".join([keys[key] for key in leaf.keys])}]'
         tree.append(f'{names}: {{{entry}, "value_metadata": {values[kind]}}}')
     rest = json.dumps(header)[1:]
