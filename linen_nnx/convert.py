@@ -17,7 +17,7 @@ from typing import Any
 
 from linen_nnx import digests
 from linen_nnx.planning import REPORT, RULES, Conversion, plan_conversion
-from linen_nnx.rekey import Placer, sync, write_store
+from linen_nnx.rekey import Placer, write_store
 from linen_nnx.sources import SUFFIXES, Source, parts
 from linen_nnx.store import StoreError, write_side_files
 
@@ -94,7 +94,7 @@ def convert(
         if out.exists():
             raise TargetError(f"{out} was made by another process meanwhile")
         os.rename(partial / out.name if to_file else partial, out)
-        sync(out.parent)
+        placer.sync([out.parent])
     reports = reports or [first.summary()]
     return Result("done", out, tuple(reports))
 
@@ -308,9 +308,8 @@ def _write_file(conversion: Conversion, path: Path) -> None:
 
 
 def _sync_all(partial: Path, placer: Placer) -> None:
+    fresh: list[Path] = []
     for folder, _, names in os.walk(partial):
-        for name in names:
-            file = Path(folder, name)
-            if file not in placer.placed:
-                sync(file)
-        sync(Path(folder))
+        files = [Path(folder, name) for name in names]
+        fresh += [Path(folder), *(file for file in files if file not in placer.placed)]
+    placer.sync(fresh)

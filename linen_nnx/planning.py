@@ -92,7 +92,11 @@ class Conversion:
             small = path.name.startswith(("_", "manifest"))
             state.update(path.read_bytes() if small else _stamp(path))
         jobs = [
-            ([leaf.name for leaf in sources], [leaf.form for leaf in targets], actions)
+            (
+                [(leaf.item, leaf.stored) for leaf in sources],
+                [leaf.form for leaf in targets],
+                actions,
+            )
             for (sources, _, actions, _), _, targets, _ in self.jobs
         ]
         state.update(str(jobs).encode())
@@ -251,7 +255,7 @@ def _origin(source: Source, to: Form, book: RuleBook) -> State | None:
             return None
         leaves = [
             Leaf(
-                tuple(map(Key, path.split("/"), map(int, kinds))),
+                tuple(map(Key, path.split("/"), kinds)),
                 value_type,
                 zarr=dtype and fresh_metadata(Spec((), dtype), zarr3=False),
             )

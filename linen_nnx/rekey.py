@@ -7,7 +7,7 @@ A store of one directory per array has its directories copied under their new na
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -93,6 +93,10 @@ class Placer:
                 self.fell_back = f"{error.strerror}: {target.parent}"
         self._working[target] = self._pool.submit(_copy, source, target)
 
+    def sync(self, paths: Iterable[Path]) -> None:
+        """Writes files and directories through to disk, at once: they share a journal's commit."""
+        list(self._pool.map(_sync, paths))
+
     def finish(self) -> dict[Path, Digest]:
         """Waits until every copy is on disk. Returns the digests of what was copied or hashed."""
         found = {}
@@ -123,7 +127,7 @@ def _copy(source: Path, target: Path) -> Digest:
     return digest
 
 
-def sync(path: Path) -> None:
+def _sync(path: Path) -> None:
     """Writes a file or a directory through to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

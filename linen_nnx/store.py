@@ -77,9 +77,9 @@ class Leaf(NamedTuple):
         return ".".join([key[0] for key in self.keys])
 
     @property
-    def form(self) -> tuple[str, str, str]:
-        """What a tree's metadata say of it: path, the keys' kinds as digits, type."""
-        return self.path, "".join([str(key[1]) for key in self.keys]), self.value_type
+    def form(self) -> tuple[str, list[int], str]:
+        """What a tree's metadata say of it: path, the kinds of its keys, type."""
+        return self.path, [key[1] for key in self.keys], self.value_type
 
     @property
     def empty(self) -> bool:
@@ -291,20 +291,17 @@ def write_side_files(path: Path, leaves: Sequence[Leaf], header: dict[str, Any])
     """Writes `_METADATA` and the other files keyed by name, for leaves whose data is in place."""
     # Pieces of JSON that recur are made once: trees of thousands of leaves have few keys.
     quoted = json.encoder.encode_basestring_ascii  # what `json.dumps` comes to for a string
-    keys: dict[Key, str] = {}
+    key_json = cache(lambda key: json.dumps({"key": key.name, "key_type": key.kind}))
     values: dict[tuple[str, Any], str] = {}
     tree = []
     for leaf in leaves:
-        for key in leaf.keys:
-            if key not in keys:
-                keys[key] = json.dumps({"key": key.name, "key_type": key.kind})
         kind = leaf.value_type, leaf.write_shape
         if kind not in values:
             shape = {} if leaf.write_shape is None else {"write_shape": leaf.write_shape}
             base = {"value_type": leaf.value_type, "skip_deserialize": leaf.empty}
             values[kind] = json.dumps(base | shape)
         names = quoted(str(tuple([key[0] for key in leaf.keys])))
-        entry = f'"key_metadata": [{", ".join([keys[key] for key in leaf.keys])}]'
+        entry = f'"key_metadata": [{", ".join(map(key_json, leaf.keys))}]'
         tree.append(f'{names}: {{{entry}, "value_metadata": {values[kind]}}}')
     rest = json.dumps(header)[1:]
     (path / "_METADATA").write_text(f'{{"tree_metadata": {{{", ".join(tree)}}}, {rest}')
