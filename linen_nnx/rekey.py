@@ -20,6 +20,7 @@ from linen_nnx.sources import Source
 from linen_nnx.store import Item, Leaf, fresh_metadata
 
 Engine = Literal["name", "chunks", "stream", "drop"]
+_FLUSH = 32 << 20  # bytes of a copy after which the disk gets to work
 
 
 class Job(NamedTuple):
@@ -70,7 +71,7 @@ class Placer:
         self._link = link
         self.hash_links = hash_links
         self.progress = progress
-        self._pool = ThreadPoolExecutor(4)
+        self._pool, self._flusher = ThreadPoolExecutor(4), ThreadPoolExecutor(1)
         self._working: dict[Path, Future[Digest | None]] = {}
         self.fell_back: str | None = None
         """Why hard links were not possible, if they were asked for and were not."""
@@ -91,7 +92,26 @@ class Placer:
                 return
             except OSError as error:
                 self.fell_back = f"{error.strerror}: {target.parent}"
-        self._working[target] = self._pool.submit(_copy, source, target)
+        self._working[target] = self._pool.submit(self._copy, source, target)
+
+    def _copy(self, source: Path, target: Path) -> Digest:
+        """Copies a file through to disk, which begins while it is read; returns its digest."""
+        flushing: list[Future[None]] = []
+        with target.open("xb") as new:
+
+            def write(block: memoryview) -> None:
+                new.write(block)
+                if new.tell() // _FLUSH > len(flushing):
+                    flushing.append(self._flusher.submit(os.fdatasync, new.fileno()))
+
+            digest = hash_file(source, write)
+            new.flush()
+            os.fsync(new.fileno())
+            for flush in flushing:
+                flush.result()
+        if digest[0] != source.stat().st_size:
+            raise OSError(f"{source} changed while it was copied")
+        return digest
 
     def sync(self, paths: Iterable[Path]) -> None:
         """Writes files and directories through to disk, at once: they share a journal's commit."""
@@ -111,20 +131,7 @@ class Placer:
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
-
-
-def _copy(source: Path, target: Path) -> Digest:
-    """Copies a file through to disk; returns the digest of the copy."""
-    with source.open("rb", buffering=0) as old, target.open("xb", buffering=0) as new:
-        left = os.fstat(old.fileno()).st_size
-        while left:
-            count = os.copy_file_range(old.fileno(), new.fileno(), left)
-            if not count:
-                raise OSError(f"{source} became shorter while it was copied")
-            left -= count
-        digest = hash_file(target)
-        os.fsync(new.fileno())
-    return digest
+        self._flusher.shutdown(cancel_futures=True)
 
 
 def _sync(path: Path) -> None:

@@ -231,7 +231,7 @@ def test_a_full_disk_is_refused_before_and_cleaned_up_after(source, tmp_path, mo
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "copy_file_range", full)
+        patch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space left"):
             convert(source, tmp_path / "nnx", "nnx")
     assert os.listdir(tmp_path) == []
