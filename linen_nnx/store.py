@@ -77,9 +77,10 @@ class Leaf(NamedTuple):
         return ".".join([key[0] for key in self.keys])
 
     @property
-    def form(self) -> tuple[str, list[int], str]:
+    def form(self) -> tuple[str, tuple[int, ...], str]:
         """What a tree's metadata say of it: path, the kinds of its keys, type."""
-        return self.path, [key[1] for key in self.keys], self.value_type
+        names, kinds = zip(*self.keys, strict=True)
+        return "/".join(names), kinds, self.value_type
 
     @property
     def empty(self) -> bool:
@@ -291,7 +292,7 @@ def write_side_files(path: Path, leaves: Sequence[Leaf], header: dict[str, Any])
     """Writes `_METADATA` and the other files keyed by name, for leaves whose data is in place."""
     # Pieces of JSON that recur are made once: trees of thousands of leaves have few keys.
     quoted = json.encoder.encode_basestring_ascii  # what `json.dumps` comes to for a string
-    key_json = cache(lambda key: json.dumps({"key": key.name, "key_type": key.kind}))
+    key_json = cache(lambda key: f'{{"key": {quoted(key.name)}, "key_type": {key.kind}}}')
     values: dict[tuple[str, Any], str] = {}
     tree = []
     for leaf in leaves:
