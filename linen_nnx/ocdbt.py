@@ -173,7 +173,10 @@ class _Body:
         path, found = b"", []
         for same, more, length in zip(shared, own, bases, strict=True):
             path = path[:same] + self.take(more)
-            found.append((base + path.decode(), base + path[:length].decode()))
+            whole = base + path.decode()
+            if whole.startswith("/") or ".." in whole.split("/"):
+                raise ValueError(f"a node names `{whole}`, which lies outside of the store")
+            found.append((whole, base + path[:length].decode()))
         return found
 
     def children(self, files: Sequence[tuple[str, str]], count: int) -> Iterator[_Child]:

@@ -62,9 +62,11 @@ class Source:
     @cached_property
     def reader(self) -> Reader:
         """Reads arrays. Imports numpy and tensorstore, which plain re-keying does without."""
+        if self.kind == "file":
+            return self._file
         from linen_nnx.stream import ItemReader
 
-        return self._file if self.kind == "file" else ItemReader(self.items)
+        return ItemReader(self.items)
 
     @cached_property
     def _file(self) -> Any:

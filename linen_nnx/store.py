@@ -22,16 +22,8 @@ SEQUENCE, DICT = 1, 2
 EMPTY_TYPES = ("None", "Dict", "List", "Tuple", "NamedTuple")
 _REPLICATED = {"partition_spec": []}
 _CODES = {"bool": "|b1", "int8": "|i1", "uint8": "|u1"}  # what zarr2 calls numpy's own dtypes
-_CODES |= {
-    f"{kind}{8 * size}": f"<{kind[0]}{size}"
-    for kind, sizes in {
-        "int": (2, 4, 8),
-        "uint": (2, 4, 8),
-        "float": (2, 4, 8),
-        "complex": (8, 16),
-    }.items()
-    for size in sizes
-}
+_SIZES = {"int": (2, 4, 8), "uint": (2, 4, 8), "float": (2, 4, 8), "complex": (8, 16)}
+_CODES |= {f"{k}{8 * n}": f"<{k[0]}{n}" for k, sizes in _SIZES.items() for n in sizes}
 _NAMES = {code: name for name, code in _CODES.items()}
 
 

@@ -127,6 +127,9 @@ def test_what_is_not_known_is_named(written):
         path.write_bytes(content + google_crc32c.value(bytes(content)).to_bytes(4, "little"))
         with pytest.raises(ValueError, match=seen):
             ocdbt.read(written)
+    ocdbt.write(written, {"a": {"0": ocdbt.Ref("d/../../x", 0, 1)}})
+    with pytest.raises(ValueError, match=r"`d/../../x`, which lies outside of the store"):
+        ocdbt.read(written)
     numbered = {"manifest_kind": "numbered"}
     open_store(written / "numbered", ts.Context(), numbered).write("a", b"x").result()
     with pytest.raises(ValueError, match=r"manifest_kind 1, expected 0"):
