@@ -19,7 +19,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).parent.parent
+# As users have it: Python keeps the bytecode of what it has compiled.
+PLAIN = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
 SHAPES = {  # name: (leaves, shape)
     "0.5 GB": (50, (1024, 2560)),
     "2 GB": (200, (1024, 2560)),
@@ -66,7 +70,7 @@ def run(command: list[str], out: Path) -> tuple[float, float]:
     shutil.rmtree(out, ignore_errors=True)
     os.sync()
     start = time.perf_counter()
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=ROOT, env=PLAIN, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"failed: {command}")
@@ -127,7 +131,7 @@ def benchmark(folder: Path, repeats: int) -> dict[str, dict[str, dict[str, float
     rules = {}
     for name, rule in (("rename", RENAME), ("transpose", TRANSPOSE)):
         rules[name] = str(folder / f"{name}.yaml")
-        Path(rules[name]).write_text(json.dumps({"version": 1, "rules": [rule]}))
+        Path(rules[name]).write_text(yaml.safe_dump({"version": 1, "rules": [rule]}))
     results = {}
     for name, (count, shape) in SHAPES.items():
         source = folder / name.replace(" ", "_")

@@ -8,7 +8,7 @@ its name. Everything that has no home on the other side is an error until a rule
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from linen_nnx.ops import Action, Fill, Multiply, Spec
 from linen_nnx.plan import RuleError
@@ -19,8 +19,7 @@ from linen_nnx.store import Key, Leaf
 _RESET = "drop it by a rule, or go on with a fresh optimizer (--reset-optimizer)"
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where a target leaf goes: to `id` in the model, or to the neutral `path` in the rest.
 
     The first elements of a path are the rest's own structure: `prefix` has them with the key
@@ -43,8 +42,7 @@ class Place:
         return tuple(names_of(self.path)[len(self.prefix) :])
 
 
-@dataclass(frozen=True)
-class Move:
+class Move(NamedTuple):
     """What becomes of some leaves: `sources`, through `actions`, go to `targets`.
 
     No target: dropped. No source: filled. No action: only names change.
@@ -57,8 +55,7 @@ class Move:
     """Shape and dtype of each target, where there are actions."""
 
 
-@dataclass(frozen=True)
-class _Step:
+class _Step(NamedTuple):
     """A step of a rule book's plan, in ids of the source's and of the target's model."""
 
     sources: tuple[Id, ...]
@@ -79,8 +76,8 @@ def carry(
     steps = list(_steps(state, to, book, like, problems))
     moves = [
         Move(
-            tuple(state.model[id] for id in step.sources),
-            tuple(Place(id) for id in step.targets),
+            tuple([state.model[id] for id in step.sources]),
+            tuple([Place(id) for id in step.targets]),
             step.actions,
             step.specs,
         )
@@ -154,12 +151,12 @@ def _planned(
         problems += error.problems
         return
     for step in plan.steps:
-        sources = tuple(ids[path] for path in step.sources)
+        sources = tuple([ids[path] for path in step.sources])
         if to == "linen":
-            targets = tuple(Id(*path.split("/", 1)) for path in step.targets)
+            targets = tuple([Id(*path.split("/", 1)) for path in step.targets])
         else:
             collection = sources[0].collection if sources else "params"
-            targets = tuple(Id(collection, path) for path in step.targets)
+            targets = tuple([Id(collection, path) for path in step.targets])
         known = {id.collection for id in sources} - {""}
         if known and len(known | {id.collection for id in targets}) > 1:
             problems.append(f"{step.rule} moves {step.sources} to another collection")

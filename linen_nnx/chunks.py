@@ -13,16 +13,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from linen_nnx.ops import Action, Gather, Reform, Spread
-from linen_nnx.store import Leaf
+from linen_nnx.store import Leaf, metadata_name
 
 Place = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class ChunkRef:
-    """One stored chunk: its key below the store's root, and the item it lies in."""
+    """One stored chunk: the item and the array that it lies in, and its key there."""
 
     item: int
+    array: str
     key: str
 
 
@@ -43,6 +44,11 @@ class Grid:
         if self.metadata["zarr_format"] == 2:
             return list(self.metadata["chunks"])
         return list(self.metadata["chunk_grid"]["configuration"]["chunk_shape"])
+
+    @property
+    def metadata_key(self) -> str:
+        """The name of its metadata below its own."""
+        return metadata_name(self.metadata["zarr_format"] == 3)
 
     def key(self, place: Place) -> str:
         """The name of a chunk below the array's own."""
@@ -67,7 +73,7 @@ def source_grid(leaf: Leaf) -> Grid | None:
     grid = Grid(metadata, {})
     counts = [-(-n // step) for n, step in zip(grid.shape, grid.steps, strict=True)]
     for place in itertools.product(*map(range, counts)):
-        grid.chunks[place] = ChunkRef(leaf.item, f"{leaf.stored}/{grid.key(place)}")
+        grid.chunks[place] = ChunkRef(leaf.item, leaf.stored, grid.key(place))
     return grid
 
 

@@ -48,11 +48,14 @@ def main(arguments: Sequence[str] | None = None, own_runs: str | None = None) ->
 
 def program(own_runs: str | None = None) -> int:
     """`main` in a process of its own, whose memory and time it may tune."""
-    gc.disable()  # a short life with many small objects and no cycles of them: 15 % faster
+    gc.disable()  # a short life with many small objects and few cycles of them: 15 % faster
     with contextlib.suppress(OSError, AttributeError):
         # M_ARENA_MAX: else glibc keeps the freed buffers of streamed leaves once for each thread.
         ctypes.CDLL(None).mallopt(-8, 1)
-    return main(own_runs=own_runs)
+    try:
+        return main(own_runs=own_runs)
+    finally:
+        gc.freeze()  # nor look for cycles at the end
 
 
 def _parser(own_runs: str | None) -> argparse.ArgumentParser:
@@ -126,7 +129,7 @@ def _inspect(ckpt: str, as_json: bool, step: int | None, item: str | None) -> in
     from linen_nnx.state import Form, guess_side, read_state
 
     source = find(ckpt, step, item)
-    _, leaves, _ = source.open()
+    leaves = source.leaves
     form = (
         Form("linen", source.run["stage"]) if source.run else Form(guess_side(leaves, RuleBook([])))
     )

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from linen_nnx import digests
-from linen_nnx.files import SUFFIXES, write_file
 from linen_nnx.planning import REPORT, RULES, Conversion, plan_conversion
-from linen_nnx.rekey import Placer, sync, write_store
-from linen_nnx.sources import Source, parts
+from linen_nnx.rekey import Placer, write_store
+from linen_nnx.sources import SUFFIXES, Source, parts
 from linen_nnx.store import StoreError, write_side_files
 
 _SPARE = 16 << 20  # bytes of room for the new tree and the side files
@@ -95,7 +94,7 @@ def convert(
         if out.exists():
             raise TargetError(f"{out} was made by another process meanwhile")
         os.rename(partial / out.name if to_file else partial, out)
-        sync(out.parent)
+        placer.sync([out.parent])
     reports = reports or [first.summary()]
     return Result("done", out, tuple(reports))
 
@@ -171,11 +170,11 @@ def _write(conversion: Conversion, folder: Path, placer: Placer) -> dict[str, An
     """Writes one converted checkpoint to `folder`, all but its digests; returns its report."""
     source = conversion.source
     folder.mkdir(parents=True, exist_ok=True)
-    item = folder if source.folder in source.items or not source.items else folder / _name(source)
+    item = folder if source.folder in source.paths or not source.paths else folder / _name(source)
     item.mkdir(exist_ok=True)
-    write_store(item, conversion.items, conversion.jobs, conversion.reader, placer)
+    write_store(item, source, conversion.jobs, placer)
     leaves = [leaf for job in conversion.jobs for leaf in job.targets]
-    header = conversion.items[0].header if conversion.items else _HEADER
+    header = source.items[0].header if source.items else _HEADER
     write_side_files(item, leaves, header)
     _carry_along(conversion, folder, item, placer)
     conversion.book.save(folder / RULES)
@@ -224,7 +223,7 @@ def _write_digests(
 
 
 def _name(source: Source) -> str:
-    return source.items[0].name if len(source.items) == 1 else "state"
+    return source.paths[0].name if len(source.paths) == 1 else "state"
 
 
 _HEADER: dict[str, Any] = {
@@ -241,14 +240,14 @@ def _carry_along(conversion: Conversion, folder: Path, item: Path, placer: Place
     if source.kind == "file":
         return
     ours = (REPORT, RULES, digests.NAME)
-    for original in source.items:
+    for original in source.paths:
         for file in (p for p in sorted(original.iterdir()) if p.is_file() and p.name not in ours):
             if not (item / file.name).exists() and file.name != "_strings.json":
                 shutil.copyfile(file, item / file.name)
     if item == folder:
         return
     for child in sorted(source.folder.iterdir()):
-        if child in source.items or child.name in ours or (source.run and child.name == "run"):
+        if child in source.paths or child.name in ours or (source.run and child.name == "run"):
             continue
         if child.is_file():
             shutil.copyfile(child, folder / child.name)
@@ -270,7 +269,7 @@ def _rename_handlers(folder: Path, source: Source) -> None:
     content = json.loads(path.read_text())
     handlers = content.get("item_handlers")
     if isinstance(handlers, dict):
-        merged = {_name(source): handlers[p.name] for p in source.items if p.name in handlers}
+        merged = {_name(source): handlers[p.name] for p in source.paths if p.name in handlers}
         content["item_handlers"] = {
             name: handler
             for name, handler in {**handlers, **merged}.items()
@@ -295,9 +294,11 @@ def _write_run(path: Path, partial: Path, conversion: Conversion) -> None:
 
 
 def _write_file(conversion: Conversion, path: Path) -> None:
+    from linen_nnx.files import write_file  # needs numpy
+
     arrays = {}
     for job in conversion.jobs:
-        results = conversion.reader.read(job.change.sources) if job.targets else []
+        results = conversion.source.reader.read(job.change.sources) if job.targets else []
         for action in job.change.actions:
             results = action.run(results)
         for leaf, array in zip(job.targets, results, strict=True):
@@ -307,9 +308,8 @@ def _write_file(conversion: Conversion, path: Path) -> None:
 
 
 def _sync_all(partial: Path, placer: Placer) -> None:
+    fresh: list[Path] = []
     for folder, _, names in os.walk(partial):
-        for name in names:
-            file = Path(folder, name)
-            if file not in placer.placed:
-                sync(file)
-        sync(Path(folder))
+        files = [Path(folder, name) for name in names]
+        fresh += [Path(folder), *(file for file in files if file not in placer.placed)]
+    placer.sync(fresh)

@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401  (teaches numpy the names bfloat16, float8_*)
 import numpy as np
 
 from linen_nnx.ops import Spec
-from linen_nnx.store import DICT, Key, Leaf, StoreError
-from linen_nnx.stream import Array, fresh_metadata
+from linen_nnx.store import DICT, Key, Leaf, StoreError, fresh_metadata
 from linen_nnx.tree import unflatten
 
-SUFFIXES = (".msgpack", ".safetensors")
+Array = np.ndarray[Any, Any]
 _NAMES = {"BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 _NAMES |= {"BOOL": "bool", "C64": "complex64"}
 _KINDS = {"F": "float", "I": "int", "U": "uint"}

@@ -32,8 +32,6 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from linen_nnx.ops import Concat, Drop, Init, Op, Reshape, Scale, Side, Stack, Transpose
 from linen_nnx.patterns import Pattern, is_integer
 
@@ -256,6 +254,9 @@ def _is_shape(value: Any) -> bool:
 
 
 def _is_dtype(value: Any) -> bool:
+    import ml_dtypes  # noqa: F401
+    import numpy as np
+
     try:
         return isinstance(value, str) and np.dtype(value).kind != "O"
     except TypeError:

@@ -6,22 +6,19 @@ What the source cannot tell (the key types of an optimizer chain, its empty node
 the step) comes from a given tree: one that the result must be `like`, or its own origin.
 """
 
-import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from typing import NamedTuple
 
 from linen_nnx.carry import Move, Place
 from linen_nnx.ops import Action, Cast, Spec
 from linen_nnx.plan import RuleError
 from linen_nnx.state import OPTIMIZER, Form, Id, State
-from linen_nnx.store import DICT, SEQUENCE, Key, Leaf, common_sharding
+from linen_nnx.store import DICT, SEQUENCE, Key, Leaf, common_sharding, make_key
 
 
-@dataclass(frozen=True)
-class Change:
+class Change(NamedTuple):
     """A `Move` on disk: target leaves have keys, and the specs hold after the last action."""
 
     sources: tuple[Leaf, ...]
@@ -57,8 +54,9 @@ def lay_out(
         targets: list[Leaf] = []
         change = Change(move.sources, (), move.actions, move.specs)
         for number, place in enumerate(move.targets):
-            key = _key(place, to)
-            mould = given.pop(key, None) or given.pop(f"../{place.path}", None)
+            mould = None
+            if given:
+                mould = given.pop(_key(place, to), None) or given.pop(f"../{place.path}", None)
             empty = bool(move.sources) and move.sources[0].empty
             if mould is None and empty and place.in_optimizer and not (to.flat or place.mirrored):
                 continue  # nnx.Optimizer keeps masked parameters, but has no empty states
@@ -66,18 +64,24 @@ def lay_out(
             if like is not None and not (mould is None and place.path.startswith("../")):
                 problems += _unlike(leaf, change, number, mould)
             targets.append(leaf)
-        changes.append(dataclasses.replace(change, targets=tuple(targets)))
+        changes.append(Change(change.sources, tuple(targets), change.actions, change.specs))
     for key, mould in given.items():
         in_optimizer = isinstance(key, str) and key.split("/")[0] == OPTIMIZER
         if mould.empty and (context.optimizer or not in_optimizer):
             changes.append(Change((), (mould,)))
         elif like is not None:
             problems.append(f"nothing fills `{mould.path}` of the tree to be like")
-    names = Counter(leaf.name for change in changes for leaf in change.targets)
-    problems += [f"{n} leaves would have the name `{k}` on disk" for k, n in names.items() if n > 1]
+    names = [leaf.name for change in changes for leaf in change.targets]
+    if len(set(names)) < len(names):
+        counts = Counter(names).items()
+        problems += [
+            f"{n} leaves would have the name `{name}` on disk" for name, n in counts if n > 1
+        ]
     if problems:
         raise RuleError(f"The result cannot be laid out as {to}", problems)
-    return sorted(changes, key=lambda c: min((order.get(t.name, 0) for t in c.targets), default=0))
+    if order:
+        changes.sort(key=lambda c: min((order.get(t.name, 0) for t in c.targets), default=0))
+    return changes
 
 
 @dataclass(frozen=True)
@@ -102,9 +106,7 @@ class _Context:
             kind = self._step_kind(place, sources[0], mould)
             if kind is None:
                 return sources[0].at(keys), change
-            cast = dataclasses.replace(
-                change, actions=(Cast(kind[1]),), specs=(Spec((), np.dtype(kind[1])),)
-            )
+            cast = change._replace(actions=(Cast(kind[1]),), specs=(Spec((), kind[1]),))
             if kind[0] != "jax.Array":
                 return Leaf(keys, kind[0]), cast
             return Leaf(keys, kind[0], sharding=self.sharding, write_shape=()), cast
@@ -130,21 +132,22 @@ class _Context:
     def _keys(self, place: Place) -> tuple[Key, ...]:
         """The key path of a leaf that no given tree settles."""
         if place.id is not None:
-            path = [Key(name, DICT) for name in place.id.path.split("/")]
+            path = [make_key(name, DICT) for name in place.id.path.split("/")]
             if self.to.flat:
-                return (Key(place.id.collection, DICT), *path)
-            return (*((Key("model", DICT),) if self.nested else ()), *path, Key("value", DICT))
-        mirrored = [Key(name, DICT) for name in place.mirrored]
+                return (make_key(place.id.collection, DICT), *path)
+            head = (make_key("model", DICT),) if self.nested else ()
+            return (*head, *path, make_key("value", DICT))
+        mirrored = [make_key(name, DICT) for name in place.mirrored]
         in_optimizer = place.in_optimizer or (self.optimizer and place.path == "step")
         if not self.to.flat and (in_optimizer or mirrored):
-            head = (Key("optimizer", DICT),) if in_optimizer else ()
-            plain = [Key(key.name, DICT) for key in place.prefix]
-            box = () if place.branch else (Key("value", DICT),)
+            head = (make_key("optimizer", DICT),) if in_optimizer else ()
+            plain = [make_key(key.name, DICT) for key in place.prefix]
+            box = () if place.branch else (make_key("value", DICT),)
             return (*head, *plain, *mirrored, *box)
         if self.to.flat and not self.source.flat and in_optimizer:
             # Chains are tuples, and a state of nnx has digits for their indices.
             kinds = [SEQUENCE if key.name.isdigit() else DICT for key in place.prefix]
-            own = [Key(key.name, kind) for key, kind in zip(place.prefix, kinds, strict=True)]
+            own = [make_key(key.name, kind) for key, kind in zip(place.prefix, kinds, strict=True)]
             return (*own, *mirrored)
         return (*place.prefix, *mirrored)
 

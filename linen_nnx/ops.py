@@ -6,16 +6,14 @@ directions. Planned for one direction and for arrays of given shapes it becomes 
 
 Between ops the arrays of one rule are a `Block`: a row-major grid over coordinates (the part of a
 concat, a layer index), held as a flat list. A gather removes one coordinate, a spread adds one at
-the end. Nothing here casts; nothing here imports jax: arrays bring their own namespace.
+the end. Nothing here casts; nothing here imports jax: arrays bring their own namespace. Nor is
+numpy imported before it is needed, as plain re-keying does without.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
-
-import ml_dtypes  # noqa: F401  (teaches numpy the names bfloat16, float8_*, int4)
-import numpy as np
 
 PART = "part"
 """The coordinate of the parts of a concat; too long to collide with an integer capture."""
@@ -155,10 +153,13 @@ class Fill:
     spec: Spec
 
     def run(self, arrays: Sequence[Any]) -> list[Any]:
+        import ml_dtypes  # noqa: F401  (teaches numpy the names bfloat16, float8_*, int4)
+        import numpy as np
+
         if self.fill != "normal":
             make = np.zeros if self.fill == "zeros" else np.ones
             return [make(self.spec.shape, self.spec.dtype)]
-        import hashlib  # 6 ms that no other action needs
+        import hashlib
 
         digest = hashlib.sha256(self.path.encode()).digest()
         generator = np.random.default_rng([self.seed, *digest])
@@ -173,6 +174,8 @@ class Cast:
     dtype: str
 
     def run(self, arrays: Sequence[Any]) -> list[Any]:
+        import numpy as np
+
         cast = [np.asarray(array).astype(self.dtype) for array in arrays]
         for old, new in zip(arrays, cast, strict=True):
             if (old != new).any():
@@ -341,7 +344,12 @@ class Init:
     @property
     def spec(self) -> Spec | None:
         """The spec that the rule itself states, if it does."""
-        return None if self.shape is None else Spec(self.shape, np.dtype(self.dtype))
+        if self.shape is None:
+            return None
+        import ml_dtypes  # noqa: F401
+        import numpy as np
+
+        return Spec(self.shape, np.dtype(self.dtype))
 
 
 Op = Stack | Concat | Transpose | Reshape | Scale | Drop | Init

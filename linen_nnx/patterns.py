@@ -88,8 +88,10 @@ class Pattern:
         """The path in which every capture has the given text; the inverse of `match`."""
         if self._regex is None:
             return self.text
+        if not self._rest:
+            return self.text.format_map(captures)
         filled = _CAPTURE.sub(lambda m: captures[m[1].removesuffix("...")], self.text)
-        return re.sub("/+", "/", filled).strip("/") if self._rest else filled
+        return re.sub("/+", "/", filled).strip("/")
 
 
 def _check_name(text: str, name: str) -> str:

@@ -9,7 +9,7 @@ import difflib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from linen_nnx.grammar import Rule, did_you_mean
 from linen_nnx.ops import PART, Action, Block, Drop, Fill, Init, Mismatch, Side, Spec
@@ -31,8 +31,7 @@ class RuleError(ValueError):
         super().__init__("\n".join([f"{headline} ({len(self.problems)} {noun}):", *lines]))
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One application of a rule: `sources` become `targets`.
 
     No target: the leaf is dropped. No source: it is filled. No action: it keeps its bytes and
@@ -300,12 +299,11 @@ class _Attempt:
             self._report_unfilled(path)
 
     def _check_target(self, step: Step, path: str, spec: Spec, written: Mapping[str, Spec]) -> None:
-        origin = ", ".join(f"`{source}`" for source in step.sources[:3]) or "an init rule"
         if not path:
-            self.problems.append(f"{origin} would get an empty path from {step.rule}")
+            self.problems.append(f"{_origin(step)} would get an empty path from {step.rule}")
             return
         if path in written:
-            self.problems.append(f"two sources for `{path}`: the second is {origin}")
+            self.problems.append(f"two sources for `{path}`: the second is {_origin(step)}")
         hits = self.planner.owners(self.to, path)
         if len(hits) > 1:
             self._ambiguous(self.to, path, hits)
@@ -314,10 +312,10 @@ class _Attempt:
         due = self.target.get(path)
         if due is None:
             near = did_you_mean(path, self.target)
-            self.problems.append(f"{origin} becomes `{path}`, which the target lacks{near}")
+            self.problems.append(f"{_origin(step)} becomes `{path}`, which the target lacks{near}")
         elif not due.same(spec):
             self.problems.append(
-                f"`{path}` would be {spec} (from {origin}), but the target wants {due}"
+                f"`{path}` would be {spec} (from {_origin(step)}), but the target wants {due}"
             )
 
     def _report_unmatched(self, unfilled: list[str]) -> None:
@@ -399,6 +397,10 @@ class _Attempt:
         self.problems.append(f"{self.planner.name(number)}: {text}")
 
 
+def _origin(step: Step) -> str:
+    return ", ".join(f"`{source}`" for source in step.sources[:3]) or "an init rule"
+
+
 def _format_known(text: str, captures: Mapping[str, str]) -> str:
     for name, value in captures.items():
         text = text.replace(f"{{{name}}}", value).replace(f"{{{name}...}}", value)
@@ -415,11 +417,13 @@ def _specs(leaves: Mapping[str, Any]) -> dict[str, Spec]:
     problems = [p for path, leaf in leaves.items() if (p := _not_an_array(path, leaf))]
     if problems:
         raise RuleError("Every leaf must be an array", problems)
-    return {path: Spec.of(leaf) for path, leaf in leaves.items()}
+    return {p: leaf if type(leaf) is Spec else Spec.of(leaf) for p, leaf in leaves.items()}
 
 
 def _not_an_array(path: Any, leaf: Any) -> str | None:
     kind = type(leaf)
+    if kind is Spec and isinstance(path, str):
+        return None
     got = f"`{path}` is a {kind.__module__}.{kind.__qualname__}"
     if not isinstance(path, str):
         return f"the path {path!r} is a {kind.__name__}, expected a `/`-joined string"

@@ -19,11 +19,11 @@ from linen_nnx.rekey import Job, choose, kept
 from linen_nnx.rules import RuleBook
 from linen_nnx.sources import Source, find
 from linen_nnx.state import STAGES, Form, State, guess_side, read_state
-from linen_nnx.store import Item, Key, Leaf
-from linen_nnx.stream import Reader, fresh_metadata
+from linen_nnx.store import Key, Leaf, fresh_metadata
 
 REPORT, RULES = "report.json", "rules.yaml"
-_BASE_MEMORY = 90 << 20  # Python, tensorstore and the batch being committed, measured
+# Measured: Python, and what each leaf takes; tensorstore, and the batch being committed.
+_BASE_MEMORY, _LEAF_MEMORY, _STREAM_MEMORY = 22 << 20, 5 << 10, 68 << 20
 _COPIES = 5  # of a streamed change: sources, targets, and both encoded and on their way
 
 
@@ -32,9 +32,6 @@ class Conversion:
     """One checkpoint's way to another form: which job does what."""
 
     source: Source
-    items: tuple[Item, ...]
-    leaves: tuple[Leaf, ...]
-    reader: Reader
     state: State
     to: Form
     book: RuleBook
@@ -64,26 +61,28 @@ class Conversion:
     @property
     def bytes_stored(self) -> int:
         """Bytes that a copy takes over from the source as they are."""
-        if not (self.items and self.items[0].ocdbt):
+        items = self.source.items
+        if not (items and items[0].ocdbt):
             return sum(job.nbytes for job in self.jobs if job.engine in ("name", "chunks"))
         return sum(
             file.stat().st_size
-            for number, item in enumerate(self.items)
+            for number, item in enumerate(items)
             for file in item.data_files(kept(self.jobs, number))
         )
 
     @property
     def peak_memory(self) -> int:
         """An estimate, in bytes."""
-        streamed = (job.nbytes for job in self.jobs if job.engine == "stream")
-        return _BASE_MEMORY + _COPIES * max(streamed, default=0)
+        streamed = [job.nbytes for job in self.jobs if job.engine == "stream"]
+        more = _STREAM_MEMORY + _COPIES * max(streamed) if streamed else 0
+        return _BASE_MEMORY + _LEAF_MEMORY * len(self.jobs) + more
 
     @cached_property
     def fingerprint(self) -> str:
         """A hash of everything that the result depends on, the source's bytes included."""
         state = xxhash.xxh3_128()
-        paths = [self.source.folder] if not self.items else []
-        for item in self.items:
+        paths = [self.source.folder] if not self.source.items else []
+        for item in self.source.items:
             paths += [
                 item.path / "_METADATA",
                 item.path / "_sharding",
@@ -94,10 +93,15 @@ class Conversion:
             # The names of data files are random, and a manifest leads to all that it needs.
             small = path.name.startswith(("_", "manifest"))
             state.update(path.read_bytes() if small else _stamp(path))
-        for job in self.jobs:
-            sources = [leaf.name for leaf in job.change.sources]
-            targets = [(leaf.keys, leaf.value_type) for leaf in job.targets]
-            state.update(f"{sources} {targets} {job.change.actions}\n".encode())
+        jobs = [
+            (
+                [(leaf.item, leaf.stored) for leaf in sources],
+                [leaf.form for leaf in targets],
+                actions,
+            )
+            for (sources, _, actions, _), _, targets, _ in self.jobs
+        ]
+        state.update(str(jobs).encode())
         state.update(f"{self.to} {self.source.kind}".encode())
         return state.hexdigest()
 
@@ -126,13 +130,8 @@ class Conversion:
         return {
             "side": self.state.form.side,
             "leaves": [
-                (
-                    [key.name for key in leaf.keys],
-                    [key.kind for key in leaf.keys],
-                    leaf.value_type,
-                    str(leaf.spec.dtype) if _is_scalar(leaf) else None,
-                )
-                for leaf in self.leaves
+                (*leaf.form, str(leaf.spec.dtype) if _is_scalar(leaf) else None)
+                for leaf in self.source.leaves
             ],
         }
 
@@ -178,19 +177,18 @@ def plan_conversion(
     source = find(path, step, item, part)
     form, target = _forms(source, to)
     book = _rule_book(source, rules)
-    items, leaves, reader = source.open()
     if form is None:
-        side = guess_side(leaves, book)
+        side = guess_side(source.leaves, book)
         if side == target.side:
             raise RuleError(f"{path} cannot go to {to}", [f"it looks like {side} form already"])
         form = Form(side)
-    state = read_state(leaves, form, book)
+    state = read_state(source.leaves, form, book)
     notes = []
     if (model_only or source.kind == "file") and state.rest:
         notes.append(f"files hold the model alone: {len(state.rest)} other leaves are left out")
     if model_only or source.kind == "file":
         state = State(state.form, f"{state.layout} (the model alone)", state.model)
-    wanted = None if like is None else read_state(find(like).open()[1], target, book)
+    wanted = None if like is None else read_state(find(like).leaves, target, book)
     moves = carry(state, target, book, wanted, reset_optimizer)
     origin = _origin(source, target, book)
     changes = lay_out(moves, state.form, target, wanted, origin)
@@ -200,13 +198,11 @@ def plan_conversion(
             "nnx form does not tell the empty states of an optimizer chain: a restore into a "
             "TrainState needs them, and takes them from a checkpoint of it (--like CKPT)"
         )
+    items = source.items
     zarr3 = bool(items) and items[0].zarr3
     jobs = tuple(choose(change, zarr3, readable_only=not items) for change in changes)
     return Conversion(
         source=source,
-        items=tuple(items),
-        leaves=tuple(leaves),
-        reader=reader,
         state=state,
         to=target,
         book=book,
@@ -261,12 +257,12 @@ def _origin(source: Source, to: Form, book: RuleBook) -> State | None:
             return None
         leaves = [
             Leaf(
-                tuple(map(Key, names, kinds)),
+                tuple(map(Key, path.split("/"), kinds)),
                 value_type,
                 zarr=dtype and fresh_metadata(Spec((), dtype), zarr3=False),
             )
-            for names, kinds, value_type, dtype in origin["leaves"]
+            for path, kinds, value_type, dtype in origin["leaves"]
         ]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return read_state(leaves, to, book)

@@ -1,35 +1,29 @@
 """Engine 1: immutable data files stay as they are, and one new tree names their bytes anew.
 
-The data files of an OCDBT store are copied (or hard-linked) to the same relative path. Then, in
-one transaction, every leaf's entries are copied by reference from the source's tree to a new one.
+The data files of an OCDBT store are copied (or hard-linked) to the same relative path. Then a new
+tree is written, in which every leaf's entries are the source's own, under another name.
 A store of one directory per array has its directories copied under their new names.
 """
 
-import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
-import tensorstore as ts
-
+from linen_nnx import ocdbt
 from linen_nnx.chunks import Grid, apply
 from linen_nnx.digests import Digest, hash_file
 from linen_nnx.layouts import Change
-from linen_nnx.store import Item, Leaf, open_kv
-from linen_nnx.stream import Reader, fresh_metadata, stream
+from linen_nnx.sources import Source
+from linen_nnx.store import Item, Leaf, fresh_metadata
 
 Engine = Literal["name", "chunks", "stream", "drop"]
-# As Orbax writes its stores: values up to 1 KB lie in the tree, which is one node.
-_CONFIG = {"compression": {"id": "zstd"}, "max_decoded_node_bytes": 100_000_000}
-_CONFIG["max_inline_value_bytes"] = 1024
+_FLUSH = 32 << 20  # bytes of a copy after which the disk gets to work
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """A change, the engine that does it, and its targets with all that their data settles."""
 
     change: Change
@@ -61,7 +55,7 @@ def choose(change: Change, zarr3: bool, readable_only: bool = False) -> Job:
         stored = [(fresh_metadata(spec, zarr3), tuple(spec.shape)) for spec in specs]
         engine = "stream"
     targets = tuple(
-        dataclasses.replace(leaf, zarr=metadata, write_shape=shape if leaf.sharding else None)
+        leaf._replace(zarr=metadata, write_shape=shape if leaf.sharding else None)
         for leaf, (metadata, shape) in zip(change.targets, stored, strict=True)
     )
     return Job(change, engine, targets, tuple(grids) if engine == "chunks" and grids else ())
@@ -77,7 +71,7 @@ class Placer:
         self._link = link
         self.hash_links = hash_links
         self.progress = progress
-        self._pool = ThreadPoolExecutor(4)
+        self._pool, self._flusher = ThreadPoolExecutor(4), ThreadPoolExecutor(1)
         self._working: dict[Path, Future[Digest | None]] = {}
         self.fell_back: str | None = None
         """Why hard links were not possible, if they were asked for and were not."""
@@ -98,13 +92,30 @@ class Placer:
                 return
             except OSError as error:
                 self.fell_back = f"{error.strerror}: {target.parent}"
-        self._working[target] = self._pool.submit(_copy, source, target)
+        self._working[target] = self._pool.submit(self._copy, source, target)
 
-    def wait(self, targets: Iterable[Path]) -> None:
-        """Waits until these can be read."""
-        for target in targets:
-            if target in self._working:
-                self._working[target].result()
+    def _copy(self, source: Path, target: Path) -> Digest:
+        """Copies a file through to disk, which begins while it is read; returns its digest."""
+        flushing: list[Future[None]] = []
+        with target.open("xb") as new:
+
+            def write(block: memoryview) -> None:
+                new.write(block)
+                if new.tell() // _FLUSH > len(flushing):
+                    flushing.append(self._flusher.submit(os.fdatasync, new.fileno()))
+
+            digest = hash_file(source, write)
+            new.flush()
+            os.fsync(new.fileno())
+            for flush in flushing:
+                flush.result()
+        if digest[0] != source.stat().st_size:
+            raise OSError(f"{source} changed while it was copied")
+        return digest
+
+    def sync(self, paths: Iterable[Path]) -> None:
+        """Writes files and directories through to disk, at once: they share a journal's commit."""
+        list(self._pool.map(_sync, paths))
 
     def finish(self) -> dict[Path, Digest]:
         """Waits until every copy is on disk. Returns the digests of what was copied or hashed."""
@@ -120,23 +131,10 @@ class Placer:
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
+        self._flusher.shutdown(cancel_futures=True)
 
 
-def _copy(source: Path, target: Path) -> Digest:
-    """Copies a file through to disk; returns the digest of the copy."""
-    with source.open("rb", buffering=0) as old, target.open("xb", buffering=0) as new:
-        left = os.fstat(old.fileno()).st_size
-        while left:
-            count = os.copy_file_range(old.fileno(), new.fileno(), left)
-            if not count:
-                raise OSError(f"{source} became shorter while it was copied")
-            left -= count
-        digest = hash_file(target)
-        os.fsync(new.fileno())
-    return digest
-
-
-def sync(path: Path) -> None:
+def _sync(path: Path) -> None:
     """Writes a file or a directory through to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -145,28 +143,26 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_store(
-    out: Path, items: Sequence[Item], jobs: Sequence[Job], reader: Reader, placer: Placer
-) -> None:
+def write_store(out: Path, source: Source, jobs: Sequence[Job], placer: Placer) -> None:
     """Fills the store of the new item `out` (an empty directory) with every job's targets."""
-    context = ts.Context()
-    ocdbt = not items or items[0].ocdbt
+    items = source.items
     moving = [job for job in jobs if job.engine in ("name", "chunks")]
-    if ocdbt:
+    changed = [job for job in jobs if job.engine == "stream"]
+    in_tree = not items or items[0].ocdbt
+    if in_tree:
         for number, item in enumerate(items):
             for file in item.data_files(kept(moving, number)):
                 placer.place(file, out / file.relative_to(item.path))
-            placer.wait(out / node for node in (item.tree.own if item.tree else ()))
-        store = open_kv(out, context, True, config=_CONFIG)
     else:
         _place_arrays(out, items, moving, placer)
-        store = open_kv(out, context, False)
-    changed = [
-        (j.change.sources, j.change.actions, j.targets) for j in jobs if j.engine == "stream"
-    ]
-    stream(changed, reader, store, context, placer.progress)
-    if ocdbt:
-        _move_entries(out, items, moving, store, context)
+    if changed:
+        from linen_nnx.stream import stream  # needs numpy and tensorstore
+
+        arrays = [(job.change.sources, job.change.actions, job.targets) for job in changed]
+        stream(arrays, source.reader, out, in_tree, placer.progress)
+    if in_tree:
+        streamed = ocdbt.read(out) if changed else {}
+        ocdbt.write(out, streamed | _moved(items, moving))
 
 
 def kept(jobs: Sequence[Job], item: int) -> list[str]:
@@ -175,30 +171,22 @@ def kept(jobs: Sequence[Job], item: int) -> list[str]:
     return [leaf.stored for job in moving for leaf in job.change.sources if leaf.item == item]
 
 
-def _move_entries(
-    out: Path, items: Sequence[Item], jobs: Sequence[Job], store: ts.KvStore, context: ts.Context
-) -> None:
-    """Copies entries by reference, from the sources' trees to the new one, in one transaction."""
-    olds = [open_kv(out, context, True, manifest=item.path) for item in items]
-    transaction = ts.Transaction(atomic=True)
-    new = store.with_transaction(transaction)
-    only = ts.KvStore.KeyRange("", "\0")  # below a whole key, so no other key with that start
-    pending: list[Any] = []
+def _moved(items: Sequence[Item], jobs: Sequence[Job]) -> ocdbt.Tree:
+    """The entries of the sources' trees under their new names."""
+    trees = [item.tree or {} for item in items]
+    tree: ocdbt.Tree = {}
     for job in jobs:
         if job.engine == "name" and job.targets[0].zarr is not None:
             (leaf,) = job.change.sources
-            old = olds[leaf.item] / f"{leaf.stored}/"
-            pending.append(old.experimental_copy_range_to(new / f"{job.targets[0].name}/"))
+            tree[job.targets[0].name] = trees[leaf.item][leaf.stored]
         for leaf, grid in zip(job.targets, job.grids, strict=False):
-            pending.append(new.write(_metadata_key(leaf), json.dumps(grid.metadata)))
+            values: dict[str, ocdbt.Value] = {grid.metadata_key: json.dumps(grid.metadata).encode()}
             for place, ref in grid.chunks.items():
-                target = new / f"{leaf.name}/{grid.key(place)}"
-                pending.append(
-                    (olds[ref.item] / ref.key).experimental_copy_range_to(target, source_range=only)
-                )
-    for future in pending:
-        future.result()
-    transaction.commit_sync()
+                array = trees[ref.item][ref.array]
+                if ref.key in array:  # a chunk of fill values alone may be left out
+                    values[grid.key(place)] = array[ref.key]
+            tree[leaf.name] = values
+    return tree
 
 
 def _place_arrays(out: Path, items: Sequence[Item], jobs: Sequence[Job], placer: Placer) -> None:
@@ -211,13 +199,8 @@ def _place_arrays(out: Path, items: Sequence[Item], jobs: Sequence[Job], placer:
                 placer.place(file, out / job.targets[0].name / file.relative_to(folder))
         for leaf, grid in zip(job.targets, job.grids, strict=False):
             for place, ref in grid.chunks.items():
-                source = items[ref.item].path / ref.key
-                if source.exists():  # a chunk of fill values alone may be left out
+                source = items[ref.item].path / ref.array / ref.key
+                if source.exists():
                     placer.place(source, out / leaf.name / grid.key(place))
             (out / leaf.name).mkdir(exist_ok=True)
-            (out / _metadata_key(leaf)).write_text(json.dumps(grid.metadata))
-
-
-def _metadata_key(leaf: Leaf) -> str:
-    assert leaf.zarr is not None
-    return f"{leaf.name}/{'zarr.json' if leaf.zarr['zarr_format'] == 3 else '.zarray'}"
+            (out / leaf.name / grid.metadata_key).write_text(json.dumps(grid.metadata))

@@ -6,48 +6,73 @@ one item or several), a bare Orbax item (Standard, PyTree, v1), a Flax msgpack o
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
-from linen_nnx.files import SUFFIXES, FileReader
 from linen_nnx.store import DICT, Item, Key, Leaf, StoreError, is_item, read_item
-from linen_nnx.stream import ItemReader, Reader
 
+SUFFIXES = (".msgpack", ".safetensors")
 _STATE_ITEMS = ("state", "default", "train_state", "items")
 _PARTS = ("params", "batch_stats", "model", "opt_state", "optimizer", "ema", "ema_params", "step")
 _STEP = re.compile(r"(?:.*[_-])?(\d+)")
 _UNFINISHED = ".orbax-checkpoint-tmp"
 
 
+class Reader(Protocol):
+    """Reads leaves of a source as numpy arrays, typed PRNG keys as their raw words."""
+
+    def read(self, leaves: Sequence[Leaf]) -> list[Any]: ...
+
+
 @dataclass(frozen=True)
 class Source:
-    """One checkpoint on disk."""
+    """One checkpoint on disk. What it holds is read when it is asked for."""
 
     path: Path
     kind: Literal["run", "root", "step", "item", "file"]
     folder: Path
     """The directory of the step that was chosen, or the bare item, or the file."""
-    items: tuple[Path, ...] = ()
+    paths: tuple[Path, ...] = ()
     """The items that make up the training state; others of the step are carried along."""
     run: dict[str, Any] | None = None
     """Of this template's own runs: `config`, `rules` and `stage`."""
 
-    def open(self) -> tuple[list[Item], list[Leaf], Reader]:
-        """The items, all their leaves (of several items, below the items' names), a reader."""
-        if self.kind == "file":
-            file = FileReader(self.folder)
-            return [], file.leaves, file
-        items = [read_item(path, number) for number, path in enumerate(self.items)]
+    @cached_property
+    def items(self) -> list[Item]:
+        """The items; a file has none."""
+        items = [read_item(path, number) for number, path in enumerate(self.paths)]
         if len({(item.ocdbt, item.zarr3) for item in items}) > 1:
             raise StoreError(f"the items of {self.folder} differ in format: choose with --item")
-        several = len(items) > 1
-        leaves = [
-            leaf.at((Key(item.path.name, DICT), *leaf.keys)) if several else leaf
-            for item in items
+        return items
+
+    @cached_property
+    def leaves(self) -> list[Leaf]:
+        """All leaves; of several items, below the items' names."""
+        if self.kind == "file":
+            return self._file.leaves
+        return [
+            leaf.at((Key(item.path.name, DICT), *leaf.keys)) if len(self.items) > 1 else leaf
+            for item in self.items
             for leaf in item.leaves
         ]
-        return items, leaves, ItemReader(items)
+
+    @cached_property
+    def reader(self) -> Reader:
+        """Reads arrays. Imports numpy and tensorstore, which plain re-keying does without."""
+        if self.kind == "file":
+            return self._file
+        from linen_nnx.stream import ItemReader
+
+        return ItemReader(self.items)
+
+    @cached_property
+    def _file(self) -> Any:
+        from linen_nnx.files import FileReader
+
+        return FileReader(self.folder)
 
     def __str__(self) -> str:
         names = {
@@ -61,7 +86,7 @@ class Source:
         if self.kind in ("run", "root"):
             parts.append(f"step {self.folder.name}")
         if self.kind not in ("item", "file"):
-            parts.append("item " + " + ".join(path.name for path in self.items))
+            parts.append("item " + " + ".join(path.name for path in self.paths))
         return ", ".join(parts)
 
 

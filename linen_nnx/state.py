@@ -15,7 +15,7 @@ from typing import NamedTuple
 from linen_nnx.ops import Side
 from linen_nnx.plan import Planner, RuleError
 from linen_nnx.rules import RuleBook
-from linen_nnx.store import DICT, Leaf
+from linen_nnx.store import DICT, Key, Leaf
 
 HALVES = ("encoder", "head")
 STAGES: dict[str, tuple[Side, Side]] = {
@@ -105,10 +105,12 @@ def _without_boxes(
     That level is the only child of its parent. A parameter of that name may be, too: then the
     rule book knows the path with it and not the path without.
     """
-    children = Counter(leaf.keys[:n] for leaf in leaves for n in range(len(leaf.keys)))
+    children: Counter[tuple[Key, ...]] = Counter()
+    if any(leaf.keys[-1] == ("value", DICT) for leaf in leaves):
+        children.update([leaf.keys[:n] for leaf in leaves for n in range(len(leaf.keys))])
     tree = []
     for leaf in leaves:
-        names = tuple(key.name for key in leaf.keys)
+        names = tuple([key[0] for key in leaf.keys])
         if len(names) > 1 and leaf.keys[-1] == ("value", DICT) and children[leaf.keys[:-1]] == 1:
             suffixes = ["/".join(names[n:]) for n in range(len(names) - 1)]
             own = any(known(s) for s in suffixes) and not any(known(s[:-6]) for s in suffixes)

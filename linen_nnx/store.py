@@ -7,21 +7,24 @@ path (one OCDBT database, or one directory per array), and side files keyed by t
 import base64
 import json
 import math
+import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes  # noqa: F401  (teaches numpy the names bfloat16, float8_*, int4)
-import numpy as np
-import tensorstore as ts
-
+from linen_nnx import ocdbt
 from linen_nnx.ops import Spec
 
 SEQUENCE, DICT = 1, 2
 EMPTY_TYPES = ("None", "Dict", "List", "Tuple", "NamedTuple")
 _REPLICATED = {"partition_spec": []}
+_CODES = {"bool": "|b1", "int8": "|i1", "uint8": "|u1"}  # what zarr2 calls numpy's own dtypes
+_SIZES = {"int": (2, 4, 8), "uint": (2, 4, 8), "float": (2, 4, 8), "complex": (8, 16)}
+_CODES |= {f"{k}{8 * n}": f"<{k[0]}{n}" for k, sizes in _SIZES.items() for n in sizes}
+_NAMES = {code: name for name, code in _CODES.items()}
 
 
 class StoreError(ValueError):
@@ -35,8 +38,10 @@ class Key(NamedTuple):
     kind: int
 
 
-@dataclass(frozen=True)
-class Leaf:
+make_key = cache(Key)  # most keys of a tree recur
+
+
+class Leaf(NamedTuple):
     """One entry of the tree: an array, a string, or an empty node."""
 
     keys: tuple[Key, ...]
@@ -64,21 +69,24 @@ class Leaf:
         return ".".join([key[0] for key in self.keys])
 
     @property
+    def form(self) -> tuple[str, tuple[int, ...], str]:
+        """What a tree's metadata say of it: path, the kinds of its keys, type."""
+        names, kinds = zip(*self.keys, strict=True)
+        return "/".join(names), kinds, self.value_type
+
+    @property
     def empty(self) -> bool:
         return self.value_type in EMPTY_TYPES
 
     def at(self, keys: tuple[Key, ...]) -> "Leaf":
         """The same leaf under another key path."""
-        leaf = Leaf(keys, self.value_type, self.zarr, self.extension, self.sharding)
-        rest = {n: getattr(self, n) for n in ("write_shape", "string", "item", "stored")}
-        leaf.__dict__.update(rest)  # `dataclasses.replace` takes three times as long
-        return leaf
+        return Leaf(keys, *self[1:])
 
     @property
     def spec(self) -> Spec:
         """Shape and dtype; those of a typed PRNG key are its own, not its raw words'."""
         assert self.zarr is not None
-        shape, dtype = tuple(self.zarr["shape"]), zarr_dtype(self.zarr)
+        shape, dtype = tuple(self.zarr["shape"]), _dtype(self.zarr)
         if self.extension:
             return Spec(shape[:-1], f"key<{self.extension['random_key_impl']}>")
         return Spec(shape, dtype)
@@ -88,24 +96,51 @@ class Leaf:
         """Bytes in memory."""
         if self.zarr is None:
             return 0
-        return math.prod(self.zarr["shape"]) * zarr_dtype(self.zarr).itemsize
+        dtype = _dtype(self.zarr)
+        code = _CODES.get(dtype, dtype)
+        # Such as `<f4`, or `bfloat16`; of int4 each takes a whole byte in memory.
+        size = int(code[2:]) if code[0] in "<>|" else -(-int(re.findall(r"\d+", dtype)[0]) // 8)
+        return math.prod(self.zarr["shape"]) * size
 
 
-def zarr_dtype(metadata: dict[str, Any]) -> np.dtype[Any]:
-    """The numpy dtype that zarr2 or zarr3 metadata states."""
-    return np.dtype(metadata["dtype" if metadata["zarr_format"] == 2 else "data_type"])
+def _dtype(metadata: dict[str, Any]) -> str:
+    """The name of the dtype that zarr2 or zarr3 metadata states."""
+    if metadata["zarr_format"] == 3:
+        return metadata["data_type"]
+    return _NAMES.get(metadata["dtype"], metadata["dtype"])
 
 
-@dataclass(frozen=True)
-class Tree:
-    """What the tree of an OCDBT store says: where the bytes are."""
+def fresh_metadata(spec: Spec, zarr3: bool) -> dict[str, Any]:
+    """The zarr metadata that Orbax gives a new array of one chunk."""
+    shape, dtype = list(spec.shape), str(spec.dtype)
+    if not zarr3:
+        return {
+            "chunks": shape,
+            "compressor": {"id": "zstd", "level": 1},
+            "dimension_separator": ".",
+            "dtype": _CODES.get(dtype, dtype),
+            "fill_value": None,
+            "filters": None,
+            "order": "C",
+            "shape": shape,
+            "zarr_format": 2,
+        }
+    zstd = {"name": "zstd", "configuration": {"level": 3, "checksum": False}}
+    shard = {"chunk_shape": shape, "codecs": [{"name": "bytes"}, zstd]}
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": shape,
+        "data_type": dtype,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shape}},
+        "chunk_key_encoding": {"name": "default"},
+        "codecs": [{"name": "sharding_indexed", "configuration": shard}],
+    }
 
-    values: dict[str, bytes]
-    """The small values that lie in the tree itself, by key."""
-    files: dict[str, set[str]]
-    """The data files of each array, by its name; paths are relative to the item."""
-    own: set[str]
-    """The files of the tree's own nodes."""
+
+def metadata_name(zarr3: bool) -> str:
+    """The key of an array's metadata, below its name."""
+    return "zarr.json" if zarr3 else ".zarray"
 
 
 @dataclass(frozen=True)
@@ -115,7 +150,7 @@ class Item:
     path: Path
     leaves: tuple[Leaf, ...]
     header: dict[str, Any]
-    tree: "Tree | None"
+    tree: ocdbt.Tree | None
     """Of an OCDBT store, its tree."""
 
     @property
@@ -127,40 +162,16 @@ class Item:
         return bool(self.header.get("use_zarr3"))
 
     def data_files(self, names: Collection[str]) -> list[Path]:
-        """The files of an OCDBT store that hold its tree, then those of the named arrays' bytes."""
-        if self.tree is None:
-            return []
-        found = {place for name in names for place in self.tree.files.get(name, ())}
-        places = sorted(self.tree.own) + sorted(found - self.tree.own)
-        return [self.path / place for place in places]
+        """The files of an OCDBT store that hold bytes of the named arrays."""
+        tree = self.tree or {}
+        values = (value for name in names for value in tree.get(name, {}).values())
+        places = {value.file for value in values if isinstance(value, ocdbt.Ref)}
+        return [self.path / place for place in sorted(places)]
 
 
 def is_item(path: Path) -> bool:
     """Whether a directory is a pytree item of Orbax."""
     return (path / "_METADATA").is_file()
-
-
-def open_kv(
-    base: Path,
-    context: ts.Context,
-    ocdbt: bool,
-    manifest: Path | None = None,
-    config: Mapping[str, Any] | None = None,
-) -> ts.KvStore:
-    """The key-value store of an item.
-
-    Of an OCDBT store, `manifest` is where the manifest lies, if not beside the data, and `config`
-    is given to a new one.
-    """
-    files = {"driver": "file", "path": f"{base.absolute()}/"}
-    if not ocdbt:
-        return ts.KvStore.open(files, context=context).result()
-    spec: dict[str, Any] = {"driver": "ocdbt", "base": files}
-    if manifest is not None:
-        spec["manifest"] = {"driver": "file", "path": f"{manifest.absolute()}/"}
-    if config is not None:
-        spec["config"] = config
-    return ts.KvStore.open(spec, context=context).result()
 
 
 def read_item(path: Path, number: int = 0) -> Item:
@@ -169,7 +180,7 @@ def read_item(path: Path, number: int = 0) -> Item:
         header = json.loads((path / "_METADATA").read_text())
         tree = header.pop("tree_metadata")
         entries = [
-            (tuple(Key(str(k["key"]), k["key_type"]) for k in entry["key_metadata"]), value)
+            (tuple([make_key(str(k["key"]), k["key_type"]) for k in entry["key_metadata"]]), value)
             for entry in tree.values()
             for value in [entry["value_metadata"]]
         ]
@@ -182,7 +193,7 @@ def read_item(path: Path, number: int = 0) -> Item:
         header["use_ocdbt"] = (path / "manifest.ocdbt").is_file()
     if header["use_ocdbt"] and not (path / "manifest.ocdbt").is_file():
         raise StoreError(f"{path} has no manifest.ocdbt: the save was cut off, or files were lost")
-    names = [".".join(key.name for key in keys) for keys, _ in entries]
+    names = [".".join([key[0] for key in keys]) for keys, _ in entries]
     _refuse_collisions(path, names, entries)
     held = [
         name
@@ -190,7 +201,7 @@ def read_item(path: Path, number: int = 0) -> Item:
         if value["value_type"] not in (*EMPTY_TYPES, "string")
     ]
     stored = _read_tree(path) if header["use_ocdbt"] else None
-    zarr = _read_zarr(path, header, held, stored)
+    zarr = _read_zarr(path, bool(header.get("use_zarr3")), held, stored)
     leaves = tuple(
         Leaf(
             keys=keys,
@@ -234,84 +245,56 @@ def _refuse_collisions(
     path: Path, names: Sequence[str], entries: Sequence[tuple[tuple[Key, ...], Any]]
 ) -> None:
     """Orbax saves `{"a.b": x, "a": {"b": y}}` without error, and keeps one of the two."""
-    counts = Counter(names)
-    problems = [f"`{name}` names {n} leaves in the store" for name, n in counts.items() if n > 1]
+    problems = []
+    if len(set(names)) < len(names):
+        counts = Counter(names).items()
+        problems = [f"`{name}` names {n} leaves in the store" for name, n in counts if n > 1]
     keys = {key.name for entry, _ in entries for key in entry}
     problems += [f"key `{key}` holds a `/`" for key in sorted(keys) if "/" in key]
     if problems:
         raise StoreError(f"{path} is ambiguous: {'; '.join(problems)}")
 
 
-def _read_zarr(
-    path: Path, header: dict[str, Any], names: list[str], tree: Tree | None
-) -> dict[str, dict[str, Any]]:
-    """The zarr metadata of every array: from the tree, where a look-up of each takes 40 us."""
-    suffix = "/zarr.json" if header.get("use_zarr3") else "/.zarray"
-    kv = open_kv(path, ts.Context(), header["use_ocdbt"])
-    raw = tree.values if tree else {}
+def _read_tree(path: Path) -> ocdbt.Tree:
     try:
-        pending = {n: kv.read(n + suffix) for n in names if n + suffix not in raw}
-        found = {n: f.result() for n, f in pending.items()}
-    except ValueError as error:
-        raise StoreError(f"{path}: the store cannot be read: {error}") from None
-    missing = [n for n, result in found.items() if result.state != "value"]
-    if missing:
-        shown = ", ".join(f"`{n}`" for n in missing[:10])
-        raise StoreError(f"{path} lacks {len(missing)} of its arrays in the store: {shown}")
-    values = {n: raw[n + suffix] if n + suffix in raw else found[n].value for n in names}
-    parsed = {value: json.loads(value) for value in set(values.values())}  # most are equal
-    return {n: parsed[value] for n, value in values.items()}
-
-
-def _read_tree(path: Path) -> Tree:
-    """Reads all nodes of an OCDBT store's newest version."""
-    files = ts.KvStore.open({"driver": "file", "path": f"{path.absolute()}/"}).result()
-    tree = Tree({}, {}, set())
-
-    def visit(location: str, prefix: bytes) -> None:
-        tree.own.add(_file(location))
-        for entry in ts.ocdbt.dump(files, node=location).result()["entries"]:
-            key = prefix + entry["key"]
-            if "location" in entry:
-                visit(entry["location"], prefix + entry["subtree_common_prefix"])
-            elif "inline_value" in entry:
-                tree.values[key.decode()] = entry["inline_value"]
-            else:
-                name = key.decode().partition("/")[0]
-                tree.files.setdefault(name, set()).add(_file(entry["indirect_value"]))
-
-    try:
-        root = ts.ocdbt.dump(files).result()["versions"][-1]["root"]
-        if "location" in root:
-            visit(root["location"], b"")
-    except (ValueError, KeyError, IndexError) as error:
+        return ocdbt.read(path)
+    except (OSError, ValueError) as error:
         raise StoreError(f"{path}: its OCDBT tree cannot be read: {error}") from None
-    return tree
 
 
-def _file(location: str) -> str:
-    """The file in `value:<folder>:<path>:<offset>:<length>`."""
-    _, folder, path, _, _ = location.split(":")
-    return folder + path
+def _read_zarr(
+    path: Path, zarr3: bool, names: list[str], tree: ocdbt.Tree | None
+) -> dict[str, dict[str, Any]]:
+    """The zarr metadata of every array."""
+    key = metadata_name(zarr3)
+    if tree is None:
+        files = {name: path / name / key for name in names}
+        found = {name: file.read_bytes() for name, file in files.items() if file.is_file()}
+    else:
+        values = {name: tree[name][key] for name in names if key in tree.get(name, ())}
+        found = {name: ocdbt.fetch(path, value) for name, value in values.items()}
+    if missing := [name for name in names if name not in found]:
+        shown = ", ".join(f"`{name}`" for name in missing[:10])
+        raise StoreError(f"{path} lacks {len(missing)} of its arrays in the store: {shown}")
+    parsed = {value: json.loads(value) for value in set(found.values())}  # most are equal
+    return {name: parsed[value] for name, value in found.items()}
 
 
 def write_side_files(path: Path, leaves: Sequence[Leaf], header: dict[str, Any]) -> None:
     """Writes `_METADATA` and the other files keyed by name, for leaves whose data is in place."""
     # Pieces of JSON that recur are made once: trees of thousands of leaves have few keys.
-    keys: dict[Key, str] = {}
+    quoted = json.encoder.encode_basestring_ascii  # what `json.dumps` comes to for a string
+    key_json = cache(lambda key: f'{{"key": {quoted(key.name)}, "key_type": {key.kind}}}')
     values: dict[tuple[str, Any], str] = {}
     tree = []
     for leaf in leaves:
-        for key in leaf.keys:
-            if key not in keys:
-                keys[key] = json.dumps({"key": key.name, "key_type": key.kind})
         kind = leaf.value_type, leaf.write_shape
         if kind not in values:
             shape = {} if leaf.write_shape is None else {"write_shape": leaf.write_shape}
             base = {"value_type": leaf.value_type, "skip_deserialize": leaf.empty}
             values[kind] = json.dumps(base | shape)
-        names = json.dumps(str(tuple([key[0] for key in leaf.keys])))
-        entry = f'"key_metadata": [{", ".join([keys[key] for key in leaf.keys])}]'
+        names = quoted(str(tuple([key[0] for key in leaf.keys])))
+        entry = f'"key_metadata": [{", ".join(map(key_json, leaf.keys))}]'
         tree.append(f'{names}: {{{entry}, "value_metadata": {values[kind]}}}')
     rest = json.dumps(header)[1:]
     (path / "_METADATA").write_text(f'{{"tree_metadata": {{{", ".join(tree)}}}, {rest}')

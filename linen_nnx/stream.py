@@ -5,23 +5,23 @@ size of the checkpoint.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
+import ml_dtypes  # noqa: F401  (teaches numpy the names bfloat16, float8_*, int4)
 import numpy as np
 import tensorstore as ts
 
-from linen_nnx.ops import Action, Spec
-from linen_nnx.store import Item, Leaf, open_kv
+from linen_nnx.ops import Action
+from linen_nnx.sources import Reader
+from linen_nnx.store import Item, Leaf
 
+# As Orbax configures its stores: values up to 1 KB lie in the tree, which is one node.
+_CONFIG = {"compression": {"id": "zstd"}, "max_decoded_node_bytes": 100_000_000}
+_CONFIG["max_inline_value_bytes"] = 1024
 _BATCH = 8 << 20  # bytes in one commit: enough to make the commit's own cost small
 
 Array = np.ndarray[Any, Any]
-
-
-class Reader(Protocol):
-    """Reads leaves of a source as numpy arrays, typed PRNG keys as their raw words."""
-
-    def read(self, leaves: Sequence[Leaf]) -> list[Array]: ...
 
 
 class ItemReader:
@@ -29,7 +29,7 @@ class ItemReader:
 
     def __init__(self, items: Sequence[Item]) -> None:
         self._context = ts.Context()
-        self._stores = [open_kv(item.path, self._context, item.ocdbt) for item in items]
+        self._stores = [_open_kv(item.path, self._context, item.ocdbt) for item in items]
 
     def read(self, leaves: Sequence[Leaf]) -> list[Array]:
         """All leaves at once. Raises `ValueError` for bytes that cannot be decoded."""
@@ -39,6 +39,15 @@ class ItemReader:
         ]
         pending = [array.result().read() for array in arrays]
         return [np.asarray(future.result()) for future in pending]
+
+
+def _open_kv(
+    base: Path, context: ts.Context, ocdbt: bool, config: dict[str, Any] | None = None
+) -> ts.KvStore:
+    """The key-value store of an item; `config` is for a new OCDBT store."""
+    files = {"driver": "file", "path": f"{base.absolute()}/"}
+    spec: dict[str, Any] = {"driver": "ocdbt", "base": files, "config": config or {}}
+    return ts.KvStore.open(spec if ocdbt else files, context=context).result()
 
 
 def open_array(
@@ -54,42 +63,16 @@ def open_array(
     )
 
 
-def fresh_metadata(spec: Spec, zarr3: bool) -> dict[str, Any]:
-    """The zarr metadata that Orbax gives a new array of one chunk."""
-    shape, dtype = list(spec.shape), np.dtype(spec.dtype)
-    if not zarr3:
-        return {
-            "chunks": shape,
-            "compressor": {"id": "zstd", "level": 1},
-            "dimension_separator": ".",
-            "dtype": dtype.str if dtype.isbuiltin == 1 else dtype.name,
-            "fill_value": None,
-            "filters": None,
-            "order": "C",
-            "shape": shape,
-            "zarr_format": 2,
-        }
-    zstd = {"name": "zstd", "configuration": {"level": 3, "checksum": False}}
-    shard = {"chunk_shape": shape, "codecs": [{"name": "bytes"}, zstd]}
-    return {
-        "zarr_format": 3,
-        "node_type": "array",
-        "shape": shape,
-        "data_type": dtype.name,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shape}},
-        "chunk_key_encoding": {"name": "default"},
-        "codecs": [{"name": "sharding_indexed", "configuration": shard}],
-    }
-
-
 def stream(
     jobs: Iterable[tuple[Sequence[Leaf], Sequence[Action], Sequence[Leaf]]],
     reader: Reader,
-    store: ts.KvStore,
-    context: ts.Context,
+    out: Path,
+    ocdbt: bool,
     progress: Callable[[str], None],
 ) -> None:
-    """Writes the targets of each `(sources, actions, targets)` to an open store."""
+    """Writes the targets of each `(sources, actions, targets)` to the store of the item `out`."""
+    context = ts.Context()
+    store = _open_kv(out, context, ocdbt, config=_CONFIG)
     transaction, size, done = ts.Transaction(), 0, 0
     committing: Any = None
     for sources, actions, targets in jobs:

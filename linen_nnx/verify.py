@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from linen_nnx import digests
-from linen_nnx.files import SUFFIXES
 from linen_nnx.plan import RuleError
 from linen_nnx.planning import REPORT, RULES, Conversion, plan_conversion
 from linen_nnx.rekey import Job
-from linen_nnx.sources import Source, find, parts
+from linen_nnx.sources import SUFFIXES, Source, find, parts
 from linen_nnx.state import State, read_state
 from linen_nnx.store import Leaf, StoreError
 from linen_nnx.stream import Reader
@@ -135,13 +134,13 @@ def _verify_one(
     model_only = result.folder.suffix in SUFFIXES
     try:
         conversion = plan_conversion(path, to, model_only=model_only, **options)
-        _, leaves, reader = result.open()
+        leaves = result.leaves
     except (RuleError, StoreError) as error:
         details = error.problems if isinstance(error, RuleError) else (str(error),)
         yield Check("coverage, shapes, dtypes", False, details)
         return
     yield Check("coverage, shapes, dtypes", True, (f"{len(leaves)} leaves",))
-    different = list(_different(conversion, leaves, reader, progress))
+    different = list(_different(conversion, result, progress))
     yield Check("every bit, through the rule book", not different, tuple(different))
     progress("the way back")
     yield _inverse(conversion, result, part, intact=not different)
@@ -221,12 +220,11 @@ def _digests(name: str, folder: Path) -> Check:
 
 def _different(
     conversion: Conversion,
-    leaves: Sequence[Leaf],
-    reader: Reader,
+    result: Source,
     progress: Callable[[str], None],
 ) -> Iterator[str]:
     """Every target leaf whose bits differ from what its sources give."""
-    found = {tuple(key.name for key in leaf.keys): leaf for leaf in leaves}
+    found = {tuple(key.name for key in leaf.keys): leaf for leaf in result.leaves}
     jobs = [job for job in conversion.jobs if job.targets and job.targets[0].zarr is not None]
     done, total = 0, sum(job.nbytes for job in jobs) or 1
     for batch in _batches(jobs):
@@ -235,7 +233,10 @@ def _different(
             found[tuple(key.name for key in leaf.keys)] for job in batch for leaf in job.targets
         ]
         try:
-            old, new = iter(conversion.reader.read(sources)), iter(reader.read(targets))
+            old, new = (
+                iter(s.reader.read(of))
+                for s, of in ((conversion.source, sources), (result, targets))
+            )
         except ValueError as error:
             yield f"{', '.join(leaf.path for leaf in targets[:3])}: cannot be read: {error}"
             continue

@@ -20,6 +20,7 @@ WIDTH = 8
 class LinenNet(nn.Module):
     depth: int = 3
     stacked: bool = False
+    width: int = WIDTH
 
     @nn.compact
     def __call__(self, x, train=True):
@@ -30,7 +31,7 @@ class LinenNet(nn.Module):
             x, _ = body(name="blk")(x, None)
         else:
             for i in range(self.depth):
-                x = nn.relu(nn.Dense(WIDTH, name=f"blk_{i}")(x))
+                x = nn.relu(nn.Dense(self.width, name=f"blk_{i}")(x))
         x = nn.BatchNorm(use_running_average=not train, name="bn")(x)
         return nn.Dense(1, name="out")(x)
 

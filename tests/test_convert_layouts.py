@@ -366,6 +366,6 @@ def test_a_pytree_with_several_candidate_items_asks(tmp_path):
         manager.save(1, args=ocp.args.Composite(**items))
     with pytest.raises(StoreError, match=r"choose with --item from \['student', 'teacher'\]"):
         find(tmp_path / "linen")
-    assert [p.name for p in find(tmp_path / "linen", item="teacher").items] == ["teacher"]
+    assert [p.name for p in find(tmp_path / "linen", item="teacher").paths] == ["teacher"]
     with pytest.raises(StoreError, match="has no pytree item `x`"):
         find(tmp_path / "linen", item="x")
