@@ -150,10 +150,10 @@ def _checked(side: Side, leaves: Leaves, name: str) -> Leaves:
 def _saved(path: str | Path, book: RuleBook) -> tuple[Name, Leaves]:
     """The model's leaves in a checkpoint, and their form; a hybrid of this template becomes nnx."""
     source = find(path)
-    leaves, reader = source.open()[1:]
-    form = Form("linen", source.run["stage"]) if source.run else Form(guess_side(leaves, book))
-    model = read_state(leaves, form, book).model
-    arrays = dict(zip(model, reader.read(list(model.values())), strict=True))
+    side = "linen" if source.run else guess_side(source.leaves, book)
+    form = Form(side, source.run["stage"] if source.run else None)
+    model = read_state(source.leaves, form, book).model
+    arrays = dict(zip(model, source.reader.read(list(model.values())), strict=True))
     linen = {f"{key.collection}/{key.path}": array for key, array in arrays.items()}
     if form.stage is None and form.side == "nnx":
         return "nnx", {key.path: array for key, array in arrays.items()}

@@ -21,9 +21,9 @@ from linen_nnx.ops import Action, Fill, Multiply
 from linen_nnx.plan import RuleError
 from linen_nnx.planning import Conversion
 from linen_nnx.rules import RuleBook
+from linen_nnx.sources import Reader
 from linen_nnx.state import OPTIMIZER, Id, State
 from linen_nnx.store import Leaf
-from linen_nnx.stream import Reader
 from linen_nnx.subject import Arrays, Subject
 from linen_nnx.suggest import suggest
 from linen_nnx.trace import trace_linen
@@ -97,7 +97,7 @@ def prove(
     if fits:
         return
     pair = _Pair(before, after, _routes(conversion, result))
-    old, new = _load(conversion.state, conversion.reader), _load(result, reader)
+    old, new = _load(conversion.state, conversion.source.reader), _load(result, reader)
     random = _randomised(before, old, pair.routes)
     given = before.trace.inputs
     noisy = [lively(array, seed) for seed, array in enumerate(given)]

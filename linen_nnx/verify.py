@@ -18,7 +18,6 @@ from linen_nnx.rekey import Job
 from linen_nnx.sources import SUFFIXES, Source, find, parts
 from linen_nnx.state import State, read_state
 from linen_nnx.store import Leaf, StoreError
-from linen_nnx.stream import Reader
 
 if TYPE_CHECKING:  # jax, which comparing bytes does not need
     from linen_nnx.subject import Subject
@@ -148,7 +147,7 @@ def _verify_one(
         return
     progress("running both models")
     state = read_state(leaves, conversion.to, conversion.book)
-    yield from _meaning(conversion, result, state, reader, twin, own_runs)
+    yield from _meaning(conversion, result, state, twin, own_runs)
 
 
 def _inverse(conversion: Conversion, result: Source, part: str, intact: bool) -> Check:
@@ -175,8 +174,7 @@ def _inverse(conversion: Conversion, result: Source, part: str, intact: bool) ->
     moved = [_paths(job.targets, job.change.sources) for job in back.jobs if job.change.sources]
     wrong = [f"{new} leads back to {old}" for old, new in moved if (old, new) not in there]
     changed = replace(back, jobs=tuple(job for job in back.jobs if job.change.actions))
-    _, leaves, reader = source.open()
-    wrong += _different(changed, leaves, reader, lambda text: None)
+    wrong += _different(changed, source, lambda text: None)
     return Check(name, intact and not wrong, tuple(wrong))
 
 
@@ -188,7 +186,6 @@ def _meaning(
     conversion: Conversion,
     result: Source,
     state: State,
-    reader: Reader,
     twin: "Twin | None",
     own_runs: OwnRuns | None,
 ) -> Iterator[Check]:
@@ -207,7 +204,7 @@ def _meaning(
         return
     else:
         before, after = own_runs(runs[0]), own_runs(runs[1])
-    yield from prove(conversion, state, reader, before, after, twin)
+    yield from prove(conversion, state, result.reader, before, after, twin)
 
 
 def _digests(name: str, folder: Path) -> Check:
