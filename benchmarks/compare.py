@@ -18,8 +18,8 @@ from flax import linen as nn
 from flax import nnx
 from jax import Array
 
-from linen_nnx.rules import RuleBook
-from linen_nnx.tree import flatten, unflatten
+from linen_nnx.book.rules import RuleBook
+from linen_nnx.book.tree import flatten, unflatten
 
 DTYPES = ("float32", "bfloat16")
 MODES = ("eager", "jitted")
@@ -41,7 +41,7 @@ class Pair:
     inputs: tuple[Any, ...]
     """The arguments of both: float32 arrays, which are differentiated, and others."""
     rules: Sequence[Mapping[str, Any]] = ()
-    """Which leaf is which, as in a rule book (`linen_nnx/grammar.py`)."""
+    """Which leaf is which, as in a rule book (`linen_nnx/book/grammar.py`)."""
     differs: tuple[str, ...] = ()
     """What is *not* equal in every bit: of `float32 forward`, `bfloat16 gradient`, ..."""
     varies: tuple[str, ...] = ()

@@ -25,7 +25,7 @@ from flax.training.train_state import TrainState
 
 from benchmarks.rounds import interleave, ratios, save, summarise, table
 from configs.schema import Config
-from linen_nnx.tree import flatten, unflatten
+from linen_nnx.book.tree import flatten, unflatten
 from model import families
 from model.stages import STAGES, Stage
 from training import cli, data, optimizer, start

@@ -124,9 +124,9 @@ _HELP = {
 
 
 def _inspect(ckpt: str, as_json: bool, step: int | None, item: str | None) -> int:
-    from linen_nnx.rules import RuleBook
-    from linen_nnx.sources import find
-    from linen_nnx.state import Form, guess_side, read_state
+    from linen_nnx.book.rules import RuleBook
+    from linen_nnx.disk.sources import find
+    from linen_nnx.disk.state import Form, guess_side, read_state
 
     source = find(ckpt, step, item)
     leaves = source.leaves
@@ -182,21 +182,21 @@ def _rule(entry: dict[str, Any]) -> tuple[str, str, str]:
 
 def _suggested(twin: str) -> Any:
     """The rule book of a twin."""
-    from linen_nnx.suggest import suggest
+    from linen_nnx.infer.suggest import suggest
 
     return suggest(_loaded(twin))
 
 
 def _loaded(twin: str) -> Any:
     """The twin; from here on there is work for the garbage collector, which `program` stops."""
-    from linen_nnx.twin import Twin
+    from linen_nnx.infer.twin import Twin
 
     gc.enable()
     return Twin.load(twin)
 
 
 def _plan(ckpt: str, to: str, as_json: bool, twin: str | None, **options: Any) -> int:
-    from linen_nnx.planning import plan_conversion
+    from linen_nnx.disk.planning import plan_conversion
 
     options["rules"] = _suggested(twin) if twin else options["rules"]
     conversion = plan_conversion(ckpt, to, **options)
@@ -221,7 +221,7 @@ def _plan(ckpt: str, to: str, as_json: bool, twin: str | None, **options: Any) -
 
 
 def _run(ckpt: str, out: str, to: str, as_json: bool, twin: str | None, **options: Any) -> int:
-    from linen_nnx.convert import convert
+    from linen_nnx.disk.convert import convert
 
     options["rules"] = _suggested(twin) if twin else options["rules"]
     result = convert(ckpt, out, to, progress=_progress(), **options)
@@ -244,7 +244,7 @@ def _verify(
     own_runs: str | None,
     **options: Any,
 ) -> int:
-    from linen_nnx.verify import verify
+    from linen_nnx.proof.verify import verify
 
     def build(run: Any) -> Any:
         gc.enable()
@@ -271,9 +271,9 @@ def _verify(
 def _bisect(
     twin: str, checkpoints: list[str], rules: str | None, png: str | None, as_json: bool
 ) -> int:
-    from linen_nnx import show
-    from linen_nnx.bisect import bisect
-    from linen_nnx.twin import Twin
+    from linen_nnx.infer.twin import Twin
+    from linen_nnx.proof import show
+    from linen_nnx.proof.bisect import bisect
 
     found = bisect(Twin.load(twin), rules, checkpoints)
     if png is not None:

@@ -19,8 +19,8 @@ from flax.nnx import bridge
 from jax import Array
 from jax.typing import ArrayLike
 
-from linen_nnx.rules import RuleBook
-from linen_nnx.tree import flatten, unflatten
+from linen_nnx.book.rules import RuleBook
+from linen_nnx.book.tree import flatten, unflatten
 
 Params = Mapping[str, Any]
 

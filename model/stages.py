@@ -24,7 +24,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
 from linen_nnx import RuleBook
-from linen_nnx.tree import flatten, unflatten
+from linen_nnx.book.tree import flatten, unflatten
 from model.families import Family
 from model.shared import fold
 

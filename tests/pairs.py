@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from linen_nnx import RuleBook
-from linen_nnx.twin import Twin
+from linen_nnx.infer.twin import Twin
 
 D = 6
 X = jnp.linspace(-1.0, 1.0, 2 * D).reshape(2, D)

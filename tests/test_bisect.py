@@ -22,10 +22,10 @@ from random_twins import random_twin
 
 from linen_nnx import RuleBook, RuleError, Twin, bisect
 from linen_nnx.cli import main
-from linen_nnx.compare import Value, difference, judge
-from linen_nnx.mates import random_leaves, side_of
-from linen_nnx.sides import in_order
-from linen_nnx.trace import trace_linen
+from linen_nnx.infer.sides import in_order
+from linen_nnx.infer.trace import trace_linen
+from linen_nnx.proof.compare import Value, difference, judge
+from linen_nnx.proof.mates import random_leaves, side_of
 from model import families
 from model.stages import _Hybrid, _NnxHybrid
 
@@ -427,6 +427,6 @@ def test_the_command_refuses_a_twin_that_is_not_there(tmp_path, capsys):
 
 
 def test_bisect_is_the_function_also_after_its_file_was_imported():
-    import linen_nnx.bisect
+    import linen_nnx.proof.bisect
 
-    assert linen_nnx.bisect is bisect
+    assert linen_nnx.proof.bisect is bisect

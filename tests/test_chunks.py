@@ -7,10 +7,10 @@ import tensorstore as ts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from linen_nnx.chunks import apply
-from linen_nnx.ops import Gather, Permute, Reform, Spec, Spread
-from linen_nnx.store import DICT, Key, Leaf, fresh_metadata
-from linen_nnx.stream import open_array
+from linen_nnx.book.ops import Gather, Permute, Reform, Spec, Spread
+from linen_nnx.disk.chunks import apply
+from linen_nnx.disk.store import DICT, Key, Leaf, fresh_metadata
+from linen_nnx.disk.stream import open_array
 
 
 def metadata_of(shape, chunk, zarr3):

@@ -14,11 +14,11 @@ from flax import linen as nn
 from flax import nnx
 
 from linen_nnx import RuleBook, RuleError
-from linen_nnx.convert import convert
-from linen_nnx.planning import plan_conversion
-from linen_nnx.sources import find
-from linen_nnx.store import StoreError
-from linen_nnx.verify import verify
+from linen_nnx.disk.convert import convert
+from linen_nnx.disk.planning import plan_conversion
+from linen_nnx.disk.sources import find
+from linen_nnx.disk.store import StoreError
+from linen_nnx.proof.verify import verify
 
 DTYPES = [
     "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int4", "int8",

@@ -12,12 +12,13 @@ import pytest
 import yaml
 from convert_helpers import bits
 
-from linen_nnx import RuleBook, RuleError, digests
-from linen_nnx.convert import convert
-from linen_nnx.planning import plan_conversion
-from linen_nnx.state import STAGES
-from linen_nnx.tree import flatten, unflatten
-from linen_nnx.verify import verify
+from linen_nnx import RuleBook, RuleError
+from linen_nnx.book.tree import flatten, unflatten
+from linen_nnx.disk import digests
+from linen_nnx.disk.convert import convert
+from linen_nnx.disk.planning import plan_conversion
+from linen_nnx.disk.state import STAGES
+from linen_nnx.proof.verify import verify
 
 BOOK = RuleBook.from_dict(
     {

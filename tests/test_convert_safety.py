@@ -17,13 +17,14 @@ import optax
 import pytest
 from convert_helpers import RENAMES, STACKS, bits, linen_state, linen_train, restore, save
 
-from linen_nnx import RuleBook, RuleError, digests
+from linen_nnx import RuleBook, RuleError
 from linen_nnx.cli import main
-from linen_nnx.convert import TargetError, convert
-from linen_nnx.digests import DigestError
-from linen_nnx.planning import plan_conversion
-from linen_nnx.store import StoreError
-from linen_nnx.verify import verify
+from linen_nnx.disk import digests
+from linen_nnx.disk.convert import TargetError, convert
+from linen_nnx.disk.digests import DigestError
+from linen_nnx.disk.planning import plan_conversion
+from linen_nnx.disk.store import StoreError
+from linen_nnx.proof.verify import verify
 
 ROOT = Path(__file__).parent.parent
 

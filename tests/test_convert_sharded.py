@@ -8,10 +8,10 @@ import pytest
 from convert_helpers import RENAMES
 
 from linen_nnx import RuleBook
-from linen_nnx.convert import convert
-from linen_nnx.store import read_item
-from linen_nnx.stream import ItemReader
-from linen_nnx.verify import verify
+from linen_nnx.disk.convert import convert
+from linen_nnx.disk.store import read_item
+from linen_nnx.disk.stream import ItemReader
+from linen_nnx.proof.verify import verify
 
 SCRIPT = Path(__file__).with_name("sharded.py")
 

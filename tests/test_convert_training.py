@@ -17,7 +17,7 @@ from convert_helpers import (
 )
 from flax import nnx
 
-from linen_nnx.convert import convert
+from linen_nnx.disk.convert import convert
 
 
 def _is_kernel(path, _):

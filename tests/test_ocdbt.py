@@ -9,7 +9,7 @@ import tensorstore as ts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from linen_nnx import ocdbt
+from linen_nnx.disk import ocdbt
 
 KEYS = st.text("ab.é/0", min_size=1, max_size=9).filter(lambda key: key[0] != "/" != key[-1])
 VALUES = st.binary(max_size=40) | st.integers(1, 3000).map(bytes)  # in the tree, or outside of it

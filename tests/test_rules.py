@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from linen_nnx import RuleBook, RuleError
-from linen_nnx.patterns import Pattern
-from linen_nnx.tree import flatten, unflatten
+from linen_nnx.book.patterns import Pattern
+from linen_nnx.book.tree import flatten, unflatten
 
 DTYPES = [
     np.float32, np.float16, np.int32, np.uint8, np.bool_, np.complex64,

@@ -11,7 +11,7 @@ from conftest import STAGES
 from flax import nnx
 
 from linen_nnx import RuleBook
-from linen_nnx.tree import flatten, unflatten
+from linen_nnx.book.tree import flatten, unflatten
 from model import families
 from model.families import Family
 from model.stages import Stage, VariablesError, translate

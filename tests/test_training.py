@@ -12,7 +12,7 @@ import optax
 import pytest
 from conftest import STAGES, Train
 
-from linen_nnx.tree import flatten
+from linen_nnx.book.tree import flatten
 from model import families
 from model.stages import HALVES, Stage, VariablesError
 from training import checkpoints, cli
@@ -64,7 +64,7 @@ def test_one_small_sgd_step_lowers_the_loss_whatever_the_seed(
         }
 
         def loss(leaves: Any) -> Any:
-            from linen_nnx.tree import unflatten
+            from linen_nnx.book.tree import unflatten
 
             tree = unflatten(leaves)
             out, _ = stage.apply(tree, batch["inputs"], train=True, key=keys[3])

@@ -9,7 +9,7 @@ from verify_helpers import book, rename, trained, twin
 
 from linen_nnx import RuleBook
 from linen_nnx.cli import main
-from linen_nnx.trace import trace_linen
+from linen_nnx.infer.trace import trace_linen
 
 TWIN = "verify_helpers:twin"
 GRU = f"{Path(__file__).parent / 'verify_helpers.py'}:gru"

@@ -11,7 +11,7 @@ from convert_helpers import save
 from verify_helpers import DEPTH, book, port, rename, trained, twin
 
 from linen_nnx import verify
-from linen_nnx.convert import convert
+from linen_nnx.disk.convert import convert
 
 BITS, MEANING = "every bit, through the rule book", "the rule book, against the models' code"
 FORWARD = {"forward pass, the checkpoint's weights", "forward pass, randomised weights"}

@@ -15,8 +15,8 @@ from pairs import PAIRS
 from verify_helpers import TX, book, trained, twin
 
 from linen_nnx import verify
-from linen_nnx.convert import convert
-from linen_nnx.evaluate import widen
+from linen_nnx.disk.convert import convert
+from linen_nnx.infer.evaluate import widen
 
 RUN = ("forward pass", "gradients")
 STEP, CONTROL = "one optimizer step from the carried state", "a step from a fresh optimizer"

@@ -7,7 +7,7 @@ from conftest import Train
 
 from linen_nnx import RuleBook
 from linen_nnx.cli import main
-from linen_nnx.convert import convert
+from linen_nnx.disk.convert import convert
 
 OWN = "training.proof:subject"
 LM = ("model.dtype=bfloat16", "optimizer.ema=0.9", "optimizer.accumulate=2")

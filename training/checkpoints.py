@@ -17,7 +17,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from configs import schema
-from linen_nnx import digests
+from linen_nnx.disk import digests
 from model.stages import check
 from training import processes
 from training.errors import Refused

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from linen_nnx import RuleBook
-from linen_nnx.plan import Step
-from linen_nnx.tree import flatten
+from linen_nnx.book.plan import Step
+from linen_nnx.book.tree import flatten
 from model.stages import HALVES, STAGES, Leaves, Stage
 
 

@@ -1,7 +1,7 @@
 """What `convert.py verify` runs to prove a run's conversion: its model, a batch, a training step.
 
 `python convert.py verify RUN OUT` imports this for runs of this template, from their saved
-configuration; the comparison itself is `linen_nnx/proof.py`.
+configuration; the comparison itself is `linen_nnx/proof/prove.py`.
 """
 
 import dataclasses
@@ -15,10 +15,10 @@ import numpy as np
 from configs.build import build
 from configs.schema import Config
 from linen_nnx import RuleBook
-from linen_nnx.state import Id
-from linen_nnx.subject import Arrays, Subject
-from linen_nnx.trace import Leaf, Trace
-from linen_nnx.tree import flatten, unflatten
+from linen_nnx.book.tree import flatten, unflatten
+from linen_nnx.disk.state import Id
+from linen_nnx.infer.trace import Leaf, Trace
+from linen_nnx.proof.subject import Arrays, Subject
 from model import families
 from model.stages import Stage
 from training import data

@@ -15,7 +15,7 @@ from jax import Array
 
 from configs.schema import Config
 from linen_nnx import RuleBook
-from linen_nnx.tree import flatten, unflatten
+from linen_nnx.book.tree import flatten, unflatten
 from model.stages import HALVES, Stage, Variables, translate
 from training import optimizer
 from training.leaves import View

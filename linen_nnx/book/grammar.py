@@ -1,0 +1,287 @@
+"""The grammar of a rule: what may be written in a rule book, read into `Rule` and written back.
+
+A rule is a mapping with `linen:` and/or `nnx:` (patterns, see `patterns.py`), optional `ops:` and
+an optional `note:` for the reader. Linen paths start with their collection (`params/a/kernel`),
+nnx paths are attribute paths (`a/0/kernel`). Without ops a rule renames:
+
+    - linen: params/Block_{i}/Dense_0/kernel
+      nnx: blocks/{i}/up/kernel
+
+Ops are listed in the Linen -> nnx order, each with its arguments; going back they run inverted in
+reverse. Several may be composed.
+
+    - {op: stack, capture: i, axis: 0}      one side lacks `{i}` and holds all i stacked on `axis`
+    - {op: concat, axis: -1, sizes: [8, 4]} one side is a *list* of patterns, the other holds its
+                                            parts joined along `axis`; equal parts without sizes
+    - {op: transpose, perm: [1, 0]}         nnx axis k is Linen axis perm[k]
+    - {op: reshape, linen: [-1, 4, 8], nnx: [-1, 32]}   one -1 on each side stands for any length
+    - {op: scale, factor: 0.5}              nnx = factor x Linen: changes values
+    - {op: drop}                            alone; one side only: no home on the other, and meant
+    - {op: init, fill: normal, stddev: 0.02, seed: 0, shape: [8], dtype: float32}
+                                            alone; one side only: filled on the way there (zeros,
+                                            ones, normal), dropped on the way back; shape and
+                                            dtype are needed only where no target tree is given
+
+Both sides name the same captures, save those that a `stack` takes away.
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from linen_nnx.book.ops import Concat, Drop, Init, Op, Reshape, Scale, Side, Stack, Transpose
+from linen_nnx.book.patterns import Pattern, is_integer
+
+OPS: dict[str, type[Op]] = {
+    "stack": Stack,
+    "concat": Concat,
+    "transpose": Transpose,
+    "reshape": Reshape,
+    "scale": Scale,
+    "drop": Drop,
+    "init": Init,
+}
+_RULE_KEYS = ("linen", "nnx", "ops", "note")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule. Each side holds no pattern (one-sided rule), one, or the parts of a concat.
+
+    Raises `ValueError`, with every reason, for captures, lists and ops that do not fit.
+    """
+
+    linen: tuple[Pattern, ...]
+    nnx: tuple[Pattern, ...]
+    ops: tuple[Op, ...] = ()
+    note: str | None = None
+
+    def __post_init__(self) -> None:
+        problems = _misfits(self)
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    def side(self, side: Side) -> tuple[Pattern, ...]:
+        """The patterns of one side."""
+        return self.linen if side == "linen" else self.nnx
+
+    @property
+    def lossless(self) -> bool:
+        """Whether the rule keeps every bit, there and back."""
+        return not any(isinstance(op, Scale | Drop | Init) for op in self.ops)
+
+    @property
+    def init(self) -> Init | None:
+        """The op that fills a one-sided leaf, if the rule has one."""
+        return next((op for op in self.ops if isinstance(op, Init)), None)
+
+    def __str__(self) -> str:
+        sides = [_shown(patterns) for patterns in (self.linen, self.nnx) if patterns]
+        return " <-> ".join(sides)
+
+
+def did_you_mean(word: str, known: Collection[str]) -> str:
+    """`; did you mean ...?` where a known word is near, else nothing."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean `{near[0]}`?" if near else ""
+
+
+def parse_rule(entry: Any) -> Rule:
+    """A `Rule` from its mapping. Raises `ValueError`, with every reason."""
+    _mapping(entry)
+    problems = [
+        f"unknown key `{key}`{did_you_mean(str(key), _RULE_KEYS)}"
+        for key in entry
+        if key not in _RULE_KEYS
+    ]
+    parsed: dict[str, Any] = {}
+    readers: dict[str, Callable[[Any], Any]] = {
+        "linen": _patterns,
+        "nnx": _patterns,
+        "ops": _ops,
+        "note": _text,
+    }
+    for key, read in readers.items():
+        try:
+            parsed[key] = read(entry[key]) if key in entry else None
+        except ValueError as error:
+            problems.append(f"`{key}`: {error}")
+    if problems:
+        raise ValueError("; ".join(problems))
+    return Rule(
+        parsed["linen"] or (), parsed["nnx"] or (), parsed["ops"] or (), note=parsed["note"]
+    )
+
+
+def rule_to_dict(rule: Rule) -> dict[str, Any]:
+    """The mapping of a rule, the inverse of `parse_rule`."""
+    entry: dict[str, Any] = {}
+    for side, patterns in (("linen", rule.linen), ("nnx", rule.nnx)):
+        if patterns:
+            texts = [pattern.text for pattern in patterns]
+            entry[side] = texts[0] if len(texts) == 1 else texts
+    if rule.ops:
+        entry["ops"] = [_op_to_dict(op) for op in rule.ops]
+    if rule.note is not None:
+        entry["note"] = rule.note
+    return entry
+
+
+def _op_to_dict(op: Op) -> dict[str, Any]:
+    entry: dict[str, Any] = {"op": next(name for name, kind in OPS.items() if type(op) is kind)}
+    for argument in dataclasses.fields(op):
+        value = getattr(op, argument.name)
+        if argument.default is dataclasses.MISSING or value != argument.default:
+            entry[argument.name] = list(value) if isinstance(value, tuple) else value
+    return entry
+
+
+def _patterns(value: Any) -> tuple[Pattern, ...]:
+    if isinstance(value, list):
+        if len(value) < 2 or len(set(map(str, value))) < len(value):
+            raise ValueError(f"a list holds two or more different parts, got {value!r}")
+        return tuple(Pattern(_text(part)) for part in value)
+    return (Pattern(_text(value)),)
+
+
+def _ops(value: Any) -> tuple[Op, ...]:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"expected a list such as [{{op: drop}}], got {value!r}")
+    return tuple(_op(entry) for entry in value)
+
+
+def _op(entry: Any) -> Op:
+    if not isinstance(entry, Mapping) or "op" not in entry:
+        raise ValueError(f"an op is a mapping such as {{op: drop}}, got {entry!r}")
+    name = entry["op"]
+    if name not in OPS:
+        raise ValueError(
+            f"unknown op `{name}`{did_you_mean(str(name), OPS)} Known: {', '.join(OPS)}"
+        )
+    known = {argument.name: argument for argument in dataclasses.fields(OPS[name])}
+    problems = [
+        f"op `{name}`: unknown argument `{key}`{did_you_mean(str(key), known)}"
+        for key in entry
+        if key != "op" and key not in known
+    ]
+    arguments = {}
+    for key, argument in known.items():
+        if key in entry:
+            try:
+                arguments[key] = _ARGUMENTS[key](entry[key])
+            except ValueError as error:
+                problems.append(f"op `{name}`: `{key}` {error}")
+        elif argument.default is dataclasses.MISSING:
+            problems.append(f"op `{name}` needs `{key}`")
+    if ("shape" in entry) != ("dtype" in entry):
+        problems.append("op `init`: give `shape` and `dtype` both, or neither")
+    if problems:
+        raise ValueError("; ".join(problems))
+    return OPS[name](**arguments)
+
+
+def _misfits(rule: Rule) -> list[str]:
+    """Every reason why patterns and ops of a rule do not go together."""
+    if not rule.linen and not rule.nnx:
+        return ["a rule needs `linen` or `nnx`"]
+    alone = [op for op in rule.ops if isinstance(op, Drop | Init)]
+    if not (rule.linen and rule.nnx):
+        other = "nnx" if rule.linen else "linen"
+        if len(rule.linen + rule.nnx) > 1:
+            return ["a one-sided rule takes one pattern, no list"]
+        if len(rule.ops) != 1 or not alone:
+            return [f"no `{other}` pattern: such a rule needs exactly one op, `drop` or `init`"]
+        return []
+    if alone:
+        return ["`drop` and `init` are for rules with one side only"]
+    problems = []
+    names: dict[str, set[str]] = {}
+    for side, patterns in (("linen", rule.linen), ("nnx", rule.nnx)):
+        names[side] = set(patterns[0].captures)
+        if any(set(pattern.captures) != names[side] for pattern in patterns):
+            problems.append(f"the parts of `{side}` must name the same captures")
+    stacked = [op.capture for op in rule.ops if isinstance(op, Stack)]
+    for name in sorted(names["linen"] ^ names["nnx"]):
+        if stacked.count(name) != 1:
+            lacking = "nnx" if name in names["linen"] else "linen"
+            fix = "one `stack` op for it" if is_integer(name) else "it on both sides"
+            problems.append(f"capture `{{{name}}}` is missing on the {lacking} side: needs {fix}")
+    for name in sorted(set(stacked) - (names["linen"] ^ names["nnx"])):
+        problems.append(f"`stack` of `{name}` needs `{{{name}}}` on exactly one side")
+    lists = (len(rule.linen) > 1) + (len(rule.nnx) > 1)
+    concats = sum(isinstance(op, Concat) for op in rule.ops)
+    if lists == 2 or lists != concats:
+        problems.append("a list of parts on one side and one `concat` op belong together")
+    for op in rule.ops:
+        parts = max(len(rule.linen), len(rule.nnx))
+        if isinstance(op, Concat) and op.sizes and len(op.sizes) != parts:
+            problems.append(f"`concat` has {len(op.sizes)} sizes for {parts} parts")
+    return problems
+
+
+def _shown(patterns: tuple[Pattern, ...]) -> str:
+    return " + ".join(f"`{pattern.text}`" for pattern in patterns)
+
+
+def _check(test: Callable[[Any], bool], expected: str) -> Callable[[Any], Any]:
+    """A reader that returns its value (a list as a tuple) or raises with what was expected."""
+
+    def read(value: Any) -> Any:
+        if not test(value):
+            raise ValueError(f"must be {expected}, got {value!r}")
+        return tuple(value) if isinstance(value, list) else value
+
+    return read
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return (_is_int(value) or isinstance(value, float)) and math.isfinite(value)
+
+
+def _is_ints(value: Any, least: int) -> bool:
+    return isinstance(value, list) and all(_is_int(size) and size >= least for size in value)
+
+
+def _is_shape(value: Any) -> bool:
+    return _is_ints(value, -1) and value.count(-1) <= 1
+
+
+def _is_dtype(value: Any) -> bool:
+    import ml_dtypes  # noqa: F401
+    import numpy as np
+
+    try:
+        return isinstance(value, str) and np.dtype(value).kind != "O"
+    except TypeError:
+        return False
+
+
+_mapping = _check(lambda value: isinstance(value, Mapping), "a mapping with `linen` and/or `nnx`")
+_text = _check(lambda value: isinstance(value, str), "a text")
+_shape = _check(_is_shape, "a list of lengths, with at most one -1")
+_ARGUMENTS: dict[str, Callable[[Any], Any]] = {
+    "capture": _check(
+        lambda v: isinstance(v, str) and len(v) == 1 and v.islower() and v.isascii(),
+        "the letter of an integer capture",
+    ),
+    "axis": _check(_is_int, "an integer"),
+    "sizes": _check(lambda v: _is_ints(v, 1) and len(v) > 1, "a list of two or more lengths"),
+    "perm": _check(
+        lambda v: _is_ints(v, 0) and sorted(v) == list(range(len(v))), "a permutation of 0..n-1"
+    ),
+    "linen": _shape,
+    "nnx": _shape,
+    "factor": _check(lambda v: _is_number(v) and v != 0, "a finite number other than 0"),
+    "fill": _check(lambda v: v in ("zeros", "ones", "normal"), "zeros, ones or normal"),
+    "stddev": _check(lambda v: _is_number(v) and v >= 0, "a number, 0 or more"),
+    "seed": _check(lambda v: _is_int(v) and v >= 0, "an integer, 0 or more"),
+    "shape": _check(lambda v: _is_ints(v, 0), "a list of lengths"),
+    "dtype": _check(_is_dtype, "the name of a dtype, such as float32"),
+}

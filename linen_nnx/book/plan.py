@@ -1,0 +1,438 @@
+"""Plans a translation from shapes alone: which leaves become which, by which actions.
+
+Planning finds every fault of a book against a tree and raises them together; it touches no array
+data, so that it serves arrays, tracers, abstract trees and checkpoints on disk alike. A `Plan` is
+then run on arrays (`RuleBook.to_nnx`) or on a store's bytes (the converter).
+"""
+
+import difflib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from linen_nnx.book.grammar import Rule, did_you_mean
+from linen_nnx.book.ops import PART, Action, Block, Drop, Fill, Init, Mismatch, Side, Spec
+from linen_nnx.book.patterns import Index
+
+_SHOWN = 100  # problems in one message; the rest is counted, and all are in `.problems`
+_HINTED = 20  # problems of one kind that get a suggestion: difflib is slow on long lists
+
+
+class RuleError(ValueError):
+    """A book that does not fit a tree, or cannot be read; `problems` lists every reason."""
+
+    def __init__(self, headline: str, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        lines = [f"  - {problem}" for problem in self.problems[:_SHOWN]]
+        if len(self.problems) > _SHOWN:
+            lines.append(f"  ... and {len(self.problems) - _SHOWN} more")
+        noun = "problem" if len(self.problems) == 1 else "problems"
+        super().__init__("\n".join([f"{headline} ({len(self.problems)} {noun}):", *lines]))
+
+
+class Step(NamedTuple):
+    """One application of a rule: `sources` become `targets`.
+
+    No target: the leaf is dropped. No source: it is filled. No action: it keeps its bytes and
+    only its name changes.
+    """
+
+    rule: Rule
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    actions: tuple[Action, ...]
+    specs: tuple[Spec, ...]
+    """Shape and dtype of each target."""
+
+    def run(self, arrays: Sequence[Any]) -> list[Any]:
+        """The target arrays from the source arrays, in the order of `targets` and `sources`."""
+        result = list(arrays) if self.targets else []
+        for action in self.actions:
+            result = action.run(result)
+        return result
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every step of one translation, and the side it leads to."""
+
+    to: Side
+    steps: tuple[Step, ...]
+
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """Source leaves that have no target, by a `drop` or `init` rule."""
+        return tuple(step.sources[0] for step in self.steps if not step.targets)
+
+    @property
+    def filled(self) -> tuple[str, ...]:
+        """Target leaves that come from an `init` rule."""
+        return tuple(step.targets[0] for step in self.steps if not step.sources)
+
+    def run(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
+        """Target leaves from source leaves."""
+        result: dict[str, Any] = {}
+        for step in self.steps:
+            arrays = step.run([leaves[path] for path in step.sources])
+            result.update(zip(step.targets, arrays, strict=True))
+        return result
+
+
+@dataclass(frozen=True)
+class _Owner:
+    """Which rule, and which of its parts, a matched pattern belongs to."""
+
+    rule: int
+    part: int
+
+
+class Planner:
+    """Plans one book. Indexes it once, so that one book can plan many trees."""
+
+    def __init__(self, rules: Sequence[Rule]) -> None:
+        self.rules = rules
+        self._index = {"linen": self._indexed("linen"), "nnx": self._indexed("nnx")}
+
+    def _indexed(self, side: Side) -> Index[_Owner]:
+        return Index(
+            (_Owner(number, part), pattern)
+            for number, rule in enumerate(self.rules)
+            for part, pattern in enumerate(rule.side(side))
+        )
+
+    def plan(
+        self,
+        leaves: Mapping[str, Any],
+        to: Side,
+        target: Mapping[str, Any] | None = None,
+        partial: bool = False,
+    ) -> Plan:
+        """See `RuleBook.plan`."""
+        if to not in self._index:
+            raise ValueError(f"`to` is linen or nnx, got {to!r}")
+        wanted = None if target is None else _specs(target)
+        attempt = _Attempt(self, to, _specs(leaves), wanted, partial)
+        attempt.match()
+        attempt.fill()
+        attempt.check()
+        if attempt.problems:
+            raise RuleError(f"The rule book does not fit, going to {to}", attempt.problems)
+        return Plan(to, tuple(attempt.steps))
+
+    def owners(self, side: Side, path: str) -> list[tuple[_Owner, dict[str, str]]]:
+        """Every rule and part whose pattern on `side` matches `path`, with the captures."""
+        return self._index[side].match(path)
+
+    def name(self, rule: int) -> str:
+        """How messages call a rule, counted from 1 as people do."""
+        return f"rule {rule + 1} ({self.rules[rule]})"
+
+
+class _Attempt:
+    """One planning, with the problems found so far."""
+
+    def __init__(
+        self,
+        planner: Planner,
+        to: Side,
+        source: dict[str, Spec],
+        target: dict[str, Spec] | None,
+        partial: bool,
+    ) -> None:
+        self.planner, self.to, self.partial = planner, to, partial
+        self.side: Side = "linen" if to == "nnx" else "nnx"
+        self.source, self.target = source, target
+        self.steps: list[Step] = []
+        self.problems: list[str] = []
+        self.used: set[int] = set()
+        self.broken: set[int] = set()  # rules with a problem of their own: no follow-up errors
+        self.unmatched: list[str] = []
+
+    def match(self) -> None:
+        """Groups the source leaves by rule and shared captures, and plans each group."""
+        groups: dict[tuple[int, tuple[str, ...]], dict[tuple[int, ...], str]] = {}
+        names = [self._captures(rule) for rule in self.planner.rules]
+        for path, spec in self.source.items():
+            hits = self.planner.owners(self.side, path)
+            if not hits:
+                self.unmatched.append(path)
+            elif len(hits) > 1:
+                self._ambiguous(self.side, path, hits)
+            else:
+                owner, captures = hits[0]
+                rule = self.planner.rules[owner.rule]
+                if not rule.ops:  # a plain rename, which is most leaves of most books
+                    target = rule.side(self.to)[0].format(captures)
+                    self.steps.append(Step(rule, (path,), (target,), (), (spec,)))
+                else:
+                    shared, stacked = names[owner.rule]
+                    key = (owner.rule, tuple(captures[name] for name in shared))
+                    place = (owner.part, *(int(captures[name]) for name in stacked))
+                    groups.setdefault(key, {})[place] = path
+            for owner, _ in hits:
+                self.used.add(owner.rule)
+        for (number, values), members in groups.items():
+            self._group(number, values, names[number], members)
+
+    def _captures(self, rule: Rule) -> tuple[list[str], list[str]]:
+        """The captures of the source side: those shared with the target, those stacked away."""
+        if not rule.side(self.side):
+            return [], []
+        here = rule.side(self.side)[0].captures
+        there = rule.side(self.to)
+        kept = there[0].captures if there else here
+        return [c for c in here if c in kept], [c for c in here if c not in kept]
+
+    def _group(
+        self,
+        number: int,
+        values: tuple[str, ...],
+        captures: tuple[list[str], list[str]],
+        members: dict[tuple[int, ...], str],
+    ) -> None:
+        rule = self.planner.rules[number]
+        if not rule.side(self.to):
+            self.steps += [Step(rule, (path,), (), (), ()) for path in members.values()]
+            return
+        shared, stacked = captures
+        try:
+            coords = self._coords(rule, stacked, members)
+            sources = tuple(members[place] for place in sorted(members))
+            block = Block(coords, tuple(self.source[path] for path in sources))
+            actions, block = self._actions(rule, block)
+        except Mismatch as mismatch:
+            self._fault(number, f"{mismatch} (at `{next(iter(members.values()))}`)")
+            return
+        targets = self._targets(rule, dict(zip(shared, values, strict=True)), block)
+        self.steps.append(Step(rule, sources, targets, actions, block.specs))
+
+    def _coords(
+        self, rule: Rule, stacked: list[str], members: dict[tuple[int, ...], str]
+    ) -> tuple[tuple[str, int], ...]:
+        """The grid that the members fill, or a `Mismatch` that names the holes in it."""
+        parts = rule.side(self.side)
+        sizes = [len(parts)] + [
+            max(place[k] for place in members) + 1 for k in range(1, len(stacked) + 1)
+        ]
+        holes: list[str] = []
+        for part, pattern in enumerate(parts):
+            here = [place[1:] for place in members if place[0] == part]
+            if not here:
+                holes.append(f"no leaf matches its part `{pattern.text}`")
+            for k, name in enumerate(stacked):
+                numbers = {place[k] for place in here}
+                missing = sorted(set(range(sizes[k + 1])) - numbers)
+                if here and missing:
+                    shown = ", ".join(map(str, missing[:10]))
+                    holes.append(
+                        f"`{{{name}}}` in `{pattern.text}` must run 0..{sizes[k + 1] - 1} "
+                        f"without gaps, missing: {shown}"
+                    )
+        grid = 1
+        for size in sizes:
+            grid *= size
+        if not holes and len(members) != grid:
+            holes.append(f"the stacked indices fill {len(members)} of {grid} places")
+        if holes:
+            raise Mismatch("; ".join(holes))
+        coords = list(zip([PART, *stacked], sizes, strict=True))
+        return tuple(coords if len(parts) > 1 else coords[1:])
+
+    def _actions(self, rule: Rule, block: Block) -> tuple[tuple[Action, ...], Block]:
+        if rule.ops and any(str(spec.dtype).startswith("key<") for spec in block.specs):
+            raise Mismatch("typed PRNG keys can be renamed only")
+        ops = rule.ops if self.to == "nnx" else rule.ops[::-1]
+        actions = []
+        for op in ops:
+            assert not isinstance(op, Drop | Init)  # one-sided, never planned here
+            action, block = op.plan(block, self.to, len(rule.side(self.to)))
+            actions.append(action)
+        return tuple(actions), block
+
+    def _targets(self, rule: Rule, shared: dict[str, str], block: Block) -> tuple[str, ...]:
+        """The paths of a planned block, in its row-major order."""
+        places: list[dict[str, int]] = [{}]
+        for name, size in block.coords:
+            places = [{**place, name: k} for place in places for k in range(size)]
+        patterns = rule.side(self.to)
+        return tuple(
+            patterns[place.get(PART, 0)].format({**shared, **{k: str(v) for k, v in place.items()}})
+            for place in places
+        )
+
+    def fill(self) -> None:
+        """Plans the `init` rules of the target side."""
+        for number, rule in enumerate(self.planner.rules):
+            init = rule.init
+            if rule.side(self.side) or init is None:
+                continue
+            pattern = rule.side(self.to)[0]
+            if self.target is not None:
+                wanted = {p: s for p, s in self.target.items() if pattern.match(p) is not None}
+            elif pattern.literal and init.spec:
+                wanted = {pattern.text: init.spec}
+            else:
+                self._fault(number, "needs `shape`, `dtype` and no capture, or a target tree")
+                continue
+            if wanted:
+                self.used.add(number)
+            for path, spec in wanted.items():
+                if init.spec and not init.spec.same(spec):
+                    self._fault(number, f"states {init.spec}, the target's `{path}` is {spec}")
+                fill = Fill(init.fill, init.stddev, init.seed, path, spec)
+                self.steps.append(Step(rule, (), (path,), (fill,), (spec,)))
+
+    def check(self) -> None:
+        """Checks what the steps write against each other, the book and the target."""
+        written: dict[str, Spec] = {}
+        for step in self.steps:
+            for path, spec in zip(step.targets, step.specs, strict=True):
+                self._check_target(step, path, spec, written)
+                written[path] = spec
+        if self.partial:
+            return
+        unfilled = [path for path in self.target or () if path not in written]
+        self._report_unmatched(unfilled)
+        self._report_unused()
+        for path in unfilled:
+            self._report_unfilled(path)
+
+    def _check_target(self, step: Step, path: str, spec: Spec, written: Mapping[str, Spec]) -> None:
+        if not path:
+            self.problems.append(f"{_origin(step)} would get an empty path from {step.rule}")
+            return
+        if path in written:
+            self.problems.append(f"two sources for `{path}`: the second is {_origin(step)}")
+        hits = self.planner.owners(self.to, path)
+        if len(hits) > 1:
+            self._ambiguous(self.to, path, hits)
+        if self.target is None:
+            return
+        due = self.target.get(path)
+        if due is None:
+            near = did_you_mean(path, self.target)
+            self.problems.append(f"{_origin(step)} becomes `{path}`, which the target lacks{near}")
+        elif not due.same(spec):
+            self.problems.append(
+                f"`{path}` would be {spec} (from {_origin(step)}), but the target wants {due}"
+            )
+
+    def _report_unmatched(self, unfilled: list[str]) -> None:
+        if not self.unmatched:
+            return
+        hint = self._collection_hint()
+        patterns = [
+            pattern.text
+            for number, rule in enumerate(self.planner.rules)
+            if number not in self.used
+            for pattern in rule.side(self.side)
+        ]
+        for count, path in enumerate(self.unmatched):
+            near = hint or (count < _HINTED and self._nearest(path, patterns, unfilled)) or ""
+            self.problems.append(
+                f"no rule matches the {self.side} leaf `{path}` ({self.source[path]}){near}"
+            )
+
+    def _nearest(self, path: str, patterns: list[str], unfilled: list[str]) -> str:
+        """The nearest idle pattern of this side, else the nearest open leaf of the other."""
+        near = difflib.get_close_matches(path, patterns, n=1)
+        if near:
+            return f"; the nearest idle pattern is `{near[0]}`"
+        assert self.target is not None or not unfilled
+        fits = [p for p in unfilled if self.target and self.target[p].same(self.source[path])]
+        near = difflib.get_close_matches(path, fits, n=1, cutoff=0.4)
+        return f"; the nearest open {self.to} leaf is `{near[0]}`" if near else ""
+
+    def _collection_hint(self) -> str:
+        """Whether all unmatched Linen leaves would match with a collection added or removed."""
+        if self.side != "linen":
+            return ""
+        heads = {p.text.split("/")[0] for rule in self.planner.rules for p in rule.linen}
+        owners = self.planner.owners
+        for head in sorted(heads):
+            if all(owners("linen", f"{head}/{path}") for path in self.unmatched):
+                return f"; with the level `{head}` in front it would match: is it missing?"
+        if all("/" in p and owners("linen", p.split("/", 1)[1]) for p in self.unmatched):
+            return "; without its first level it would match: is there one too many?"
+        return ""
+
+    def _report_unused(self) -> None:
+        for number, rule in enumerate(self.planner.rules):
+            here = rule.side(self.side)
+            idle = number not in self.used and number not in self.broken
+            if idle and (here or rule.init):
+                side = self.side if here else self.to
+                self.problems.append(f"{self.planner.name(number)} matches no {side} leaf")
+
+    def _report_unfilled(self, path: str) -> None:
+        assert self.target is not None
+        hits = self.planner.owners(self.to, path)
+        if any(owner.rule in self.broken for owner, _ in hits):
+            return
+        problem = f"nothing fills the {self.to} leaf `{path}` ({self.target[path]})"
+        if not hits:
+            self.problems.append(f"{problem}: no rule matches it")
+            return
+        for owner, captures in hits:
+            rule = self.planner.rules[owner.rule]
+            if not rule.side(self.side):
+                why = "drops it; use `init` if it is to be filled on this way"
+            else:
+                sources = [_format_known(p.text, captures) for p in rule.side(self.side)]
+                why = f"would, but the source has no {' + '.join(f'`{s}`' for s in sources)}"
+            self.problems.append(f"{problem}: rule {owner.rule + 1} {why}")
+
+    def _ambiguous(
+        self, side: Side, path: str, hits: Sequence[tuple[_Owner, dict[str, str]]]
+    ) -> None:
+        counts = Counter(owner.rule for owner, _ in hits)
+        rules = " and ".join(self.planner.name(rule) for rule in counts)
+        again = " (twice)" if len(counts) == 1 else ""
+        self.broken.update(counts)
+        self.problems.append(f"the {side} leaf `{path}` is matched by {rules}{again}")
+
+    def _fault(self, number: int, text: str) -> None:
+        self.broken.add(number)
+        self.problems.append(f"{self.planner.name(number)}: {text}")
+
+
+def _origin(step: Step) -> str:
+    return ", ".join(f"`{source}`" for source in step.sources[:3]) or "an init rule"
+
+
+def _format_known(text: str, captures: Mapping[str, str]) -> str:
+    for name, value in captures.items():
+        text = text.replace(f"{{{name}}}", value).replace(f"{{{name}...}}", value)
+    return text
+
+
+def _specs(leaves: Mapping[str, Any]) -> dict[str, Spec]:
+    """The spec of every leaf; raises `RuleError` naming every one that is no array."""
+    if not isinstance(leaves, Mapping):
+        raise RuleError(
+            "The leaves cannot be read",
+            [f"expected a mapping from path to array, got {type(leaves).__name__}"],
+        )
+    problems = [p for path, leaf in leaves.items() if (p := _not_an_array(path, leaf))]
+    if problems:
+        raise RuleError("Every leaf must be an array", problems)
+    return {p: leaf if type(leaf) is Spec else Spec.of(leaf) for p, leaf in leaves.items()}
+
+
+def _not_an_array(path: Any, leaf: Any) -> str | None:
+    kind = type(leaf)
+    if kind is Spec and isinstance(path, str):
+        return None
+    got = f"`{path}` is a {kind.__module__}.{kind.__qualname__}"
+    if not isinstance(path, str):
+        return f"the path {path!r} is a {kind.__name__}, expected a `/`-joined string"
+    if isinstance(leaf, (Mapping, list)) or kind is tuple:
+        return f"{got}, a container: flatten the tree first (linen_nnx.book.tree.flatten)"
+    if hasattr(kind, "unbox"):
+        return f"{got}, a wrapper: take the array out of it (flax.core.meta.unbox)"
+    if hasattr(kind, "get_value"):
+        return f"{got}, a wrapper: take the array out of it (variable.get_value())"
+    if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+        return f"{got} without shape and dtype: make it an array of the dtype you mean"
+    return None

@@ -1,0 +1,242 @@
+"""The rule book: one list of two-way rules between Linen and nnx leaves.
+
+    book = RuleBook.load("rules.yaml")
+    nnx_leaves = book.to_nnx(linen_leaves)      # {path: array} -> {path: array}
+    linen_leaves = book.to_linen(nnx_leaves)    # the inverse
+
+The grammar is in `grammar.py`. Exactly one rule must match each leaf of either side; everything
+that does not fit is raised together, as one `RuleError`. Leaves may be numpy or jax arrays, or
+tracers under `jax.jit`; nothing is cast, and this module imports no jax.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from linen_nnx.book.grammar import Rule, did_you_mean, parse_rule, rule_to_dict
+from linen_nnx.book.ops import Side
+from linen_nnx.book.plan import Plan, Planner, RuleError
+
+VERSION = 1
+_KEYS = ("version", "rules", "unassigned")
+
+
+class Unassigned(NamedTuple):
+    """A leaf that `suggest` found no safe rule for; write one by hand and delete this entry."""
+
+    side: Side
+    reason: str
+    candidates: tuple[str, ...]
+    """Leaves of the other side, the likeliest first."""
+
+
+class RuleBook:
+    """An immutable list of rules. Build it from `Rule`s, a dict, or a YAML file.
+
+    `unassigned` maps the path of each leaf that still lacks a rule to what is known of it. While
+    it is not empty, translating raises unless `partial=True`.
+    """
+
+    def __init__(
+        self, rules: Iterable[Rule], unassigned: Mapping[str, Unassigned] = MappingProxyType({})
+    ) -> None:
+        self.rules = tuple(rules)
+        self.unassigned = MappingProxyType(dict(unassigned))
+        self._text: str | None = None
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, RuleBook)
+            and self.rules == other.rules
+            and self.unassigned == other.unassigned
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.rules, tuple(self.unassigned)))
+
+    def __repr__(self) -> str:
+        open_leaves = f", {len(self.unassigned)} leaves unassigned" if self.unassigned else ""
+        return f"RuleBook({len(self.rules)} rules{open_leaves})"
+
+    @classmethod
+    def load(cls, path: str | Path) -> "RuleBook":
+        """Reads a YAML file. Raises `RuleError` naming file, rule number and key."""
+        text = Path(path).read_text()
+        try:
+            content = json.loads(text)  # JSON is YAML, and read fifty times faster
+        except ValueError:
+            from linen_nnx.book.text import parse
+
+            try:
+                content = parse(text)
+            except ValueError as error:
+                raise RuleError(f"{path} is not YAML", [str(error)]) from None
+        book = cls.from_dict(content, name=str(path))
+        book._text = text
+        return book
+
+    @classmethod
+    def from_dict(cls, content: Any, name: str = "the rule book") -> "RuleBook":
+        """Reads the mapping `{version: 1, rules: [...]}`; `name` is for messages.
+
+        Raises `RuleError` with every fault of every rule.
+        """
+        if not isinstance(content, Mapping):
+            raise RuleError(
+                f"{name} cannot be read",
+                [f"expected a mapping with `version` and `rules`, got {type(content).__name__}"],
+            )
+        problems = [
+            f"unknown key `{key}`{did_you_mean(str(key), _KEYS)}"
+            for key in content
+            if key not in _KEYS
+        ]
+        if content.get("version") != VERSION:
+            problems.append(f"`version` must be {VERSION}, got {content.get('version')!r}")
+        entries = content.get("rules")
+        if not isinstance(entries, list):
+            problems.append(f"`rules` must be a list, got {entries!r}")
+            entries = []
+        rules = []
+        for number, entry in enumerate(entries, start=1):
+            try:
+                rules.append(parse_rule(entry))
+            except ValueError as error:
+                problems.append(f"rule {number}: {error}")
+        unassigned = {}
+        for number, entry in enumerate(content.get("unassigned") or (), start=1):
+            try:
+                leaf, known = _read_unassigned(entry)
+                unassigned[leaf] = known
+            except ValueError as error:
+                problems.append(f"unassigned leaf {number}: {error}")
+        if problems:
+            raise RuleError(f"{name} cannot be read", problems)
+        return cls(rules, unassigned)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The mapping that `from_dict` reads: plain dicts, lists, strings and numbers."""
+        content: dict[str, Any] = {
+            "version": VERSION,
+            "rules": [rule_to_dict(rule) for rule in self.rules],
+        }
+        if self.unassigned:
+            content["unassigned"] = [
+                {"leaf": leaf, **known._asdict(), "candidates": list(known.candidates)}
+                for leaf, known in self.unassigned.items()
+            ]
+        return content
+
+    def save(self, path: str | Path) -> None:
+        """Writes a YAML file that `load` reads back to an equal book; a loaded one as it was."""
+        if self._text is None:
+            from linen_nnx.book.text import write
+
+            self._text = write(self.to_dict())
+        Path(path).write_text(self._text)
+
+    @property
+    def invertible(self) -> bool:
+        """Whether every leaf has a rule, and every rule keeps every bit both ways."""
+        return not self.unassigned and all(rule.lossless for rule in self.rules)
+
+    def within(self, half: str) -> "RuleBook":
+        """The rules below one sub-tree: Linen `<collection>/<half>/...`, nnx `<half>/...`.
+
+        For a tree in which only that half is translated. Keeps the order of the rules.
+        """
+
+        def inside(rule: Rule) -> bool:
+            linen = [pattern.text.split("/")[1:2] for pattern in rule.linen]
+            nnx = [pattern.text.split("/")[:1] for pattern in rule.nnx]
+            return all(element == [half] for element in linen + nnx)
+
+        unassigned = {
+            leaf: known
+            for leaf, known in self.unassigned.items()
+            if leaf.split("/")[known.side == "linen" :][:1] == [half]
+        }
+        return RuleBook((rule for rule in self.rules if inside(rule)), unassigned)
+
+    def of_collection(self, collection: str) -> "RuleBook":
+        """The rules of one Linen collection, for a tree that holds no other (a moment's, say)."""
+
+        def inside(rule: Rule) -> bool:
+            return all(pattern.text.split("/")[0] == collection for pattern in rule.linen)
+
+        unassigned = {
+            leaf: known
+            for leaf, known in self.unassigned.items()
+            if known.side == "linen" and leaf.split("/")[0] == collection
+        }
+        return RuleBook((rule for rule in self.rules if rule.linen and inside(rule)), unassigned)
+
+    def plan(
+        self,
+        specs: Mapping[str, Any],
+        to: Side,
+        target: Mapping[str, Any] | None = None,
+        partial: bool = False,
+    ) -> Plan:
+        """Plans a translation without touching data.
+
+        Args:
+          specs: `{path: leaf}` of the source side; leaves need `.shape` and `.dtype` only.
+          to: the side to go to.
+          target: the same for the other side, if known: then every one of its leaves must be
+            filled, with its shape and dtype.
+          partial: leave out what no rule matches, and accept idle rules and open target leaves.
+
+        Raises:
+          RuleError: with everything that does not fit, or every leaf that is still unassigned.
+        """
+        if self.unassigned and not partial:
+            problems = [
+                f"the {known.side} leaf `{leaf}` is unassigned: {known.reason}"
+                + (f"; candidates: {', '.join(known.candidates)}" if known.candidates else "")
+                for leaf, known in self.unassigned.items()
+            ]
+            raise RuleError(
+                "The rule book is not complete: write rules for these leaves and delete them from "
+                "`unassigned`, or pass partial=True for what is assigned",
+                problems,
+            )
+        return self._planner.plan(specs, to, target, partial)
+
+    def to_nnx(
+        self,
+        leaves: Mapping[str, Any],
+        target: Mapping[str, Any] | None = None,
+        partial: bool = False,
+    ) -> dict[str, Any]:
+        """nnx leaves from Linen leaves; arguments and errors as in `plan`."""
+        return self.plan(leaves, "nnx", target, partial).run(leaves)
+
+    def to_linen(
+        self,
+        leaves: Mapping[str, Any],
+        target: Mapping[str, Any] | None = None,
+        partial: bool = False,
+    ) -> dict[str, Any]:
+        """Linen leaves from nnx leaves; arguments and errors as in `plan`."""
+        return self.plan(leaves, "linen", target, partial).run(leaves)
+
+    @cached_property
+    def _planner(self) -> Planner:
+        return Planner(self.rules)
+
+
+def _read_unassigned(entry: Any) -> tuple[str, Unassigned]:
+    """One entry of `unassigned`. Raises `ValueError` saying what it must be."""
+    keys = ("leaf", *Unassigned._fields)
+    if not isinstance(entry, Mapping) or set(entry) != set(keys):
+        raise ValueError(f"expected a mapping with {', '.join(keys)}, got {entry!r}")
+    known = Unassigned(entry["side"], entry["reason"], tuple(entry["candidates"] or ()))
+    if not all(isinstance(text, str) for text in (entry["leaf"], known.reason, *known.candidates)):
+        raise ValueError(f"leaf, reason and candidates are texts, got {entry!r}")
+    if known.side not in ("linen", "nnx"):
+        raise ValueError(f"`side` is linen or nnx, got {known.side!r}")
+    return entry["leaf"], known

@@ -1,0 +1,315 @@
+"""Converts a checkpoint on disk: whole training state, exact, atomic.
+
+Everything is written to a directory beside the target, synced to disk, and renamed: the target is
+absent or complete. The source is only read.
+"""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from linen_nnx.disk import digests
+from linen_nnx.disk.planning import REPORT, RULES, Conversion, plan_conversion
+from linen_nnx.disk.rekey import Placer, write_store
+from linen_nnx.disk.sources import SUFFIXES, Source, parts
+from linen_nnx.disk.store import StoreError, write_side_files
+
+_SPARE = 16 << 20  # bytes of room for the new tree and the side files
+_RUN_FILES = ("metrics.jsonl",)  # what a run directory takes along as it is
+_ORBAX_META = "_CHECKPOINT_METADATA"
+
+
+class TargetError(ValueError):
+    """A target that cannot be written: it exists and differs, or there is no room for it."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `convert` did: `status` is `done`, or `equal` if the target was there already."""
+
+    status: str
+    out: Path
+    reports: tuple[dict[str, Any], ...]
+    """The `report.json` of each checkpoint written (a run has its latest and its best)."""
+
+
+def convert(
+    path: str | Path,
+    out: str | Path,
+    to: str,
+    *,
+    link: bool = False,
+    digest: bool = False,
+    progress: Callable[[str], None] = lambda text: None,
+    **options: Any,
+) -> Result:
+    """Converts the checkpoint at `path` to the new path `out`.
+
+    Args:
+      path: the source, and `to`: the form, and `options`: see `planning.plan_conversion`.
+      out: what to create: of the same kind as the source (run, root, step, item), or a file
+        `*.msgpack` or `*.safetensors` for the model alone.
+      link: hard-link data files where possible, so that no array is read or written.
+      digest: compute digests even where linking would leave them out.
+      progress: is told what is being done.
+
+    Raises:
+      StoreError, RuleError, DigestError, TargetError, OSError: with nothing left behind.
+    """
+    path, out = Path(path), Path(out)
+    to_file = out.suffix in SUFFIXES
+    progress("planning")
+    conversions = {}
+    for part in ("checkpoints",) if to_file else parts(path):
+        chosen = options if part == "checkpoints" else {**options, "step": None}
+        one = plan_conversion(path, to, part=part, model_only=to_file, **chosen)
+        conversions[_relative(one, part)] = one
+    if out.exists():
+        return _existing(out, conversions)
+    _check_target(path, out, list(conversions.values()), link)
+    with _partial(out) as partial, Placer(link, not link or digest, progress) as placer:
+        reports = []
+        for relative, conversion in conversions.items():
+            if to_file:
+                _write_file(conversion, partial / out.name)
+            else:
+                folder = partial / relative
+                reports.append(_write(conversion, folder, placer))
+        first = next(iter(conversions.values()))
+        if not to_file and first.source.kind == "run":
+            _write_run(path, partial, first)
+        hashed = placer.finish()
+        for report, (relative, conversion) in zip(reports, conversions.items(), strict=False):
+            if report["digests"]:
+                _write_digests(conversion, partial / relative, placer, hashed)
+        progress("syncing to disk")
+        _sync_all(partial, placer)
+        if out.exists():
+            raise TargetError(f"{out} was made by another process meanwhile")
+        os.rename(partial / out.name if to_file else partial, out)
+        placer.sync([out.parent])
+    reports = reports or [first.summary()]
+    return Result("done", out, tuple(reports))
+
+
+def _relative(conversion: Conversion, part: str) -> str:
+    """Where a converted checkpoint lies in the output."""
+    name = conversion.source.folder.name
+    return {"run": f"{part}/{name}", "root": name}.get(conversion.source.kind, "")
+
+
+def _existing(out: Path, conversions: dict[str, Conversion]) -> Result:
+    """The result for a target that is there: equal, or an error that says how to go on."""
+    reports = []
+    for relative, conversion in conversions.items():
+        try:
+            report = json.loads((out / relative / REPORT).read_text())
+        except (OSError, ValueError):
+            report = {}
+        if report.get("fingerprint") != conversion.fingerprint:
+            raise TargetError(f"{out} exists and is not this conversion's result: choose another")
+        reports.append(report)
+        if not digests.check(out / relative):
+            raise TargetError(
+                f"{out} exists and was made by this conversion, but has no digests that could "
+                "show its bytes intact: run `convert.py verify`"
+            )
+    return Result("equal", out, tuple(reports))
+
+
+def _check_target(path: Path, out: Path, conversions: list[Conversion], link: bool) -> None:
+    parent = out.absolute().parent
+    if not parent.is_dir():
+        raise TargetError(f"{parent} is no directory: make it first")
+    inside = {conversion.source.folder.resolve() for conversion in conversions}
+    inside |= {path.resolve()} if conversions[0].source.kind != "file" else set()
+    if any(folder in (parent.resolve(), *parent.resolve().parents) for folder in inside):
+        raise TargetError(f"{out} lies inside the source, which stays as it is: choose another")
+    copied = 0 if link else sum(conversion.bytes_stored for conversion in conversions)
+    needed = _SPARE + copied + sum(conversion.bytes_streamed for conversion in conversions)
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise TargetError(
+            f"{parent} has {free / 1e9:.2f} GB free, the conversion needs {needed / 1e9:.2f} GB"
+            + ("" if link else ": make room, or use --link on the source's file system")
+        )
+
+
+@contextmanager
+def _partial(out: Path) -> Iterator[Path]:
+    """A directory beside `out` that nobody else writes, gone at the end whatever happens.
+
+    What a killed conversion left behind is removed; one that still runs holds the lock.
+    """
+    partial = out.absolute().parent / f".{out.name}.partial"
+    partial.mkdir(exist_ok=True)
+    lock = os.open(partial, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TargetError(f"another conversion is writing {out} now") from None
+        for child in partial.iterdir():
+            shutil.rmtree(child) if child.is_dir() else child.unlink()
+        try:
+            yield partial
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    finally:
+        os.close(lock)
+
+
+def _write(conversion: Conversion, folder: Path, placer: Placer) -> dict[str, Any]:
+    """Writes one converted checkpoint to `folder`, all but its digests; returns its report."""
+    source = conversion.source
+    folder.mkdir(parents=True, exist_ok=True)
+    item = folder if source.folder in source.paths or not source.paths else folder / _name(source)
+    item.mkdir(exist_ok=True)
+    write_store(item, source, conversion.jobs, placer)
+    leaves = [leaf for job in conversion.jobs for leaf in job.targets]
+    header = source.items[0].header if source.items else _HEADER
+    write_side_files(item, leaves, header)
+    _carry_along(conversion, folder, item, placer)
+    conversion.book.save(folder / RULES)
+    linked = [target for target in placer.linked if folder in target.parents]
+    report = {
+        "version": 1,
+        **conversion.summary(),
+        "linked": bool(linked),
+        "fell_back": placer.fell_back,
+        "digests": placer.hash_links or set(linked) <= set(_carried(conversion, folder, placer)),
+        "fingerprint": conversion.fingerprint,
+        "origin": conversion.origin(),
+    }
+    lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in report.items())
+    (folder / REPORT).write_text("{" + ",\n".join(lines) + "}\n")
+    return report
+
+
+def _carried(conversion: Conversion, folder: Path, placer: Placer) -> dict[Path, digests.Digest]:
+    """What the source's own digests say of the files put in place below `folder`."""
+    source = conversion.source
+    known = (digests.read(source.folder) if source.kind != "file" else None) or {}
+    return {
+        target: known[name]
+        for target, origin in (placer.placed.items() if known else ())
+        if folder in target.parents and (name := str(origin.relative_to(source.folder))) in known
+    }
+
+
+def _write_digests(
+    conversion: Conversion, folder: Path, placer: Placer, hashed: dict[Path, digests.Digest]
+) -> None:
+    """Writes the digest file. Raises `DigestError` if a copy differs from the source's digests."""
+    carried = _carried(conversion, folder, placer)
+    wrong = [
+        str(target.relative_to(folder))
+        for target, digest in carried.items()
+        if hashed.get(target, digest) != digest
+    ]
+    if wrong:
+        raise digests.DigestError(f"the source is damaged, by its own digests: {wrong}")
+    known = {**carried, **hashed}
+    digests.write(
+        folder, {str(t.relative_to(folder)): d for t, d in known.items() if folder in t.parents}
+    )
+
+
+def _name(source: Source) -> str:
+    return source.paths[0].name if len(source.paths) == 1 else "state"
+
+
+_HEADER: dict[str, Any] = {
+    "use_ocdbt": True,
+    "use_zarr3": False,
+    "store_array_data_equal_to_fill_value": True,
+    "custom_metadata": None,
+}
+
+
+def _carry_along(conversion: Conversion, folder: Path, item: Path, placer: Placer) -> None:
+    """Takes over what else a step holds: other items, Orbax's own files, the run's config."""
+    source, stage = conversion.source, conversion.to.stage
+    if source.kind == "file":
+        return
+    ours = (REPORT, RULES, digests.NAME)
+    for original in source.paths:
+        for file in (p for p in sorted(original.iterdir()) if p.is_file() and p.name not in ours):
+            if not (item / file.name).exists() and file.name != "_strings.json":
+                shutil.copyfile(file, item / file.name)
+    if item == folder:
+        return
+    for child in sorted(source.folder.iterdir()):
+        if child in source.paths or child.name in ours or (source.run and child.name == "run"):
+            continue
+        if child.is_file():
+            shutil.copyfile(child, folder / child.name)
+        for file in sorted(p for p in child.rglob("*") if p.is_file()):
+            placer.place(file, folder / file.relative_to(source.folder))
+    if source.run and stage:
+        config = {**source.run["config"], "stage": stage}
+        content = {**source.run, "config": config, "stage": stage}
+        shutil.copytree(source.folder / "run", folder / "run")
+        (folder / "run" / "metadata").write_text(json.dumps(content))
+    _rename_handlers(folder, source)
+
+
+def _rename_handlers(folder: Path, source: Source) -> None:
+    """Makes Orbax's list of items say which there are."""
+    path = folder / _ORBAX_META
+    if not path.is_file():
+        return
+    content = json.loads(path.read_text())
+    handlers = content.get("item_handlers")
+    if isinstance(handlers, dict):
+        merged = {_name(source): handlers[p.name] for p in source.paths if p.name in handlers}
+        content["item_handlers"] = {
+            name: handler
+            for name, handler in {**handlers, **merged}.items()
+            if (folder / name).is_dir()
+        }
+        path.write_text(json.dumps(content))
+
+
+def _write_run(path: Path, partial: Path, conversion: Conversion) -> None:
+    """What a run directory holds beside its checkpoints, with the stage changed."""
+    stage = conversion.to.stage
+    config, count = re.subn(
+        r"(?m)^stage:.*$", f"stage: {stage}", (path / "config.yaml").read_text()
+    )
+    if count != 1:
+        raise StoreError(f"{path / 'config.yaml'} has {count} lines `stage: ...`, expected one")
+    (partial / "config.yaml").write_text(config)
+    conversion.book.save(partial / RULES)
+    for name in _RUN_FILES:
+        if (path / name).is_file():
+            shutil.copyfile(path / name, partial / name)
+
+
+def _write_file(conversion: Conversion, path: Path) -> None:
+    from linen_nnx.disk.files import write_file  # needs numpy
+
+    arrays = {}
+    for job in conversion.jobs:
+        results = conversion.source.reader.read(job.change.sources) if job.targets else []
+        for action in job.change.actions:
+            results = action.run(results)
+        for leaf, array in zip(job.targets, results, strict=True):
+            names = tuple(key.name for key in leaf.keys)
+            arrays[names if conversion.to.flat else names[:-1]] = array
+    write_file(path, arrays)
+
+
+def _sync_all(partial: Path, placer: Placer) -> None:
+    fresh: list[Path] = []
+    for folder, _, names in os.walk(partial):
+        files = [Path(folder, name) for name in names]
+        fresh += [Path(folder), *(file for file in files if file not in placer.placed)]
+    placer.sync(fresh)

@@ -1,0 +1,268 @@
+"""What a conversion would do to every leaf, decided before anything is written."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from linen_nnx.book.grammar import did_you_mean
+from linen_nnx.book.ops import Spec
+from linen_nnx.book.plan import RuleError
+from linen_nnx.book.rules import RuleBook
+from linen_nnx.disk.carry import carry
+from linen_nnx.disk.layouts import lay_out
+from linen_nnx.disk.rekey import Job, choose, kept
+from linen_nnx.disk.sources import Source, find
+from linen_nnx.disk.state import STAGES, Form, State, guess_side, read_state
+from linen_nnx.disk.store import Key, Leaf, fresh_metadata
+
+REPORT, RULES = "report.json", "rules.yaml"
+# Measured: Python, and what each leaf takes; tensorstore, and the batch being committed.
+_BASE_MEMORY, _LEAF_MEMORY, _STREAM_MEMORY = 22 << 20, 5 << 10, 68 << 20
+_COPIES = 5  # of a streamed change: sources, targets, and both encoded and on their way
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """One checkpoint's way to another form: which job does what."""
+
+    source: Source
+    state: State
+    to: Form
+    book: RuleBook
+    jobs: tuple[Job, ...]
+    target: str
+    """The form as it was asked for."""
+    reset_optimizer: bool
+    notes: tuple[str, ...]
+    """What a person should know."""
+
+    @property
+    def dropped(self) -> list[str]:
+        """Source leaves without a target (empty nodes, which hold nothing, aside)."""
+        gone = (leaf for job in self.jobs if not job.targets for leaf in job.change.sources)
+        return [leaf.path for leaf in gone if not leaf.empty]
+
+    @property
+    def filled(self) -> list[str]:
+        """Target leaves with data and without a source."""
+        new = (job for job in self.jobs if not job.change.sources)
+        return [leaf.path for job in new for leaf in job.targets if leaf.zarr]
+
+    @property
+    def bytes_streamed(self) -> int:
+        return sum(job.nbytes for job in self.jobs if job.engine == "stream")
+
+    @property
+    def bytes_stored(self) -> int:
+        """Bytes that a copy takes over from the source as they are."""
+        items = self.source.items
+        if not (items and items[0].ocdbt):
+            return sum(job.nbytes for job in self.jobs if job.engine in ("name", "chunks"))
+        return sum(
+            file.stat().st_size
+            for number, item in enumerate(items)
+            for file in item.data_files(kept(self.jobs, number))
+        )
+
+    @property
+    def peak_memory(self) -> int:
+        """An estimate, in bytes."""
+        streamed = [job.nbytes for job in self.jobs if job.engine == "stream"]
+        more = _STREAM_MEMORY + _COPIES * max(streamed) if streamed else 0
+        return _BASE_MEMORY + _LEAF_MEMORY * len(self.jobs) + more
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of everything that the result depends on, the source's bytes included."""
+        state = xxhash.xxh3_128()
+        paths = [self.source.folder] if not self.source.items else []
+        for item in self.source.items:
+            paths += [
+                item.path / "_METADATA",
+                item.path / "_sharding",
+                item.path / "manifest.ocdbt",
+            ]
+            paths += [] if item.ocdbt else sorted(p for p in item.path.rglob("*") if p.is_file())
+        for path in filter(Path.is_file, paths):
+            # The names of data files are random, and a manifest leads to all that it needs.
+            small = path.name.startswith(("_", "manifest"))
+            state.update(path.read_bytes() if small else _stamp(path))
+        jobs = [
+            (
+                [(leaf.item, leaf.stored) for leaf in sources],
+                [leaf.form for leaf in targets],
+                actions,
+            )
+            for (sources, _, actions, _), _, targets, _ in self.jobs
+        ]
+        state.update(str(jobs).encode())
+        state.update(f"{self.to} {self.source.kind}".encode())
+        return state.hexdigest()
+
+    def summary(self) -> dict[str, Any]:
+        """For reports: what was found, what is written, how much by which engine."""
+        engines = Counter(job.engine for job in self.jobs for _ in job.targets)
+        return {
+            "source": str(self.source.path),
+            "found": f"{self.source}: {self.state.layout}",
+            "to": str(self.to),
+            "target": self.target,
+            "reset_optimizer": self.reset_optimizer,
+            "leaves": dict(sorted(engines.items())),
+            "dropped": self.dropped,
+            "filled": self.filled,
+            "bytes": sum(job.nbytes for job in self.jobs),
+            "bytes_streamed": self.bytes_streamed,
+            "peak_memory": self.peak_memory,
+            "notes": list(self.notes),
+        }
+
+    def origin(self) -> dict[str, Any] | None:
+        """What the way back needs to know of the source's tree, in plain JSON values."""
+        if self.state.form.stage:
+            return None
+        return {
+            "side": self.state.form.side,
+            "leaves": [
+                (*leaf.form, str(leaf.spec.dtype) if _is_scalar(leaf) else None)
+                for leaf in self.source.leaves
+            ],
+        }
+
+
+def _stamp(path: Path) -> bytes:
+    stat = path.stat()
+    return f"{path} {stat.st_size} {stat.st_mtime_ns}".encode()
+
+
+def _is_scalar(leaf: Leaf) -> bool:
+    return leaf.zarr is not None and not leaf.zarr["shape"] and not leaf.extension
+
+
+def plan_conversion(
+    path: str | Path,
+    to: str,
+    rules: str | Path | RuleBook | None = None,
+    step: int | None = None,
+    item: str | None = None,
+    like: str | Path | None = None,
+    reset_optimizer: bool = False,
+    model_only: bool = False,
+    part: str = "checkpoints",
+) -> Conversion:
+    """Plans the conversion of the checkpoint at `path`.
+
+    Args:
+      path: a run directory, a CheckpointManager's root or step, an Orbax item, or a file.
+      to: `linen` or `nnx` for stock layouts; a stage's name for this template's own runs. For a
+        whole run directory `linen` and `nnx` are the stages of that name.
+      rules: the rule book, or its file; runs and converted checkpoints have one with them.
+      step: which step of a root, if not the latest.
+      item: which item of a step holds the state, if several may.
+      like: a checkpoint that the result must equal in all but values.
+      reset_optimizer: leave the optimizer's state out.
+      model_only: leave out all but parameters and collections.
+      part: the folder of a run directory, `checkpoints` or `best`.
+
+    Raises:
+      StoreError: if there is no checkpoint, or it cannot be read.
+      RuleError: with everything that does not fit.
+    """
+    source = find(path, step, item, part)
+    form, target = _forms(source, to)
+    book = _rule_book(source, rules)
+    if form is None:
+        side = guess_side(source.leaves, book)
+        if side == target.side:
+            raise RuleError(f"{path} cannot go to {to}", [f"it looks like {side} form already"])
+        form = Form(side)
+    state = read_state(source.leaves, form, book)
+    notes = []
+    if (model_only or source.kind == "file") and state.rest:
+        notes.append(f"files hold the model alone: {len(state.rest)} other leaves are left out")
+    if model_only or source.kind == "file":
+        state = State(state.form, f"{state.layout} (the model alone)", state.model)
+    wanted = None if like is None else read_state(find(like).leaves, target, book)
+    moves = carry(state, target, book, wanted, reset_optimizer)
+    origin = _origin(source, target, book)
+    changes = lay_out(moves, state.form, target, wanted, origin)
+    optimizer = any(place.in_optimizer for move in moves for place in move.targets)
+    if target.flat and not state.form.flat and optimizer and not (wanted or origin):
+        notes.append(
+            "nnx form does not tell the empty states of an optimizer chain: a restore into a "
+            "TrainState needs them, and takes them from a checkpoint of it (--like CKPT)"
+        )
+    items = source.items
+    zarr3 = bool(items) and items[0].zarr3
+    jobs = tuple(choose(change, zarr3, readable_only=not items) for change in changes)
+    return Conversion(
+        source=source,
+        state=state,
+        to=target,
+        book=book,
+        jobs=jobs,
+        target=to,
+        reset_optimizer=reset_optimizer,
+        notes=tuple(notes),
+    )
+
+
+def _forms(source: Source, to: str) -> tuple[Form | None, Form]:
+    """The source's form, if it is known, and the target's."""
+    stock: Mapping[str, Form] = {"linen": Form("linen"), "nnx": Form("nnx")}
+    if source.run is None:
+        if to in stock:
+            return None, stock[to]
+        known = ", ".join(stock)
+        hint = "; stages are for this template's own runs" if to in STAGES else ""
+        raise RuleError(
+            f"unknown target `{to}`", [f"known: {known}{hint}{did_you_mean(to, stock)}"]
+        )
+    form = Form("linen", source.run["stage"])
+    if source.run["stage"] not in STAGES:
+        raise RuleError("unknown stage", [f"the run is at stage `{source.run['stage']}`"])
+    if to in stock and source.kind != "run":
+        return form, stock[to]
+    if to not in STAGES:
+        raise RuleError(
+            f"unknown target `{to}`", [f"known: {', '.join(STAGES)}{did_you_mean(to, STAGES)}"]
+        )
+    return form, Form("linen", to)
+
+
+def _rule_book(source: Source, rules: str | Path | RuleBook | None) -> RuleBook:
+    if isinstance(rules, RuleBook):
+        return rules
+    if rules is not None:
+        return RuleBook.load(rules)
+    if source.run is not None:
+        return RuleBook.from_dict(source.run["rules"], name=f"the rule book of {source.path}")
+    own = source.folder / RULES
+    if own.is_file():
+        return RuleBook.load(own)
+    raise RuleError(f"{source.path} has no rule book with it", ["give one with --rules FILE"])
+
+
+def _origin(source: Source, to: Form, book: RuleBook) -> State | None:
+    """The tree that a converted checkpoint came from, if it goes back there."""
+    try:
+        origin = json.loads((source.folder / REPORT).read_text())["origin"]
+        if origin is None or to.stage or origin["side"] != to.side:
+            return None
+        leaves = [
+            Leaf(
+                tuple(map(Key, path.split("/"), kinds)),
+                value_type,
+                zarr=dtype and fresh_metadata(Spec((), dtype), zarr3=False),
+            )
+            for path, kinds, value_type, dtype in origin["leaves"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return read_state(leaves, to, book)

@@ -1,0 +1,206 @@
+"""Engine 1: immutable data files stay as they are, and one new tree names their bytes anew.
+
+The data files of an OCDBT store are copied (or hard-linked) to the same relative path. Then a new
+tree is written, in which every leaf's entries are the source's own, under another name.
+A store of one directory per array has its directories copied under their new names.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from linen_nnx.disk import ocdbt
+from linen_nnx.disk.chunks import Grid, apply
+from linen_nnx.disk.digests import Digest, hash_file
+from linen_nnx.disk.layouts import Change
+from linen_nnx.disk.sources import Source
+from linen_nnx.disk.store import Item, Leaf, fresh_metadata
+
+Engine = Literal["name", "chunks", "stream", "drop"]
+_FLUSH = 32 << 20  # bytes of a copy after which the disk gets to work
+
+
+class Job(NamedTuple):
+    """A change, the engine that does it, and its targets with all that their data settles."""
+
+    change: Change
+    engine: Engine
+    targets: tuple[Leaf, ...]
+    grids: tuple[Grid, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory of what it writes."""
+        return sum(leaf.nbytes for leaf in self.targets)
+
+
+def choose(change: Change, zarr3: bool, readable_only: bool = False) -> Job:
+    """The engine for one change: `name` and `chunks` decode no byte.
+
+    `readable_only`: the source is no store whose chunks could be named anew.
+    """
+    if not change.targets:
+        return Job(change, "drop", ())
+    if not change.actions and not (readable_only and change.targets[0].zarr):
+        return Job(change, "name", change.targets)
+    grids = None if readable_only else apply(change.actions, change.sources)
+    if grids is not None and change.sources:
+        stored = [(grid.metadata, tuple(grid.steps)) for grid in grids]
+        engine: Engine = "chunks"
+    else:
+        specs = change.specs or [leaf.spec for leaf in change.targets]
+        stored = [(fresh_metadata(spec, zarr3), tuple(spec.shape)) for spec in specs]
+        engine = "stream"
+    targets = tuple(
+        leaf._replace(zarr=metadata, write_shape=shape if leaf.sharding else None)
+        for leaf, (metadata, shape) in zip(change.targets, stored, strict=True)
+    )
+    return Job(change, engine, targets, tuple(grids) if engine == "chunks" and grids else ())
+
+
+class Placer:
+    """Puts files in place by copy or by hard link; copies are synced to disk, and all are hashed.
+
+    The work goes on in threads, so that the disk, the hash and the caller's own work overlap.
+    """
+
+    def __init__(self, link: bool, hash_links: bool, progress: Callable[[str], None]) -> None:
+        self._link = link
+        self.hash_links = hash_links
+        self.progress = progress
+        self._pool, self._flusher = ThreadPoolExecutor(4), ThreadPoolExecutor(1)
+        self._working: dict[Path, Future[Digest | None]] = {}
+        self.fell_back: str | None = None
+        """Why hard links were not possible, if they were asked for and were not."""
+        self.placed: dict[Path, Path] = {}
+        """The source of each file put in place."""
+        self.linked: set[Path] = set()
+
+    def place(self, source: Path, target: Path) -> None:
+        """Makes `target`, and the directories above it, with the bytes of `source`."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.placed[target] = source
+        if self._link and self.fell_back is None:
+            try:
+                os.link(source, target)
+                self.linked.add(target)
+                if self.hash_links:
+                    self._working[target] = self._pool.submit(hash_file, target)
+                return
+            except OSError as error:
+                self.fell_back = f"{error.strerror}: {target.parent}"
+        self._working[target] = self._pool.submit(self._copy, source, target)
+
+    def _copy(self, source: Path, target: Path) -> Digest:
+        """Copies a file through to disk, which begins while it is read; returns its digest."""
+        flushing: list[Future[None]] = []
+        with target.open("xb") as new:
+
+            def write(block: memoryview) -> None:
+                new.write(block)
+                if new.tell() // _FLUSH > len(flushing):
+                    flushing.append(self._flusher.submit(os.fdatasync, new.fileno()))
+
+            digest = hash_file(source, write)
+            new.flush()
+            os.fsync(new.fileno())
+            for flush in flushing:
+                flush.result()
+        if digest[0] != source.stat().st_size:
+            raise OSError(f"{source} changed while it was copied")
+        return digest
+
+    def sync(self, paths: Iterable[Path]) -> None:
+        """Writes files and directories through to disk, at once: they share a journal's commit."""
+        list(self._pool.map(_sync, paths))
+
+    def finish(self) -> dict[Path, Digest]:
+        """Waits until every copy is on disk. Returns the digests of what was copied or hashed."""
+        found = {}
+        for number, (target, future) in enumerate(self._working.items(), start=1):
+            self.progress(f"copying files: {number} of {len(self._working)}")
+            if (digest := future.result()) is not None:
+                found[target] = digest
+        return found
+
+    def __enter__(self) -> "Placer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        self._flusher.shutdown(cancel_futures=True)
+
+
+def _sync(path: Path) -> None:
+    """Writes a file or a directory through to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_store(out: Path, source: Source, jobs: Sequence[Job], placer: Placer) -> None:
+    """Fills the store of the new item `out` (an empty directory) with every job's targets."""
+    items = source.items
+    moving = [job for job in jobs if job.engine in ("name", "chunks")]
+    changed = [job for job in jobs if job.engine == "stream"]
+    in_tree = not items or items[0].ocdbt
+    if in_tree:
+        for number, item in enumerate(items):
+            for file in item.data_files(kept(moving, number)):
+                placer.place(file, out / file.relative_to(item.path))
+    else:
+        _place_arrays(out, items, moving, placer)
+    if changed:
+        from linen_nnx.disk.stream import stream  # needs numpy and tensorstore
+
+        arrays = [(job.change.sources, job.change.actions, job.targets) for job in changed]
+        stream(arrays, source.reader, out, in_tree, placer.progress)
+    if in_tree:
+        streamed = ocdbt.read(out) if changed else {}
+        ocdbt.write(out, streamed | _moved(items, moving))
+
+
+def kept(jobs: Sequence[Job], item: int) -> list[str]:
+    """The stored names of an item's leaves whose bytes stay as they are."""
+    moving = (job for job in jobs if job.engine in ("name", "chunks"))
+    return [leaf.stored for job in moving for leaf in job.change.sources if leaf.item == item]
+
+
+def _moved(items: Sequence[Item], jobs: Sequence[Job]) -> ocdbt.Tree:
+    """The entries of the sources' trees under their new names."""
+    trees = [item.tree or {} for item in items]
+    tree: ocdbt.Tree = {}
+    for job in jobs:
+        if job.engine == "name" and job.targets[0].zarr is not None:
+            (leaf,) = job.change.sources
+            tree[job.targets[0].name] = trees[leaf.item][leaf.stored]
+        for leaf, grid in zip(job.targets, job.grids, strict=False):
+            values: dict[str, ocdbt.Value] = {grid.metadata_key: json.dumps(grid.metadata).encode()}
+            for place, ref in grid.chunks.items():
+                array = trees[ref.item][ref.array]
+                if ref.key in array:  # a chunk of fill values alone may be left out
+                    values[grid.key(place)] = array[ref.key]
+            tree[leaf.name] = values
+    return tree
+
+
+def _place_arrays(out: Path, items: Sequence[Item], jobs: Sequence[Job], placer: Placer) -> None:
+    """The same for stores of one directory per array."""
+    for job in jobs:
+        if job.engine == "name" and job.targets[0].zarr is not None:
+            (leaf,) = job.change.sources
+            folder = items[leaf.item].path / leaf.stored
+            for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+                placer.place(file, out / job.targets[0].name / file.relative_to(folder))
+        for leaf, grid in zip(job.targets, job.grids, strict=False):
+            for place, ref in grid.chunks.items():
+                source = items[ref.item].path / ref.array / ref.key
+                if source.exists():
+                    placer.place(source, out / leaf.name / grid.key(place))
+            (out / leaf.name).mkdir(exist_ok=True)
+            (out / leaf.name / grid.metadata_key).write_text(json.dumps(grid.metadata))

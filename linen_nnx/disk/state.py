@@ -1,0 +1,195 @@
+"""Whole training states: what a rule book for the model means for everything saved with it.
+
+A checkpoint's tree is sorted into a `State`: the *model* (parameters and collections), known by
+`(collection, path)`, and the *rest* (step, optimizer, EMA, keys), known by neutral paths that mean
+the same on both sides (`step`, `opt_state/1/0/mu/...`). Layouts: stock Linen (`TrainState`,
+variables, bare parameters), stock nnx (`nnx.State` of a model, of `nnx.Optimizer`), and this
+template's own runs, whose halves may differ in form.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from linen_nnx.book.ops import Side
+from linen_nnx.book.plan import Planner, RuleError
+from linen_nnx.book.rules import RuleBook
+from linen_nnx.disk.store import DICT, Key, Leaf
+
+HALVES = ("encoder", "head")
+STAGES: dict[str, tuple[Side, Side]] = {
+    "linen": ("linen", "linen"),
+    "nnx_in_linen": ("nnx", "linen"),
+    "linen_in_nnx": ("nnx", "linen"),
+    "nnx": ("nnx", "nnx"),
+}
+"""The form of encoder and head at each stage of this template's own runs."""
+
+OPTIMIZER = "opt_state"
+Names = tuple[str, ...]
+
+
+class Id(NamedTuple):
+    """A model leaf: its collection, and its path below that (in nnx form, its attribute path)."""
+
+    collection: str
+    path: str
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a tree is laid out: stock (Linen or nnx), or as this template's runs at a stage."""
+
+    side: Side
+    stage: str | None = None
+
+    def of(self, half: str) -> Side:
+        """The side of one half."""
+        return STAGES[self.stage][HALVES.index(half)] if self.stage else self.side
+
+    @property
+    def flat(self) -> bool:
+        """Whether model leaves lie below the names of their collections."""
+        return self.stage is not None or self.side == "linen"
+
+    def __str__(self) -> str:
+        return f"stage {self.stage}" if self.stage else self.side
+
+
+@dataclass(frozen=True)
+class State:
+    """A sorted tree. In stock nnx form a leaf's collection is not on disk: there it is `""`."""
+
+    form: Form
+    layout: str
+    model: dict[Id, Leaf] = field(default_factory=dict)
+    rest: dict[str, Leaf] = field(default_factory=dict)
+    """By neutral path; what lies outside of the training state's node begins with `../`."""
+
+
+def read_state(leaves: Sequence[Leaf], form: Form, book: RuleBook) -> State:
+    """Sorts a tree. Raises `RuleError` if it does not say clearly where the model is."""
+    planner = Planner(book.rules)
+    tree = _without_boxes(leaves, lambda path: bool(planner.owners(form.side, path)))
+    if form.stage or form.side == "linen":
+        return _read_flat(tree, form, planner)
+    return _read_nnx(tree, planner)
+
+
+def guess_side(leaves: Sequence[Leaf], book: RuleBook) -> Side:
+    """The side that a stock tree looks like.
+
+    Linen trees have a level `params`, those of nnx end in `value`; the rule book tells bare
+    parameters from a pure dict.
+    """
+    if any("params" in leaf.path.split("/")[:3] for leaf in leaves):
+        return "linen"
+    planner = Planner(book.rules)
+    bare = sum(bool(planner.owners("linen", f"params/{leaf.path}")) for leaf in leaves)
+    pure = sum(bool(planner.owners("nnx", leaf.path)) for leaf in leaves)
+    boxed = any(leaf.keys[-1] == ("value", DICT) for leaf in leaves)
+    return "linen" if bare > pure and not boxed else "nnx"
+
+
+def names_of(path: str) -> list[str]:
+    """The key names of a neutral path."""
+    return path.removeprefix("../").split("/")
+
+
+def _without_boxes(
+    leaves: Sequence[Leaf], known: Callable[[str], bool]
+) -> list[tuple[Names, Leaf]]:
+    """The key names of each leaf without the level `value` of `nnx.State` and of boxes.
+
+    That level is the only child of its parent. A parameter of that name may be, too: then the
+    rule book knows the path with it and not the path without.
+    """
+    children: Counter[tuple[Key, ...]] = Counter()
+    if any(leaf.keys[-1] == ("value", DICT) for leaf in leaves):
+        children.update([leaf.keys[:n] for leaf in leaves for n in range(len(leaf.keys))])
+    tree = []
+    for leaf in leaves:
+        names = tuple([key[0] for key in leaf.keys])
+        if len(names) > 1 and leaf.keys[-1] == ("value", DICT) and children[leaf.keys[:-1]] == 1:
+            suffixes = ["/".join(names[n:]) for n in range(len(names) - 1)]
+            own = any(known(s) for s in suffixes) and not any(known(s[:-6]) for s in suffixes)
+            names = names if own else names[:-1]
+        tree.append((names, leaf))
+    return tree
+
+
+def _read_flat(tree: list[tuple[Names, Leaf]], form: Form, planner: Planner) -> State:
+    """Linen trees and this template's own: collections by name, at the node that has `params`."""
+    heads = {names[: names.index("params")] for names, _ in tree if "params" in names}
+    if not heads:
+        model = {Id("params", "/".join(names)): leaf for names, leaf in tree}
+        return State(form, "bare parameters", model)
+    depth = min(map(len, heads))
+    heads = {head for head in heads if len(head) == depth}
+    if len(heads) > 1:
+        raise RuleError(
+            "The layout is ambiguous",
+            [f"`{'/'.join((*h, 'params'))}` may be the parameters" for h in sorted(heads)],
+        )
+    head = heads.pop()
+    base, layout = head, "variables"
+    if any(names[: depth + 2] == (*head, "params", "params") for names, _ in tree):
+        base, layout = (*head, "params"), "variables below `params`"
+    collections = {"params"} | {p.text.split("/")[0] for r in planner.rules for p in r.linen}
+    state = State(form, "")
+    for names, leaf in tree:
+        if names[: len(base)] == base and names[len(base)] in collections:
+            state.model[Id(names[len(base)], "/".join(names[len(base) + 1 :]))] = leaf
+        elif names[:depth] == head:
+            state.rest["/".join(names[depth:])] = leaf
+        else:
+            state.rest["../" + "/".join(names)] = leaf
+    if any(path.split("/")[0] == OPTIMIZER for path in state.rest):
+        layout = "TrainState" if layout == "variables" else f"TrainState, {layout}"
+    if form.stage:
+        layout = f"a run of this template at stage {form.stage}"
+    where = f" in `{'/'.join(head)}`" if head else ""
+    return State(form, layout + where, state.model, state.rest)
+
+
+def _read_nnx(tree: list[tuple[Names, Leaf]], planner: Planner) -> State:
+    """`nnx.State` trees: the optimizer is the node with `opt_state`, the model what rules match."""
+    owners = {names[: names.index(OPTIMIZER)] for names, _ in tree if OPTIMIZER in names}
+    if not owners and any(names == ("optimizer", "step") for names, _ in tree):
+        owners = {("optimizer",)}  # one that keeps no state
+    owners = {owner for owner in owners if len(owner) == min(map(len, owners))}
+    if len(owners) > 1:
+        shown = ", ".join(f"`{'/'.join(owner)}`" for owner in sorted(owners))
+        raise RuleError("The layout is ambiguous", [f"several optimizers: {shown}"])
+    owner = owners.pop() if owners else None
+    model, rest = [], {}
+    for names, leaf in tree:
+        if (
+            owner is not None
+            and names[:-1][: len(owner)] == owner
+            and (owner or names[0] in (OPTIMIZER, "step"))
+        ):
+            rest["/".join(names[len(owner) :])] = leaf
+        else:
+            model.append((names, leaf))
+    counts = {(): 0} | {names[:1]: 0 for names, _ in model if len(names) > 1}
+    for names, _ in model:
+        for head in ((), names[:1]):
+            counts[head] = counts.get(head, 0) + bool(
+                planner.owners("nnx", "/".join(names[len(head) :]))
+            )
+    head = max(counts, key=lambda head: (counts[head], head == ("model",), -len(head)))
+    boxed = any(leaf.keys[-1].name == "value" for _, leaf in model)
+    layout = f"nnx.State{'' if boxed else ' as a pure dict'} of the model"
+    layout += f" in `{head[0]}`" if head else ""
+    layout += f", and of its optimizer in `{'/'.join(owner)}`" if owner else ""
+    state = State(Form("nnx"), layout, rest=rest)
+    for names, leaf in model:
+        if names[: len(head)] == head:
+            state.model[Id("", "/".join(names[len(head) :]))] = leaf
+        elif "/".join(names) in rest:
+            raise RuleError("The layout is ambiguous", [f"`{'/'.join(names)}` occurs twice"])
+        else:
+            rest["/".join(names)] = leaf
+    return state

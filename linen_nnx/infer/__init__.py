@@ -1,0 +1,1 @@
+"""Twins: two models traced, their parameters paired on evidence, a rule book proposed."""

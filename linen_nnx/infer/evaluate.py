@@ -1,0 +1,108 @@
+"""Rewrites a traced model to float64, whatever dtype it was written for.
+
+In the models' own dtypes twins differ by rounding: 1e-4 in gradients where two attention functions
+differ, percents in bfloat16. With every float widened, equal means 1e-12 and different means
+different. Calls, remat and custom derivatives are opened on the way: the derivative of the result
+is that of the function itself.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import Literal
+
+from linen_nnx.infer.equations import called
+
+
+def widen(jaxpr: Any) -> Any:
+    """The closed jaxpr with every float in float64, complex in complex128; evaluate it with x64."""
+    with jax.enable_x64(True):
+        specs = [_wide_spec(aval) for aval in jaxpr.in_avals]
+        return jax.make_jaxpr(lambda *args: _evaluate(jaxpr.jaxpr, jaxpr.consts, args))(*specs)
+
+
+def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[jax.Array]:
+    known = dict(zip(jaxpr.constvars, map(wide, consts), strict=True))
+    known.update(zip(jaxpr.invars, map(wide, args), strict=True))
+
+    def read(atom: Any) -> Any:
+        return wide(atom.val) if isinstance(atom, Literal) else known[atom]
+
+    for eqn in jaxpr.eqns:
+        outs = equation(eqn, [read(atom) for atom in eqn.invars])
+        known.update(zip(eqn.outvars, outs, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def equation(eqn: Any, args: list[Any]) -> Sequence[Any]:
+    """The outputs of one equation with every float widened."""
+    name, params = eqn.primitive.name, eqn.params
+    if name == "scan":
+        return _scan(params, args)
+    if name == "while":
+        tests, bodies = params["cond_nconsts"], params["body_nconsts"]
+        test = _function(params["cond_jaxpr"], args[:tests])
+        body = _function(params["body_jaxpr"], args[tests : tests + bodies])
+        start = tuple(args[tests + bodies :])
+        return lax.while_loop(lambda c: test(*c)[0], lambda c: tuple(body(*c)), start)
+    if name == "cond":
+        branches = [_function(branch, []) for branch in params["branches"]]
+        return lax.switch(args[0], branches, *args[1:])
+    if (inner := called(eqn)) is not None:
+        return _function(inner, [])(*args)
+    if name == "reduce_precision":
+        return args
+    if name == "bitcast_convert_type":  # the bits of the original dtype are what counts
+        args = [lax.convert_element_type(args[0], eqn.invars[0].aval.dtype)]
+    else:
+        params = {key: _wide_dtype(value) for key, value in params.items()}
+        if name in ("dot_general", "conv_general_dilated"):
+            params["precision"] = None  # else it may ask for products of bfloat16
+    outs = eqn.primitive.bind(*args, **params)
+    return [wide(out) for out in (outs if eqn.primitive.multiple_results else [outs])]
+
+
+def _scan(params: Any, args: list[Any]) -> Sequence[Any]:
+    fixed, count = params["num_consts"], params["num_carry"]
+    body = _function(params["jaxpr"], args[:fixed])
+
+    def step(carry: list[Any], rows: list[Any]) -> tuple[list[Any], list[Any]]:
+        outs = body(*carry, *rows)
+        return outs[:count], outs[count:]
+
+    carry, rows = args[fixed : fixed + count], args[fixed + count :]
+    carry, stacked = lax.scan(step, carry, rows, length=params["length"], reverse=params["reverse"])
+    return [*carry, *stacked]
+
+
+def _function(jaxpr: Any, fixed: Sequence[Any]) -> Callable[..., list[Any]]:
+    consts = getattr(jaxpr, "consts", ())
+    return lambda *args: _evaluate(getattr(jaxpr, "jaxpr", jaxpr), consts, [*fixed, *args])
+
+
+def _wide_spec(aval: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(aval.shape, _wide_dtype(aval.dtype))
+
+
+def wide(value: Any) -> Any:
+    """The value in float64 or complex128 if it is a narrower one; anything else as it is."""
+    kind = getattr(value, "dtype", None)
+    if kind is None:
+        kind = jnp.result_type(value)
+    to = _wide_dtype(kind)
+    return value if to is kind else lax.convert_element_type(value, to)
+
+
+def _wide_dtype(value: Any) -> Any:
+    """float64 in place of a narrower float, complex128 for complex64; anything else as it is."""
+    try:
+        if isinstance(value, str) or not isinstance(value, jnp.dtype | type):
+            return value
+        if jnp.issubdtype(value, jnp.complexfloating):
+            return jnp.dtype("complex128")
+        return jnp.dtype("float64") if jnp.issubdtype(value, jnp.floating) else value
+    except TypeError:
+        return value

@@ -1,0 +1,193 @@
+"""Both sides of a twin, cut into slots of comparable form.
+
+A form is what must agree before two slots can be twins: collection and (N, K). Where one side keeps
+in one leaf what the other keeps in several (experts, stacked on an axis) and the dataflow does not
+show it, the slots of the one leaf are cut along that axis.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from linen_nnx.infer.dataflow import Flow, Slot, flow
+from linen_nnx.infer.evaluate import widen
+from linen_nnx.infer.trace import Trace
+
+Array = np.ndarray
+Form = tuple[Any, ...]
+"""(collection, N, K), or (value,) for a slot that has no twin and is held at a value."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side, ready to be compared: its trace, its slots, and the form of each slot."""
+
+    trace: Trace
+    flow: Flow
+    forms: list[Form]
+
+    @cached_property
+    def wide(self) -> Any:
+        """The traced function in float64."""
+        return widen(self.trace.jaxpr)
+
+    @cached_property
+    def paths(self) -> list[str]:
+        """The paths of all leaves."""
+        return list(self.trace.leaves)
+
+    @cached_property
+    def owner(self) -> Array:
+        """(elements,): the number of the leaf that each element belongs to."""
+        sizes = [int(np.prod(leaf.shape)) for leaf in self.trace.leaves.values()]
+        return np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+
+    @cached_property
+    def first(self) -> list[str]:
+        """For each slot the path of the leaf of its first element."""
+        return [self.paths[self.owner[slot.ids[0, 0]]] for slot in self.flow.slots]
+
+    @cached_property
+    def slots_of(self) -> dict[str, list[int]]:
+        """For each leaf the slots that hold some of its elements."""
+        slots: dict[str, list[int]] = {path: [] for path in self.paths}
+        for number, slot in enumerate(self.flow.slots):
+            for path in self.leaves_of(slot.ids):
+                slots[path].append(number)
+        return slots
+
+    def leaves_of(self, ids: Array) -> list[str]:
+        """The paths of the leaves that elements belong to."""
+        owners = self.owner[ids]
+        first, last = int(owners.min()), int(owners.max())
+        numbers = [first] if first == last else np.unique(owners)
+        return [self.paths[number] for number in numbers]
+
+    def elements(self, path: str) -> Array:
+        """The element numbers of a leaf, in its shape."""
+        shape = self.trace.leaves[path].shape
+        start = self.flow.starts[path]
+        return np.arange(start, start + int(np.prod(shape))).reshape(shape)
+
+
+def sides(linen: Trace, nnx: Trace, alone: Mapping[str, float]) -> tuple[Side, Side]:
+    """Both sides; `alone` holds Linen leaves that have no twin, with the value to keep them at."""
+    named = [{leaf.collection for leaf in trace.leaves.values()} for trace in (linen, nnx)]
+    both = []
+    for trace in (linen, nnx):
+        side = Side(trace, flow(trace), [])
+        for slot, path in zip(side.flow.slots, side.first, strict=True):
+            collection = trace.leaves[path].collection
+            if named[0] != named[1] and collection != "params":
+                collection = "other"  # the sides name them differently: no evidence
+            form = (alone[path],) if path in alone else (collection, *slot.ids.shape)
+            side.forms.append(form)
+        both.append(side)
+    linen_side, nnx_side = _cut(both[0], both[1]), _cut(both[1], both[0])
+    _set_apart(linen_side.forms, nnx_side.forms)
+    return _parted(linen_side), _parted(nnx_side)
+
+
+def in_order(one: Sequence[Any], two: Sequence[Any]) -> list[tuple[int, int]]:
+    """Places of equal items, in order, as many as there can be (a longest common subsequence)."""
+    start, ends = 0, [len(one), len(two)]
+    while start < min(ends) and one[start] == two[start]:
+        start += 1
+    while start < min(ends) and one[ends[0] - 1] == two[ends[1] - 1]:
+        ends = [end - 1 for end in ends]
+    most = {}  # of the rests from two places on, the number of pairs
+    for a in range(ends[0] - 1, start - 1, -1):
+        for b in range(ends[1] - 1, start - 1, -1):
+            same = 1 + most.get((a + 1, b + 1), 0) if one[a] == two[b] else 0
+            most[a, b] = max(same, most.get((a + 1, b), 0), most.get((a, b + 1), 0))
+    pairs = [(k, k) for k in range(start)]
+    a = b = start
+    while a < ends[0] and b < ends[1]:
+        if one[a] == two[b] and most[a, b] == 1 + most.get((a + 1, b + 1), 0):
+            pairs.append((a, b))
+            a, b = a + 1, b + 1
+        elif most.get((a + 1, b), 0) >= most.get((a, b + 1), 0):
+            a += 1
+        else:
+            b += 1
+    return pairs + [(ends[0] + k, ends[1] + k) for k in range(len(one) - ends[0])]
+
+
+def _set_apart(linen: list[Form], nnx: list[Form]) -> None:
+    """Holds at 0 the vectors that only one side has (a bias that the port lacks), by their place.
+
+    Whether these are the ones shows when both sides are run. Where a side has more than vectors
+    to itself, the two are no twins, and nothing is held.
+    """
+    counts = Counter(linen), Counter(nnx)
+    surplus = counts[0] - counts[1], counts[1] - counts[0]
+    if any(form[-1] > 1 for more in surplus for form in more if len(form) > 1):
+        return
+    paired = [set(places) for places in zip(*in_order(linen, nnx), strict=True)] or [set(), set()]
+    for forms, more, known in zip((linen, nnx), surplus, paired, strict=True):
+        for form, count in more.items():
+            odd = [k for k, other in enumerate(forms) if other == form and k not in known]
+            for place in odd if len(odd) == count and len(form) > 1 else ():
+                forms[place] = (0.0,)
+
+
+def _parted(side: Side) -> Side:
+    """The side without flow from one lane of a batch to another."""
+    counts, lanes = np.array([slot.lane for slot in side.flow.slots]).reshape(-1, 2).T
+    apart = (counts[:, None] == counts) & (counts > 1) & (lanes[:, None] != lanes)
+    parted = side.flow._replace(above=side.flow.above & ~apart)
+    return Side(side.trace, parted, side.forms)
+
+
+def _cut(side: Side, other: Side) -> Side:
+    """The side with slots cut where that gives forms that the other side has more of."""
+    mine, theirs = Counter(side.forms), Counter(other.forms)
+    cuts: dict[int, list[Array]] = {}
+    for form in [form for form in mine if len(form) > 1 and mine[form] > theirs[form]]:
+        slots = [k for k, known in enumerate(side.forms) if known == form]
+        for number in slots if mine[form] - theirs[form] == len(slots) else ():
+            for parts in _axes(side, side.flow.slots[number]):
+                small = (form[0], *parts[0].shape)
+                if theirs[small] - mine[small] >= len(parts):
+                    mine[small] += len(parts)
+                    cuts[number] = parts
+                    break
+    if not cuts:
+        return side
+    origin: list[int] = []
+    slots_now: list[Slot] = []
+    forms: list[Form] = []
+    for number, slot in enumerate(side.flow.slots):
+        parts = cuts.get(number, [slot.ids])
+        for lane, ids in enumerate(parts):
+            origin.append(number)
+            cut = slot._replace(ids=ids, lane=(len(parts), lane))
+            slots_now.append(cut if number in cuts else slot)
+            forms.append(
+                (*side.forms[number][:1], *ids.shape) if number in cuts else side.forms[number]
+            )
+    grid = np.ix_(origin, origin)
+    flow_now = side.flow._replace(slots=slots_now, above=side.flow.above[grid])
+    return Side(side.trace, flow_now, forms)
+
+
+def _axes(side: Side, slot: Slot) -> list[list[Array]]:
+    """The ways to cut a slot along an axis of its one leaf, by columns (N) or by rows (K)."""
+    ways = []
+    path, *others = side.leaves_of(slot.ids)
+    shape = side.trace.leaves[path].shape
+    for axis, count in enumerate(shape if not others else ()):
+        places = np.unravel_index(slot.ids - side.flow.starts[path], shape)[axis]
+        if (places == places[:, :1]).all():
+            parts = [slot.ids[places[:, 0] == k] for k in range(count)]
+        elif (places == places[:1]).all():
+            parts = [slot.ids[:, places[0] == k] for k in range(count)]
+        else:
+            continue
+        if count > 1 and len({part.shape for part in parts}) == 1 and parts[0].size:
+            ways.append(parts)
+    return ways

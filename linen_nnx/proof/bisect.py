@@ -1,0 +1,287 @@
+"""Finds the first layer at which twins part: same inputs, same weights, every layer compared.
+
+    found = bisect(twin, checkpoints=["linen_ckpt"])
+    print(found.first)          # None, or the first layer whose output diverges
+
+Both sides run one equation at a time (`record.py`), and what the equations give that use paired
+leaves is compared. Each side is run in float64 as well: what differs there is no rounding, and how
+far a side is from its own float64 run is what rounding may do.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from linen_nnx.book.rules import RuleBook
+from linen_nnx.infer.fingerprints import lively
+from linen_nnx.infer.suggest import suggest
+from linen_nnx.infer.trace import trace_linen, trace_nnx
+from linen_nnx.infer.twin import Twin
+from linen_nnx.proof.compare import Error, Value, Verdict, aligned, judge
+from linen_nnx.proof.half import Half, module_of
+from linen_nnx.proof.lint import lint, watch
+from linen_nnx.proof.mates import gather, mates, side_of, weights
+
+Array = np.ndarray
+_AGREE = ("exact", "rounding", "absorbed")
+_FAILED = ("DIVERGES", "NaN")
+_RANKS = ("other form", *_AGREE, *_FAILED)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One line of a bisection: a layer of both twins, an updated leaf, or an output.
+
+    leaf: the Linen leaf after whose use the values were compared; shape: theirs.
+    before: the worst error of the layers that feed it, None where only inputs do.
+    after: the error of what it gives, None where the sides' values have no common form.
+    verdict: exact, rounding, DIVERGES, NaN; `absorbed`, if it differs but all that is computed
+      from it agrees; `other form`, if there is no `after`.
+    inside: whether the inputs of the equation at which it diverges agree; None if unknown.
+    """
+
+    linen: str
+    nnx: str
+    leaf: str
+    shape: str
+    before: Error | None
+    after: Error | None
+    verdict: Verdict
+    inside: bool | None = None
+
+
+@dataclass(frozen=True)
+class Bisection:
+    """All layers in the order of first use, then updated leaves and outputs.
+
+    first: the first layer that diverges; findings: of the lint; notes: on how it was run.
+    """
+
+    layers: tuple[Layer, ...]
+    first: Layer | None
+    findings: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def bisect(
+    twin: Twin,
+    book: RuleBook | str | Path | None = None,
+    checkpoints: Sequence[str | Path] = (),
+) -> Bisection:
+    """Compares twins layer by layer.
+
+    Args:
+      twin: both models and their inputs. An input that is all one value gets noise.
+      book: the rule book, or its file; default: what `suggest` finds. Leaves without a rule are
+        paired by their order of first use, and `notes` says so.
+      checkpoints: none for seeded random weights; one, of either form, for its weights on both
+        sides; two, one of each form.
+
+    Raises:
+      TwinError: when a part of the twin cannot be built or called.
+      RuleError: when the rules or the checkpoints do not fit the twin.
+      StoreError: when a checkpoint cannot be read.
+    """
+    watched, configs = watch(twin)
+    linen, nnx = side_of(trace_linen(watched)), side_of(trace_nnx(watched))
+    if not isinstance(book, RuleBook):
+        book = suggest(twin) if book is None else RuleBook.load(book)
+    mate, notes = mates(linen, nnx, book)
+    *leaves, more = weights(linen, nnx, book, mate, checkpoints)
+    inputs = []
+    for number, array in enumerate(linen.trace.inputs):
+        even = (
+            array.size > 1 and array.dtype.kind in "fiu" and bool((array == array.ravel()[0]).all())
+        )
+        inputs.append(jnp.asarray(lively(array, number), array.dtype) if even else array)
+        notes += [f"input {number} was all one value, which hides much: it got noise"] * even
+    both = Half(linen, leaves[0], inputs), Half(nnx, leaves[1], inputs)
+    found = _Comparison(both, mate)
+    layers, first = found.layers()
+    return Bisection(tuple(layers), first, tuple(lint(configs, found.modules())), (*notes, *more))
+
+
+@dataclass(eq=False)
+class _Point:
+    """A use on each side, whose values are compared."""
+
+    linen: int
+    nnx: int
+    shape: str
+    values: tuple[Value, Value] | None
+    error: Error | None = None
+    verdict: Verdict = "other form"
+
+
+class _Comparison:
+    def __init__(self, both: tuple[Half, Half], mate: Array) -> None:
+        self.both, self.mate = both, mate
+        self.numbers = np.arange(both[0].flow.size), mate
+        self.points = sorted(self._points(), key=lambda point: (point.linen, point.nnx))
+        self.known = [point for point in self.points if point.values]
+        self.feeds = dict(zip(self.known, self._feeds(), strict=True))
+        for point in self.known:
+            assert point.values is not None
+            point.error, point.verdict = judge(*point.values)
+        self.ends = list(self._ends())
+        self._absorb()
+
+    def modules(self) -> dict[tuple[str, str], str]:
+        """Modules of both sides that share leaves, and the dtype of what the Linen one gives."""
+        found = {}
+        for point in self.points:
+            one, two = (
+                module_of(half.side, half.leaf[use])
+                for half, use in zip(self.both, (point.linen, point.nnx), strict=True)
+            )
+            value = self.both[0].value(point.linen)
+            found[one, two] = str(value.own.dtype) if value else ""
+        return found
+
+    def layers(self) -> tuple[list[Layer], Layer | None]:
+        """All lines, and the first that diverges."""
+        groups: dict[tuple[str, str], list[_Point]] = {}
+        for point in self.points:
+            key = self.both[0].layer(point.linen), self.both[1].layer(point.nnx)
+            groups.setdefault(key, []).append(point)
+        fault = next((point for point in self.points if point.verdict in _FAILED), None)
+        lines, first = [], None
+        for (linen, nnx), points in groups.items():
+            failed = [point for point in points if point.verdict in _FAILED]
+            shown = failed[0] if failed else max(reversed(points), key=_rank)
+            feeds = {other for point in points for other in self.feeds.get(point, ())}
+            before = [other.error for other in feeds.difference(points) if other.error]
+            line = Layer(
+                linen,
+                nnx,
+                self.both[0].leaf[shown.linen],
+                shown.shape,
+                max(before, key=_amount, default=None),
+                shown.error,
+                shown.verdict,
+                self._inside(shown) if shown is fault else None,
+            )
+            lines.append(line)
+            first = line if fault in points else first
+        lines += self.ends
+        return lines, first or next((line for line in self.ends if line.verdict in _FAILED), None)
+
+    def _points(self) -> Iterator[_Point]:
+        """Uses that share leaf elements; and uses of one side in a layer that has a mate."""
+        one, two = self.both
+        here = np.flatnonzero(self.mate >= 0)
+        uses = np.stack([one.flow.owner[self.mate[here]], two.flow.owner[here]])
+        uses = np.unique(uses[:, (uses >= 0).all(0)], axis=1).T.tolist()
+        paired = set(), set()
+        layers: tuple[dict[str, list[int]], dict[str, list[int]]] = {}, {}
+        for pair in uses:
+            yield self._point(pair[0], pair[1], fit=True)
+            for side in (0, 1):
+                paired[side].add(pair[side])
+                layer = self.both[side].layer(pair[side])
+                layers[side].setdefault(layer, []).append(pair[1 - side])
+        for side, half in enumerate(self.both):
+            for use in half.leaf.keys() - paired[side]:
+                if others := layers[side].get(half.layer(use)):
+                    pair = (use, max(others)) if side == 0 else (max(others), use)
+                    yield self._point(*pair, fit=False)
+
+    def _point(self, linen: int, nnx: int, fit: bool) -> _Point:
+        """`fit`: whether the uses share elements, so that values in other forms can be aligned."""
+        one, two = self.both[0].value(linen), self.both[1].value(nnx)
+        if one is None or two is None:
+            return _Point(linen, nnx, "", None)
+        values = (one, two) if one.own.shape == two.own.shape else None
+        if fit:
+            at = self.both[0].flow.uses[linen], self.both[1].flow.uses[nnx]
+            values = aligned((one, two), at, self.numbers)
+        return _Point(linen, nnx, _shape((one, two)), values)
+
+    def _feeds(self) -> list[list[_Point]]:
+        """For each known point those that flow into it with no other in between."""
+        above = self.both[0].above
+        sets = [
+            {k for k, other in enumerate(self.known) if other.linen in above[point.linen]}
+            for point in self.known
+        ]
+        return [
+            [self.known[k] for k in each - set().union(*(sets[k] for k in each))] for each in sets
+        ]
+
+    def _ends(self) -> Iterator[Layer]:
+        """Updated leaves, outputs, and the outputs of each side as one compiled program."""
+        one, two = self.both
+        inner = {other for feeds in self.feeds.values() for other in feeds}
+        last = [point.error for point in self.known if point not in inner and point.error]
+        before = max(last, key=_amount, default=None)
+        for path in two.side.paths:
+            ids = self.mate[two.side.elements(path)]
+            if (ids < 0).any():
+                continue
+            sources = one.side.leaves_of(ids)
+            if path in two.updated or one.updated & set(sources):
+                mine = zip(*(one.leaves[p] for p in sources), strict=True)
+                leaves = [dict(zip(sources, arrays, strict=True)) for arrays in mine]
+                value = Value(*(gather(one.side, each, ids) for each in leaves))
+                values = value, two.leaves[path]
+                yield _end(f"update of {sources[0]}", f"update of {path}", values, before)
+        for outs, text in (
+            ((one.outs, two.outs), ""),
+            ((one.compiled, two.compiled), ", compiled"),
+        ):
+            for number in range(max(map(len, outs))):
+                name = f"output {number}{text}"
+                if number < min(map(len, outs)):
+                    values = outs[0][number], outs[1][number]
+                    yield _end(name, name, values, before)
+                else:
+                    names = [name if number < len(each) else "none" for each in outs]
+                    yield Layer(names[0], names[1], "", "", before, None, "DIVERGES")
+
+    def _absorb(self) -> None:
+        """Marks points that differ while everything computed from them agrees."""
+        after: dict[_Point, list[_Point]] = {point: [] for point in self.known}
+        for point, feeds in self.feeds.items():
+            for other in feeds:
+                after[other].append(point)
+        final = all(line.verdict in _AGREE for line in self.ends)
+        for point in reversed(self.known):
+            agree = all(other.verdict in _AGREE for other in after[point])
+            agree = agree if after[point] else final
+            if point.verdict == "DIVERGES" and agree:
+                point.verdict = "absorbed"
+
+    def _inside(self, point: _Point) -> bool | None:
+        """Whether what flows into both equations of a point agrees."""
+        given = [
+            half.inputs(use) for half, use in zip(self.both, (point.linen, point.nnx), strict=True)
+        ]
+        shapes = [[value.own.shape for value in values] for values in given]
+        if shapes[0] != shapes[1]:
+            return None
+        return all(judge(*pair)[1] in _AGREE for pair in zip(*given, strict=True))
+
+
+def _end(linen: str, nnx: str, values: tuple[Value, Value], before: Error | None) -> Layer:
+    if values[0].own.shape != values[1].own.shape:
+        return Layer(linen, nnx, "", _shape(values), before, None, "DIVERGES")
+    error, verdict = judge(*values)
+    return Layer(linen, nnx, "", _shape(values), before, error, verdict)
+
+
+def _rank(point: _Point) -> tuple[int, float]:
+    return _RANKS.index(point.verdict), _amount(point.error)
+
+
+def _amount(error: Error | None) -> float:
+    if error is None:
+        return -2.0
+    return -1.0 if error.exact else np.nan_to_num(error.relative, nan=np.inf)
+
+
+def _shape(values: tuple[Value, Value]) -> str:
+    texts = [f"{value.own.dtype}[{','.join(map(str, value.own.shape))}]" for value in values]
+    return texts[0] if texts[0] == texts[1] else " / ".join(texts)

@@ -1,0 +1,170 @@
+"""Which element of one side is which of the other, and weights that are the same on both."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from linen_nnx.book.ops import Side as Name
+from linen_nnx.book.plan import RuleError
+from linen_nnx.book.rules import RuleBook
+from linen_nnx.disk.sources import find
+from linen_nnx.disk.state import HALVES, Form, guess_side, read_state
+from linen_nnx.infer.dataflow import flow
+from linen_nnx.infer.fingerprints import distinct
+from linen_nnx.infer.sides import Side, in_order
+from linen_nnx.infer.trace import Trace
+
+Array = np.ndarray
+Leaves = dict[str, Any]
+
+
+def side_of(trace: Trace) -> Side:
+    """A side by itself, its slots as the dataflow has them."""
+    found = flow(trace)
+    side = Side(trace, found, [])
+    for slot, path in zip(found.slots, side.first, strict=True):
+        side.forms.append((trace.leaves[path].collection == "params", *slot.ids.shape))
+    return side
+
+
+def mates(linen: Side, nnx: Side, book: RuleBook) -> tuple[Array, list[str]]:
+    """(nnx elements,): the Linen element that each is, -1 for none; and notes on what was guessed.
+
+    By the rules that keep bits. Slots without a rule are paired in the order of their first use
+    where the two sides have the same forms in the same order.
+    """
+    rules = [rule for rule in book.rules if rule.linen and rule.nnx and rule.lossless]
+    plan = RuleBook(rules).plan(linen.trace.leaves, "nnx", nnx.trace.leaves, partial=True)
+    mate = np.full(nnx.flow.size, -1)
+    for path, numbers in plan.run({path: linen.elements(path) for path in linen.paths}).items():
+        mate[nnx.elements(path)] = numbers
+    taken = np.zeros(linen.flow.size, bool)
+    taken[mate[mate >= 0]] = True
+    left = [k for k, slot in enumerate(linen.flow.slots) if not taken[slot.ids].any()]
+    right = [k for k, slot in enumerate(nnx.flow.slots) if (mate[slot.ids] < 0).all()]
+    forms = [linen.forms[k] for k in left], [nnx.forms[k] for k in right]
+    guessed = []
+    for a, b in in_order(*forms):
+        mate[nnx.flow.slots[right[b]].ids] = linen.flow.slots[left[a]].ids
+        guessed.append(f"{linen.first[left[a]]} = {nnx.first[right[b]]}")
+    notes = []
+    if guessed:
+        notes.append(f"{len(guessed)} uses have no rule and were paired by order: {_few(guessed)}")
+    taken[mate[mate >= 0]] = True
+    if alone := [path for path in linen.paths if not taken[linen.elements(path)].any()]:
+        notes.append(f"Linen leaves without a mate in nnx: {_few(alone)}")
+    return mate, notes
+
+
+def weights(
+    linen: Side, nnx: Side, book: RuleBook, mate: Array, checkpoints: Sequence[str | Path]
+) -> tuple[Leaves, Leaves, list[str]]:
+    """The leaves of both sides, and notes; see `bisect` for `checkpoints`."""
+    found = dict(_saved(path, book) for path in checkpoints)
+    if len(found) < len(checkpoints):
+        raise RuleError(
+            "Two checkpoints must be one of each form", [f"both look like {next(iter(found))} form"]
+        )
+    notes: list[str] = []
+    for name, side in (("linen", linen), ("nnx", nnx)):
+        if name in found:
+            found[name] = _checked(side, found[name], name)
+    if not found:
+        found["linen"] = random_leaves(linen)
+    if len(found) == 2 and (others := _different(linen, nnx, found["linen"], found["nnx"], mate)):
+        notes.append(f"the checkpoints' weights differ, in nnx leaves {_few(others)}")
+    back = np.full(linen.flow.size, -1)
+    back[mate[mate >= 0]] = np.flatnonzero(mate >= 0)
+    if "nnx" not in found:
+        found["nnx"] = _carried(linen, nnx, found["linen"], book, "nnx", mate, notes)
+    if "linen" not in found:
+        found["linen"] = _carried(nnx, linen, found["nnx"], book, "linen", back, notes)
+    return found["linen"], found["nnx"], notes
+
+
+def gather(side: Side, leaves: Mapping[str, Any], ids: Array) -> Array:
+    """The values of elements, by number."""
+    paths = sorted(side.leaves_of(ids), key=side.flow.starts.__getitem__)
+    numbers = np.concatenate([side.elements(path).ravel() for path in paths])
+    values = np.concatenate([np.asarray(leaves[path]).ravel() for path in paths])
+    return values[np.searchsorted(numbers, ids)]
+
+
+def random_leaves(side: Side) -> Leaves:
+    """Seeded values, different for every use: positive where a leaf acts element by element."""
+    values = distinct(side, np.full(side.flow.size, 0.5), side.paths)
+    leaves = side.trace.leaves
+    return {path: values[side.elements(path)].astype(leaves[path].dtype) for path in side.paths}
+
+
+def _carried(
+    one: Side, two: Side, leaves: Leaves, book: RuleBook, to: Name, mate: Array, notes: list[str]
+) -> Leaves:
+    """The leaves of side `two` from those of side `one`: by rule, by guess, else random."""
+    found = book.plan(one.trace.leaves, to, two.trace.leaves, partial=True).run(leaves)
+    alone = []
+    for path in [path for path in two.paths if path not in found]:
+        ids = mate[two.elements(path)]
+        found[path] = random_leaves(two)[path]
+        if (ids >= 0).any():
+            found[path][ids >= 0] = gather(one, leaves, ids[ids >= 0])
+        if (ids < 0).any():
+            alone.append(path)
+    if alone:
+        notes.append(f"{to} leaves without a mate have random values: {_few(alone)}")
+    return found
+
+
+def _different(linen: Side, nnx: Side, ours: Leaves, theirs: Leaves, mate: Array) -> list[str]:
+    """The nnx leaves whose bits are not those of their mates."""
+    mates_of = {path: mate[nnx.elements(path)] for path in nnx.paths}
+    return [
+        path
+        for path, ids in mates_of.items()
+        if (ids >= 0).all() and gather(linen, ours, ids).tobytes() != theirs[path].tobytes()
+    ]
+
+
+def _few(texts: Sequence[str]) -> str:
+    return ", ".join(texts[:4]) + (f", ... ({len(texts)})" if len(texts) > 4 else "")
+
+
+def _checked(side: Side, leaves: Leaves, name: str) -> Leaves:
+    problems = []
+    for path, leaf in side.trace.leaves.items():
+        there = leaves.get(path)
+        if there is None:
+            problems.append(f"`{path}` is not in it")
+        elif (there.shape, there.dtype) != (leaf.shape, leaf.dtype):
+            problems.append(
+                f"`{path}` is {there.dtype}{list(there.shape)}, the twin's {leaf.dtype}"
+                f"{list(leaf.shape)}"
+            )
+    if problems:
+        raise RuleError(f"the {name} checkpoint does not fit the twin", problems)
+    return leaves
+
+
+def _saved(path: str | Path, book: RuleBook) -> tuple[Name, Leaves]:
+    """The model's leaves in a checkpoint, and their form; a hybrid of this template becomes nnx."""
+    source = find(path)
+    side = "linen" if source.run else guess_side(source.leaves, book)
+    form = Form(side, source.run["stage"] if source.run else None)
+    model = read_state(source.leaves, form, book).model
+    arrays = dict(zip(model, source.reader.read(list(model.values())), strict=True))
+    linen = {f"{key.collection}/{key.path}": array for key, array in arrays.items()}
+    if form.stage is None and form.side == "nnx":
+        return "nnx", {key.path: array for key, array in arrays.items()}
+    if form.stage is None or all(form.of(half) == "linen" for half in HALVES):
+        return "linen", linen
+    result: Leaves = {}
+    for half in HALVES:
+        inside = {key: array for key, array in arrays.items() if key.path.split("/")[0] == half}
+        if form.of(half) == "nnx":
+            result |= {key.path: array for key, array in inside.items()}
+        else:
+            names = {f"{key.collection}/{key.path}": array for key, array in inside.items()}
+            result |= book.within(half).to_nnx(names)
+    return "nnx", result

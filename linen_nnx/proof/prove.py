@@ -1,0 +1,438 @@
+"""Proves by running both models that a converted training state means what its source meant.
+
+Equal bytes through a rule book prove nothing about the book. So both forms of the model are run on
+the same inputs and weights, and their outputs, gradients and optimizer steps compared. Two arrays
+are *exact* if every bit is equal. Where rounding makes that impossible (another order of sums),
+they are *close* if both models, evaluated in float64, agree to 2e-7 of an array's largest element,
+gradients to 2e-6 (constants are rounded to float32 in either): then they are one function, and what
+they differ by is the rounding of each. Anything else fails, and so does any NaN or infinity.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from linen_nnx.book.ops import Action, Fill, Multiply
+from linen_nnx.book.plan import RuleError
+from linen_nnx.book.rules import RuleBook
+from linen_nnx.disk.planning import Conversion
+from linen_nnx.disk.sources import Reader
+from linen_nnx.disk.state import OPTIMIZER, Id, State
+from linen_nnx.disk.store import Leaf
+from linen_nnx.infer.fingerprints import lively
+from linen_nnx.infer.suggest import suggest
+from linen_nnx.infer.trace import trace_linen
+from linen_nnx.infer.twin import Twin, TwinError
+from linen_nnx.proof.subject import Arrays, Subject
+from linen_nnx.proof.verify import Check
+
+Array = np.ndarray
+Named = dict[str, Array]
+_STEP_ULPS = 16  # of an optimizer's step on equal gradients: sums over leaves in another order
+_BLIND = 1e-10  # of the median gradient
+_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class _Route:
+    """What becomes of some leaves of the source."""
+
+    sources: tuple[Id | str, ...]
+    targets: tuple[Id | str, ...]
+    actions: tuple[Action, ...]
+
+    @property
+    def lossless(self) -> bool:
+        return not any(isinstance(action, Multiply | Fill) for action in self.actions)
+
+
+class _Bound(NamedTuple):
+    """What is rounding: in float64, relative to an array's largest element.
+
+    An array smaller than the share `floor` of the largest is measured on that scale: a gradient
+    that is all but 0 is a sum of larger ones that cancel.
+    """
+
+    relative: float
+    floor: float
+
+
+_FORWARD, _GRADIENT = _Bound(2e-7, 1e-12), _Bound(2e-6, 1e-5)
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What both sides are run on: a state of each, and inputs."""
+
+    name: str
+    left: Arrays
+    right: Arrays
+    inputs: Sequence[Any]
+
+
+def prove(
+    conversion: Conversion,
+    result: State,
+    reader: Reader,
+    before: Subject,
+    after: Subject,
+    twin: Twin | None = None,
+) -> Iterator[Check]:
+    """Compares the models of a conversion's source and result, layer by layer.
+
+    Holds both states in memory, and runs both models a few times.
+
+    Args:
+      conversion: how `result` was made.
+      result: what was found on disk, and `reader` of its arrays.
+      before, after: the models of source and result.
+      twin: where the two come from, if from one: then a wrong rule is named.
+    """
+    fits = _fits(before, conversion.state) + _fits(after, result)
+    yield Check("leaves, as the models' code has them", not fits, fits)
+    if fits:
+        return
+    pair = _Pair(before, after, _routes(conversion, result))
+    old, new = _load(conversion.state, conversion.source.reader), _load(result, reader)
+    random = _randomised(before, old, pair.routes)
+    given = before.trace.inputs
+    noisy = [lively(array, seed) for seed, array in enumerate(given)]
+    finite = all(np.isfinite(out).all() for out in before.forward(random, noisy)[0].values())
+    cases = (
+        _Case("the checkpoint's weights", old, new, given),
+        _Case(
+            "randomised weights",
+            random,
+            {**new, **pair.translated(random)},
+            noisy if finite else given,
+        ),
+    )
+    checks = [pair.forward(case) for case in cases]
+    yield from checks
+    if twin is not None and not all(check.passed for check in checks):
+        yield _suspects(twin, conversion.book)
+    blind, sight = _sight(before, random, cases[1].inputs)
+    for case in cases:
+        yield pair.gradients(case, blind)
+    yield from pair.optimizer(cases[0])
+    yield sight
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Both models, and the way from the leaves of one to those of the other."""
+
+    before: Subject
+    after: Subject
+    routes: Sequence[_Route]
+
+    def translated(self, arrays: Mapping[Any, Array], lossless: bool = False) -> Arrays:
+        """What the rules make of some of the source's leaves; `lossless`: only such rules."""
+        result: Arrays = {}
+        for route in self.routes:
+            known = route.sources and all(key in arrays for key in route.sources)
+            if known and route.targets and (route.lossless or not lossless):
+                parts = [arrays[key] for key in route.sources]
+                for action in route.actions:
+                    parts = action.run(parts)
+                result.update(zip(route.targets, parts, strict=True))
+        return result
+
+    def forward(self, case: _Case) -> Check:
+        """Compares outputs, and the new values of all that either call updates."""
+
+        def both(wide: bool) -> tuple[Named, Named]:
+            outputs, updates = self.before.forward(case.left, case.inputs, wide)
+            theirs, news = self.after.forward(case.right, case.inputs, wide)
+            olds = self.translated({**case.left, **updates})
+            touched = {*self.translated(updates), *news} & olds.keys()
+            ours = {**outputs, **{_name(key): olds[key] for key in touched}}
+            return ours, theirs | {_name(key): news.get(key, case.right[key]) for key in touched}
+
+        return _judge(f"forward pass, {case.name}", both, self.before.exact, _FORWARD)
+
+    def gradients(self, case: _Case, blind: set[Id]) -> Check:
+        """Compares the gradients of all leaves but the blind, which have none but rounding."""
+
+        def both(wide: bool) -> tuple[Named, Named]:
+            slopes = self.before.gradient(case.left, case.inputs, wide)
+            ours = self.translated(slopes, lossless=True)
+            theirs: Arrays = {**self.after.gradient(case.right, case.inputs, wide)}
+            shared = (ours.keys() & theirs.keys()) - unseen
+            return {_name(k): ours[k] for k in shared}, {_name(k): theirs[k] for k in shared}
+
+        all_blind = (route for route in self.routes if {*route.sources} <= blind)
+        unseen = {key for route in all_blind for key in route.targets}
+        return _judge(f"gradients, {case.name}", both, self.before.exact, _GRADIENT)
+
+    def optimizer(self, case: _Case) -> Iterator[Check]:
+        """Compares one step on equal gradients, and the same from a fresh optimizer."""
+        name = "one optimizer step from the carried state"
+        before, after = self.before, self.after
+        if before.step is None or after.step is None:
+            yield Check(name, None, ("say what trained it: Twin(..., optimizer=...)",))
+            return
+        slopes = before.gradient(case.left, case.inputs)
+        moved = self.translated(slopes, lossless=True)
+        params = [id for id, leaf in after.leaves.items() if leaf.collection == "params"]
+        if not all(_has_optimizer(state) for state in (case.left, case.right)):
+            yield Check(name, None, ("there is no optimizer's state on both sides",))
+            return
+        if not moved.keys() >= {*params}:
+            yield Check(name, None, ("the rules change or invent the values of parameters",))
+            return
+        try:
+            ours, fresh = (before.step(case.left, slopes, new) for new in (False, True))
+            theirs = after.step(case.right, moved, False)
+        except RuleError as error:
+            yield Check(name, False, error.problems)
+            return
+        both = (
+            {_name(key): array for key, array in self.translated(ours).items()},
+            {_name(key): array for key, array in theirs.items()},
+        )
+        yield _judge(name, lambda wide: both, before.exact)
+        yield _control(case.left, ours, fresh)
+
+
+def _control(old: Arrays, carried: Arrays, fresh: Arrays) -> Check:
+    """Whether the step before says anything of the optimizer's state."""
+    name = "a step from a fresh optimizer, which must differ"
+    still = all(_same(old[key], carried[key]) for key in carried if isinstance(key, Id))
+    other = [key for key in carried if key not in fresh or not _same(carried[key], fresh[key])]
+    if any(isinstance(key, Id) for key in other):
+        return Check(name, True)
+    if still and any(carried[key].ndim for key in other):
+        return Check(name, True, ("in its state: the parameters do not move (rate 0, or masked)",))
+    return Check(name, None, ("it does the same: the step says nothing of the carried state",))
+
+
+def _fits(subject: Subject, state: State) -> tuple[str, ...]:
+    """How the leaves on disk differ from those of the model's code; RNG state aside."""
+    problems = []
+    for id, leaf in subject.leaves.items():
+        found = state.model.get(id)
+        due = f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+        got = "missing" if found is None or found.zarr is None else str(found.spec)
+        if got != due:
+            problems.append(f"`{_name(id)}` is {got}, the {subject.trace.side} model has {due}")
+    for id in state.model.keys() - subject.leaves.keys():
+        leaf = state.model[id]
+        if leaf.zarr is not None and str(leaf.spec.dtype)[:4] not in ("key<", "uint"):
+            problems.append(
+                f"`{_name(id)}` is {leaf.spec}, the {subject.trace.side} model has none"
+            )
+    return tuple(problems)
+
+
+def _leaves(state: State) -> dict[Id | str, Leaf]:
+    """Every array of a state."""
+    return {k: v for k, v in {**state.model, **state.rest}.items() if v.zarr is not None}
+
+
+def _load(state: State, reader: Reader) -> Arrays:
+    leaves = _leaves(state)
+    return dict(zip(leaves, reader.read(list(leaves.values())), strict=True))
+
+
+def _routes(conversion: Conversion, result: State) -> list[_Route]:
+    """The conversion's jobs, in the keys of the two states."""
+    old, new = (
+        {leaf.path: key for key, leaf in _leaves(state).items()}
+        for state in (conversion.state, result)
+    )
+    return [
+        _Route(
+            tuple(old[leaf.path] for leaf in job.change.sources),
+            tuple(new[leaf.path] for leaf in job.targets),
+            job.change.actions,
+        )
+        for job in conversion.jobs
+        if all(leaf.path in old for leaf in job.change.sources)
+        and all(leaf.path in new for leaf in job.targets)
+    ]
+
+
+def _has_optimizer(state: Arrays) -> bool:
+    return any(isinstance(key, str) and key.split("/")[0] == OPTIMIZER for key in state)
+
+
+def _randomised(subject: Subject, state: Arrays, routes: Sequence[_Route]) -> Arrays:
+    """The state with other values in all of the model's leaves of floats that have a target."""
+    moved = {key for route in routes if route.targets for key in route.sources}
+    result = dict(state)
+    for number, (id, leaf) in enumerate(subject.leaves.items()):
+        if id not in moved or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            continue
+        random = np.random.default_rng([number, *leaf.shape])
+        if len(leaf.shape) < 2 or leaf.collection != "params":  # scales, biases, variances
+            values = random.uniform(0.5, 1.5, leaf.shape)
+        else:
+            values = random.normal(size=leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1]))
+        result[id] = np.asarray(values, state[id].dtype)
+    return result
+
+
+def _sight(subject: Subject, state: Arrays, inputs: Sequence[Any]) -> tuple[set[Id], Check]:
+    """The leaves that no output sees (an attention's key bias, say): nothing here tests them."""
+    name = "every leaf is seen by an output"
+
+    def moves(ids: list[Id]) -> bool:
+        """Whether other values in some leaves move anything that the model gives."""
+        random = np.random.default_rng(0)
+        other = {id: state[id] * random.uniform(0.5, 1.5, state[id].shape) for id in ids}
+        one, two = (subject.forward(s, inputs, wide=True) for s in (state, {**state, **other}))
+        left, right = (
+            {**outs, **{_name(id): updates[id] for id in updates}} for outs, updates in (one, two)
+        )
+        return _gap(left, right, 0.0) > 1e-12
+
+    try:
+        slopes = subject.gradient(state, inputs, wide=True, updates=True)
+        sizes = {id: np.abs(slope).max(initial=0) for id, slope in slopes.items()}
+        seen = [size for size in sizes.values() if size > 0]
+        limit = _BLIND * float(np.median(seen)) if seen else 0.0
+        dark = [id for id, size in sizes.items() if size <= limit]
+        if dark and moves(dark):  # as what has a gradient of 0 by decree (stop_gradient) may
+            dark = [id for id in dark if not moves([id])]
+    except Exception as error:  # the user's own model: whatever it raises is the reason
+        return set(), Check(name, None, (f"not to be run in float64: {error!r}",))
+    blind = {*dark, *(subject.leaves.keys() - slopes.keys())}
+    details = (f"`{_name(id)}` is seen by none: right by its rule and bytes alone" for id in blind)
+    return blind, Check(name, None if blind else True, tuple(sorted(details)))
+
+
+def _suspects(twin: Twin, book: RuleBook) -> Check:
+    """The rules that the models' own dataflow contradicts."""
+    name = "the rule book, against the models' code"
+    leaves = trace_linen(twin).leaves
+    sizes = np.cumsum([0, *(int(np.prod(leaf.shape)) for leaf in leaves.values())])
+    numbers = {
+        path: np.arange(start, start + np.prod(leaf.shape, dtype=int)).reshape(leaf.shape)
+        for (path, leaf), start in zip(leaves.items(), sizes, strict=False)
+    }
+    try:
+        known = suggest(twin)
+        ours = RuleBook([r for r in book.rules if r.lossless]).to_nnx(numbers, partial=True)
+        theirs = known.to_nnx(numbers, partial=True)
+    except (TwinError, RuleError) as error:
+        return Check(name, None, (str(error),))
+    names = list(leaves)
+
+    def origin(array: Array) -> str:
+        found = np.unique(np.searchsorted(sizes, array.ravel(), side="right") - 1)
+        return " + ".join(f"`{names[k]}`" for k in found[:4])
+
+    wrong = [
+        f"`{path}` comes from {origin(ours[path])}"
+        + (
+            f", and must come from {origin(theirs[path])}"
+            if origin(ours[path]) != origin(theirs[path])
+            else ", with its elements in the wrong order"
+        )
+        for path in ours
+        if path in theirs and not np.array_equal(ours[path], theirs[path])
+    ]
+    if wrong:
+        return Check(name, False, tuple(wrong))
+    hint = "the code of the two models differs; `convert.py bisect` shows where"
+    return Check(name, True if theirs else None, (hint,))
+
+
+def _judge(
+    name: str, both: Callable[[bool], tuple[Named, Named]], exact: bool, bound: _Bound | None = None
+) -> Check:
+    """Compares named arrays of two sides.
+
+    both: returns the two mappings, in the models' own dtypes or (given True) in float64.
+    exact: whether every bit must be equal.
+    bound: what is rounding in float64; None if there is no float64 to compare in.
+    """
+    left, right = both(False)
+    problems = [
+        f"{label}: {_shown(left.get(label))} before, {_shown(right.get(label))} after"
+        for label in {**left, **right}
+        if _shown(left.get(label)) != _shown(right.get(label))
+    ]
+    problems += [
+        f"{label}: not finite {when}"
+        for when, arrays in (("before", left), ("after", right))
+        for label, array in arrays.items()
+        if not _finite(array)
+    ]
+    if problems:
+        return Check(name, False, tuple(problems[:_SHOWN]))
+    other = {label for label in left if not _same(left[label], right[label])}
+    if not other:
+        return Check(name, True, (f"exact: every bit of {len(left)} arrays",))
+    ulps = _ulps(left, right, bound.floor if bound else 0.0)
+    worst = sorted(other, key=lambda label: -ulps[label])
+    shown = [f"{label} by {ulps[label]:.3g}" for label in worst[:_SHOWN]]
+    text = f"{len(other)} of {len(left)} arrays differ (ulps of the largest element): "
+    text += ", ".join(shown) + (", ..." if len(worst) > _SHOWN else "")
+    if exact:
+        return Check(name, False, (text, "every bit must be equal here"))
+    if bound is None:
+        close, why = ulps[worst[0]] <= _STEP_ULPS, f"{_STEP_ULPS} ulps are rounding here"
+    else:
+        try:
+            gap = _gap(*both(True), bound.floor)
+        except Exception as error:  # the user's own model: whatever it raises is the reason
+            return Check(name, False, (text, f"not to be compared in float64: {error!r}"))
+        close = gap <= bound.relative
+        why = f"in float64 {gap:.0e} apart, of which {bound.relative:.0e} may be rounding"
+    return Check(
+        name, close, (text, f"{'close, not exact' if close else 'not equal'}: {why}"), close
+    )
+
+
+def _shown(array: Array | None) -> str:
+    return "missing" if array is None else f"{array.dtype}[{','.join(map(str, array.shape))}]"
+
+
+def _finite(array: Array) -> bool:
+    return not jnp.issubdtype(array.dtype, jnp.inexact) or bool(np.isfinite(array).all())
+
+
+def _same(left: Array, right: Array) -> bool:
+    return left.dtype == right.dtype and left.tobytes() == right.tobytes()
+
+
+def _ulps(left: Named, right: Named, floor: float) -> dict[str, float]:
+    """The largest difference of each array, in units in the last place of its largest element."""
+    ulps = {}
+    for label, scale in _scales(left, floor).items():
+        kind = left[label].dtype
+        if jnp.issubdtype(kind, jnp.inexact):
+            unit = float(jnp.finfo(kind).eps) * 2.0 ** math.floor(math.log2(scale))
+            ulps[label] = _distance(left[label], right[label]) / unit
+        else:
+            ulps[label] = np.inf if _distance(left[label], right[label]) else 0.0
+    return ulps
+
+
+def _gap(left: Named, right: Named, floor: float) -> float:
+    """The largest difference, relative to each array's largest element; NaN is infinite."""
+    scales = _scales(left, floor).items()
+    gaps = [_distance(left[label], right[label]) / scale for label, scale in scales]
+    return float(np.nan_to_num(max(gaps), nan=np.inf))
+
+
+def _scales(arrays: Named, floor: float) -> dict[str, float]:
+    """The largest element of each array; at least the share `floor` of that of all."""
+    sizes = {label: float(np.abs(array).max(initial=0)) for label, array in arrays.items()}
+    least = max(floor * max(sizes.values(), default=0.0), 1e-30)
+    return {label: max(size, least) for label, size in sizes.items()}
+
+
+def _distance(left: Array, right: Array) -> float:
+    one, two = (np.asarray(array, complex) for array in (left, right))
+    return float(np.abs(one - two).max(initial=0))
+
+
+def _name(key: Id | str) -> str:
+    return key if isinstance(key, str) else "/".join(filter(None, key))

@@ -1,0 +1,157 @@
+"""Shows a bisection to a person: a table, a sentence on the first divergence, a plot."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from linen_nnx.proof.bisect import Bisection, Layer
+from linen_nnx.proof.compare import Error
+
+_HEAD = ("", "Linen", "nnx", "shape", "error before", "error after", "verdict")
+_NEAR = 3  # lines shown on either side of where the verdict changes
+_COLORS = {
+    "exact": "#4c78a8",
+    "rounding": "#72b7b2",
+    "absorbed": "#b79a20",
+    "DIVERGES": "#e45756",
+    "NaN": "#b3128a",
+}
+
+
+def table(found: Bisection) -> list[tuple[str, ...]]:
+    """The rows of the table. Layers far from any change of verdict are counted, not shown."""
+    lines = found.layers
+    changes = [k for k in range(1, len(lines)) if lines[k].verdict != lines[k - 1].verdict][:3]
+    changes += [k for k, line in enumerate(lines) if line is found.first]
+    near = {k for change in changes for k in range(change - _NEAR, change + _NEAR)}
+    ends = [k for k, line in enumerate(lines) if not line.leaf]
+    shown = sorted(({0, *near, *ends}) & set(range(len(lines))))
+    rows: list[tuple[str, ...]] = [_HEAD]
+    last = -1
+    for number in [*shown, len(lines)]:
+        skipped = Counter(line.verdict for line in lines[last + 1 : number])
+        if skipped:
+            text = ", ".join(f"{count} {verdict}" for verdict, count in skipped.items())
+            rows.append(("...", f"({text})", "", "", "", "", ""))
+        if number < len(lines):
+            rows.append(_row(lines[number], lines[number] is found.first))
+        last = number
+    return rows
+
+
+def conclusion(found: Bisection) -> Iterator[str]:
+    """What was found, in sentences; then findings and notes."""
+    first = found.first
+    if first is None:
+        worst = [line for line in found.layers if line.verdict in ("rounding", "absorbed")]
+        if not worst:
+            yield "No divergence: every layer and output is exact, bit for bit."
+        else:
+            yield f"No divergence, but not every bit is equal: first at {_name(worst[0])}."
+    elif not first.leaf:
+        yield f"First divergence: {_name(first)}, {_amount(first.after)}; the layers agree."
+    else:
+        leaf = first.leaf.rpartition("/")[2]
+        before = "nothing but inputs" if first.before is None else _amount(first.before)
+        yield f"First divergence: {_name(first)}, where `{leaf}` is used."
+        yield f"  error {_amount(first.after)}; of what feeds this layer: {before}"
+        if first.inside:
+            yield f"  What `{leaf}` is applied to agrees: look at `{leaf}` and how it is used."
+        elif first.inside is False:
+            yield (
+                f"  What `{leaf}` is applied to differs already: look at what this layer does "
+                "before it uses that, or what comes between it and the layers before."
+            )
+    yield from (f"finding  {finding}" for finding in found.findings)
+    yield from (f"note     {note}" for note in found.notes)
+
+
+def content(found: Bisection) -> dict[str, Any]:
+    """The bisection in plain JSON values; infinities and NaN as text."""
+    layers = [_plain(line) for line in found.layers]
+    first = None if found.first is None else found.layers.index(found.first)
+    diverged = found.first is not None
+    texts = {"findings": list(found.findings), "notes": list(found.notes)}
+    return {"diverged": diverged, "first": first, "layers": layers, **texts}
+
+
+def plot(found: Bisection, path: str | Path) -> None:
+    """Writes a PNG: the error of each layer, relative, in the order of use."""
+    from matplotlib.figure import Figure
+
+    lines = [line for line in found.layers if line.after is not None]
+    errors = [line.after.relative if line.after else 0.0 for line in lines]
+    finite = [error for error in errors if 0 < error < math.inf]
+    floor = 10.0 ** (math.floor(math.log10(min(finite, default=1e-7))) - 1)
+    top = 10.0 ** (math.ceil(math.log10(max(finite, default=1e-6))) + 1)
+    heights = [
+        top if not error < math.inf else max(error, floor) if error else floor for error in errors
+    ]
+    figure = Figure(figsize=(min(max(8.0, 0.24 * len(lines)), 20.0), 5.6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(heights, color="#c8c8c8", linewidth=1, zorder=1)
+    for verdict, color in _COLORS.items():
+        places = [k for k, line in enumerate(lines) if line.verdict == verdict]
+        if places:
+            given = [heights[k] for k in places]
+            axes.scatter(places, given, 28, color, label=f"{verdict} ({len(places)})", zorder=2)
+    if found.first is not None and found.first in lines:
+        place = lines.index(found.first)
+        axes.axvline(place, color=_COLORS["DIVERGES"], linewidth=1, linestyle=":", zorder=0)
+        right = place < len(lines) / 2
+        text = "first divergence: " + _name(found.first, between="\n")
+        side = "left" if right else "right"
+        offset = (8 if right else -8, -4)
+        axes.annotate(
+            text, (place, 0.98), offset, xycoords=("data", "axes fraction"), ha=side, va="top",
+            textcoords="offset points", fontsize=9,
+        )  # fmt: skip
+    axes.set_yscale("log")
+    axes.set_ylim(floor / 2, top * 2)
+    axes.minorticks_off()
+    axes.margins(x=0.02)
+    ticks = [tick for tick in axes.get_yticks() if floor < tick <= top]
+    axes.set_yticks([floor, *ticks], ["0", *(f"1e{round(math.log10(tick))}" for tick in ticks)])
+    every = math.ceil(len(lines) / 90)
+    names = [_short(line.linen) for line in lines[::every]]
+    axes.set_xticks(range(0, len(lines), every), names, rotation=90, fontsize=7)
+    axes.set_ylabel("largest difference / largest value")
+    axes.set_title("Linen against nnx, layer by layer, in the order of use", fontsize=11)
+    axes.grid(axis="y", color="#ececec")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower right", ncols=5, frameon=False, fontsize=9)
+    figure.savefig(path, dpi=130)
+
+
+def _row(line: Layer, is_first: bool) -> tuple[str, ...]:
+    mark = "->" if is_first else ""
+    errors = _amount(line.before), _amount(line.after)
+    return (mark, line.linen, line.nnx, line.shape, *errors, line.verdict)
+
+
+def _name(line: Layer, between: str = " ") -> str:
+    return line.linen if line.linen == line.nnx else f"{line.linen}{between}(nnx {line.nnx})"
+
+
+def _short(name: str) -> str:
+    return name if len(name) < 28 else f"{name[:11]}…{name[-15:]}"
+
+
+def _amount(error: Error | None) -> str:
+    if error is None:
+        return "-"
+    return "0" if error.exact else f"{error.relative:.1e} ({error.ulps:.3g} ulp)"
+
+
+def _plain(line: Layer) -> dict[str, Any]:
+    errors = {name: _numbers(getattr(line, name)) for name in ("before", "after")}
+    return {**vars(line), **errors}
+
+
+def _numbers(error: Error | None) -> dict[str, Any] | None:
+    if error is None:
+        return None
+    pairs: Sequence[tuple[str, Any]] = list(error._asdict().items())
+    return {name: value if math.isfinite(value) else str(value) for name, value in pairs}

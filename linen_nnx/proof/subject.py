@@ -1,0 +1,202 @@
+"""One side of a proof: a model in one form, as functions of leaves that can be run.
+
+`prove.py` runs the two subjects of a conversion and compares. A subject comes from a twin (here),
+or from whoever knows how to build the model of a saved run.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.extend.core import jaxpr_as_fun
+
+from linen_nnx.book.ops import Side
+from linen_nnx.book.plan import RuleError
+from linen_nnx.book.tree import unflatten
+from linen_nnx.disk.state import OPTIMIZER, Id
+from linen_nnx.infer.evaluate import widen
+from linen_nnx.infer.fingerprints import normal
+from linen_nnx.infer.trace import Leaf, Trace, trace_linen, trace_nnx
+from linen_nnx.infer.twin import Twin
+
+Array = np.ndarray
+Arrays = dict[Id | str, Array]
+"""Leaves of a training state: the model's by `Id`, the others by neutral path (`state.py`)."""
+Step = Callable[[Arrays, Mapping[Any, Array], bool], Arrays]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model in one form.
+
+    Attributes:
+      trace: the model as a pure function, with example inputs.
+      flat: whether its leaves lie below the names of their collections.
+      step: `(state, gradients of the parameters, fresh) -> state`, one step of the optimizer; with
+        `fresh` from an optimizer that has just been created. None if no optimizer is known. It
+        raises `RuleError` for a state that is not this optimizer's.
+      exact: whether the other side must give the same bits.
+    """
+
+    trace: Trace
+    flat: bool
+    step: Step | None = None
+    exact: bool = False
+
+    @cached_property
+    def leaves(self) -> dict[Id, Leaf]:
+        """The model's leaves."""
+        return {
+            Id(*path.split("/", 1)) if self.flat else Id("", path): leaf
+            for path, leaf in self.trace.leaves.items()
+        }
+
+    def forward(
+        self, state: Arrays, inputs: Sequence[Any], wide: bool = False
+    ) -> tuple[dict[str, Array], Arrays]:
+        """The outputs, and the new values of the leaves that the call updates; `wide`: float64."""
+        with jax.enable_x64(wide):
+            call = self._wide if wide else self._jitted
+            outs = [np.asarray(out) for out in call(*self._arguments(state, inputs, wide))]
+        ids = dict(zip(self.trace.leaves, self.leaves, strict=True))
+        updates = zip((ids[path] for path in self.trace.updates), outs[self._count :], strict=True)
+        return {f"output {k}": out for k, out in enumerate(outs[: self._count])}, dict(updates)
+
+    def gradient(
+        self, state: Arrays, inputs: Sequence[Any], wide: bool = False, updates: bool = False
+    ) -> dict[Id, Array]:
+        """The gradient of a random projection of all outputs by every leaf of floats.
+
+        `wide`: in float64; `updates`: as if what the call updates were outputs, too.
+        """
+        with jax.enable_x64(wide):
+            values = self._arguments(state, inputs, wide)
+            moved = [k for k, id in enumerate(self.leaves) if _is_float(values[k])]
+            pull = partial(self._pull, self._wide) if wide else self._jitted_pull
+            slopes = pull(values, [values[k] for k in moved], updates)
+            ids = list(self.leaves)
+            return {ids[k]: np.asarray(slope) for k, slope in zip(moved, slopes, strict=True)}
+
+    def _pull(
+        self, call: Callable[..., list[Any]], values: list[Any], floats: list[Any], updates: bool
+    ) -> list[Any]:
+        def outputs(floats: list[Any]) -> list[Any]:
+            given = iter(floats)
+            leaves = [
+                next(given) if _is_float(value) else value for value in values[: self._leaves]
+            ]
+            outs = call(*leaves, *values[self._leaves :])
+            return [out for out in outs[: None if updates else self._count] if _is_float(out)]
+
+        outs, pull = jax.vjp(outputs, floats)
+        return pull([jnp.asarray(normal(o.shape, k), o.dtype) for k, o in enumerate(outs)])[0]
+
+    def _arguments(self, state: Arrays, inputs: Sequence[Any], wide: bool) -> list[Any]:
+        """Leaves and inputs as arrays of the dtypes that the traced function takes."""
+        given = [*(state[id] for id in self.leaves), *inputs]
+        kinds = [jnp.dtype("float64") if wide else a.dtype for a in self.trace.jaxpr.in_avals]
+        return [
+            jnp.asarray(value, kind) if _is_float(value) else value
+            for value, kind in zip(given, kinds, strict=True)
+        ]
+
+    @cached_property
+    def _count(self) -> int:
+        """The number of outputs."""
+        return len(self.trace.jaxpr.out_avals) - len(self.trace.updates)
+
+    @cached_property
+    def _leaves(self) -> int:
+        return len(self.trace.leaves)
+
+    @cached_property
+    def _jitted(self) -> Callable[..., list[Any]]:
+        return jax.jit(jaxpr_as_fun(self.trace.jaxpr))
+
+    @cached_property
+    def _jitted_pull(self) -> Callable[..., list[Any]]:
+        return jax.jit(partial(self._pull, jaxpr_as_fun(self.trace.jaxpr)), static_argnums=2)
+
+    @cached_property
+    def _wide(self) -> Callable[..., list[Any]]:
+        return jaxpr_as_fun(widen(self.trace.jaxpr))
+
+
+def of_twin(twin: Twin, side: Side) -> Subject:
+    """One side of a twin. Raises `TwinError` naming the part of the twin that failed."""
+    trace = trace_linen(twin) if side == "linen" else trace_nnx(twin)
+    step = None if twin.optimizer is None else partial(_step, twin.optimizer, trace, side)
+    return Subject(trace, side == "linen", step)
+
+
+def _step(
+    tx: Any,
+    trace: Trace,
+    side: Side,
+    state: Arrays,
+    gradients: Mapping[Any, Array],
+    fresh: bool,
+) -> Arrays:
+    """One update as `TrainState` or `nnx.Optimizer` does it, of the tree that they have."""
+    import optax
+
+    flat = side == "linen"
+    paths = [path for path, leaf in trace.leaves.items() if leaf.collection == "params"]
+    ids = [Id(*path.split("/", 1)) if flat else Id("", path) for path in paths]
+
+    def tree(arrays: Mapping[Any, Array]) -> Any:
+        if flat:
+            return unflatten({id.path: jnp.asarray(arrays[id]) for id in ids})
+        return nnx.from_flat_state(
+            [(_keys(id.path), nnx.Param(jnp.asarray(arrays[id]))) for id in ids]
+        )
+
+    def named(tree: Any) -> dict[str, Any]:
+        found, _ = jax.tree_util.tree_flatten_with_path(tree)
+        box = "" if flat else "/value"
+        return {
+            jax.tree_util.keystr(path, simple=True, separator="/").removesuffix(box): leaf
+            for path, leaf in found
+        }
+
+    params = tree(state)
+    start = jax.jit(tx.init)(params)
+    if not fresh:
+        new = {path: state.get(f"{OPTIMIZER}/{path}") for path in named(start)}
+        problems = [
+            f"`{OPTIMIZER}/{path}` is {_spec(new[path])}, the optimizer wants {_spec(leaf)}"
+            for path, leaf in named(start).items()
+            if _spec(new[path]) != _spec(leaf)
+        ]
+        if problems:
+            raise RuleError("The state is not that of the twin's optimizer", problems)
+        start = jax.tree.unflatten(jax.tree.structure(start), map(jnp.asarray, new.values()))
+
+    def update(gradients: Any, start: Any, params: Any) -> Any:
+        updates, after = tx.update(gradients, start, params)
+        return optax.apply_updates(params, updates), after
+
+    moved, after = jax.jit(update)(tree(gradients), start, params)
+    prefix = "params/" if flat else ""
+    by_path = dict(zip(paths, ids, strict=True))
+    return {
+        **{by_path[f"{prefix}{path}"]: np.asarray(leaf) for path, leaf in named(moved).items()},
+        **{f"{OPTIMIZER}/{path}": np.asarray(leaf) for path, leaf in named(after).items()},
+    }
+
+
+def _keys(path: str) -> tuple[str | int, ...]:
+    return tuple(int(name) if name.isdigit() else name for name in path.split("/"))
+
+
+def _spec(leaf: Any) -> str:
+    return "missing" if leaf is None else f"{leaf.dtype}{list(leaf.shape)}"
+
+
+def _is_float(value: Any) -> bool:
+    return bool(jnp.issubdtype(value.dtype, jnp.floating))

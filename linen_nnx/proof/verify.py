@@ -1,0 +1,263 @@
+"""Proves a converted checkpoint right against its source: its bytes, and with code its meaning.
+
+The bytes are compared leaf by leaf through the rule book. Whether the rule book is right only the
+models can tell: given a twin, or the code of this template's own runs, `prove.py` runs both.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from linen_nnx.book.plan import RuleError
+from linen_nnx.disk import digests
+from linen_nnx.disk.planning import REPORT, RULES, Conversion, plan_conversion
+from linen_nnx.disk.rekey import Job
+from linen_nnx.disk.sources import SUFFIXES, Source, find, parts
+from linen_nnx.disk.state import State, read_state
+from linen_nnx.disk.store import Leaf, StoreError
+
+if TYPE_CHECKING:  # jax, which comparing bytes does not need
+    from linen_nnx.infer.twin import Twin
+    from linen_nnx.proof.subject import Subject
+
+OwnRuns = Callable[[Mapping[str, Any]], "Subject"]
+"""The model of a run of this template, from what its checkpoint says of it (`run`)."""
+
+_BATCH = 32 << 20  # bytes of arrays compared at once, if no single leaf is larger
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of a verification; `passed` is None where nothing was, or could be, proved."""
+
+    name: str
+    passed: bool | None
+    details: tuple[str, ...] = ()
+    close: bool = False
+    """Passed, but not in every bit: what differs is of the size of rounding."""
+
+
+def verify(
+    path: str | Path,
+    out: str | Path,
+    to: str | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+    twin: "Twin | None" = None,
+    own_runs: OwnRuns | None = None,
+    **options: Any,
+) -> list[Check]:
+    """Checks a conversion's result `out` against its source `path`.
+
+    Digests of both; every leaf of either side accounted for by the rule book, with its shape and
+    dtype; every bit of every leaf equal to its source's through the rule book, and the way back
+    as exact. For that memory holds one leaf's sources and targets. With the models' code, all of
+    `proof.prove` as well, which holds both states.
+
+    Args:
+      path: the source, and `out`: the result.
+      to: the target that `out` was made for, if its report does not say so.
+      progress: is told what is being done.
+      twin: the code of both models. Its own rule book is used where there is no other.
+      own_runs: how to build the models of this template's own runs, which need no twin.
+      options: as in `planning.plan_conversion`; the rule book is the one beside `out`, if none
+        is given.
+
+    Raises:
+      StoreError: if there is no checkpoint at `path` or at `out`.
+      TwinError: when a part of the twin cannot be built or called.
+    """
+    path, out = Path(path), Path(out)
+    build = None if own_runs is None else _once(own_runs)
+    checks: list[Check] = []
+    both = ["checkpoints"] if out.suffix in SUFFIXES else parts(path)
+    for part in both:
+        label = f"{part}: " if len(both) > 1 else ""
+        chosen = options if part == "checkpoints" else {**options, "step": None}
+        step = chosen.get("step") if out.is_dir() and not (out / "_METADATA").exists() else None
+        result = find(out, step, part=part)
+        target, reset = _asked(result, to)
+        found = partial(_verify_one, path, result, target, reset, part, progress, chosen)
+        for check in found(twin, build):
+            checks.append(replace(check, name=label + check.name))
+    return checks
+
+
+def _once(own_runs: OwnRuns) -> OwnRuns:
+    """The same with a memory: a run's latest and best checkpoint share their compiled model."""
+    known: dict[str, Subject] = {}
+
+    def build(run: Mapping[str, Any]) -> "Subject":
+        key = json.dumps(run, sort_keys=True)
+        return known.get(key) or known.setdefault(key, own_runs(run))
+
+    return build
+
+
+def _asked(result: Source, to: str | None) -> tuple[str, bool]:
+    """What the conversion was asked for, by its report."""
+    try:
+        report = json.loads((result.folder / REPORT).read_text())
+        return to or report["target"], report["reset_optimizer"]
+    except (OSError, ValueError, KeyError, TypeError):
+        if to is None:
+            raise StoreError(f"{result.folder} has no readable {REPORT}: say --to") from None
+        return to, False
+
+
+def _verify_one(
+    path: Path,
+    result: Source,
+    to: str,
+    reset: bool,
+    part: str,
+    progress: Callable[[str], None],
+    options: dict[str, Any],
+    twin: "Twin | None",
+    own_runs: OwnRuns | None,
+) -> Iterator[Check]:
+    progress("digests")
+    source = find(path, options.get("step"), options.get("item"), part)
+    for name, folder in (("digests of the source", source.folder), ("digests", result.folder)):
+        yield _digests(name, folder)
+    progress("coverage, shapes, dtypes")
+    if options.get("rules") is None and (result.folder / RULES).is_file():
+        options = {**options, "rules": result.folder / RULES}
+    if twin is not None and options.get("rules") is None:
+        from linen_nnx.infer.suggest import suggest
+
+        options = {**options, "rules": suggest(twin)}
+    options = {"reset_optimizer": reset, **options, "like": result.folder, "part": part}
+    model_only = result.folder.suffix in SUFFIXES
+    try:
+        conversion = plan_conversion(path, to, model_only=model_only, **options)
+        leaves = result.leaves
+    except (RuleError, StoreError) as error:
+        details = error.problems if isinstance(error, RuleError) else (str(error),)
+        yield Check("coverage, shapes, dtypes", False, details)
+        return
+    yield Check("coverage, shapes, dtypes", True, (f"{len(leaves)} leaves",))
+    different = list(_different(conversion, result, progress))
+    yield Check("every bit, through the rule book", not different, tuple(different))
+    progress("the way back")
+    yield _inverse(conversion, result, part, intact=not different)
+    if twin is None and (own_runs is None or source.run is None):
+        return
+    progress("running both models")
+    state = read_state(leaves, conversion.to, conversion.book)
+    yield from _meaning(conversion, result, state, twin, own_runs)
+
+
+def _inverse(conversion: Conversion, result: Source, part: str, intact: bool) -> Check:
+    """The way back from the result: the same leaves, each with its own bits.
+
+    Where nothing but a name changes, the bits are those compared before (`intact`).
+    """
+    name = "exact inverse"
+    source = conversion.source
+    lost = [*conversion.dropped, *conversion.filled]
+    if lost or not conversion.book.invertible:
+        what = f" ({', '.join(lost[:10])})" if lost else ""
+        return Check(name, None, (f"leaves are dropped, invented or rescaled{what}",))
+    if source.run is not None and conversion.to.stage is None:
+        return Check(name, None, ("a stock layout does not say of which stage it was",))
+    form = conversion.state.form
+    step = int(result.folder.name) if result.kind in ("run", "root") else None
+    options = {"step": step, "like": source.folder, "part": part}
+    try:
+        back = plan_conversion(result.path, form.stage or form.side, conversion.book, **options)
+    except (RuleError, StoreError) as error:
+        return Check(name, False, getattr(error, "problems", (str(error),)))
+    there = {_paths(job.change.sources, job.targets) for job in conversion.jobs}
+    moved = [_paths(job.targets, job.change.sources) for job in back.jobs if job.change.sources]
+    wrong = [f"{new} leads back to {old}" for old, new in moved if (old, new) not in there]
+    changed = replace(back, jobs=tuple(job for job in back.jobs if job.change.actions))
+    wrong += _different(changed, source, lambda text: None)
+    return Check(name, intact and not wrong, tuple(wrong))
+
+
+def _paths(*groups: Sequence[Leaf]) -> tuple[str, ...]:
+    return tuple(", ".join(sorted(leaf.path for leaf in group)) for group in groups)
+
+
+def _meaning(
+    conversion: Conversion,
+    result: Source,
+    state: State,
+    twin: "Twin | None",
+    own_runs: OwnRuns | None,
+) -> Iterator[Check]:
+    """The checks that run the models' code."""
+    from linen_nnx.proof.prove import prove
+    from linen_nnx.proof.subject import of_twin
+
+    runs = conversion.source.run, result.run
+    if twin is not None and (conversion.state.form.stage or conversion.to.stage):
+        yield Check("the models", False, ("a run of this template has its own: leave out --twin",))
+        return
+    if twin is not None:
+        before, after = of_twin(twin, conversion.state.form.side), of_twin(twin, conversion.to.side)
+    elif own_runs is None or runs[0] is None or runs[1] is None:
+        yield Check("the models", None, ("a stage is compared with a stage, not a stock layout",))
+        return
+    else:
+        before, after = own_runs(runs[0]), own_runs(runs[1])
+    yield from prove(conversion, state, result.reader, before, after, twin)
+
+
+def _digests(name: str, folder: Path) -> Check:
+    try:
+        there = folder.is_dir() and digests.check(folder)
+    except digests.DigestError as error:
+        return Check(name, False, (str(error),))
+    return Check(name, True if there else None, () if there else ("it has none",))
+
+
+def _different(
+    conversion: Conversion,
+    result: Source,
+    progress: Callable[[str], None],
+) -> Iterator[str]:
+    """Every target leaf whose bits differ from what its sources give."""
+    found = {tuple(key.name for key in leaf.keys): leaf for leaf in result.leaves}
+    jobs = [job for job in conversion.jobs if job.targets and job.targets[0].zarr is not None]
+    done, total = 0, sum(job.nbytes for job in jobs) or 1
+    for batch in _batches(jobs):
+        sources = [leaf for job in batch for leaf in job.change.sources]
+        targets = [
+            found[tuple(key.name for key in leaf.keys)] for job in batch for leaf in job.targets
+        ]
+        try:
+            old, new = (
+                iter(s.reader.read(of))
+                for s, of in ((conversion.source, sources), (result, targets))
+            )
+        except ValueError as error:
+            yield f"{', '.join(leaf.path for leaf in targets[:3])}: cannot be read: {error}"
+            continue
+        for job in batch:
+            arrays = [next(old) for _ in job.change.sources]
+            for action in job.change.actions:
+                arrays = action.run(arrays)
+            for expected, leaf in zip(arrays, job.targets, strict=True):
+                array = next(new)
+                same = expected.dtype == array.dtype and expected.shape == array.shape
+                if not same or expected.tobytes() != array.tobytes():
+                    yield f"`{leaf.path}` differs from {[s.path for s in job.change.sources]}"
+        done += sum(job.nbytes for job in batch)
+        progress(f"comparing bits: {done * 100 // total} %")
+
+
+def _batches(jobs: Sequence[Job]) -> Iterator[list[Job]]:
+    batch: list[Job] = []
+    size = 0
+    for job in jobs:
+        if batch and size + job.nbytes > _BATCH:
+            yield batch
+            batch, size = [], 0
+        batch.append(job)
+        size += job.nbytes
+    if batch:
+        yield batch

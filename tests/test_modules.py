@@ -1,0 +1,62 @@
+"""Imports point one way, as the module map in the documentation says."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MAP = (ROOT / "docs" / "modules.md").read_text()
+ROWS = re.findall(r"^\| `([\w.]+)` \|\s*(.*?)\s*\|\s*(.*?)\s*\|$", MAP, re.MULTILINE)
+PACKAGES = {"linen_nnx", "configs", "model", "training"}
+
+
+def imports(path: Path) -> set[str]:
+    """The project's modules that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return {name for name in found if name.split(".")[0] in PACKAGES}
+
+
+def files(package: str) -> list[Path]:
+    path = ROOT / (package if package.endswith(".py") else package.replace(".", "/"))
+    return sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+
+
+# What the package `linen_nnx` exports, by the package that it comes from.
+HOMES = {
+    "Rule": "book", "Plan": "book", "RuleError": "book", "Step": "book", "RuleBook": "book",
+    "Unassigned": "book", "convert": "disk", "suggest": "infer", "Twin": "infer",
+    "TwinError": "infer", "bisect": "proof", "verify": "proof",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("package", "parts", "allowed"), ROWS)
+def test_a_package_imports_only_what_the_map_allows(package: str, parts: str, allowed: str) -> None:
+    may = {*re.findall(r"`([\w.]+)`", allowed), package}
+    if allowed == "the four above":
+        may |= {f"linen_nnx.{name}" for name in ("book", "disk", "infer", "proof")}
+    for path in files(package):
+        for name in imports(path):
+            head, _, rest = name.partition(".")
+            if head == "linen_nnx" and rest in HOMES:
+                name = f"linen_nnx.{HOMES[rest]}"
+            if package == "training" and path.name != "proof.py":
+                assert not name.startswith(("linen_nnx.infer", "linen_nnx.proof")), path
+            assert any(f"{name}.".startswith(f"{one}.") for one in may), f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("package", ["book", "disk", "infer", "proof"])
+def test_the_map_names_every_module_of_the_translator(package: str) -> None:
+    (parts,) = [parts for name, parts, _ in ROWS if name == f"linen_nnx.{package}"]
+    named = set(re.findall(r"`(\w+)`", parts))
+    assert named == {path.stem for path in files(f"linen_nnx.{package}")} - {"__init__"}
+
+
+def test_the_map_names_every_package() -> None:
+    assert {name.split(".")[0] for name, _, _ in ROWS} >= PACKAGES | {"train", "convert"}
