@@ -22,8 +22,8 @@ lint: $(READY)  ## check style, layout and types
 	$(PY) -m ruff format --check .
 	$(PY) -m pyrefly check
 
-bench: $(READY)  ## time the translator against a plain copy
-	$(PY) -m benchmarks.convert $(ARGS)
+bench: $(READY)  ## time conversions, steps, the loop and growth; ARGS="convert steps" for some
+	$(PY) -m benchmarks $(ARGS)
 
 parity: $(READY)  ## compare the layers of Linen and NNX on the installed versions
 	$(PY) -m benchmarks.parity $(ARGS)
