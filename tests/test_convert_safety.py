@@ -232,7 +232,7 @@ def test_a_full_disk_is_refused_before_and_cleaned_up_after(source, tmp_path, mo
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
+        patch.setattr(os, "copy_file_range", full)
         with pytest.raises(OSError, match="No space left"):
             convert(source, tmp_path / "nnx", "nnx")
     assert os.listdir(tmp_path) == []
@@ -328,7 +328,7 @@ def test_memory_stays_small_whatever_the_size(tmp_path):
     save(tmp_path / "linen", {"params": layers})
     rule = {"linen": "params/blk_{i}/kernel", "nnx": "blocks/{i}/kernel"}
     for name, ops, limit in (
-        ("rename", [], 120),
+        ("rename", [], 60),
         ("transpose", [{"op": "transpose", "perm": [1, 0]}], 160),
     ):
         rules = [{**rule, **({"ops": ops} if ops else {})}]
@@ -342,7 +342,7 @@ def test_memory_stays_small_whatever_the_size(tmp_path):
         command = [sys.executable, "-c", code, *arguments]
         output = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
         peak = int(output.stdout.split("VmHWM:")[1].split()[0]) / 1024
-        assert 20 < peak < limit
+        assert 10 < peak < limit
 
 
 # Rules that change more than names

@@ -20,7 +20,7 @@ from linen_nnx.disk.sources import Source
 from linen_nnx.disk.store import Item, Leaf, fresh_metadata
 
 Engine = Literal["name", "chunks", "stream", "drop"]
-_FLUSH = 32 << 20  # bytes of a copy after which the disk gets to work
+_STEP = 32 << 20  # bytes of a file that are copied before the disk gets to work on them
 
 
 class Job(NamedTuple):
@@ -95,22 +95,21 @@ class Placer:
         self._working[target] = self._pool.submit(self._copy, source, target)
 
     def _copy(self, source: Path, target: Path) -> Digest:
-        """Copies a file through to disk, which begins while it is read; returns its digest."""
-        flushing: list[Future[None]] = []
-        with target.open("xb") as new:
-
-            def write(block: memoryview) -> None:
-                new.write(block)
-                if new.tell() // _FLUSH > len(flushing):
-                    flushing.append(self._flusher.submit(os.fdatasync, new.fileno()))
-
-            digest = hash_file(source, write)
-            new.flush()
+        """Copies a file through to disk, which begins with the first step; returns its digest."""
+        flushes: list[Future[None]] = []
+        with source.open("rb", buffering=0) as old, target.open("xb", buffering=0) as new:
+            left = os.fstat(old.fileno()).st_size
+            while left:
+                count = os.copy_file_range(old.fileno(), new.fileno(), min(left, _STEP))
+                if not count:
+                    raise OSError(f"{source} became shorter while it was copied")
+                left -= count
+                if left and all(flush.done() for flush in flushes):
+                    flushes.append(self._flusher.submit(os.fdatasync, new.fileno()))
+            digest = hash_file(target)
             os.fsync(new.fileno())
-            for flush in flushing:
+            for flush in flushes:
                 flush.result()
-        if digest[0] != source.stat().st_size:
-            raise OSError(f"{source} changed while it was copied")
         return digest
 
     def sync(self, paths: Iterable[Path]) -> None:
