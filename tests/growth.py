@@ -1,8 +1,9 @@
 """Trains the smallest model with everything on; prints what the process holds at each evaluation.
 
-python growth.py RUN_DIR STEPS: a JSON list of {"step", "kilobytes", "files", "compilations"}.
+python growth.py RUN_DIR STEPS [key=value ...]
 """
 
+import ctypes
 import gc
 import json
 import os
@@ -27,6 +28,7 @@ if __name__ == "__main__":
     def measured(cfg: Any, program: Any, dataset: Any, state: Any) -> dict[str, float]:
         values = evaluate(cfg, program, dataset, state)
         gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what has been freed does not count
         status = Path("/proc/self/status").read_text().splitlines()
         fields = dict(line.split(":", 1) for line in status)
         found.append(
@@ -41,8 +43,10 @@ if __name__ == "__main__":
 
     jax.monitoring.register_event_duration_secs_listener(count)
     loop.evaluate = measured
-    run_dir, steps = sys.argv[1:]
-    overrides = ("experiment=diabetes", f"run_dir={run_dir}", f"steps={steps}", "log_every=1",
-                 "log.progress=false", "log.histograms_every=100", "checkpoint.every=1000")  # fmt: skip
+    run_dir, steps, *more = sys.argv[1:]
+    overrides = (
+        "experiment=diabetes", f"run_dir={run_dir}", f"steps={steps}", "log_every=1",
+        "log.progress=false", "log.histograms_every=100", *more,
+    )  # fmt: skip
     loop.train(cli.compose(*overrides, check_model=families.create))
     print(json.dumps(found))
