@@ -16,12 +16,15 @@ import numpy as np
 import pytest
 from conftest import QUIET, SMALL, STAGES, Train
 
+from configs import schema
+from configs.build import ConfigError
 from model import families
 from model.stages import Stage
-from training import cli, mesh, start
+from training import cli, mesh, processes, start
 from training.data import load
 from training.errors import Refused
 from training.state import Program, State
+from training.table import table
 
 ROOT = Path(__file__).parent.parent
 ROWS = 16
@@ -32,7 +35,6 @@ NOISE = 2 * ROWS * 2**-24  # 1.9e-6, relative, at each step
 
 # Longer than a warm-up, so that the curves have room to part.
 OPTIONS = (f"data.batch={ROWS}", "steps=40", "eval.every=10", "optimizer.warmup=2")
-MESHES = ("mesh.data=8", "mesh.fsdp=8", "mesh.data=2 mesh.fsdp=4")
 
 
 def curve(run_dir: Path) -> bytes:
@@ -61,25 +63,27 @@ def host(state: State) -> list[bytes]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("grid", MESHES)
 @pytest.mark.parametrize(
-    ("experiment", "options"),
+    ("experiment", "grid", "options"),
     [
-        ("lm", ()),
-        ("lm", ("model.scan=true", "optimizer.ema=0.9", "optimizer.accumulate=2")),
-        ("digits", ()),
-        ("diabetes", ("optimizer=lion",)),
+        ("lm", "mesh.data=8", ()),
+        ("lm", "mesh.fsdp=8", ()),
+        ("lm", "mesh.data=2 mesh.fsdp=4",
+         ("model.scan=true", "optimizer.ema=0.9", "optimizer.accumulate=2")),
+        ("digits", "mesh.data=2 mesh.fsdp=4", ()),
+        ("diabetes", "mesh.fsdp=8", ("optimizer=lion",)),
     ],
-    ids=["lm", "lm-scan", "digits", "diabetes"],
-)
+    ids=["lm-data", "lm-fsdp", "lm-scan-both", "digits-both", "diabetes-fsdp"],
+)  # fmt: skip
 def test_a_mesh_draws_the_curve_of_one_device_and_four_stages_one_curve(
-    train: Train, experiment: str, options: tuple[str, ...], grid: str
+    train: Train, experiment: str, grid: str, options: tuple[str, ...]
 ) -> None:
     one = train(experiment, *OPTIONS, *options)
     runs = [train(experiment, *OPTIONS, *options, *grid.split(), f"stage={s}") for s in STAGES]
 
     assert_near(runs[0], one)
-    assert len({curve(run) for run in runs}) == 1
+    for run in runs[1:]:
+        assert curve(run).splitlines() == curve(runs[0]).splitlines()
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -328,7 +332,8 @@ def test_a_process_that_dies_takes_the_other_with_it(train: Train, tmp_path: Pat
 @pytest.mark.slow
 def test_nothing_grows_over_five_thousand_steps(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "tests" / "growth.py"), str(tmp_path / "run"), "5000"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command += ["checkpoint.every=1000"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
     output = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
     rows = json.loads(output.stdout.splitlines()[-1])
     begin, end = rows[19], rows[-1]
@@ -339,3 +344,90 @@ def test_nothing_grows_over_five_thousand_steps(tmp_path: Path) -> None:
     assert min(row["files"] for row in rows[25:]) == min(row["files"] for row in rows[:25])
     # Half a kilobyte a step would show. (TensorStore 0.1.86 itself loses some 50 kB at each save.)
     assert end["kilobytes"] - begin["kilobytes"] < 1500, rows
+
+
+@pytest.mark.parametrize(
+    ("environment", "joins"),
+    [
+        ({}, False),
+        ({"SLURM_NTASKS": "4"}, False),  # a batch script: only srun starts four
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "node[1-2]"}, True),
+        ({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "node1"}, False),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"JAX_COORDINATOR_ADDRESS": "host:1234"}, True),
+    ],
+)
+def test_processes_that_a_launcher_has_started_meet(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], joins: bool
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    joined: list[Any] = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args: joined.append(args))
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+
+    processes.join(cli.compose("experiment=diabetes"))
+
+    assert joined == [(environment.get("JAX_COORDINATOR_ADDRESS"), None, None)] * joins
+
+
+def test_processes_are_counted_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "COORDINATOR_ADDRESS": "a:1",
+        "NUM_PROCESSES": "4",
+        "PROCESS_ID": "3",
+    }.items():
+        monkeypatch.setenv(f"JAX_{name}", value)
+    assert cli.compose("experiment=diabetes").distributed == schema.Distributed("a:1", 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        ("mesh.data=0", "mesh.data: got 0; expected a whole number, at least 1, or -1"),
+        ("mesh.data=-1 mesh.fsdp=-1", "mesh.fsdp: got -1, with data -1: only one"),
+        ("mesh.fsdp=-2", "mesh.fsdp: got -2"),
+        ("distributed.num_processes=2 distributed.process_id=0", "coordinator: got null"),
+        ("distributed.coordinator=a", "coordinator: got 'a'; expected host:port"),
+        ("distributed.coordinator=a:1 distributed.process_id=1", "num_processes: got null"),
+        (
+            "distributed.coordinator=a:1 distributed.num_processes=2 distributed.process_id=2",
+            "process_id: got 2; expected 0 to 1",
+        ),
+    ],
+)
+def test_a_mesh_or_processes_that_cannot_be_are_refused(overrides: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        cli.compose("experiment=diabetes", *overrides.split())
+
+
+@pytest.mark.slow
+def test_a_sweep_gives_each_run_its_folder_and_the_table_has_a_line_for_each(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = ("--multirun", "experiment=sweep", "steps=2", "model.width=4", "seed=0")
+    subprocess.run([sys.executable, ROOT / "train.py", *sweep], cwd=tmp_path, check=True)
+
+    (folder,) = (path for path in (tmp_path / "runs").iterdir() if path.is_dir())
+    names = {f"nnx_in_linen-lr{lr}-seed0" for lr in ("0.0003", "0.001", "0.003")}
+    assert {path.name for path in folder.iterdir()} == names
+    result = table([folder])
+    headers = [str(column.header) for column in result.columns]
+    assert headers[:3] == ["run", "optimizer.lr", "step"]  # what does not vary is not shown
+    losses = [float(text) for text in result.columns[headers.index("lowest loss")].cells]
+    assert losses == sorted(losses)
+    assert set(result.columns[0].cells) == names
+
+
+@pytest.mark.slow
+def test_a_second_start_finds_the_programs_compiled(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    kept: list[set[str]] = []
+    for name in ("first", "second"):
+        command = [sys.executable, str(ROOT / "train.py"), *SMALL["lm"], "steps=1"]
+        command += [f"run_dir={tmp_path / name}", f"compile_cache={cache}"]
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        kept.append({path.name for path in cache.iterdir() if path.name.endswith("-cache")})
+    assert kept[0]
+    assert kept[0] == kept[1]
+    assert curve(tmp_path / "first") == curve(tmp_path / "second")

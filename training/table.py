@@ -1,4 +1,4 @@
-"""The results of several runs, one a line: `python -m training.table runs/digits_sweep`.
+"""The results of several runs, one a line: `python -m training.table runs/sweep`.
 
 A line has the settings in which the runs differ, their lowest validation loss and, of the last
 evaluation, the step and all metrics.
