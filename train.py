@@ -1,14 +1,18 @@
 """Trains a model at one stage of the migration from Linen to nnx; see `python train.py --help`."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from configs.schema import Config
 from training import cli
 
 
-def main(cfg: Config) -> None:
+def main(cfg: Config) -> float | None:
     """Trains, or evaluates, as configured.
+
+    Returns:
+        The lowest validation loss of a run that has trained: what a sweeper goes by.
 
     Raises:
         Refused: with a message alone for whatever a person can put right.
@@ -18,13 +22,18 @@ def main(cfg: Config) -> None:
     from training.errors import Refused
     from training.evaluation import report
     from training.loop import train
+    from training.metrics import read
 
     try:
-        stopped = report(cfg) if cfg.mode == "eval" else train(cfg)
+        if cfg.mode == "eval":
+            return report(cfg)
+        stopped = train(cfg)
     except (RuleError, VariablesError) as error:
         raise Refused(str(error)) from None
     if stopped:
         raise SystemExit(0)  # so that the other jobs of a --multirun do not begin
+    losses = [row["loss"] for row in read(Path(cfg.run_dir)) if row["split"] == "eval"]
+    return min(losses, default=None)
 
 
 def check_model(model: Mapping[str, Any]) -> None:

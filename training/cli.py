@@ -39,11 +39,12 @@ again resumes the run. run_dir holds config.yaml, metrics.jsonl, TensorBoard eve
 """
 
 
-def run(main: Callable[[Config], None], check_model: CheckModel | None = None) -> None:
+def run(main: Callable[[Config], float | None], check_model: CheckModel | None = None) -> None:
     """Composes the configuration that `sys.argv` asks for, checks it, and calls `main` with it.
 
     Args:
-      main: the program; called once, or once per job of a `--multirun`.
+      main: the program; called once, or once per job of a `--multirun`. Sweepers minimise what it
+        returns.
       check_model: raises `ConfigError` (with keys under `model.`) for what is wrong with the
         mapping `model`, so that this is reported together with everything else.
 
@@ -58,12 +59,12 @@ def run(main: Callable[[Config], None], check_model: CheckModel | None = None) -
 
     entered = False
 
-    def job(composed: Any) -> None:
+    def job(composed: Any) -> float | None:
         nonlocal entered
         entered = True
         # Not raised further: Hydra would announce a failed job before the message.
         try:
-            main(check(composed, check_model))
+            return main(check(composed, check_model))
         except ConfigError as error:
             _exit(error, 2)
         except Refused as error:
