@@ -424,9 +424,3 @@ def test_the_command_refuses_a_twin_that_is_not_there(tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["bisect"])
     assert caught.value.code == 2
-
-
-def test_bisect_is_the_function_also_after_its_file_was_imported():
-    import linen_nnx.proof.bisect
-
-    assert linen_nnx.proof.bisect is bisect

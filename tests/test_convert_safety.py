@@ -198,7 +198,7 @@ def test_swapped_leaves_are_found(tmp_path):
     failed = [
         c for c in verify(tmp_path / "linen", tmp_path / "nnx", rules=rules) if c.passed is False
     ]
-    assert [check.name for check in failed] == ["every bit, through the rule book"]
+    assert [check.name for check in failed] == ["every bit, through the rule book", "exact inverse"]
     assert len(failed[0].details) == 2
 
 

@@ -67,7 +67,7 @@ def call(project: Path, command: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["vit", "seq2seq", "bert"])
+@pytest.mark.parametrize("name", ["vit", pytest.param("seq2seq", marks=pytest.mark.long), "bert"])
 def test_an_example_works_from_its_own_readme_lines(project, name):
     for commands, quoted in blocks(EXAMPLES / name / "README.md"):
         printed = "".join(call(project, command) for command in commands)
@@ -105,7 +105,7 @@ def test_the_rules_for_bert_are_those_that_the_code_suggests():
     assert {k: v.tobytes() for k, v in ours.items()} == {k: v.tobytes() for k, v in theirs.items()}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_stranded_weights_of_the_size_of_bert_base_reach_nnx(project):
     file, out = "runs/bert/flax_model.msgpack", "runs/bert/nnx"
     assert "440.4 MB" in call(project, f"python examples/bert/stranded.py {file} --base")

@@ -311,7 +311,7 @@ def test_what_one_process_finds_wrong_ends_both_with_its_message(tmp_path: Path)
     os.close(holder)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_process_that_dies_takes_the_other_with_it(train: Train, tmp_path: Path) -> None:
     """Not left waiting for ever in a step that never ends."""
     options = ("data.batch=16", "steps=100000", "checkpoint.every=50", "mesh.data=4")
@@ -329,7 +329,7 @@ def test_a_process_that_dies_takes_the_other_with_it(train: Train, tmp_path: Pat
     assert steps[0] == 1 and steps == sorted(steps)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_nothing_grows_over_five_thousand_steps(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "tests" / "growth.py"), str(tmp_path / "run"), "5000"]
     command += ["checkpoint.every=1000"]

@@ -18,7 +18,9 @@ def rows(run_dir: Path) -> list[bytes]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("before", STAGES)
-@pytest.mark.parametrize("experiment", SMALL)
+@pytest.mark.parametrize(
+    "experiment", [pytest.param("lm", marks=pytest.mark.long), "digits", "diabetes"]
+)
 def test_a_change_of_stage_in_mid_run_does_not_move_the_curve(
     train: Train, experiment: str, before: str
 ) -> None:
