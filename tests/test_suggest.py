@@ -266,6 +266,41 @@ def test_repeated_patterns_are_written_once():
     assert len(book.rules) == 9
 
 
+def test_a_number_within_a_name_does_not_keep_the_blocks_apart():
+    class LinenBlock(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(nn.Dense(8)(x))
+            return nn.Dense(4)(x)
+
+    class LinenModel(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = LinenBlock()(x)
+            return LinenBlock()(x)
+
+    class NnxBlock(nnx.Module):
+        def __init__(self, rngs):
+            self.fc1, self.fc2 = nnx.Linear(4, 8, rngs=rngs), nnx.Linear(8, 4, rngs=rngs)
+
+        def __call__(self, x):
+            return self.fc2(nnx.relu(self.fc1(x)))
+
+    class NnxModel(nnx.Module):
+        def __init__(self, rngs):
+            self.blocks = nnx.List([NnxBlock(rngs) for _ in range(2)])
+
+        def __call__(self, x):
+            return self.blocks[1](self.blocks[0](x))
+
+    book = suggest(Twin(LinenModel, NnxModel, lambda: (jnp.ones((2, 4)),)))
+
+    assert [str(rule) for rule in book.rules] == [
+        "`params/LinenBlock_{i}/Dense_0/{leaf}` <-> `blocks/{i}/fc1/{leaf}`",
+        "`params/LinenBlock_{i}/Dense_1/{leaf}` <-> `blocks/{i}/fc2/{leaf}`",
+    ]
+
+
 def test_an_incomplete_book_raises_naming_each_open_leaf_unless_partial():
     book = book_of("unused_parameters")
     leaves = numbered(trace_linen(pair("unused_parameters").twin).leaves)
@@ -461,7 +496,7 @@ def test_importing_the_library_imports_no_jax_and_suggest_is_the_function():
     code = (
         "import sys, linen_nnx; assert 'jax' not in sys.modules, 'jax';"
         "from linen_nnx.infer.suggest import suggest as one; from linen_nnx import suggest as two;"
-        "assert one is two is linen_nnx.infer.suggest and callable(two)"
+        "assert one is two is linen_nnx.suggest and callable(two)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-    assert linen_nnx.infer.suggest is suggest
+    assert linen_nnx.suggest is suggest
