@@ -41,9 +41,16 @@ def main(arguments: Sequence[str] | None = None, own_runs: str | None = None) ->
             "TwinError",
         )
         if isinstance(error, OSError) or type(error).__name__ in refusals:
-            print(f"refused: {error}", file=sys.stderr)
+            print(f"refused: {_reason(error)}", file=sys.stderr)
             return 1
         raise
+
+
+def _reason(error: Exception) -> str:
+    """What to say of an error; of the system's own, not its number."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def program(own_runs: str | None = None) -> int:
@@ -59,7 +66,8 @@ def program(own_runs: str | None = None) -> int:
 
 
 def _parser(own_runs: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="convert.py", description=__doc__.split("\n")[0])
+    program = "convert.py" if own_runs else "linen-nnx"
+    parser = argparse.ArgumentParser(prog=program, description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def add(name: str, command: Callable[..., int], text: str, *names: str) -> Any:
@@ -264,7 +272,8 @@ def _verify(
         for detail in check.details:
             print(f"{'':12}  {detail}")
     if not any(check.name.endswith("by an output") for check in checks):
-        print("The models were not run, and so the rule book is taken at its word: --twin TWIN")
+        why = "the checks above come first" if twin else "--twin TWIN"
+        print(f"The models were not run, and so the rule book is taken at its word: {why}")
     return int(failed)
 
 

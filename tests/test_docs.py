@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import QUIET, STAGES
 
+from linen_nnx import RuleBook, Twin, suggest
+
 ROOT = Path(__file__).parent.parent
 PARTS = ("configs", "linen_nnx", "model", "training", "train.py", "convert.py")
 
@@ -55,6 +57,13 @@ def test_a_family_added_as_the_page_shows_trains_alike_at_all_stages(tmp_path: P
     rows = map(json.loads, curves.pop().splitlines())
     losses = [row["loss"] for row in rows if row["split"] == "train"]
     assert sum(losses[-5:]) < sum(losses[:5])
+
+
+def test_the_twin_of_the_migration_page_yields_the_rule_book_of_its_family() -> None:
+    twin = Twin.load(str(ROOT / "docs" / "twin_example.py") + ":TWIN")
+    book = RuleBook.load(ROOT / "configs" / "rules" / "mlp.yaml")
+
+    assert [str(rule) for rule in suggest(twin).rules] == [str(rule) for rule in book.rules]
 
 
 @pytest.mark.slow

@@ -210,6 +210,8 @@ def test_a_run_directory_of_another_experiment_is_refused(train: Train) -> None:
     run_dir = train("diabetes", "steps=2")
     with pytest.raises(Refused, match="name: was diabetes, is digits"):
         train("digits", "steps=2", f"run_dir={run_dir}")
+    with pytest.raises(Refused, match="a run of the model `mlp`, and this run's is `convnet`"):
+        train("digits", "steps=4", f"init_from={run_dir}")
 
 
 def test_two_processes_do_not_train_in_one_run_directory(train: Train) -> None:

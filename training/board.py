@@ -8,6 +8,9 @@ import yaml
 from tensorboardX import SummaryWriter
 from tensorboardX.summary import hparams
 
+_ASIDE = ("checkpoint.", "compile_cache", "debug.", "distributed.", "log.", "run_dir")
+"""Keys that the HPARAMS tab leaves out: no result depends on them."""
+
 
 class Board:
     """The event file of one process; every call does nothing when TensorBoard is off."""
@@ -50,7 +53,8 @@ class Board:
         """The run's row in the HPARAMS tab; `config` is flat, `{"optimizer.lr": 0.001, ...}`."""
         if self._writer is None:
             return
-        flat = {k: v if isinstance(v, bool | int | float) else str(v) for k, v in config.items()}
+        kept = {k: v for k, v in config.items() if not k.startswith(_ASIDE)}
+        flat = {k: v if isinstance(v, bool | int | float) else str(v) for k, v in kept.items()}
         for summary in hparams(flat, dict.fromkeys(metrics, 0.0)):
             self._writer.file_writer.add_summary(summary)  # pyrefly: ignore
         for name, value in metrics.items():

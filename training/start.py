@@ -178,6 +178,12 @@ def _compare_runs(before: dict[str, Any], now: dict[str, Any], run_dir: Path) ->
 
 def _translated(cfg: Config, program: Program, saved: checkpoints.Saved) -> State:
     source_cfg = build(Config, saved.run["config"])
+    was, now = source_cfg.model["family"], cfg.model["family"]
+    if was != now:
+        raise Refused(
+            f"init_from {saved.path} is a run of the model `{was}`, and this run's is `{now}`: "
+            "its state fits no other. Choose a run of the same model."
+        )
     family = families.create(source_cfg.model)
     stage = Stage(source_cfg.stage, family, program.stage.inputs)
     book = saved.run["rules"]

@@ -83,7 +83,9 @@ class Source:
             "file": f"{self.folder.suffix[1:]} file",
         }
         parts = [names[self.kind]]
-        if self.kind in ("run", "root"):
+        if self.kind == "run":
+            parts.append(f"{self.folder.parent.name}/{self.folder.name}")
+        if self.kind == "root":
             parts.append(f"step {self.folder.name}")
         if self.kind not in ("item", "file"):
             parts.append("item " + " + ".join(path.name for path in self.paths))

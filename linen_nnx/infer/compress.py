@@ -71,9 +71,13 @@ def _indexed(items: list[Item], leaves: tuple[Sequence[str], ...]) -> list[Item]
     merged = _merged(items, texts, leaves)
     if merged is not None:
         return [merged]
+    # First apart where only one side counts: `Dense_0` is `up1` and `Dense_1` is `down2`.
+    left = len(re.findall(r"\d+", "\n".join(items[0].texts[0])))
+    sides = [{other < left for other in varying if columns[other] == columns[k]} for k in varying]
+    alone = [k for k, side in zip(varying, sides, strict=True) if len(side) == 1]
     apart: dict[str, list[Item]] = {}
     for item, row in zip(items, numbers, strict=True):
-        apart.setdefault(row[varying[0]], []).append(item)
+        apart.setdefault(row[(alone or varying)[0]], []).append(item)
     return [result for part in apart.values() for result in _indexed(part, leaves)]
 
 

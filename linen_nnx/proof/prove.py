@@ -220,7 +220,7 @@ def _fits(subject: Subject, state: State) -> tuple[str, ...]:
         got = "missing" if found is None or found.zarr is None else str(found.spec)
         if got != due:
             problems.append(f"`{_name(id)}` is {got}, the {subject.trace.side} model has {due}")
-    for id in state.model.keys() - subject.leaves.keys():
+    for id in sorted(state.model.keys() - subject.leaves.keys(), key=_name):
         leaf = state.model[id]
         if leaf.zarr is not None and str(leaf.spec.dtype)[:4] not in ("key<", "uint"):
             problems.append(
