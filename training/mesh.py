@@ -35,6 +35,7 @@ class Layout:
         self.mesh = Mesh(grid, ("data", "fsdp"))
         self.rows = NamedSharding(self.mesh, PartitionSpec(("data", "fsdp")))
         self.whole = NamedSharding(self.mesh, PartitionSpec())
+        self._gather = jax.jit(lambda tree: tree, out_shardings=self.whole)
 
     def batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """The global batch, of which each process gives its own rows."""
@@ -52,7 +53,7 @@ class Layout:
 
     def fetch(self, tree: Any) -> Any:
         """The whole of each array as numpy, in every process; to be called by all of them."""
-        return jax.device_get(jax.device_put(tree, self.whole))
+        return jax.device_get(self._gather(tree))
 
     def state(self, abstract: Any, ranks: Mapping[str, int]) -> Any:
         """A `State` of shapes with shardings: what mirrors a parameter is cut as the parameter is.

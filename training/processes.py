@@ -39,6 +39,9 @@ def join(cfg: Config) -> None:
     own = cfg.distributed
     launched = any(int(os.environ.get(name, 1)) > 1 for name in _launchers())
     if (own.coordinator is not None or launched) and not jax.distributed.is_initialized():
+        # Several programs in flight, each waiting for the other processes in threads of one small
+        # pool, can wait for ever. Devices other than CPUs do not look at this.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
         try:
             jax.distributed.initialize(own.coordinator, own.num_processes, own.process_id)
         except ValueError as error:
