@@ -1,10 +1,10 @@
 """Times the whole training loop against the bare step, and a run from command to first step.
 
-    python -m benchmarks.loop [--rounds 3] [--steps 60] [--json FILE]
+    python -m benchmarks.loop [--rounds 3] [--steps 100] [--json FILE]
 
 Loop: `train.py`'s own loop on the default `lm` with everything on (data, metrics, progress,
-TensorBoard, a checkpoint every 20 steps with its digests), from step 10 to the last, against the
-same number of steps on one batch that lies on the device; alternating. Evaluation is work of its
+TensorBoard, a checkpoint with its digests every 100 steps), from step 10 on, against the same
+number of steps on one batch that lies on the device; alternating. Evaluation is work of its
 own, and so is timed apart: its share at the default cadence.
 Start-up: the whole command as a process of its own, until the first step's loss is known, with an
 empty compile cache and with the one that this leaves.
@@ -75,7 +75,6 @@ def whole_loop(folder: Path, steps: int) -> tuple[float, list[float]]:
         "steps=100000",  # so that the end of the run, with its evaluation, is not reached
         f"stop_at={WARM + steps + 1}",
         "eval.every=100000",
-        "checkpoint.every=20",
         "log.progress=true",
         check_model=families.create,
     )
@@ -127,7 +126,7 @@ def first_step(folder: Path, cache: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=60, help="of one measurement of the loop")
+    parser.add_argument("--steps", type=int, default=100, help="of one measurement of the loop")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args()
     cold, warm, loops, bare, waits = [], [], [], [], []
