@@ -9,6 +9,7 @@ state on one device; for conversions the whole process; for `suggest` the call a
 
 import argparse
 import json
+import math
 import os
 import resource
 import shutil
@@ -156,12 +157,16 @@ def plot(path: Path, curves: dict[str, dict[str, dict[str, float]]]) -> None:
     figure, axes = plt.subplots(2, 3, figsize=(12, 6.4))
     for axis, (title, points) in zip(axes.flat, curves.items(), strict=True):
         x = [float(key) for key in points]
-        axis.loglog(x, [p["seconds"] for p in points.values()], "o-", label="seconds")
+        seconds = [p["seconds"] for p in points.values()]
+        axis.loglog(x, seconds, "o-")
+        decades = math.floor(math.log10(min(seconds))), math.ceil(math.log10(max(seconds)))
+        axis.set_ylim(10.0 ** decades[0], 10.0 ** decades[1])
         axis.set_ylabel("seconds")
         other = axis.twinx()
-        other.plot(x, [p["memory_mb"] for p in points.values()], "s:", color="tab:gray")
+        memory = [p["memory_mb"] for p in points.values()]
+        other.plot(x, memory, "s:", color="tab:gray")
         other.set_ylabel("peak memory, MB", color="tab:gray")
-        other.set_ylim(bottom=0)
+        other.set_ylim(0, 1.15 * max(memory))
         axis.set_title(title)
         axis.set_xticks(x, [f"{value:g}" for value in x])
         axis.minorticks_off()

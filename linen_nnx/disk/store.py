@@ -188,7 +188,9 @@ def read_item(path: Path, number: int = 0) -> Item:
         arrays = _read_array_metadatas(path)
         strings = _read_json(path / "_strings.json")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StoreError(f"{path} cannot be read as an Orbax item: {error!r}") from None
+        missing = isinstance(error, KeyError)  # whose text is the key alone
+        what = f"its side files lack {error}: damaged, or not by Orbax" if missing else str(error)
+        raise StoreError(f"{path} cannot be read as an Orbax item: {what}") from None
     if "use_ocdbt" not in header:
         header["use_ocdbt"] = (path / "manifest.ocdbt").is_file()
     if header["use_ocdbt"] and not (path / "manifest.ocdbt").is_file():
