@@ -170,11 +170,6 @@ def nnx_tree(model, optimizer, ema):
     return {"model": nnx.state(model), "optimizer": nnx.state(optimizer), "ema": ema}
 
 
-def linen_tree(state):
-    """What Orbax saves of a TrainState."""
-    return state
-
-
 def bits(tree):
     """Every leaf of a tree as (path, dtype, shape, bytes), paths as text."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]

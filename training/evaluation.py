@@ -43,9 +43,12 @@ def report(cfg: Config) -> None:
     found = [checkpoints.find(run_dir), checkpoints.latest(run_dir / "best")]
     own = ("eval", "log", "mesh", "distributed", "compile_cache", "checkpoint", "run_dir")
     asked = {name: getattr(cfg, name) for name in own}
+    prepared = None
     for saved in filter(None, reversed(found)):
         run = dataclasses.replace(build(Config, saved.run["config"]), **asked)
-        made = prepare(run)
+        if prepared is None or run != prepared[0]:
+            prepared = run, prepare(run)
+        made = prepared[1]
         if cfg.checkpoint.verify:
             saved.verify()
         state = saved.restore(made.program.abstract())

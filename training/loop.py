@@ -48,10 +48,8 @@ def train(cfg: Config) -> bool:
             f"debug=profile records what follows the first {PROFILED.start} steps; this run would "
             f"go from step {first} to {last}. Give more steps, or another run_dir."
         )
-    with _checks(cfg):
-        jax.eval_shape(
-            program.train_step, state, made.example
-        )  # what cannot be traced writes nothing
+    with _checks(cfg):  # what cannot be traced writes nothing
+        jax.eval_shape(program.train_step, state, made.example)
     with processes.together():
         lock = start.write_run(cfg, made.rules)
     writes = processes.first()

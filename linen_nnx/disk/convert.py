@@ -75,20 +75,21 @@ def convert(
         return _existing(out, conversions)
     _check_target(path, out, list(conversions.values()), link)
     with _partial(out) as partial, Placer(link, not link or digest, progress) as placer:
-        reports = []
+        reports, carried = [], {}
         for relative, conversion in conversions.items():
             if to_file:
                 _write_file(conversion, partial / out.name)
             else:
                 folder = partial / relative
-                reports.append(_write(conversion, folder, placer))
+                report, carried[folder] = _write(conversion, folder, placer)
+                reports.append(report)
         first = next(iter(conversions.values()))
         if not to_file and first.source.kind == "run":
             _write_run(path, partial, first)
         hashed = placer.finish()
-        for report, (relative, conversion) in zip(reports, conversions.items(), strict=False):
+        for report, (folder, known) in zip(reports, carried.items(), strict=True):
             if report["digests"]:
-                _write_digests(conversion, partial / relative, placer, hashed)
+                _write_digests(folder, known, hashed)
         progress("syncing to disk")
         _sync_all(partial, placer)
         if out.exists():
@@ -166,8 +167,13 @@ def _partial(out: Path) -> Iterator[Path]:
         os.close(lock)
 
 
-def _write(conversion: Conversion, folder: Path, placer: Placer) -> dict[str, Any]:
-    """Writes one converted checkpoint to `folder`, all but its digests; returns its report."""
+def _write(
+    conversion: Conversion, folder: Path, placer: Placer
+) -> tuple[dict[str, Any], dict[Path, digests.Digest]]:
+    """Writes one converted checkpoint to `folder`, all but its digests.
+
+    Returns its report, and what the source's own digests say of the files put in place.
+    """
     source = conversion.source
     folder.mkdir(parents=True, exist_ok=True)
     item = folder if source.folder in source.paths or not source.paths else folder / _name(source)
@@ -178,24 +184,24 @@ def _write(conversion: Conversion, folder: Path, placer: Placer) -> dict[str, An
     write_side_files(item, leaves, header)
     _carry_along(conversion, folder, item, placer)
     conversion.book.save(folder / RULES)
-    linked = [target for target in placer.linked if folder in target.parents]
+    linked = {target for target in placer.linked if folder in target.parents}
+    carried = _carried(source, folder, placer)
     report = {
         "version": 1,
         **conversion.summary(),
         "linked": bool(linked),
         "fell_back": placer.fell_back,
-        "digests": placer.hash_links or set(linked) <= set(_carried(conversion, folder, placer)),
+        "digests": placer.hash_links or linked <= carried.keys(),
         "fingerprint": conversion.fingerprint,
         "origin": conversion.origin(),
     }
     lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in report.items())
     (folder / REPORT).write_text("{" + ",\n".join(lines) + "}\n")
-    return report
+    return report, carried
 
 
-def _carried(conversion: Conversion, folder: Path, placer: Placer) -> dict[Path, digests.Digest]:
+def _carried(source: Source, folder: Path, placer: Placer) -> dict[Path, digests.Digest]:
     """What the source's own digests say of the files put in place below `folder`."""
-    source = conversion.source
     known = (digests.read(source.folder) if source.kind != "file" else None) or {}
     return {
         target: known[name]
@@ -205,10 +211,9 @@ def _carried(conversion: Conversion, folder: Path, placer: Placer) -> dict[Path,
 
 
 def _write_digests(
-    conversion: Conversion, folder: Path, placer: Placer, hashed: dict[Path, digests.Digest]
+    folder: Path, carried: dict[Path, digests.Digest], hashed: dict[Path, digests.Digest]
 ) -> None:
     """Writes the digest file. Raises `DigestError` if a copy differs from the source's digests."""
-    carried = _carried(conversion, folder, placer)
     wrong = [
         str(target.relative_to(folder))
         for target, digest in carried.items()
