@@ -26,7 +26,7 @@ from jax import Array
 from linen_nnx import RuleBook
 from linen_nnx.book.tree import flatten, unflatten
 from model.families import Family
-from model.shared import fold
+from model.shared import Key, fold
 
 Variables = dict[str, Any]
 Leaves = dict[str, Any]
@@ -92,7 +92,7 @@ class Stage:
         return unflatten(jax.jit(self._root.init)(key))
 
     def apply(
-        self, variables: Mapping[str, Any], inputs: Array, *, train: bool, key: Array | None = None
+        self, variables: Mapping[str, Any], inputs: Array, *, train: bool, key: Key = None
     ) -> tuple[Array, Variables]:
         """Runs the model; call it under `jax.jit`.
 
@@ -125,7 +125,7 @@ class _Hybrid(nn.Module):
     encoder: nn.Module
     head: nn.Module
 
-    def __call__(self, inputs: Array, *, train: bool, key: Array | None) -> Array:
+    def __call__(self, inputs: Array, *, train: bool, key: Key) -> Array:
         features, shared = self.encoder(inputs, train=train, key=fold(key, 0))
         return self.head(features, shared, train=train, key=fold(key, 1))
 
@@ -149,20 +149,19 @@ class _LinenRoot:
             self._module = self._to_init = _Hybrid(encoder(family.cfg), head)
         self._inputs = inputs
         variables: Any = jax.eval_shape(self._init, jax.random.key(0))
-        self._paths = {_join(path): path for path in flatten_dict(variables)}
-        self.abstract: Leaves = {
-            _join(path): leaf for path, leaf in flatten_dict(variables).items()
-        }
+        self.abstract: Leaves = flatten(variables)
+        # Which, unlike the names, tell the integers that `nnx.List` has for keys from their digits.
+        self._paths = dict(zip(self.abstract, flatten_dict(variables), strict=True))
 
     def _init(self, key: Array) -> Variables:
         inputs = jax.numpy.zeros(self._inputs.shape, self._inputs.dtype)
         return nn.unbox(self._to_init.init({"params": key}, inputs, train=False, key=None))
 
     def init(self, key: Array) -> Leaves:
-        return {_join(path): leaf for path, leaf in flatten_dict(self._init(key)).items()}
+        return flatten(self._init(key))
 
     def apply(
-        self, leaves: Leaves, inputs: Array, train: bool, key: Array | None, mutable: list[str]
+        self, leaves: Leaves, inputs: Array, train: bool, key: Key, mutable: list[str]
     ) -> tuple[Array, Leaves]:
         variables = unflatten_dict({self._paths[name]: leaf for name, leaf in leaves.items()})
         result: Any = self._module.apply(
@@ -171,7 +170,7 @@ class _LinenRoot:
         if not mutable:
             return result, {}
         outputs, updates = result
-        return outputs, {_join(path): leaf for path, leaf in flatten_dict(updates).items()}
+        return outputs, flatten(updates)
 
 
 class _NnxHybrid(nnx.Module):
@@ -181,9 +180,7 @@ class _NnxHybrid(nnx.Module):
         self.encoder = encoder
         self.head = head
 
-    def __call__(
-        self, inputs: Array, *, train: bool, key: Array | None, mutable: list[str]
-    ) -> Array:
+    def __call__(self, inputs: Array, *, train: bool, key: Key, mutable: list[str]) -> Array:
         features, shared = self.encoder(inputs, train=train, key=fold(key, 0))
         # A Linen head loses the updates of its collections unless told which are mutable.
         extra = {"mutable": mutable} if mutable and isinstance(self.head, bridge.ToNNX) else {}
@@ -195,13 +192,10 @@ class _NnxRoot:
 
     def __init__(self, family: Family, form: Form, inputs: jax.ShapeDtypeStruct) -> None:
         self._family, self._form, self._inputs = family, form, inputs
-        self._graphdef, state = _abstract(self._create)
-        self._variables = {
-            _name(path, leaf): (path, leaf) for path, leaf in nnx.to_flat_state(state)
-        }
-        self.abstract = {name: leaf.get_value() for name, (_, leaf) in self._variables.items()}
+        self._graphdef, self._state = _abstract(self._create)
+        self.abstract = _leaves(self._state)
 
-    def _create(self, key: Array | None = None) -> _NnxHybrid:
+    def _create(self, key: Key = None) -> _NnxHybrid:
         rngs = nnx.Rngs(0 if key is None else key)
         cfg = self._family.cfg
         encoder = self._family.twin("nnx").Encoder(cfg, rngs=rngs)
@@ -217,21 +211,20 @@ class _NnxRoot:
         return model
 
     def init(self, key: Array) -> Leaves:
-        state = nnx.state(self._create(key))
-        return {_name(path, leaf): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+        return _leaves(nnx.state(self._create(key)))
 
     def apply(
-        self, leaves: Leaves, inputs: Array, train: bool, key: Array | None, mutable: list[str]
+        self, leaves: Leaves, inputs: Array, train: bool, key: Key, mutable: list[str]
     ) -> tuple[Array, Leaves]:
+        flat = zip(self.abstract, nnx.to_flat_state(self._state), strict=True)
         state = nnx.from_flat_state(
-            [(path, leaf.replace(leaves[name])) for name, (path, leaf) in self._variables.items()]
+            [(path, leaf.replace(leaves[name])) for name, (path, leaf) in flat]
         )
         model = nnx.merge(self._graphdef, state)
         outputs = model(inputs, train=train, key=key, mutable=mutable)
         if not mutable:
             return outputs, {}
-        after = nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.Param)))
-        return outputs, {_name(path, leaf): leaf.get_value() for path, leaf in after}
+        return outputs, _leaves(nnx.state(model, nnx.Not(nnx.Param)))
 
 
 def translate(leaves: Mapping[str, Any], rules: RuleBook, source: str, target: str) -> Leaves:
@@ -327,9 +320,9 @@ def _abstract(create: Any) -> tuple[Any, Any]:
     return graphdef, state
 
 
-def _name(path: tuple[Any, ...], variable: nnx.Variable[Any]) -> str:
-    return _join((nnx.variable_name_from_type(type(variable)), *path))
-
-
-def _join(path: tuple[Any, ...]) -> str:
-    return "/".join(map(str, path))
+def _leaves(state: Any) -> Leaves:
+    """`{"collection/half/path": value}` of an nnx state; a collection is a Variable's type."""
+    return {
+        "/".join(map(str, (nnx.variable_name_from_type(type(leaf)), *path))): leaf.get_value()
+        for path, leaf in nnx.to_flat_state(state)
+    }

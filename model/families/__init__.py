@@ -8,11 +8,11 @@ them) and `misfits(cfg, batch, classes)` (which options the data does not fit). 
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 from jax import Array
 
@@ -21,19 +21,17 @@ from configs.build import build, did_you_mean, refuse, show
 RULES = Path(__file__).parents[2] / "configs" / "rules"
 
 
-class Losses(Protocol):
-    """Maps model outputs and a batch to `{metric: (batch,) float32}`, with "loss" among them."""
-
-    def __call__(self, outputs: Array, batch: dict[str, Array]) -> dict[str, Array]: ...
-
-
 @dataclass(frozen=True)
 class Family:
-    """A model family, with one setting of its options."""
+    """A model family, with one setting of its options.
+
+    Attributes:
+        losses: (model outputs, batch) -> `{metric: (batch,) float32}`, with "loss" among them.
+    """
 
     name: str
     cfg: Any
-    losses: Losses
+    losses: Callable[[Array, dict[str, Array]], dict[str, Array]]
     rules_path: Path
 
     def check_data(self, batch: Mapping[str, Any], classes: int | None) -> None:

@@ -24,10 +24,6 @@ class Config:
     dtype: Literal["float32", "bfloat16"]
     remat: bool
 
-    @property
-    def compute_dtype(self) -> jnp.dtype:
-        return jnp.dtype(self.dtype)
-
 
 def rules(cfg: Config) -> str:
     return "convnet"

@@ -21,10 +21,6 @@ class Config:
     dropout: Decay
     dtype: Literal["float32", "bfloat16"]
 
-    @property
-    def compute_dtype(self) -> jnp.dtype:
-        return jnp.dtype(self.dtype)
-
 
 def rules(cfg: Config) -> str:
     return "mlp"

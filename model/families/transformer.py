@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import jax.numpy as jnp
 import optax
 from jax import Array
 
@@ -30,10 +29,6 @@ class Config:
     def __post_init__(self) -> None:
         if self.width % self.heads:
             refuse({"width": f"got {self.width}; expected a multiple of heads, {self.heads}"})
-
-    @property
-    def compute_dtype(self) -> jnp.dtype:
-        return jnp.dtype(self.dtype)
 
 
 def rules(cfg: Config) -> str:

@@ -7,7 +7,7 @@ import flax.linen as nn
 from jax import Array
 
 from model.families.convnet import Config
-from model.shared import fold
+from model.shared import Key, Shared, fold
 
 
 class Block(nn.Module):
@@ -16,14 +16,14 @@ class Block(nn.Module):
     cfg: Config
 
     @nn.compact
-    def __call__(self, x: Array, key: Array | None, train: bool) -> Array:
+    def __call__(self, x: Array, key: Key, train: bool) -> Array:
         cfg = self.cfg
-        y = nn.Conv(cfg.width, (3, 3), use_bias=False, dtype=cfg.compute_dtype)(x)
-        y = nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=cfg.compute_dtype)(y)
+        y = nn.Conv(cfg.width, (3, 3), use_bias=False, dtype=cfg.dtype)(x)
+        y = nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=cfg.dtype)(y)
         y = nn.relu(y)
         y = nn.Dropout(cfg.dropout)(y, deterministic=not train, rng=key)
-        y = nn.Conv(cfg.width, (3, 3), use_bias=False, dtype=cfg.compute_dtype)(y)
-        y = nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=cfg.compute_dtype)(y)
+        y = nn.Conv(cfg.width, (3, 3), use_bias=False, dtype=cfg.dtype)(y)
+        y = nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=cfg.dtype)(y)
         return nn.relu(x + y)
 
 
@@ -33,18 +33,16 @@ class Encoder(nn.Module):
     cfg: Config
 
     @nn.compact
-    def __call__(
-        self, images: Array, *, train: bool, key: Array | None
-    ) -> tuple[Array, dict[str, Array]]:
+    def __call__(self, images: Array, *, train: bool, key: Key) -> tuple[Array, Shared]:
         cfg = self.cfg
-        x = nn.Conv(cfg.width, (3, 3), use_bias=False, dtype=cfg.compute_dtype)(images)
-        x = nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=cfg.compute_dtype)(x)
+        x = nn.Conv(cfg.width, (3, 3), use_bias=False, dtype=cfg.dtype)(images)
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=cfg.dtype)(x)
         x = nn.relu(x)
         block = nn.remat(Block, static_argnums=(3,)) if cfg.remat else Block
         for i in range(cfg.depth):
             x = block(cfg, name=f"Block_{i}")(x, fold(key, i), train)
         gain = self.param("gain", nn.initializers.ones, (cfg.width,))
-        x = x.mean(axis=(1, 2)) * gain.astype(cfg.compute_dtype)
+        x = x.mean(axis=(1, 2)) * gain.astype(cfg.dtype)
         return x, {"gain": gain}
 
 
@@ -54,11 +52,9 @@ class Head(nn.Module):
     cfg: Config
 
     @nn.compact
-    def __call__(
-        self, x: Array, shared: dict[str, Array], *, train: bool, key: Array | None
-    ) -> Array:
+    def __call__(self, x: Array, shared: Shared, *, train: bool, key: Key) -> Array:
         cfg = self.cfg
-        x = nn.relu(nn.Dense(cfg.width, dtype=cfg.compute_dtype)(x))
-        x = x * shared["gain"].astype(cfg.compute_dtype)
+        x = nn.relu(nn.Dense(cfg.width, dtype=cfg.dtype)(x))
+        x = x * shared["gain"].astype(cfg.dtype)
         x = nn.Dropout(cfg.dropout)(x, deterministic=not train, rng=key)
-        return nn.Dense(cfg.classes, dtype=cfg.compute_dtype)(x).astype("float32")
+        return nn.Dense(cfg.classes, dtype=cfg.dtype)(x).astype("float32")

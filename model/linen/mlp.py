@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from model.families.mlp import Config
-from model.shared import fold
+from model.shared import Key, Shared, fold
 
 
 class Encoder(nn.Module):
@@ -17,11 +17,9 @@ class Encoder(nn.Module):
     cfg: Config
 
     @nn.compact
-    def __call__(
-        self, x: Array, *, train: bool, key: Array | None
-    ) -> tuple[Array, dict[str, Array]]:
+    def __call__(self, x: Array, *, train: bool, key: Key) -> tuple[Array, Shared]:
         cfg = self.cfg
-        dense = nn.Dense(cfg.hidden, dtype=cfg.compute_dtype)
+        dense = nn.Dense(cfg.hidden, dtype=cfg.dtype)
         x = nn.relu(dense(x))
         x = nn.Dropout(cfg.dropout)(x, deterministic=not train, rng=fold(key, 0))
         return x, {"kernel": dense.variables["params"]["kernel"]}
@@ -36,10 +34,8 @@ class Head(nn.Module):
     cfg: Config
 
     @nn.compact
-    def __call__(
-        self, x: Array, shared: dict[str, Array], *, train: bool, key: Array | None
-    ) -> Array:
+    def __call__(self, x: Array, shared: Shared, *, train: bool, key: Key) -> Array:
         cfg = self.cfg
-        back = jnp.dot(x, shared["kernel"].astype(cfg.compute_dtype).T)
+        back = jnp.dot(x, shared["kernel"].astype(cfg.dtype).T)
         x = jnp.concatenate([x, back], axis=-1)
-        return nn.Dense(cfg.outputs, dtype=cfg.compute_dtype)(x).astype("float32")
+        return nn.Dense(cfg.outputs, dtype=cfg.dtype)(x).astype("float32")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from model.families.transformer import Config
-from model.shared import causal_attention, fold, fold_each, tied_logits
+from model.shared import Key, Shared, causal_attention, fold, fold_each, tied_logits
 
 
 class Mlp(nn.Module):
@@ -17,11 +17,11 @@ class Mlp(nn.Module):
     cfg: Config
 
     @nn.compact
-    def __call__(self, x: Array, *, train: bool, key: Array | None) -> Array:
+    def __call__(self, x: Array, *, train: bool, key: Key) -> Array:
         cfg = self.cfg
-        x = nn.Dense(cfg.mlp_factor * cfg.width, dtype=cfg.compute_dtype)(x)
+        x = nn.Dense(cfg.mlp_factor * cfg.width, dtype=cfg.dtype)(x)
         x = nn.gelu(x)
-        x = nn.Dense(cfg.width, dtype=cfg.compute_dtype)(x)
+        x = nn.Dense(cfg.width, dtype=cfg.dtype)(x)
         return nn.Dropout(cfg.dropout)(x, deterministic=not train, rng=key)
 
 
@@ -31,14 +31,14 @@ class Block(nn.Module):
     cfg: Config
 
     @nn.compact
-    def __call__(self, x: Array, key: Array | None, train: bool) -> Array:
+    def __call__(self, x: Array, key: Key, train: bool) -> Array:
         cfg = self.cfg
-        y = nn.LayerNorm(dtype=cfg.compute_dtype)(x)
+        y = nn.LayerNorm(dtype=cfg.dtype)(x)
         y = nn.MultiHeadDotProductAttention(
-            cfg.heads, dtype=cfg.compute_dtype, attention_fn=causal_attention
+            cfg.heads, dtype=cfg.dtype, attention_fn=causal_attention
         )(y)
         x = x + nn.Dropout(cfg.dropout)(y, deterministic=not train, rng=fold(key, 0))
-        y = nn.LayerNorm(dtype=cfg.compute_dtype)(x)
+        y = nn.LayerNorm(dtype=cfg.dtype)(x)
         return x + Mlp(cfg)(y, train=train, key=fold(key, 1))
 
 
@@ -48,14 +48,12 @@ class Encoder(nn.Module):
     cfg: Config
 
     @nn.compact
-    def __call__(
-        self, tokens: Array, *, train: bool, key: Array | None
-    ) -> tuple[Array, dict[str, Array]]:
+    def __call__(self, tokens: Array, *, train: bool, key: Key) -> tuple[Array, Shared]:
         cfg = self.cfg
-        embed = nn.Embed(cfg.vocab, cfg.width, dtype=cfg.compute_dtype)
+        embed = nn.Embed(cfg.vocab, cfg.width, dtype=cfg.dtype)
         x = embed(tokens)
         positions = jnp.arange(tokens.shape[-1])
-        x = x + nn.Embed(cfg.length, cfg.width, dtype=cfg.compute_dtype)(positions)
+        x = x + nn.Embed(cfg.length, cfg.width, dtype=cfg.dtype)(positions)
         x = nn.Dropout(cfg.dropout)(x, deterministic=not train, rng=fold(key, cfg.depth))
         block = nn.remat(Block, static_argnums=(3,)) if cfg.remat else Block
         if cfg.scan:
@@ -69,7 +67,7 @@ class Encoder(nn.Module):
         else:
             for i in range(cfg.depth):
                 x = block(cfg, name=f"Block_{i}")(x, fold(key, i), train)
-        x = nn.LayerNorm(dtype=cfg.compute_dtype)(x)
+        x = nn.LayerNorm(dtype=cfg.dtype)(x)
         return x, {"table": embed.embedding}
 
 
@@ -79,13 +77,11 @@ class Head(nn.Module):
     cfg: Config
 
     @nn.compact
-    def __call__(
-        self, x: Array, shared: dict[str, Array], *, train: bool, key: Array | None
-    ) -> Array:
+    def __call__(self, x: Array, shared: Shared, *, train: bool, key: Key) -> Array:
         cfg = self.cfg
-        x = nn.Dense(cfg.width, dtype=cfg.compute_dtype)(x)
+        x = nn.Dense(cfg.width, dtype=cfg.dtype)(x)
         x = nn.gelu(x)
-        x = nn.LayerNorm(dtype=cfg.compute_dtype)(x)
+        x = nn.LayerNorm(dtype=cfg.dtype)(x)
         x = nn.Dropout(cfg.dropout)(x, deterministic=not train, rng=key)
         bias = self.param("bias", nn.initializers.zeros, (cfg.vocab,))
         return tied_logits(x, shared["table"], bias)

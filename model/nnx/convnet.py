@@ -8,7 +8,7 @@ from flax import nnx
 from jax import Array
 
 from model.families.convnet import Config
-from model.shared import fold, keep_dtype
+from model.shared import Key, Shared, fold, keep_dtype
 
 
 class Block(nnx.Module):
@@ -21,7 +21,7 @@ class Block(nnx.Module):
         self.conv_out = conv(cfg, cfg.width, rngs)
         self.norm_out = norm(cfg, rngs)
 
-    def __call__(self, x: Array, key: Array | None, train: bool) -> Array:
+    def __call__(self, x: Array, key: Key, train: bool) -> Array:
         y = self.conv_in(x)
         y = self.norm_in(y, use_running_average=not train)
         y = nnx.relu(y)
@@ -41,9 +41,7 @@ class Encoder(nnx.Module):
         self.blocks = nnx.List([Block(cfg, rngs=rngs) for _ in range(cfg.depth)])
         self.channel_gain = nnx.Param(jnp.ones((cfg.width,)))
 
-    def __call__(
-        self, images: Array, *, train: bool, key: Array | None
-    ) -> tuple[Array, dict[str, Array]]:
+    def __call__(self, images: Array, *, train: bool, key: Key) -> tuple[Array, Shared]:
         cfg = self.cfg
         x = self.stem(images)
         x = self.stem_norm(x, use_running_average=not train)
@@ -52,7 +50,7 @@ class Encoder(nnx.Module):
         for i, block in enumerate(self.blocks):
             x = call(block, x, fold(key, i), train)
         gain = self.channel_gain[...]
-        x = x.mean(axis=(1, 2)) * gain.astype(cfg.compute_dtype)
+        x = x.mean(axis=(1, 2)) * gain.astype(cfg.dtype)
         return x, {"gain": gain}
 
 
@@ -61,24 +59,22 @@ class Head(nnx.Module):
 
     def __init__(self, cfg: Config, *, rngs: nnx.Rngs) -> None:
         self.cfg = cfg
-        self.hidden = nnx.Linear(cfg.width, cfg.width, dtype=cfg.compute_dtype, rngs=rngs)
+        self.hidden = nnx.Linear(cfg.width, cfg.width, dtype=cfg.dtype, rngs=rngs)
         self.dropout = nnx.Dropout(cfg.dropout)
-        self.classify = nnx.Linear(cfg.width, cfg.classes, dtype=cfg.compute_dtype, rngs=rngs)
+        self.classify = nnx.Linear(cfg.width, cfg.classes, dtype=cfg.dtype, rngs=rngs)
 
-    def __call__(
-        self, x: Array, shared: dict[str, Array], *, train: bool, key: Array | None
-    ) -> Array:
+    def __call__(self, x: Array, shared: Shared, *, train: bool, key: Key) -> Array:
         x = nnx.relu(self.hidden(x))
-        x = x * shared["gain"].astype(self.cfg.compute_dtype)
+        x = x * shared["gain"].astype(self.cfg.dtype)
         x = self.dropout(x, deterministic=not train, rngs=key)
         return self.classify(x).astype("float32")
 
 
 def conv(cfg: Config, channels: int, rngs: nnx.Rngs) -> nnx.Conv:
-    return nnx.Conv(channels, cfg.width, (3, 3), use_bias=False, dtype=cfg.compute_dtype, rngs=rngs)
+    return nnx.Conv(channels, cfg.width, (3, 3), use_bias=False, dtype=cfg.dtype, rngs=rngs)
 
 
 def norm(cfg: Config, rngs: nnx.Rngs) -> nnx.BatchNorm:
     return nnx.BatchNorm(
-        cfg.width, momentum=0.9, dtype=cfg.compute_dtype, promote_dtype=keep_dtype, rngs=rngs
+        cfg.width, momentum=0.9, dtype=cfg.dtype, promote_dtype=keep_dtype, rngs=rngs
     )

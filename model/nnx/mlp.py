@@ -8,19 +8,17 @@ from flax import nnx
 from jax import Array
 
 from model.families.mlp import Config
-from model.shared import fold
+from model.shared import Key, Shared, fold
 
 
 class Encoder(nnx.Module):
     """Linear, relu: inputs (B, F) float32 -> features (B, H), {kernel (F, H)}."""
 
     def __init__(self, cfg: Config, *, rngs: nnx.Rngs) -> None:
-        self.linear = nnx.Linear(cfg.features, cfg.hidden, dtype=cfg.compute_dtype, rngs=rngs)
+        self.linear = nnx.Linear(cfg.features, cfg.hidden, dtype=cfg.dtype, rngs=rngs)
         self.dropout = nnx.Dropout(cfg.dropout)
 
-    def __call__(
-        self, x: Array, *, train: bool, key: Array | None
-    ) -> tuple[Array, dict[str, Array]]:
+    def __call__(self, x: Array, *, train: bool, key: Key) -> tuple[Array, Shared]:
         x = nnx.relu(self.linear(x))
         x = self.dropout(x, deterministic=not train, rngs=fold(key, 0))
         return x, {"kernel": self.linear.kernel[...]}
@@ -35,11 +33,9 @@ class Head(nnx.Module):
     def __init__(self, cfg: Config, *, rngs: nnx.Rngs) -> None:
         self.cfg = cfg
         width = cfg.hidden + cfg.features
-        self.readout = nnx.Linear(width, cfg.outputs, dtype=cfg.compute_dtype, rngs=rngs)
+        self.readout = nnx.Linear(width, cfg.outputs, dtype=cfg.dtype, rngs=rngs)
 
-    def __call__(
-        self, x: Array, shared: dict[str, Array], *, train: bool, key: Array | None
-    ) -> Array:
-        back = jnp.dot(x, shared["kernel"].astype(self.cfg.compute_dtype).T)
+    def __call__(self, x: Array, shared: Shared, *, train: bool, key: Key) -> Array:
+        back = jnp.dot(x, shared["kernel"].astype(self.cfg.dtype).T)
         x = jnp.concatenate([x, back], axis=-1)
         return self.readout(x).astype("float32")

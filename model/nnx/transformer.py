@@ -9,7 +9,7 @@ from flax import nnx
 from jax import Array
 
 from model.families.transformer import Config
-from model.shared import causal_attention, fold, fold_each, keep_dtype, tied_logits
+from model.shared import Key, Shared, causal_attention, fold, fold_each, keep_dtype, tied_logits
 
 
 class Mlp(nnx.Module):
@@ -17,11 +17,11 @@ class Mlp(nnx.Module):
 
     def __init__(self, cfg: Config, *, rngs: nnx.Rngs) -> None:
         hidden = cfg.mlp_factor * cfg.width
-        self.up = nnx.Linear(cfg.width, hidden, dtype=cfg.compute_dtype, rngs=rngs)
-        self.down = nnx.Linear(hidden, cfg.width, dtype=cfg.compute_dtype, rngs=rngs)
+        self.up = nnx.Linear(cfg.width, hidden, dtype=cfg.dtype, rngs=rngs)
+        self.down = nnx.Linear(hidden, cfg.width, dtype=cfg.dtype, rngs=rngs)
         self.dropout = nnx.Dropout(cfg.dropout)
 
-    def __call__(self, x: Array, *, train: bool, key: Array | None) -> Array:
+    def __call__(self, x: Array, *, train: bool, key: Key) -> Array:
         x = self.up(x)
         x = nnx.gelu(x)
         x = self.down(x)
@@ -36,7 +36,7 @@ class Block(nnx.Module):
         self.attention = nnx.MultiHeadAttention(
             cfg.heads,
             cfg.width,
-            dtype=cfg.compute_dtype,
+            dtype=cfg.dtype,
             attention_fn=causal_attention,
             decode=False,
             keep_rngs=False,
@@ -46,7 +46,7 @@ class Block(nnx.Module):
         self.mlp = Mlp(cfg, rngs=rngs)
         self.dropout = nnx.Dropout(cfg.dropout)
 
-    def __call__(self, x: Array, key: Array | None, train: bool) -> Array:
+    def __call__(self, x: Array, key: Key, train: bool) -> Array:
         y = self.attention_norm(x)
         y = self.attention(y)
         x = x + self.dropout(y, deterministic=not train, rngs=fold(key, 0))
@@ -59,15 +59,13 @@ class Encoder(nnx.Module):
 
     def __init__(self, cfg: Config, *, rngs: nnx.Rngs) -> None:
         self.cfg = cfg
-        self.token_embed = nnx.Embed(cfg.vocab, cfg.width, dtype=cfg.compute_dtype, rngs=rngs)
-        self.position_embed = nnx.Embed(cfg.length, cfg.width, dtype=cfg.compute_dtype, rngs=rngs)
+        self.token_embed = nnx.Embed(cfg.vocab, cfg.width, dtype=cfg.dtype, rngs=rngs)
+        self.position_embed = nnx.Embed(cfg.length, cfg.width, dtype=cfg.dtype, rngs=rngs)
         self.dropout = nnx.Dropout(cfg.dropout)
         self.blocks = nnx.List([Block(cfg, rngs=rngs) for _ in range(cfg.depth)])
         self.norm = norm(cfg, rngs)
 
-    def __call__(
-        self, tokens: Array, *, train: bool, key: Array | None
-    ) -> tuple[Array, dict[str, Array]]:
+    def __call__(self, tokens: Array, *, train: bool, key: Key) -> tuple[Array, Shared]:
         cfg = self.cfg
         x = self.token_embed(tokens)
         positions = jnp.arange(tokens.shape[-1])
@@ -95,14 +93,12 @@ class Head(nnx.Module):
     """Linear, gelu, norm, tied logits: features (B, L, D), {table (V, D)} -> (B, L, V) float32."""
 
     def __init__(self, cfg: Config, *, rngs: nnx.Rngs) -> None:
-        self.dense = nnx.Linear(cfg.width, cfg.width, dtype=cfg.compute_dtype, rngs=rngs)
+        self.dense = nnx.Linear(cfg.width, cfg.width, dtype=cfg.dtype, rngs=rngs)
         self.norm = norm(cfg, rngs)
         self.dropout = nnx.Dropout(cfg.dropout)
         self.logits_bias = nnx.Param(jnp.zeros((cfg.vocab,)))
 
-    def __call__(
-        self, x: Array, shared: dict[str, Array], *, train: bool, key: Array | None
-    ) -> Array:
+    def __call__(self, x: Array, shared: Shared, *, train: bool, key: Key) -> Array:
         x = self.dense(x)
         x = nnx.gelu(x)
         x = self.norm(x)
@@ -111,4 +107,4 @@ class Head(nnx.Module):
 
 
 def norm(cfg: Config, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(cfg.width, dtype=cfg.compute_dtype, promote_dtype=keep_dtype, rngs=rngs)
+    return nnx.LayerNorm(cfg.width, dtype=cfg.dtype, promote_dtype=keep_dtype, rngs=rngs)
