@@ -322,7 +322,9 @@ def _abstract(create: Any) -> tuple[Any, Any]:
 
 def _leaves(state: Any) -> Leaves:
     """`{"collection/half/path": value}` of an nnx state; a collection is a Variable's type."""
-    return {
-        "/".join(map(str, (nnx.variable_name_from_type(type(leaf)), *path))): leaf.get_value()
-        for path, leaf in nnx.to_flat_state(state)
-    }
+    leaves = {}
+    for path, leaf in nnx.to_flat_state(state):
+        # As the bridge does it: a type that nobody has registered is called by its own name.
+        collection = nnx.variable_name_from_type(type(leaf), allow_register=True)
+        leaves["/".join(map(str, (collection, *path)))] = leaf.get_value()
+    return leaves

@@ -238,6 +238,25 @@ def test_a_parameter_type_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch)
         Stage("nnx", family("mlp"), INPUTS["mlp"])
 
 
+@pytest.mark.parametrize("stage_name", STAGES[1:])
+def test_a_variable_type_of_its_own_is_a_collection_at_every_stage(
+    monkeypatch: pytest.MonkeyPatch, stage_name: str
+) -> None:
+    from model.nnx import mlp
+
+    tally = type(f"Tally{stage_name}", (nnx.Variable,), {})  # new to flax, whatever ran before
+
+    class Counting(mlp.Encoder):
+        def __init__(self, cfg: Any, *, rngs: nnx.Rngs) -> None:
+            super().__init__(cfg, rngs=rngs)
+            self.count = tally(jnp.zeros(3))
+
+    monkeypatch.setattr(mlp, "Encoder", Counting)
+    stage = Stage(stage_name, family("mlp"), INPUTS["mlp"])
+    assert f"Tally{stage_name}/encoder/count" in stage.abstract
+    assert stage.mutable == [f"Tally{stage_name}"]
+
+
 def test_a_linen_head_with_statistics_keeps_its_updates_inside_nnx(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
