@@ -41,13 +41,13 @@ def step(axis: str, value: int) -> dict[str, float]:
 
     from model import families
     from model.stages import Stage
-    from training import cli, data, mesh, start
+    from training import cli, data, datasets, mesh, start
     from training.state import Program
 
     change = f"mesh.fsdp={value}" if axis == "devices" else f"model.{axis}={value}"
     cfg = cli.compose(*BASE, change, check_model=families.create)
     family = families.create(cfg.model)
-    example = next(data.train_iterator(data.load(cfg.data), cfg.data))
+    example = next(data.train_iterator(datasets.load(cfg.data), cfg.data))
     layout = mesh.create(cfg.mesh, cfg.data.batch)
     stage = Stage(cfg.stage, family, example["inputs"])
     made = Program(cfg, stage, start.load_rules(cfg, family), layout)

@@ -27,7 +27,7 @@ import jax
 from benchmarks.rounds import save, table
 from benchmarks.steps import program, stage_step
 from model import families
-from training import cli, data, loop
+from training import cli, data, datasets, loop
 from training.evaluation import evaluate
 from training.state import Program
 
@@ -99,7 +99,7 @@ def bare_steps(stage: str, steps: int) -> float:
 def evaluation() -> float:
     """Seconds of one reading of the validation set, as the default does it."""
     cfg, made, _ = program([LM], "nnx_in_linen")
-    state, dataset = made.init(), data.load(cfg.data)
+    state, dataset = made.init(), datasets.load(cfg.data)
     evaluate(cfg, made, dataset, state)
     begin = time.perf_counter()
     evaluate(cfg, made, dataset, state)

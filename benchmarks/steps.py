@@ -28,7 +28,7 @@ from configs.schema import Config
 from linen_nnx.book.tree import flatten, unflatten
 from model import families
 from model.stages import STAGES, Stage
-from training import cli, data, optimizer, start
+from training import cli, data, datasets, optimizer, start
 from training.state import Program
 
 SIZES = {  # name: (overrides, steps in one measurement)
@@ -45,7 +45,7 @@ Step = Callable[[], jax.Array]
 def program(overrides: list[str], stage: str) -> tuple[Config, Program, dict[str, Any]]:
     """A run's program at a stage, and one batch of its data on the device."""
     cfg = cli.compose(*overrides, f"stage={stage}", check_model=families.create)
-    batch = jax.tree.map(jnp.asarray, next(data.train_iterator(data.load(cfg.data), cfg.data)))
+    batch = jax.tree.map(jnp.asarray, next(data.train_iterator(datasets.load(cfg.data), cfg.data)))
     family = families.create(cfg.model)
     rules = start.load_rules(cfg, family)
     return cfg, Program(cfg, Stage(cfg.stage, family, batch["inputs"]), rules), batch

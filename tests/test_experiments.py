@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from model import families
-from training import cli, data, loop
+from training import cli, datasets, loop
 
 
 def train(tmp_path: Path, *overrides: str) -> tuple[list[dict[str, Any]], dict[str, float]]:
@@ -16,7 +16,7 @@ def train(tmp_path: Path, *overrides: str) -> tuple[list[dict[str, Any]], dict[s
     loop.train(cfg)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, lines) if row["split"] == "eval"]
-    return rows, data.load(cfg.data).baselines
+    return rows, datasets.load(cfg.data).baselines
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from linen_nnx.disk import digests
 from model.stages import check
 from training import processes
 from training.errors import Refused
+from training.leaves import named
 from training.state import State
 
 
@@ -129,19 +130,19 @@ class Checkpoints:
             )
         self._digested = self._background.submit(_digest, manager, step)
 
-    def forget_best_after(self, step: int) -> None:
-        """Deletes best checkpoints that the run, going on from `step`, will draw again."""
-        if self._best is not None:
-            for later in [s for s in self._best.all_steps() if s > step]:
-                self._best.delete(later)
+    def forget_after(self, step: int) -> None:
+        """Deletes checkpoints that the run, going on from `step`, will draw again: of the best, and
+        of a debug run that begins anew."""
+        for manager in filter(None, (self._latest, self._best)):
+            for later in [s for s in manager.all_steps() if s > step]:
+                manager.delete(later)
 
     def close(self) -> None:
         """Waits until every save is on disk, with its digests."""
         self._wait()
         self._background.shutdown()
-        for manager in (self._latest, self._best):
-            if manager is not None:
-                manager.close()
+        for manager in filter(None, (self._latest, self._best)):
+            manager.close()
 
     def _wait(self) -> None:
         """Waits for the save before: a later one may delete the directory that is being hashed."""
@@ -197,9 +198,3 @@ def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def named(tree: Any) -> dict[str, Any]:
-    """Leaves by path, whatever the containers: tuples and named tuples become indices and names."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from textwrap import indent
 from typing import Any, NoReturn
 
 import yaml
@@ -129,12 +130,11 @@ def help_page() -> str:
     # A block of config.yaml that opens with a comment speaks of the file or of Hydra itself.
     blocks = (CONFIGS / "config.yaml").read_text().split("\n\n")
     keys = [block for block in blocks if not block.startswith(("#", "defaults:"))]
-    text += ["\nKeys, as in configs/config.yaml:", _indent("\n".join(keys))]
+    text += ["\nKeys, as in configs/config.yaml:", indent("\n".join(keys), "  ")]
     for group, option in _defaults().items():
         if group not in ("experiment", "debug"):
             lines = (CONFIGS / group / f"{option}.yaml").read_text().splitlines()[1:]
-            keys = [f"{group}.{line}" for line in lines]
-            text += [f"\nKeys of {group}={option}:", _indent("\n".join(keys))]
+            text += [f"\nKeys of {group}={option}:", *(f"  {group}.{line}" for line in lines)]
     return "\n".join(text)
 
 
@@ -208,10 +208,8 @@ def _override_problems(overrides: Sequence[str], check_model: CheckModel | None)
 def _defaults() -> dict[str, str]:
     """The config groups and the option of each that config.yaml chooses."""
     entries = yaml.safe_load((CONFIGS / "config.yaml").read_text())["defaults"]
-    chosen = {
-        key: option for entry in entries if isinstance(entry, dict) for key, option in entry.items()
-    }
-    return {group: option for group, option in chosen.items() if not group.startswith("override ")}
+    chosen = [pair for entry in entries if isinstance(entry, dict) for pair in entry.items()]
+    return {group: option for group, option in chosen if not group.startswith("override ")}
 
 
 def _groups() -> dict[str, list[str]]:
@@ -222,10 +220,6 @@ def _groups() -> dict[str, list[str]]:
 def _first_line(error: Exception) -> str:
     lines = [line for line in str(error).splitlines() if not line.startswith("Error parsing")]
     return lines[0]
-
-
-def _indent(text: str) -> str:
-    return "\n".join(f"  {line}" for line in text.splitlines())
 
 
 def _exit(error: Exception | str, code: int) -> NoReturn:

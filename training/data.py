@@ -16,21 +16,11 @@ from typing import TYPE_CHECKING, Any
 import grain
 import numpy as np
 
-from training.datasets import Batch, Dataset, load
-from training.errors import DataError, refuse_data
+from training.datasets import Batch, Dataset
+from training.errors import Refused
 
 if TYPE_CHECKING:
     from configs.schema import Data
-
-__all__ = [
-    "Batch",
-    "DataError",
-    "Dataset",
-    "TrainIterator",
-    "eval_batches",
-    "load",
-    "train_iterator",
-]
 
 # One thread, a few batches ahead: a batch takes far less time than a step, and more threads would
 # only contend for the interpreter with the loop.
@@ -89,12 +79,12 @@ class TrainIterator:
         """Go to a position that `get_state` returned.
 
         Raises:
-            DataError: the position counts batches of other data, or of data ordered otherwise,
+            Refused: the position counts batches of other data, or of data ordered otherwise,
                 so that continuing would repeat and skip examples; every difference is named.
         """
         here = {"batches": None, **self._identity}
         if state.keys() != here.keys():
-            raise DataError(
+            raise Refused(
                 f"A data position has the keys {', '.join(sorted(here))}; this one has "
                 f"{', '.join(sorted(state)) or 'none'}."
             )
@@ -104,7 +94,7 @@ class TrainIterator:
             if state[key] != value
         ]
         if changed:
-            raise DataError(
+            raise Refused(
                 "The saved data position counts batches of other data:\n"
                 + "\n".join(changed)
                 + "\nGoing on would repeat and skip examples. Set these back (the digest stands "
@@ -135,7 +125,7 @@ def train_iterator(
         Batches of `batch / process_count` rows.
 
     Raises:
-        DataError: the rows of a batch cannot be shared out evenly.
+        Refused: the rows of a batch cannot be shared out evenly.
     """
     rows = _rows_of_process(cfg.batch, process_index, process_count)
     order = Order(len(dataset.train), cfg.batch, cfg.seed)
@@ -178,11 +168,9 @@ def eval_batches(
         up the last batch (a copy of an example, so that its values are ordinary ones).
 
     Raises:
-        DataError: the rows of a batch cannot be shared out evenly, or `limit` is below 1.
+        Refused: the rows of a batch cannot be shared out evenly.
     """
     rows = _rows_of_process(cfg.batch, process_index, process_count)
-    if limit is not None and limit < 1:
-        raise DataError(f"The limit is {limit} validation batches; expected at least 1, or null.")
     count = len(dataset.validation)
     filled = count + -count % cfg.batch
     order = np.resize(np.random.default_rng(cfg.seed).permutation(count), filled)
@@ -196,14 +184,10 @@ def eval_batches(
 
 
 def _rows_of_process(batch: int, index: int, count: int) -> slice:
-    problems = []
-    if not 0 <= index < count:
-        problems.append(f"Process {index} of {count}: expected 0 to {count - 1}.")
     if batch % count:
-        problems.append(
+        raise Refused(
             f"data.batch is {batch}, which {count} processes cannot share evenly: choose a "
             f"multiple of {count}."
         )
-    refuse_data(problems)
     share = batch // count
     return slice(index * share, (index + 1) * share)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from training.errors import DataError
+from training.errors import Refused
 from training.text import Windows, bigram_nats, read_text, split_text
 
 if TYPE_CHECKING:
@@ -61,7 +61,6 @@ class Dataset:
     """A training and a validation source, and what a report needs to know of them.
 
     Attributes:
-        name: 'text', 'digits' or 'diabetes'.
         train: the examples to learn from.
         validation: the examples that training never sees.
         description: one line for people: where the data is from, how much, how split.
@@ -69,19 +68,14 @@ class Dataset:
         classes: how many values a target can have (256 of a byte, 10 of a digit); None where it is
             a number.
         digest: names the exact data, whatever its path; saved with a position in it.
-        target_mean, target_std: `target * target_std + target_mean` is in original units, and a
-            mean squared error times `target_std ** 2` too.
     """
 
-    name: str
     train: Source
     validation: Source
     description: str
     baselines: dict[str, float]
     digest: str
     classes: int | None = None
-    target_mean: float = 0.0
-    target_std: float = 1.0
 
     def example_batch(self, n: int) -> Batch:
         """Return the first `n` training examples (from the start again if fewer), for shapes."""
@@ -111,12 +105,12 @@ def load(cfg: Data) -> Dataset:
           the training split. Baseline, as mean squared error: `mean`.
 
     Raises:
-        DataError: the config does not fit the dataset, or the files cannot be used; the message
+        Refused: the config does not fit the dataset, or the files cannot be used; the message
             names every reason.
     """
     dataset = LOADERS[cfg.name](cfg)
     if cfg.batch > len(dataset.train):
-        raise DataError(
+        raise Refused(
             f"data.batch is {cfg.batch}, more than the {len(dataset.train)} training examples of "
             f"{cfg.name}: a batch would hold an example twice. Choose a smaller data.batch."
         )
@@ -125,7 +119,7 @@ def load(cfg: Data) -> Dataset:
 
 def _load_text(cfg: Data) -> Dataset:
     if cfg.length is None:
-        raise DataError("data.length is null; text needs the number of bytes in a window.")
+        raise Refused("data.length is null; text needs the number of bytes in a window.")
     text, origin = read_text(cfg.path)
     data = np.frombuffer(text, np.uint8)
     train_runs, validation_runs = split_text(len(data), cfg.length, cfg.val_fraction, cfg.seed)
@@ -133,7 +127,6 @@ def _load_text(cfg: Data) -> Dataset:
     validation = Windows(data, validation_runs, cfg.length, stride=cfg.length)
     train_bytes, validation_bytes = (int(np.diff(r).sum()) for r in (train_runs, validation_runs))
     return Dataset(
-        name="text",
         train=train,
         validation=validation,
         description=(
@@ -159,7 +152,7 @@ def _load_digits(cfg: Data) -> Dataset:
         members = order[targets[order] == label]
         count = round(cfg.val_fraction * len(members))
         if count in (0, len(members)):
-            raise DataError(
+            raise Refused(
                 f"data.val_fraction is {cfg.val_fraction}: of the {len(members)} images of digit "
                 f"{label}, {count} would be validation, and both sides need every digit. Choose a "
                 "value nearer to 0.1."
@@ -168,7 +161,6 @@ def _load_digits(cfg: Data) -> Dataset:
     train, validation = np.flatnonzero(~in_validation), np.flatnonzero(in_validation)
     majority = np.bincount(targets[train]).argmax()
     return Dataset(
-        name="digits",
         train=Rows(inputs[train], targets[train]),
         validation=Rows(inputs[validation], targets[validation]),
         description=_bundled("handwritten digits of 8 x 8 pixels", train, validation),
@@ -187,27 +179,22 @@ def _load_diabetes(cfg: Data) -> Dataset:
     count = min(max(round(cfg.val_fraction * len(order)), 1), len(order) - 1)
     validation, train = order[:count], order[count:]
     if len(train) < 2:
-        raise DataError(
+        raise Refused(
             f"data.val_fraction is {cfg.val_fraction}: {len(train)} training example of diabetes "
             "has no spread to standardise by. Choose a value nearer to 0.1."
         )
 
-    def standardise(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        mean, std = values[train].mean(axis=0), values[train].std(axis=0)
-        return ((values - mean) / std).astype(np.float32), mean, std
+    def standardised(values: np.ndarray) -> np.ndarray:
+        return ((values - values[train].mean(0)) / values[train].std(0)).astype(np.float32)
 
-    inputs, _, _ = standardise(features)
-    targets, mean, std = standardise(progression)
+    inputs, targets = standardised(features), standardised(progression)
     return Dataset(
-        name="diabetes",
         train=Rows(inputs[train], targets[train]),
         validation=Rows(inputs[validation], targets[validation]),
         description=_bundled("diabetes records, 10 features each", train, validation),
         # Standardised targets have a training mean of 0: predicting it leaves the target itself.
         baselines={"mean": float(np.mean(targets[validation].astype(np.float64) ** 2))},
         digest=_digest(features, progression),
-        target_mean=float(mean[0]),
-        target_std=float(std[0]),
     )
 
 

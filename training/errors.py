@@ -1,4 +1,4 @@
-"""The errors that end a run with a message and without a traceback."""
+"""The error that ends a run with a message and without a traceback."""
 
 
 class Refused(Exception):
@@ -6,11 +6,7 @@ class Refused(Exception):
     to do instead. Reported by `training.cli.run` with exit code 1."""
 
 
-class DataError(Refused, ValueError):
-    """Data that cannot be used as asked."""
-
-
-def refuse_data(problems: list[str]) -> None:
-    """Raise one `DataError` with every problem, if there is any."""
+def refuse(problems: list[str]) -> None:
+    """Raises one `Refused` with every problem, if there is any."""
     if problems:
-        raise DataError("\n".join(problems))
+        raise Refused("\n".join(problems))

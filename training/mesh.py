@@ -14,7 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from configs import schema
 from model.stages import HALVES
-from training.errors import Refused
+from training.errors import Refused, refuse
+from training.leaves import named, path_name
 
 LISTED = 6  # arrays that cannot be divided, in the opening words
 
@@ -65,7 +66,7 @@ class Layout:
         """
 
         def placed(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
-            names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+            names = path_name(path).split("/")
             start = next((i for i, name in enumerate(names) if name in HALVES), len(names))
             rank = ranks.get("/".join(names[start:]))
             if rank is None or (names[0] == "variables" and names[1] != "params"):
@@ -101,10 +102,9 @@ class Layout:
         held = sum(
             np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves
         )
-        params, _ = jax.tree_util.tree_flatten_with_path(state.variables["params"])
         odd = [
-            f"{jax.tree_util.keystr(path, simple=True, separator='/')} {list(leaf.shape)}"
-            for path, leaf in params
+            f"{path} {list(leaf.shape)}"
+            for path, leaf in named(state.variables["params"]).items()
             if leaf.sharding.is_fully_replicated
         ]
         text += f"; each holds {held / 1e3:,.0f} of the state's {total / 1e3:,.0f} kB"
@@ -142,6 +142,5 @@ def create(cfg: schema.Mesh, batch: int) -> Layout | None:
             f"data.batch is {batch}, which {size} devices ({asked}) cannot share evenly: choose "
             f"a multiple of {size}."
         )
-    if problems:
-        raise Refused("\n".join(problems))
+    refuse(problems)
     return None if size == 1 else Layout(data, fsdp)

@@ -1,6 +1,7 @@
 """One Optax transformation over both halves of the model, built from the configuration."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import optax
 
 from configs.schema import Optimizer
 from model.stages import HALVES
-from training.leaves import View
+from training.leaves import View, path_name
 
 Schedule = Callable[[Any], Any]
 
@@ -68,14 +69,17 @@ def create(cfg: Optimizer, steps: int, view: View) -> optax.GradientTransformati
 
 
 def _rule(cfg: Optimizer) -> optax.GradientTransformation:
+    # The schema has made sure that an optimizer's settings are there, and that others are null.
+    settings = {"b1": cfg.b1, "b2": cfg.b2, "eps": cfg.eps}
+    given: dict[str, Any] = {key: value for key, value in settings.items() if value is not None}
     match cfg.name:
         case "adamw":
-            return optax.scale_by_adam(**_given(cfg, b1="b1", b2="b2", eps="eps"))
+            return optax.scale_by_adam(**given)
         case "lion":
-            return optax.scale_by_lion(**_given(cfg, b1="b1", b2="b2"))
+            return optax.scale_by_lion(**given)
         case "adafactor":
             parts = [
-                optax.scale_by_factored_rms(**_given(cfg, epsilon="eps")),
+                optax.scale_by_factored_rms(epsilon=given["eps"]),
                 optax.clip_by_block_rms(1.0),
                 optax.scale_by_param_block_rms(),
             ]
@@ -86,28 +90,17 @@ def _rule(cfg: Optimizer) -> optax.GradientTransformation:
             return optax.identity() if cfg.momentum is None else optax.trace(cfg.momentum)
 
 
-def _given(cfg: Optimizer, **settings: str) -> dict[str, Any]:
-    """`{argument: value}` of settings that the schema has made sure are there."""
-    return {argument: getattr(cfg, key) for argument, key in settings.items()}
-
-
 def _decays(view: View) -> Callable[[Any], Any]:
     decays = view.mask(lambda path, rank: rank >= 2 and not path.endswith("bias"))
-
-    def mask(params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: decays["/".join(key.key for key in path)], params
-        )
-
-    return mask
+    return partial(jax.tree_util.tree_map_with_path, lambda path, _: decays[path_name(path)])
 
 
 def _clip(max_norm: float, view: View, halves: list[str]) -> optax.GradientTransformation:
     """`optax.clip_by_global_norm` with a norm that does not depend on the order of names."""
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def clip(updates: Any, params: Any = None) -> Any:
         norm = view.norm(updates, halves)
         scale = jnp.where(norm < max_norm, 1.0, max_norm / norm)
-        return jax.tree.map(lambda u: u * scale.astype(u.dtype), updates), state
+        return jax.tree.map(lambda u: u * scale.astype(u.dtype), updates)
 
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    return optax.stateless(clip)

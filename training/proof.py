@@ -21,8 +21,8 @@ from linen_nnx.infer.trace import Leaf, Trace
 from linen_nnx.proof.subject import Arrays, Subject
 from model import families
 from model.stages import Stage
-from training import data
-from training.checkpoints import named
+from training import datasets
+from training.leaves import named
 from training.state import Program, State
 
 _ROWS = 8  # of a batch, at most
@@ -43,7 +43,7 @@ def subject(run: Mapping[str, Any]) -> Subject:
     """
     cfg = build(Config, {**run["config"], "stage": run["stage"]})
     source = dataclasses.replace(cfg.data, path=None, batch=min(cfg.data.batch, _ROWS))
-    batch = data.load(source).example_batch(source.batch)
+    batch = datasets.load(source).example_batch(source.batch)
     family = families.create(cfg.model)
     stage = Stage(cfg.stage, family, batch["inputs"])
     rules = None if run["rules"] is None else RuleBook.from_dict(run["rules"])

@@ -9,7 +9,7 @@ from configs.schema import Config
 from linen_nnx import RuleBook
 from model import families
 from model.stages import Stage
-from training import data, mesh, processes, start
+from training import datasets, mesh, processes, start
 from training.state import Program
 
 
@@ -22,7 +22,7 @@ class Setup:
     """
 
     layout: mesh.Layout | None
-    dataset: data.Dataset
+    dataset: datasets.Dataset
     rules: RuleBook | None
     program: Program
     example: dict[str, Any]
@@ -41,7 +41,7 @@ def prepare(cfg: Config) -> Setup:
     processes.join(cfg)
     with processes.together():
         layout = mesh.create(cfg.mesh, cfg.data.batch)
-        dataset = data.load(cfg.data)
+        dataset = datasets.load(cfg.data)
         family = families.create(cfg.model)
         rules = start.load_rules(cfg, family)
         example = dataset.example_batch(cfg.data.batch)

@@ -1,6 +1,7 @@
 """Where a run starts: the one place that decides between resume, init_from and scratch.
 
-    1. its own run directory holds a checkpoint: go on from it (resume=auto or must);
+    1. its own run directory holds a checkpoint: go on from it (resume=auto or must), unless it is
+       a debug run that has ended, which begins anew (resume=auto);
     2. else `init_from`: take the whole state of another run, at whatever stage, and go on from it;
     3. else scratch.
 
@@ -15,6 +16,7 @@ from typing import Any
 
 import jax
 import yaml
+from flax.traverse_util import flatten_dict
 
 from configs.build import build
 from configs.schema import Config
@@ -24,6 +26,7 @@ from model.stages import Stage, check
 from training import checkpoints, processes
 from training.data import TrainIterator
 from training.errors import Refused
+from training.leaves import named
 from training.state import Program, State, translate_state
 from training.terminal import say
 
@@ -142,6 +145,10 @@ def _own(cfg: Config, run_dir: Path) -> checkpoints.Saved | None:
     saved = checkpoints.latest(run_dir / "checkpoints")
     if saved is None and cfg.resume == "must":
         raise Refused(f"resume=must, but the run in {run_dir} has not saved a checkpoint yet.")
+    again = cfg.debug.mode != "none" and cfg.resume == "auto"
+    if again and saved and saved.step >= (cfg.stop_at or cfg.steps):
+        say(f"debug={cfg.debug.mode}: the run in {run_dir} has ended, and begins anew.")
+        return None
     return saved
 
 
@@ -158,13 +165,13 @@ def _foreign(cfg: Config, path: Path) -> checkpoints.Saved:
 
 def _compare_runs(before: dict[str, Any], now: dict[str, Any], run_dir: Path) -> None:
     """Says what has changed since the run began; refuses what would bend its curve."""
-    old, new = flat_config(before), flat_config(now)
-    changed = [
-        (key, f"  {key}: was {old.get(key, 'absent')}, is {new.get(key, 'absent')}")
+    old, new = flatten_dict(before, sep="."), flatten_dict(now, sep=".")
+    changed = {
+        key: f"  {key}: was {old.get(key, 'absent')}, is {new.get(key, 'absent')}"
         for key in sorted(old.keys() | new.keys())
-        if key not in old or key not in new or old[key] != new[key]
-    ]
-    bending = [text for key, text in changed if key.split(".")[0] not in FREE]
+        if old.get(key, "absent") != new.get(key, "absent")
+    }
+    bending = [text for key, text in changed.items() if key.split(".")[0] not in FREE]
     if bending:
         raise Refused(
             f"{run_dir} belongs to another run:\n"
@@ -173,7 +180,7 @@ def _compare_runs(before: dict[str, Any], now: dict[str, Any], run_dir: Path) ->
             f"{run_dir}, to start from its state), or set these back."
         )
     if changed:
-        say("Changed since the run was last started:\n" + "\n".join(text for _, text in changed))
+        say("Changed since the run was last started:\n" + "\n".join(changed.values()))
 
 
 def _translated(cfg: Config, program: Program, saved: checkpoints.Saved) -> State:
@@ -201,19 +208,7 @@ def _translated(cfg: Config, program: Program, saved: checkpoints.Saved) -> Stat
             state = translate_state(state, rules, here, there)
     expected = program.abstract()
     where = f"this run, translated from {saved.path}"
-    check(checkpoints.named(state.tree()), checkpoints.named(expected.tree()), where)
+    check(named(state.tree()), named(expected.tree()), where)
     if program.layout is None:
         return state
     return jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, expected))
-
-
-def flat_config(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"optimizer.lr": 0.001, ...}`."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat |= (
-            flat_config(value, f"{prefix}{key}.")
-            if isinstance(value, dict)
-            else {prefix + key: value}
-        )
-    return flat

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from flax.traverse_util import flatten_dict
 from rich.table import Table
 
 from training.metrics import read
-from training.start import FREE, flat_config
+from training.start import FREE
 from training.terminal import CONSOLE
 
 
@@ -26,7 +27,8 @@ def table(paths: list[Path]) -> Table:
     runs = sorted({file.parent for path in paths for file in path.rglob("config.yaml")})
     if not runs:
         raise SystemExit(f"There is no run (config.yaml) below {', '.join(map(str, paths))}.")
-    configs = [flat_config(yaml.safe_load((run / "config.yaml").read_text())) for run in runs]
+    files = [yaml.safe_load((run / "config.yaml").read_text()) for run in runs]
+    configs = [flatten_dict(file, sep=".") for file in files]
     keys = [key for key in configs[0] if key.split(".")[0] not in FREE]
     differing = [key for key in keys if len({str(config.get(key)) for config in configs}) > 1]
     lines: list[tuple[float, list[Any]]] = []

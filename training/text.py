@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from training.errors import DataError, refuse_data
+from training.errors import Refused, refuse
 
 BLOCKS = 200  # of a text, each wholly training or wholly validation
 WINDOWS_PER_BLOCK = 4  # at least, so that a short text still has whole windows on both sides
@@ -32,9 +32,49 @@ def read_text(path: str | None) -> tuple[bytes, str]:
         The bytes, and a phrase that names their origin.
 
     Raises:
-        DataError: nothing is there, all is empty, or files cannot be read or look binary.
+        Refused: nothing is there, all is empty, or files cannot be read or look binary.
     """
-    return _standard_text() if path is None else _read_files(path)
+    if path is None:
+        return _standard_text(), "Python's language reference (pydoc_data.topics, repeats removed)"
+    root = Path(path).expanduser()
+    skipped = 0
+    if root.is_dir():
+        found = sorted(p for p in root.rglob("*") if p.is_file())
+        files = [p for p in found if not any(s.startswith(".") for s in p.relative_to(root).parts)]
+        skipped = len(found) - len(files)
+    elif root.is_file():
+        files = [root]
+    else:
+        files = sorted(Path(p) for p in glob.glob(str(root), recursive=True) if Path(p).is_file())
+    if not files:
+        what = "a folder without files that are not hidden" if root.is_dir() else "nothing"
+        raise Refused(
+            f"data.path is {path!r}, which matches {what} (seen from {Path.cwd()}). Give a text "
+            "file, a folder of text files, or a glob such as 'docs/**/*.md'."
+        )
+    contents: list[bytes] = []
+    problems: list[str] = []
+    for file in files:
+        try:
+            contents.append(file.read_bytes())
+        except OSError as error:
+            problems.append(f"data.path: {file} cannot be read: {error.strerror}.")
+            continue
+        if b"\0" in contents[-1]:
+            problems.append(
+                f"data.path: {file} looks binary (a zero byte at {contents[-1].index(0)}). Name "
+                "only text files, by a glob such as 'docs/**/*.md'; re-encode UTF-16 as UTF-8."
+            )
+    refuse(problems)
+    text = b"\n".join(contents)
+    if not any(contents):
+        raise Refused(f"data.path is {path!r}: its {len(files)} file(s) are empty.")
+    if len(files) == 1:
+        return text, str(files[0])
+    names = ", ".join(str(f.relative_to(root) if root.is_dir() else f) for f in files[:FILES_NAMED])
+    more = f" and {len(files) - FILES_NAMED} more" if len(files) > FILES_NAMED else ""
+    hidden = f"; {skipped} hidden left out" if skipped else ""
+    return text, f"{path} ({len(files)} files: {names}{more}{hidden})"
 
 
 class Windows:
@@ -84,13 +124,13 @@ def split_text(
         neighbouring blocks of one kind are one run.
 
     Raises:
-        DataError: the stream has no room for two blocks.
+        Refused: the stream has no room for two blocks.
     """
     shortest = WINDOWS_PER_BLOCK * length + 1
     block = max(size // BLOCKS, shortest)
     blocks = size // block
     if blocks < 2:
-        raise DataError(
+        raise Refused(
             f"data.length is {length}, too long for a text of {size} bytes: a block to train on "
             f"and one to validate with need {2 * shortest} bytes. Choose a smaller data.length or "
             "give more text."
@@ -140,7 +180,7 @@ def _pair_counts(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return np.bincount(codes, minlength=256 * 256).reshape(256, 256)
 
 
-def _standard_text() -> tuple[bytes, str]:
+def _standard_text() -> bytes:
     """The language reference inside Python's standard library, each paragraph once.
 
     Many topics quote one another: two bytes in five lie in a passage that occurs twice, and the
@@ -150,47 +190,4 @@ def _standard_text() -> tuple[bytes, str]:
 
     paragraphs = "\n\n".join(topics[name] for name in sorted(topics)).split("\n\n")
     text = "\n\n".join(dict.fromkeys(p.rstrip() for p in paragraphs if p.strip()))
-    return text.encode(), "Python's language reference (pydoc_data.topics, repeats removed)"
-
-
-def _read_files(path: str) -> tuple[bytes, str]:
-    """Join the files that `path` names, in sorted order, with a newline between them."""
-    root = Path(path).expanduser()
-    skipped = 0
-    if root.is_dir():
-        found = sorted(p for p in root.rglob("*") if p.is_file())
-        files = [p for p in found if not any(s.startswith(".") for s in p.relative_to(root).parts)]
-        skipped = len(found) - len(files)
-    elif root.is_file():
-        files = [root]
-    else:
-        files = sorted(Path(p) for p in glob.glob(str(root), recursive=True) if Path(p).is_file())
-    if not files:
-        what = "a folder without files that are not hidden" if root.is_dir() else "nothing"
-        raise DataError(
-            f"data.path is {path!r}, which matches {what} (seen from {Path.cwd()}). Give a text "
-            "file, a folder of text files, or a glob such as 'docs/**/*.md'."
-        )
-    contents: list[bytes] = []
-    problems: list[str] = []
-    for file in files:
-        try:
-            contents.append(file.read_bytes())
-        except OSError as error:
-            problems.append(f"data.path: {file} cannot be read: {error.strerror}.")
-            continue
-        if b"\0" in contents[-1]:
-            problems.append(
-                f"data.path: {file} looks binary (a zero byte at {contents[-1].index(0)}). Name "
-                "only text files, by a glob such as 'docs/**/*.md'; re-encode UTF-16 as UTF-8."
-            )
-    refuse_data(problems)
-    text = b"\n".join(contents)
-    if not any(contents):
-        raise DataError(f"data.path is {path!r}: its {len(files)} file(s) are empty.")
-    if len(files) == 1:
-        return text, str(files[0])
-    names = ", ".join(str(f.relative_to(root) if root.is_dir() else f) for f in files[:FILES_NAMED])
-    more = f" and {len(files) - FILES_NAMED} more" if len(files) > FILES_NAMED else ""
-    hidden = f"; {skipped} hidden left out" if skipped else ""
-    return text, f"{path} ({len(files)} files: {names}{more}{hidden})"
+    return text.encode()
