@@ -172,6 +172,40 @@ def test_one_step_goes_the_whole_path_once(train: Train, tmp_path: Path) -> None
     assert (run_dir / "checkpoints" / "1" / "state").is_dir()
 
 
+@pytest.mark.parametrize("mode", ["one_step", "overfit", "nans", "profile"])
+def test_a_debug_run_that_has_ended_begins_anew(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str
+) -> None:
+    options = (f"debug={mode}", f"run_dir={tmp_path / mode}", "checkpoint.best=true")
+    options += () if mode == "one_step" else ("steps=8", "eval.every=2", "checkpoint.every=4")
+    run_dir = train("diabetes", *options)
+    before, saved = (run_dir / "metrics.jsonl").read_bytes(), params(run_dir, rows_of(run_dir))
+    capsys.readouterr()
+
+    train("diabetes", *options)
+
+    shown = capsys.readouterr().out
+    assert f"debug={mode}: the run in {run_dir} has ended, and begins anew." in shown
+    assert "from scratch" in shown
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
+    again = params(run_dir, rows_of(run_dir))
+    assert all(leaf.tobytes() == again[path].tobytes() for path, leaf in saved.items())
+    assert len(list(run_dir.glob("plugins/profile/*"))) == (2 if mode == "profile" else 0)
+
+
+def rows_of(run_dir: Path) -> int:
+    return rows(run_dir, "train")[-1]["step"]
+
+
+def test_a_debug_run_goes_on_where_that_is_demanded(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("debug=one_step", f"run_dir={tmp_path / 'one'}")
+    train("diabetes", *options)
+    train("diabetes", *options, "resume=must")
+    assert "Nothing is left to train" in capsys.readouterr().out
+
+
 def test_a_profile_is_recorded(train: Train) -> None:
     run_dir = train("diabetes", "debug=profile", "steps=20")
     assert list(run_dir.glob("plugins/profile/*/*.xplane.pb"))
@@ -213,6 +247,87 @@ def test_twins_that_differ_are_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("returned", ["(batch, 1)", "bfloat16", "no loss"])
+def test_losses_that_are_no_number_an_example_are_refused_before_anything_is_written(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, returned: str
+) -> None:
+    from model.families import mlp
+
+    real = mlp.losses
+
+    def losses(outputs: Any, batch: Any) -> dict[str, Any]:
+        loss = real(outputs, batch)["loss"]
+        return {
+            "(batch, 1)": {"loss": loss, "error": loss[:, None]},
+            "bfloat16": {"loss": loss.astype("bfloat16")},
+            "no loss": {"error": loss},
+        }[returned]
+
+    message = {
+        "(batch, 1)": r"error: got float32\[16, 1\], expected float32\[16\]",
+        "bfloat16": r"loss: got bfloat16\[16\], expected float32\[16\]",
+        "no loss": "loss: missing",
+    }[returned]
+    monkeypatch.setattr(mlp, "losses", losses)
+    with pytest.raises(Refused, match=rf"(?s)losses\(\) of the model family `mlp`.*{message}"):
+        train("diabetes", "steps=2", f"run_dir={tmp_path / 'run'}")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("stage", ["linen", "nnx"])
+@pytest.mark.parametrize("name", ["step", "opt_state", "ema"])
+def test_a_collection_named_as_the_runs_own_state_is_refused(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, stage: str
+) -> None:
+    import flax.linen as nn
+    from flax import nnx
+    from flax.nnx.variablelib import VariableTypeCache
+
+    from model.linen import mlp as in_linen
+    from model.nnx import mlp as in_nnx
+
+    class Head(nn.Module):
+        cfg: Any
+
+        @nn.compact
+        def __call__(self, x: Any, shared: Any, **options: Any) -> Any:
+            self.variable(name, "count", jnp.zeros, ())
+            return nn.Dense(1)(x)
+
+    kind = type(name, (nnx.Variable,), {})
+    monkeypatch.setitem(VariableTypeCache, name, kind)
+
+    class Encoder(in_nnx.Encoder):
+        def __init__(self, cfg: Any, *, rngs: nnx.Rngs) -> None:
+            super().__init__(cfg, rngs=rngs)
+            self.count = kind(jnp.zeros(()))
+
+    monkeypatch.setattr(in_linen, "Head", Head)
+    monkeypatch.setattr(in_nnx, "Encoder", Encoder)
+    with pytest.raises(Refused, match=rf"has collections named {name}, under which a checkpoint"):
+        train("diabetes", "steps=2", f"stage={stage}", "init=native", f"run_dir={tmp_path / 'run'}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_learning_rate_that_is_not_the_optimizers_own_is_said(
+    train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train("diabetes", "steps=1")
+    assert "optimizer: adamw, lr 0.001\n" in capsys.readouterr().out
+    train("diabetes", "steps=1", "optimizer=lion", "optimizer.lr=2e-3")
+    said = "optimizer: lion, lr 0.002, 10 times the 0.0002 of optimizer=lion\n"
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("warmup", "accumulate", "said"), [(3, 1, 0), (4, 1, 1), (3, 2, 1)])
+def test_a_warm_up_longer_than_the_run_is_said(
+    train: Train, capsys: pytest.CaptureFixture[str], warmup: int, accumulate: int, said: int
+) -> None:
+    train("diabetes", "steps=4", f"optimizer.warmup={warmup}", f"optimizer.accumulate={accumulate}")
+    text = f"optimizer.warmup is {warmup} updates, and the run has {4 // accumulate}: the learning"
+    assert capsys.readouterr().out.count(text) == said
+
+
 def test_debug_nans_names_the_operation(train: Train) -> None:
     with pytest.raises(FloatingPointError, match=r"invalid value \((nan|inf)\) encountered in \w+"):
         train("diabetes", "debug=nans", "steps=300", "optimizer=sgd", "optimizer.lr=1e12",
@@ -238,6 +353,52 @@ def test_tensorboard_reads_what_a_run_writes(train: Train) -> None:
     assert "params/encoder/stem/kernel" in tags["histograms"]
     assert "misclassified" in tags["images"]
     assert "config/text_summary" in tags["tensors"]
+
+
+def test_misclassified_digits_are_shown_with_their_class_and_the_guess(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from PIL import ImageDraw
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    drawn: list[str] = []
+    real = ImageDraw.ImageDraw.text
+
+    def text(draw: Any, place: Any, words: str, *args: Any, **options: Any) -> None:
+        drawn.append(words)
+        real(draw, place, words, *args, **options)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    run_dir = train("digits", "log.tensorboard=true", "steps=2", "eval.every=2", "log.samples=7")
+
+    pairs = list(zip(drawn[::2], drawn[1::2], strict=True))
+    assert len(pairs) == 7
+    for is_, is_not in pairs:
+        assert is_.removeprefix("is ") in "0123456789"
+        assert is_not.removeprefix("not ") in "0123456789".replace(is_[-1], "")
+    (shown,) = EventAccumulator(str(run_dir)).Reload().Images("misclassified")
+    assert (shown.width, shown.height) == (3 * 86, 3 * 104)
+
+
+def test_tensorboard_lists_first_the_settings_in_which_runs_differ(
+    train: Train, tmp_path: Path
+) -> None:
+    from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+    from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+    from tensorboard.context import RequestContext
+    from tensorboard.plugins.base_plugin import TBContext
+    from tensorboard.plugins.hparams.backend_context import Context
+
+    for seed in (0, 1):
+        train("diabetes", "log.tensorboard=true", "steps=2", f"seed={seed}",
+              f"optimizer.lr={1 + seed}e-3", f"run_dir={tmp_path / f'run{seed}'}")  # fmt: skip
+
+    events = EventMultiplexer().AddRunsFromDirectory(str(tmp_path)).Reload()
+    provider = MultiplexerDataProvider(events, str(tmp_path))
+    tab, request = Context(TBContext(data_provider=provider)), RequestContext()
+    found = tab.experiment_from_metadata(request, "", True, tab.hparams_metadata(request, ""), [])
+    assert [info.name for info in found.hparam_infos][:2] == ["optimizer.lr", "seed"]
+    assert "eval/loss" in {info.name.tag for info in found.metric_infos}
 
 
 def test_events_of_a_run_killed_before_its_first_save_are_drawn_once(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from flax.traverse_util import flatten_dict
 from tensorboardX import SummaryWriter
 from tensorboardX.summary import hparams
 
@@ -13,53 +14,47 @@ _ASIDE = ("checkpoint.", "compile_cache", "debug.", "distributed.", "log.", "run
 
 
 class Board:
-    """The event file of one process; every call does nothing when TensorBoard is off."""
+    """The event file of one process, or none."""
 
     def __init__(self, run_dir: Path, step: int, config: dict[str, Any], *, on: bool) -> None:
         """Opens a file of its own, which hides the events after `step` that earlier ones hold."""
-        self._writer: SummaryWriter | None = None
-        if not on:
-            return
         self._writer = SummaryWriter(
             str(run_dir),
             purge_step=step + 1,
             filename_suffix=f".from-step-{step}",
             flush_secs=10,
+            write_to_disk=on,
         )
+        self._config = config
         self._writer.add_text("config", f"```yaml\n{yaml.safe_dump(config)}\n```", step)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """`{"group/name": value}`."""
-        if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
 
     def histograms(self, step: int, leaves: dict[str, Any]) -> None:
         """`{nnx path: array}` of parameters."""
-        if self._writer is not None:
-            for path, leaf in leaves.items():
-                self._writer.add_histogram(f"params/{path}", np.asarray(leaf, np.float32), step)
+        for path, leaf in leaves.items():
+            self._writer.add_histogram(f"params/{path}", np.asarray(leaf, np.float32), step)
 
     def text(self, step: int, name: str, value: str) -> None:
-        if self._writer is not None:
-            self._writer.add_text(name, f"```\n{value}\n```", step)
+        self._writer.add_text(name, f"```\n{value}\n```", step)
 
     def image(self, step: int, name: str, value: np.ndarray) -> None:
         """(height, width, 3) uint8."""
-        if self._writer is not None:
-            self._writer.add_image(name, value, step, dataformats="HWC")
+        self._writer.add_image(name, value, step, dataformats="HWC")
 
-    def results(self, config: dict[str, Any], metrics: dict[str, float]) -> None:
-        """The run's row in the HPARAMS tab; `config` is flat, `{"optimizer.lr": 0.001, ...}`."""
-        if self._writer is None:
-            return
-        kept = {k: v for k, v in config.items() if not k.startswith(_ASIDE)}
-        flat = {k: v if isinstance(v, bool | int | float) else str(v) for k, v in kept.items()}
-        for summary in hparams(flat, dict.fromkeys(metrics, 0.0)):
+    def finished(self) -> None:
+        """Gives the run its row in the HPARAMS tab."""
+        flat = flatten_dict(self._config, sep=".")
+        kept = {key: value for key, value in flat.items() if not key.startswith(_ASIDE)}
+        plain = {k: v if isinstance(v, bool | int | float) else str(v) for k, v in kept.items()}
+        # Without a summary of the whole experiment, which one run cannot know, TensorBoard makes it
+        # of all runs: their last metrics, and first of all the settings in which they differ.
+        _, *session = hparams(plain, {})
+        for summary in session:
             self._writer.file_writer.add_summary(summary)  # pyrefly: ignore
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value)
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        self._writer.close()

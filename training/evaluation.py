@@ -9,14 +9,13 @@ from configs.build import build
 from configs.schema import Config
 from training import checkpoints, data, samples, summary
 from training.board import Board
+from training.datasets import Dataset
 from training.setup import prepare, share
 from training.state import Program, State
 from training.terminal import say
 
 
-def evaluate(
-    cfg: Config, program: Program, dataset: data.Dataset, state: State
-) -> dict[str, float]:
+def evaluate(cfg: Config, program: Program, dataset: Dataset, state: State) -> dict[str, float]:
     """The validation means of the family's losses, each example with equal weight."""
     totals: dict[str, float] = {}
     pending = []

@@ -56,7 +56,7 @@ def train(cfg: Config) -> bool:
     run_dir = Path(cfg.run_dir)
     metrics = Metrics(run_dir, first, write=writes)
     checkpoints = Checkpoints(run_dir, cfg.checkpoint, start.run_item(cfg, made.rules))
-    checkpoints.forget_best_after(first)
+    checkpoints.forget_after(first)
     board = Board(run_dir, first, dataclasses.asdict(cfg), on=cfg.log.tensorboard and writes)
     terminal = Terminal(last, first, cfg.data.batch, progress=cfg.log.progress)
     say(summary.opening(cfg, dataset, program, first))
@@ -73,6 +73,7 @@ def train(cfg: Config) -> bool:
                 if cfg.debug.mode == "profile" and step - first == PROFILED.start and writes:
                     compiled = program.train_step.lower(state, made.example).compile()
                     (run_dir / "train_step.hlo.txt").write_text(compiled.as_text() or "")
+                    profile.callback(say, f"The profile in {run_dir} is for TensorBoard or xprof.")
                     profile.enter_context(jax.profiler.trace(run_dir))
                 if batch is None or cfg.debug.mode != "overfit":
                     batch = next(batches)
@@ -110,7 +111,8 @@ def train(cfg: Config) -> bool:
 
     # Summary, where the run is at its end and not only stopped.
     if step == cfg.steps or _patience_lost(cfg, metrics):
-        say(summary.closing(cfg, dataset, metrics, board))
+        say(summary.closing(dataset, metrics))
+        board.finished()
         if sample is None:
             sample = samples.show(cfg, program, dataset, state, board)
         if sample:

@@ -1,5 +1,6 @@
 """Something to look at beside numbers: text that the model writes, digits that it gets wrong."""
 
+import math
 from functools import partial
 
 import jax
@@ -11,12 +12,13 @@ from configs.schema import Config
 from model.stages import Stage, Variables
 from training import data
 from training.board import Board
+from training.datasets import Dataset
 from training.state import Program, State
 
-SCALE = 8  # screen pixels per pixel of a digit
+SCALE, GAP, CAPTION = 10, 6, 24  # pixels: of a digit's, between digits, beneath one
 
 
-def show(cfg: Config, program: Program, dataset: data.Dataset, state: State, board: Board) -> str:
+def show(cfg: Config, program: Program, dataset: Dataset, state: State, board: Board) -> str:
     """Shows samples of the model in TensorBoard, if the data has a kind that can be shown.
 
     Returns:
@@ -31,16 +33,14 @@ def show(cfg: Config, program: Program, dataset: data.Dataset, state: State, boa
         return f"sample after the prompt {prompt[-40:]!r}:\n{text}"
     if cfg.data.name == "digits":
         image, wrong = misclassified(cfg, program, dataset, state)
-        if wrong:
+        if image is not None:
             board.image(step, "misclassified", image)
         where = ": see TensorBoard" if wrong and cfg.log.tensorboard else ""
         return f"{wrong} misclassified validation digits{where}"
     return ""
 
 
-def write_text(
-    cfg: Config, program: Program, dataset: data.Dataset, state: State
-) -> tuple[str, str]:
+def write_text(cfg: Config, program: Program, dataset: Dataset, state: State) -> tuple[str, str]:
     """A prompt, `log.prompt` or validation text, and `log.samples` bytes written after it.
 
     Sampled at temperature 0.8 with a key that depends on the seed and the step alone.
@@ -76,36 +76,37 @@ def _guesses(stage: Stage, variables: Variables, inputs: Array) -> Array:
 
 
 def misclassified(
-    cfg: Config, program: Program, dataset: data.Dataset, state: State
-) -> tuple[np.ndarray, int]:
-    """A grid of up to `log.samples` validation digits that the model gets wrong.
+    cfg: Config, program: Program, dataset: Dataset, state: State
+) -> tuple[np.ndarray | None, int]:
+    """A sheet of up to `log.samples` validation digits that the model gets wrong.
 
     Returns:
-        The grid, (height, width, 3) uint8, each digit with a bar of its predicted class in red
-        beneath it; and how many there are in all.
+        The sheet, (height, width, 3) uint8, beneath each digit what it is and what the model took
+        it for; None where all are right; and how many are wrong in all.
     """
-    tiles, wrong = [], 0
+    from PIL import Image, ImageDraw, ImageFont
+
+    found = []
     variables = program.evaluated(state)
     for batch in data.eval_batches(dataset, cfg.data, cfg.eval.batches):
         guesses = program.fetch(_guesses(program.stage, variables, batch["inputs"]))
         for index in np.flatnonzero((guesses != batch["targets"]) & (batch["weight"] > 0)):
-            wrong += 1
-            if len(tiles) < cfg.log.samples:
-                tiles.append(_tile(batch["inputs"][index, ..., 0], int(guesses[index])))
-    columns = int(np.ceil(np.sqrt(max(1, len(tiles)))))
-    blank = np.zeros_like(tiles[0]) if tiles else np.zeros((1, 1, 3), np.uint8)
-    tiles += [blank] * (-len(tiles) % columns)
-    rows = [np.concatenate(tiles[i : i + columns], 1) for i in range(0, len(tiles), columns)]
-    return np.concatenate(rows, 0) if rows else blank, wrong
-
-
-def _tile(image: np.ndarray, guess: int) -> np.ndarray:
-    """(height, width) float32 in [0, 1] enlarged, with a red bar as long as the guessed class."""
-    gray = np.kron(image, np.ones((SCALE, SCALE), np.float32))
-    tile = np.repeat((gray * 255).astype(np.uint8)[..., None], 3, axis=2)
-    bar = np.zeros((SCALE, tile.shape[1], 3), np.uint8)
-    bar[2:-2, : guess * tile.shape[1] // 10, 0] = 255
-    return np.concatenate([tile, bar, np.zeros_like(bar)], axis=0)
+            found.append((batch["inputs"][index, ..., 0], batch["targets"][index], guesses[index]))
+    shown = found[: cfg.log.samples]
+    if not shown:
+        return None, 0
+    height, width = (SCALE * size for size in shown[0][0].shape)
+    columns = math.ceil(math.sqrt(len(shown)))
+    rows = math.ceil(len(shown) / columns)
+    sheet = Image.new("RGB", (columns * (width + GAP), rows * (height + CAPTION)))
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(CAPTION * 2 / 3)
+    for place, (image, truth, guess) in enumerate(shown):
+        left, top = place % columns * (width + GAP), place // columns * (height + CAPTION)
+        tile = Image.fromarray((image * 255).astype(np.uint8))
+        sheet.paste(tile.resize((width, height), Image.Resampling.NEAREST), (left, top))
+        draw.text((left, top + height), f"is {truth}", "white", font)
+        draw.text((left + width, top + height), f"not {guess}", "tomato", font, anchor="ra")
+    return np.asarray(sheet), len(found)
 
 
 def _decoded(values: np.ndarray) -> str:

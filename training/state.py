@@ -18,10 +18,13 @@ from linen_nnx import RuleBook
 from linen_nnx.book.tree import flatten, unflatten
 from model.stages import HALVES, Stage, Variables, translate
 from training import optimizer
+from training.errors import Refused
 from training.leaves import View
 from training.mesh import Layout
 
 Batch = dict[str, Any]
+
+RUN_STATE = {"step", "opt_state", "ema"}  # beside the collections in the tree that is saved
 
 
 @jax.tree_util.register_dataclass
@@ -70,6 +73,13 @@ class Program:
     def __init__(
         self, cfg: Config, stage: Stage, rules: RuleBook | None, layout: Layout | None = None
     ) -> None:
+        """Raises `Refused` for a model whose collections are named as the run's own state is."""
+        if taken := sorted(RUN_STATE & set(stage.mutable)):
+            raise Refused(
+                f"The model has collections named {', '.join(taken)}, under which a checkpoint "
+                "keeps the run's own. Rename them: in nnx, the name that the Variable's type is "
+                "registered by."
+            )
         self.stage, self.rules, self.layout, self._cfg = stage, rules, layout, cfg
         self.view = View(stage, rules)
         self.optimizer = optimizer.create(cfg.optimizer, cfg.steps, self.view)
@@ -112,7 +122,7 @@ class Program:
         def loss_fn(params: Variables) -> tuple[Array, tuple[Variables, dict[str, Array]]]:
             variables = {"params": params, **rest}
             outputs, updates = self.stage.apply(variables, batch["inputs"], train=True, key=key)
-            means = {k: v.mean() for k, v in self.stage.family.losses(outputs, batch).items()}
+            means = {name: v.mean() for name, v in self._losses(outputs, batch).items()}
             return means["loss"], (updates, means)
 
         params = whole = state.variables["params"]
@@ -138,9 +148,25 @@ class Program:
 
     def _eval_step(self, state: State, batch: Batch) -> dict[str, Array]:
         outputs, _ = self.stage.apply(self.evaluated(state), batch["inputs"], train=False)
-        values = self.stage.family.losses(outputs, batch)
+        values = self._losses(outputs, batch)
         sums = {name: (value * batch["weight"]).sum() for name, value in values.items()}
         return {**sums, "weight": batch["weight"].sum()}
+
+    def _losses(self, outputs: Array, batch: Batch) -> dict[str, Array]:
+        """The family's losses; refused while tracing, where (rows, 1) or so would broadcast."""
+        values, rows = self.stage.family.losses(outputs, batch), len(batch["inputs"])
+        wrong = [
+            f"  {name}: got {value.dtype}{list(value.shape)}, expected float32[{rows}]"
+            for name, value in values.items()
+            if (value.shape, value.dtype) != ((rows,), jnp.float32)
+        ]
+        wrong += [] if "loss" in values else ["  loss: missing"]
+        if wrong:
+            raise Refused(
+                f"losses() of the model family `{self.stage.family.name}` gives no number for each "
+                "example of a batch:\n" + "\n".join(wrong)
+            )
+        return values
 
     def fetch(self, tree: Any) -> Any:
         """Arrays as numpy, whole, wherever their parts lie; every process has to ask for them."""

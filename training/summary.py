@@ -1,18 +1,18 @@
 """The words a run opens and closes with."""
 
-import dataclasses
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+from omegaconf import OmegaConf
 
-from configs.schema import Config
+from configs.schema import Config, Optimizer
 from model.stages import HALVES, STAGES
-from training.board import Board
-from training.data import Dataset
+from training.cli import CONFIGS
+from training.datasets import Dataset
 from training.metrics import Metrics
-from training.start import flat_config
 from training.state import Program
 
 
@@ -25,17 +25,37 @@ def opening(cfg: Config, dataset: Dataset, program: Program, step: int) -> str:
     form = STAGES[cfg.stage]
     halves = ", ".join(f"{half} {getattr(form, half)} {n:,}" for half, n in counts.items())
     begin = f"going on from step {step}" if step else "from scratch"
-    devices = ""
-    if program.layout is not None:
-        devices = f"\nmesh: {program.layout.describe(program.abstract())}"
-    elif jax.device_count() > 1:
-        devices = f"\nmesh: 1 device of {jax.device_count()}; mesh.data=-1 uses all"
-    table = "" if step else f"\n{parameters(program)}"
-    return (
+    lines = [
         f"{cfg.name} at stage {cfg.stage}: {cfg.model['family']} with {sum(counts.values()):,} "
-        f"parameters ({halves})\ndata: {dataset.description}\n"
-        f"run: {Path(cfg.run_dir)}, {begin}{devices}{table}"
+        f"parameters ({halves})",
+        f"data: {dataset.description}",
+        f"run: {Path(cfg.run_dir)}, {begin}",
+        *_learning_rate(cfg.optimizer, cfg.steps),
+    ]
+    if program.layout is not None:
+        lines.append(f"mesh: {program.layout.describe(program.abstract())}")
+    elif jax.device_count() > 1:
+        lines.append(f"mesh: 1 device of {jax.device_count()}; mesh.data=-1 uses all")
+    if not step:
+        lines.append(parameters(program))
+    return "\n".join(lines)
+
+
+def _learning_rate(cfg: Optimizer, steps: int) -> Iterator[str]:
+    """What a person should know who, say, gave an experiment another optimizer than its own."""
+    file = CONFIGS / "optimizer" / f"{cfg.name}.yaml"
+    options = OmegaConf.load(file) if file.exists() else OmegaConf.create()
+    own = OmegaConf.select(options, "lr", throw_on_resolution_failure=False)
+    known = isinstance(own, float) and own != cfg.lr
+    yield f"optimizer: {cfg.name}, lr {cfg.lr:g}" + (
+        f", {cfg.lr / own:.3g} times the {own:g} of optimizer={cfg.name}" if known else ""
     )
+    updates = steps // cfg.accumulate
+    if cfg.warmup >= updates:
+        yield (
+            f"optimizer.warmup is {cfg.warmup} updates, and the run has {updates}: the learning "
+            "rate never reaches optimizer.lr"
+        )
 
 
 def parameters(program: Program) -> str:
@@ -60,20 +80,17 @@ def parameters(program: Program) -> str:
     )
 
 
-def closing(cfg: Config, dataset: Dataset, metrics: Metrics, board: Board) -> str:
-    """Last losses beside the baselines; writes the run's results to TensorBoard too."""
+def closing(dataset: Dataset, metrics: Metrics) -> str:
+    """Last losses beside the baselines."""
     last = metrics.last
     lines = [f"finished at step {max(row['step'] for row in last.values())}"]
-    results: dict[str, float] = {}
     for split, title in (("train", "train, batch"), ("eval", "validation, step")):
         if split not in last:
             continue
         title = f"{title} {last[split]['step']}"
         values = {k: v for k, v in last[split].items() if k in ("loss", "accuracy")}
-        results |= {f"final/{split}_{name}": value for name, value in values.items()}
         text = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         lines.append(f"  {title:<22}{text}")
     for name, value in dataset.baselines.items():
         lines.append(f"  baseline {name:<13}{value:.4f}")
-    board.results(flat_config(dataclasses.asdict(cfg)), results)
     return "\n".join(lines)
