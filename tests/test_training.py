@@ -247,7 +247,7 @@ def test_twins_that_differ_are_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("returned", ["(batch, 1)", "bfloat16", "no loss"])
+@pytest.mark.parametrize("returned", ["(batch, 1)", "bfloat16", "no loss", "weight"])
 def test_losses_that_are_no_number_an_example_are_refused_before_anything_is_written(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, returned: str
 ) -> None:
@@ -261,12 +261,14 @@ def test_losses_that_are_no_number_an_example_are_refused_before_anything_is_wri
             "(batch, 1)": {"loss": loss, "error": loss[:, None]},
             "bfloat16": {"loss": loss.astype("bfloat16")},
             "no loss": {"error": loss},
+            "weight": {"loss": loss, "weight": loss},
         }[returned]
 
     message = {
         "(batch, 1)": r"error: got float32\[16, 1\], expected float32\[16\]",
         "bfloat16": r"loss: got bfloat16\[16\], expected float32\[16\]",
         "no loss": "loss: missing",
+        "weight": "weight: the run itself has a metric of that name",
     }[returned]
     monkeypatch.setattr(mlp, "losses", losses)
     with pytest.raises(Refused, match=rf"(?s)losses\(\) of the model family `mlp`.*{message}"):

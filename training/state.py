@@ -24,6 +24,7 @@ from training.mesh import Layout
 
 Batch = dict[str, Any]
 
+OWN = {"step", "split", "lr", "weight", *(f"grad_norm_{half}" for half in HALVES)}  # metrics' names
 RUN_STATE = {"step", "opt_state", "ema"}  # beside the collections in the tree that is saved
 
 
@@ -160,11 +161,12 @@ class Program:
             for name, value in values.items()
             if (value.shape, value.dtype) != ((rows,), jnp.float32)
         ]
+        wrong += [f"  {name}: the run itself has a metric of that name" for name in OWN & {*values}]
         wrong += [] if "loss" in values else ["  loss: missing"]
         if wrong:
             raise Refused(
-                f"losses() of the model family `{self.stage.family.name}` gives no number for each "
-                "example of a batch:\n" + "\n".join(wrong)
+                f"losses() of the model family `{self.stage.family.name}` must give numbers by "
+                "name, one for each example of a batch:\n" + "\n".join(sorted(wrong))
             )
         return values
 

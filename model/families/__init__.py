@@ -53,11 +53,6 @@ class Family:
         return importlib.import_module(f"model.{framework}.{self.name}")
 
 
-def names() -> list[str]:
-    """The names of all families."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
-
-
 def create(model: Mapping[str, Any]) -> Family:
     """The family that `model["family"]` names, with its options.
 
@@ -65,8 +60,9 @@ def create(model: Mapping[str, Any]) -> Family:
         configs.build.ConfigError: for an unknown family or option, naming every problem.
     """
     name: Any = model.get("family")
-    if not isinstance(name, str) or name not in names():
-        refuse({"model.family": f"got {show(name)}{did_you_mean(str(name), names())}"})
+    known = [module.name for module in pkgutil.iter_modules(__path__)]
+    if name not in known:
+        refuse({"model.family": f"got {show(name)}{did_you_mean(str(name), known)}"})
     module = importlib.import_module(f"{__name__}.{name}")
     cfg = build(module.Config, model, at="model")
     return Family(name, cfg, module.losses, RULES / f"{module.rules(cfg)}.yaml")
