@@ -49,12 +49,12 @@ class Saved:
             ) from None
 
     def restore(self, like: State) -> State:
-        """The saved state, laid out as `like` (arrays or shapes and dtypes).
+        """The saved state, laid out as `like` (shapes, dtypes and shardings).
 
         Raises:
             VariablesError: when shapes, dtypes or names differ, naming each. Orbax would cast.
         """
-        abstract = jax.tree.map(_placed, like.tree())
+        abstract = like.tree()
         found: Any = ocp.PyTreeCheckpointHandler().metadata(self.path / "state")  # pyrefly: ignore
         check(named(found.tree), named(abstract), f"the state in {self.path}")
         with ocp.StandardCheckpointer() as reader:
@@ -190,13 +190,6 @@ def _saved(path: Path) -> Saved:
                 "one."
             ) from None
     return Saved(path.absolute(), int(path.name), items["data"], items["run"])
-
-
-def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
-    sharding = getattr(leaf, "sharding", None)
-    if sharding is None:
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def named(tree: Any) -> dict[str, Any]:
