@@ -3,7 +3,7 @@
     convert   the converter against copying files, and against Orbax          5 minutes
     steps     a step of every stage against a floor and the usual idioms      8 minutes
     loop      the training loop against the bare step; start-up               5 minutes
-    growth    how cost grows with depth, width, devices, bytes and leaves     8 minutes
+    growth    how cost grows with depth, width, devices, bytes and leaves     5 minutes
 
 Figures go to runs/benchmarks/NAME.json, plots to NAME.png beside it.
 """

@@ -1,6 +1,6 @@
 """Times the converter against copying files, and against restoring and saving with Orbax.
 
-    python benchmarks/convert.py [--folder DIR] [--repeats 5] [--json FILE]
+    python -m benchmarks.convert [--folder DIR] [--rounds 5] [--json FILE]
 
 Every figure is a whole process (start-up included), in interleaved rounds, of which the median
 counts. Peak memory is that of the process. Needs about 10 GB of disk; takes about 10 minutes.
@@ -15,11 +15,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-import yaml
+from benchmarks.rounds import interleave, save, table
 
 ROOT = Path(__file__).parent.parent
 # As users have it: Python keeps the bytecode of what it has compiled.
@@ -65,6 +65,21 @@ for name in names:
 """
 
 
+def make(path: Path, count: int, shape: tuple[int, ...]) -> None:
+    """A checkpoint of `count` random float32 leaves of one shape."""
+    path.parent.mkdir(exist_ok=True)
+    command = [sys.executable, "-c", MAKE, str(path), str(count), str(shape)]
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+
+
+def conversion(source: Path, out: Path, rule: dict[str, Any], *more: str) -> list[str]:
+    """The command that converts what `make` has made."""
+    book = source.parent / ("transpose.yaml" if "ops" in rule else "rename.yaml")
+    book.write_text(json.dumps({"version": 1, "rules": [rule]}))
+    command = [sys.executable, "convert.py", "run", str(source), str(out), "--to", "nnx"]
+    return [*command, "--rules", str(book), *more]
+
+
 def run(command: list[str], out: Path) -> tuple[float, float]:
     """Wall time in seconds and peak memory in MB of one process that writes `out`."""
     shutil.rmtree(out, ignore_errors=True)
@@ -91,77 +106,59 @@ def copy(source: Path, out: Path) -> tuple[float, float]:
     return time.perf_counter() - start, 0.0
 
 
-def measure(
-    methods: dict[str, Callable[[], tuple[float, float]]], repeats: int
-) -> dict[str, dict[str, float]]:
-    """Median seconds and largest memory of each method, in interleaved rounds."""
-    rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in methods}
-    for _ in range(repeats):
-        for name, method in methods.items():
-            rounds[name].append(method())
-    return {
-        name: {
-            "seconds": statistics.median(seconds for seconds, _ in results),
-            "memory_mb": max(memory for _, memory in results),
+def benchmark(folder: Path, rounds: int) -> dict[str, dict[str, dict[str, float]]]:
+    """Median seconds and largest memory by checkpoint and method."""
+    out, found = folder / "out", {}
+    for name, (count, shape) in SHAPES.items():
+        source = folder / name.replace(" ", "_") / "source"
+        print(f"making {name}", file=sys.stderr)
+        make(source, count, shape)
+
+        def convert(*more: str, rule: dict[str, Any] = RENAME, source: Path = source) -> Any:
+            return partial(run, conversion(source, out, rule, *more), out)
+
+        def other(*arguments: str, source: Path = source) -> Any:
+            return partial(run, [sys.executable, *arguments, str(source), str(out)], out)
+
+        methods = {
+            "cp -r, fsync": partial(copy, source, out),
+            "convert": convert(),
+            "convert --link": convert("--link"),
+            "restore, rename, save": other("-W", "ignore", "-c", ORBAX),
         }
-        for name, results in rounds.items()
-    }
+        if name == "0.5 GB":
+            methods["convert, transposing"] = convert(rule=TRANSPOSE)
+            methods["tensorstore read, write"] = other("-W", "ignore", "-c", TENSORSTORE)
+        if name == "5000 leaves":
+            own = [sys.executable, "convert.py"]
+            methods["inspect"] = partial(run, [*own, "inspect", str(source)], out)
+            methods["--help"] = partial(run, [*own, "--help"], out)
+        found[name] = {
+            method: {
+                "seconds": statistics.median(seconds for seconds, _ in results),
+                "memory_mb": max(memory for _, memory in results),
+            }
+            for method, results in interleave(methods, rounds).items()
+        }
+        shutil.rmtree(source)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary one)")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        results = benchmark(Path(folder), options.repeats)
+        results = benchmark(Path(folder), options.rounds)
     for name, methods in results.items():
-        print(f"\n{name}")
+        rows = [["", "seconds", "memory, MB"]]
         for method, figures in methods.items():
-            memory = f"{figures['memory_mb']:8.0f} MB" if figures["memory_mb"] else ""
-            print(f"  {method:28}{figures['seconds']:8.3f} s{memory}")
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1))
-
-
-def benchmark(folder: Path, repeats: int) -> dict[str, dict[str, dict[str, float]]]:
-    """All figures by checkpoint and method."""
-    python, out = sys.executable, folder / "out"
-    rules = {}
-    for name, rule in (("rename", RENAME), ("transpose", TRANSPOSE)):
-        rules[name] = str(folder / f"{name}.yaml")
-        Path(rules[name]).write_text(yaml.safe_dump({"version": 1, "rules": [rule]}))
-    results = {}
-    for name, (count, shape) in SHAPES.items():
-        source = folder / name.replace(" ", "_")
-        print(f"making {name}", file=sys.stderr)
-        make = [python, "-c", MAKE, str(source), str(count), str(shape)]
-        subprocess.run(make, check=True, stderr=subprocess.DEVNULL)
-
-        def convert(*more: str, source: Path = source, rule: str = "rename") -> list[str]:
-            command = [python, "convert.py", "run", str(source), str(out), "--to", "nnx"]
-            return [*command, "--rules", rules[rule], *more]
-
-        def other(code: str, source: Path = source) -> list[str]:
-            return [python, "-W", "ignore", "-c", code, str(source), str(out)]
-
-        methods = {
-            "cp -r, fsync": partial(copy, source, out),
-            "convert": partial(run, convert(), out),
-            "convert --link": partial(run, convert("--link"), out),
-            "restore, rename, save": partial(run, other(ORBAX), out),
-        }
-        if name == "0.5 GB":
-            methods["convert, transposing"] = partial(run, convert(rule="transpose"), out)
-            methods["tensorstore read, write"] = partial(run, other(TENSORSTORE), out)
-        if name == "5000 leaves":
-            inspect = [python, "convert.py", "inspect", str(source)]
-            methods["inspect"] = partial(run, inspect, out)
-            methods["--help"] = partial(run, [python, "convert.py", "--help"], out)
-        results[name] = measure(methods, repeats)
-        shutil.rmtree(source)
-    return results
+            memory = f"{figures['memory_mb']:.0f}" if figures["memory_mb"] else ""
+            rows.append([method, f"{figures['seconds']:.3f}", memory])
+        table(name, rows)
+    save(options.json, results)
 
 
 if __name__ == "__main__":

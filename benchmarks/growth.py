@@ -3,8 +3,9 @@
     python -m benchmarks.growth [--json FILE] [--png FILE] [--folder DIR]
 
 Each point is a process of its own, so that memory is its own too: the seconds of a step (median of
-five) and of compiling it, the peak memory of the process, the bytes of parameters and optimizer
-state on one device; for conversions the whole process; for `suggest` the call alone.
+ten and more) and of compiling it, the peak memory of the process, the bytes of parameters and
+optimizer state on one device; for conversions the whole process, median of three; for `suggest`
+the call alone.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.convert import MAKE, RENAME, ROOT
+from benchmarks.convert import RENAME, ROOT, conversion, make, run
 from benchmarks.rounds import save, table
 
 BASE = ["experiment=lm", "model.width=64", "model.depth=4", "data.batch=16", "compile_cache=null"]
@@ -54,15 +55,13 @@ def step(axis: str, value: int) -> dict[str, float]:
     batch = example if layout is None else layout.batch(example)
     state = made.init()
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
-    begin = time.perf_counter()
-    state, _ = jax.block_until_ready(made.train_step(state, batch))
-    first, times = time.perf_counter() - begin, []
-    for _ in range(5):
+    times: list[float] = []
+    while len(times) < 12 or sum(times[2:]) < 2:
         begin = time.perf_counter()
         state, _ = jax.block_until_ready(made.train_step(state, batch))
         times.append(time.perf_counter() - begin)
-    seconds = statistics.median(times)
-    return {"seconds": seconds, "compile": first - seconds, "state_mb": held / 1e6}
+    seconds = statistics.median(times[2:])
+    return {"seconds": seconds, "compile": times[0] - seconds, "state_mb": held / 1e6}
 
 
 def suggestion(blocks: int) -> dict[str, float]:
@@ -116,22 +115,18 @@ def point(kind: str, value: int) -> None:
     print(json.dumps(found))
 
 
-def conversion(folder: Path, count: int, shape: tuple[int, ...], link: bool) -> dict[str, float]:
-    """Makes a checkpoint, and times one conversion of it."""
-    source, out, rules = folder / "source", folder / "out", folder / "rules.yaml"
-    for path in (source, out):
-        shutil.rmtree(path, ignore_errors=True)
-    rules.write_text(json.dumps({"version": 1, "rules": [RENAME]}))
-    make = [sys.executable, "-c", MAKE, str(source), str(count), str(shape)]
-    subprocess.run(make, check=True, stderr=subprocess.DEVNULL)
-    os.sync()
-    command = [sys.executable, "convert.py", "run", str(source), str(out), "--to", "nnx"]
-    command += ["--rules", str(rules), *(["--link"] if link else [])]
-    begin = time.perf_counter()
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    assert status == 0
-    return {"seconds": time.perf_counter() - begin, "memory_mb": usage.ru_maxrss / 1024}
+def converted(folder: Path, count: int, shape: tuple[int, ...], *how: str) -> dict[str, float]:
+    """Makes a checkpoint, and times the conversion of it."""
+    source, out = folder / "source", folder / "out"
+    shutil.rmtree(source, ignore_errors=True)
+    make(source, count, shape)
+    command = conversion(source, out, RENAME, *how)
+    results = [run(command, out) for _ in range(3)]
+    shutil.rmtree(out)
+    return {
+        "seconds": statistics.median(seconds for seconds, _ in results),
+        "memory_mb": max(memory for _, memory in results),
+    }
 
 
 def measure(folder: Path) -> dict[str, dict[str, dict[str, float]]]:
@@ -140,10 +135,10 @@ def measure(folder: Path) -> dict[str, dict[str, dict[str, float]]]:
     for axis, values in STEPS.items():
         curves[f"step, by {axis}"] = {str(value): child(axis, value) for value in values}
     curves["copy, by MB"] = {
-        str(count * 4): conversion(folder, count, shape, link=False) for count, shape in BYTES
+        str(count * 4): converted(folder, count, shape) for count, shape in BYTES
     }
     curves["--link, by leaves"] = {
-        str(count): conversion(folder, count, shape, link=True) for count, shape in LEAVES
+        str(count): converted(folder, count, shape, "--link") for count, shape in LEAVES
     }
     points = [child("suggest", blocks) for blocks in SUGGESTED]
     curves["suggest, by leaves"] = {str(int(found["leaves"])): found for found in points}

@@ -34,7 +34,7 @@ from training.state import Program
 ROOT = Path(__file__).parent.parent
 WARM = 10  # steps before the clock starts
 LM = "experiment=lm"
-START = (LM, "stop_at=2", "log_every=1", "log.progress=false")
+START = (LM, "stop_at=1", "log_every=1", "log.progress=false")
 
 
 @contextmanager

@@ -8,22 +8,22 @@ import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-Seconds = dict[str, list[float]]
+Result = TypeVar("Result")
 
 
-def interleave(methods: Mapping[str, Callable[[], float]], rounds: int) -> Seconds:
-    """Seconds of each method in each round. A method returns its own time."""
+def interleave(methods: Mapping[str, Callable[[], Result]], rounds: int) -> dict[str, list[Result]]:
+    """What each method returned in each round: the time that it took, say."""
     names = list(methods)
-    times: Seconds = {name: [] for name in names}
+    results: dict[str, list[Result]] = {name: [] for name in names}
     for number in range(rounds):
         for name in names[number % len(names) :] + names[: number % len(names)]:
-            times[name].append(methods[name]())
-    return times
+            results[name].append(methods[name]())
+    return results
 
 
-def summarise(times: Seconds, floor: str) -> dict[str, dict[str, float]]:
+def summarise(times: dict[str, list[float]], floor: str) -> dict[str, dict[str, float]]:
     """Median seconds of each method, and median and quartiles of its ratio to `floor`."""
     result = {}
     for name, values in times.items():

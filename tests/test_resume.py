@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import QUIET, SMALL, STAGES, Train
 
+from training import start
 from training.errors import Refused
 
 ROOT = Path(__file__).parent.parent
@@ -23,7 +24,7 @@ def curve(run_dir: Path) -> bytes:
     return (run_dir / "metrics.jsonl").read_bytes()
 
 
-def start(run_dir: Path, experiment: str, *overrides: str) -> subprocess.Popen[str]:
+def launch(run_dir: Path, experiment: str, *overrides: str) -> subprocess.Popen[str]:
     """`python train.py` in a process of its own."""
     settings = [*SMALL[experiment], *QUIET, f"run_dir={run_dir}", *overrides]
     return subprocess.Popen(
@@ -54,12 +55,12 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(
 
     for _ in range(2):
         before = curve(run_dir).count(b"\n") if run_dir.exists() else 0
-        process = start(run_dir, experiment, f"stage={stage}", *SAVING)
+        process = launch(run_dir, experiment, f"stage={stage}", *SAVING)
         wait_for_rows(process, run_dir, before + moments.randint(1, 12))
         time.sleep(moments.random() * 0.02)
         process.kill()
         process.wait()
-    last = start(run_dir, experiment, f"stage={stage}", *SAVING)
+    last = launch(run_dir, experiment, f"stage={stage}", *SAVING)
     output, _ = last.communicate()
 
     assert last.returncode == 0, output
@@ -71,7 +72,7 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(
 def test_a_signal_saves_and_ends_the_run_cleanly(train: Train, tmp_path: Path, number: int) -> None:
     settings = ("steps=4000", "checkpoint.every=100000", "eval.every=100000")
     run_dir = tmp_path / "signalled"
-    process = start(run_dir, "diabetes", *settings)
+    process = launch(run_dir, "diabetes", *settings)
     wait_for_rows(process, run_dir, 20)
     process.send_signal(number)
     output, _ = process.communicate()
@@ -89,7 +90,7 @@ def test_a_signal_saves_and_ends_the_run_cleanly(train: Train, tmp_path: Path, n
 def test_a_signal_ends_a_multirun_with_the_run_at_hand(tmp_path: Path) -> None:
     runs = str(tmp_path / "run-${stage}")
     settings = ("steps=4000", "checkpoint.every=100000", "eval.every=100000")
-    process = start(Path(runs), "diabetes", *settings, "stage=linen,nnx",
+    process = launch(Path(runs), "diabetes", *settings, "stage=linen,nnx",
                     f"hydra.sweep.dir={tmp_path / 'sweep'}", "--multirun")  # fmt: skip
     wait_for_rows(process, tmp_path / "run-linen", 20)
     process.send_signal(signal.SIGTERM)
@@ -112,6 +113,19 @@ def test_stop_at_leaves_the_schedules_and_the_curve_as_they_are(train: Train, st
     train("lm", *options, f"run_dir={parts}")
 
     assert curve(parts) == curve(whole)
+
+
+def test_a_run_in_a_relative_folder_is_taken_up_as_it_is(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def translated(*_: object) -> None:
+        raise AssertionError("the run's own checkpoint was taken for another run's")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(start, "_translated", translated)
+    whole = train("diabetes", "steps=4")
+    train("diabetes", "steps=4", "stop_at=2", "run_dir=here")
+    assert curve(train("diabetes", "steps=4", "run_dir=here")) == curve(whole)
 
 
 def test_a_saved_state_is_not_touched_by_the_steps_that_follow_it(train: Train) -> None:

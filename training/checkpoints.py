@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 
 from configs import schema
@@ -50,12 +49,12 @@ class Saved:
             ) from None
 
     def restore(self, like: State) -> State:
-        """The saved state, laid out as `like` (arrays or shapes and dtypes).
+        """The saved state, laid out as `like` (shapes, dtypes and shardings).
 
         Raises:
             VariablesError: when shapes, dtypes or names differ, naming each. Orbax would cast.
         """
-        abstract = jax.tree.map(_placed, like.tree())
+        abstract = like.tree()
         found: Any = ocp.PyTreeCheckpointHandler().metadata(self.path / "state")  # pyrefly: ignore
         check(named(found.tree), named(abstract), f"the state in {self.path}")
         with ocp.StandardCheckpointer() as reader:
@@ -191,10 +190,3 @@ def _saved(path: Path) -> Saved:
                 "one."
             ) from None
     return Saved(path.absolute(), int(path.name), items["data"], items["run"])
-
-
-def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
-    sharding = getattr(leaf, "sharding", None)
-    if sharding is None:
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

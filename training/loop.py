@@ -3,8 +3,10 @@
 import dataclasses
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -17,7 +19,7 @@ from training.evaluation import evaluate
 from training.metrics import Metrics
 from training.recorder import NonFiniteError, Recorder
 from training.setup import prepare, share
-from training.state import State
+from training.state import Program, State
 from training.terminal import Terminal, say
 
 PROFILED = range(5, 15)  # steps after the first that debug=profile records
@@ -40,7 +42,11 @@ def train(cfg: Config) -> bool:
         batches = data.train_iterator(dataset, cfg.data, *share())
 
     # Start: resume, init_from or scratch. From here on the run directory is this run's.
-    state = start.begin(cfg, program, batches)
+    saved = start.find(cfg)
+    pool = ThreadPoolExecutor(1)  # compiles while the state is drawn or read
+    compiling = pool.submit(_compile, cfg, program, made.example)
+    pool.shutdown(wait=False)
+    state = start.begin(cfg, program, batches, saved)
     step = first = int(state.step)
     last = cfg.stop_at or cfg.steps
     if cfg.debug.mode == "profile" and last - first <= PROFILED.start:
@@ -48,7 +54,8 @@ def train(cfg: Config) -> bool:
             f"debug=profile records what follows the first {PROFILED.start} steps; this run would "
             f"go from step {first} to {last}. Give more steps, or another run_dir."
         )
-    with _checks(cfg):  # what cannot be traced writes nothing
+    compiling.result()
+    with _checks(cfg):  # what cannot be traced, from this very state, writes nothing
         jax.eval_shape(program.train_step, state, made.example)
     with processes.together():
         lock = start.write_run(cfg, made.rules)
@@ -122,6 +129,12 @@ def train(cfg: Config) -> bool:
         say(f"Saved at step {step} of {cfg.steps}; the same command {how}goes on from there.")
     board.close()
     return stopped
+
+
+def _compile(cfg: Config, program: Program, example: dict[str, Any]) -> None:
+    """Compiles the train step, which its first call then finds."""
+    with _checks(cfg):
+        program.train_step.lower(program.abstract(), example).compile()
 
 
 def _due(step: int, every: int | None) -> bool:

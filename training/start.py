@@ -59,22 +59,33 @@ def load_rules(cfg: Config, family: families.Family) -> RuleBook | None:
     return book
 
 
-def begin(cfg: Config, program: Program, batches: TrainIterator) -> State:
-    """The state the run starts from, with the data iterator moved to the same step.
+def find(cfg: Config) -> checkpoints.Saved | None:
+    """The checkpoint that the run goes on from; None to start from scratch.
 
     Raises:
         Refused: when the run directory belongs to another run, or what was asked for is missing.
     """
     with processes.together():
-        own = _own(cfg, Path(cfg.run_dir))
-        saved = own
-        if own is None and cfg.init_from is not None:
-            saved = _foreign(cfg, Path(cfg.init_from))
-        # One process reads every byte, for all of them.
-        if saved and cfg.checkpoint.verify and processes.first() and not saved.verify():
-            say(f"{saved.path} has no digests to verify it with; its arrays are taken as they are.")
+        saved = _own(cfg, Path(cfg.run_dir))
+        return saved or (None if cfg.init_from is None else _foreign(cfg, Path(cfg.init_from)))
+
+
+def begin(
+    cfg: Config, program: Program, batches: TrainIterator, saved: checkpoints.Saved | None
+) -> State:
+    """The state the run starts from, with the data iterator moved to the same step.
+
+    Raises:
+        Refused: when `saved` is damaged.
+        VariablesError, RuleError: when it does not fit the run.
+    """
     if saved is None:
         return program.init()
+    with processes.together():
+        # One process reads every byte, for all of them.
+        if cfg.checkpoint.verify and processes.first() and not saved.verify():
+            say(f"{saved.path} has no digests to verify it with; its arrays are taken as they are.")
+    own = saved.path.parent == Path(cfg.run_dir).absolute() / "checkpoints"
     state = saved.restore(program.abstract()) if own else _translated(cfg, program, saved)
     if cfg.debug.mode != "overfit":  # which stays at the first batch
         batches.set_state(saved.data)
@@ -209,6 +220,4 @@ def _translated(cfg: Config, program: Program, saved: checkpoints.Saved) -> Stat
     expected = program.abstract()
     where = f"this run, translated from {saved.path}"
     check(named(state.tree()), named(expected.tree()), where)
-    if program.layout is None:
-        return state
     return jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, expected))

@@ -85,11 +85,11 @@ class Program:
         self.view = View(stage, rules)
         self.optimizer = optimizer.create(cfg.optimizer, cfg.steps, self.view)
         self._schedule = optimizer.schedule(cfg.optimizer, cfg.steps)
+        self._places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract())
         if layout is None:
             self.train_step = jax.jit(self._train_step, donate_argnums=0)
             self.eval_step = jax.jit(self._eval_step)
             return
-        self._places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract())
         places = (self._places, layout.whole)
         self.train_step = jax.jit(self._train_step, donate_argnums=0, out_shardings=places)
         self.eval_step = jax.jit(self._eval_step, out_shardings=layout.whole)
@@ -100,8 +100,10 @@ class Program:
         def create() -> State:
             return self.start(initial_variables(self._cfg, self.stage, self.rules))
 
+        if self.layout is None:
+            return jax.device_put(create(), self._places)
         # On a mesh as one program, so that no device ever holds what it has no room for.
-        return create() if self.layout is None else jax.jit(create, out_shardings=self._places)()
+        return jax.jit(create, out_shardings=self._places)()
 
     def start(self, variables: Variables) -> State:
         """A state at step 0 with the given variables."""
@@ -111,9 +113,14 @@ class Program:
         return State(jnp.zeros((), jnp.int32), variables, opt_state, ema)
 
     def abstract(self) -> State:
-        """The state's shapes and dtypes (on a mesh, shardings too), without computing anything."""
+        """The state's shapes, dtypes and shardings, without computing anything."""
         shapes = jax.eval_shape(self.start, unflatten(self.stage.abstract))
-        return shapes if self.layout is None else self.layout.state(shapes, self.view.ranks())
+        if self.layout is not None:
+            return self.layout.state(shapes, self.view.ranks())
+        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes
+        )
 
     def _train_step(self, state: State, batch: Batch) -> tuple[State, dict[str, Array]]:
         cfg = self._cfg.optimizer
