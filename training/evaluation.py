@@ -20,8 +20,7 @@ def evaluate(cfg: Config, program: Program, dataset: Dataset, state: State) -> d
     totals: dict[str, float] = {}
     pending = []
     for batch in data.eval_batches(dataset, cfg.data, cfg.eval.batches, *share()):
-        batch = batch if program.layout is None else program.layout.batch(batch)
-        pending.append(program.eval_step(state, batch))
+        pending.append(program.eval_step(state, program.place(batch)))
     for sums in jax.device_get(pending):
         for name, value in sums.items():
             totals[name] = totals.get(name, 0.0) + float(value)
@@ -47,15 +46,15 @@ def report(cfg: Config) -> None:
         run = dataclasses.replace(build(Config, saved.run["config"]), **asked)
         if prepared is None or run != prepared[0]:
             prepared = run, prepare(run)
-        made = prepared[1]
+        dataset, program, _ = prepared[1]
         if cfg.checkpoint.verify:
             saved.verify()
-        state = saved.restore(made.program.abstract())
-        values = evaluate(run, made.program, made.dataset, state)
+        state = saved.restore(program.abstract())
+        values = evaluate(run, program, dataset, state)
         text = "  ".join(f"{name} {value:.6f}" for name, value in values.items())
         say(f"{saved.path.parent.name}, step {saved.step}, stage {run.stage}: validation {text}")
         if saved is found[0]:
             board = Board(run_dir, saved.step, {}, on=False)
-            if sample := samples.show(run, made.program, made.dataset, state, board):
+            if sample := samples.show(run, program, dataset, state, board):
                 say(sample)
-            say(summary.parameters(made.program))
+            say(summary.parameters(program))

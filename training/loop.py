@@ -36,15 +36,14 @@ def train(cfg: Config) -> bool:
         ConfigError: for model options that do not fit the data; nothing has been written then.
     """
     # Set-up: processes, data, model, optimizer. Nothing is written yet.
-    made = prepare(cfg)
-    layout, dataset, program = made.layout, made.dataset, made.program
+    dataset, program, example = prepare(cfg)
     with processes.together():
         batches = data.train_iterator(dataset, cfg.data, *share())
 
     # Start: resume, init_from or scratch. From here on the run directory is this run's.
     saved = start.find(cfg)
     pool = ThreadPoolExecutor(1)  # compiles while the state is drawn or read
-    compiling = pool.submit(_compile, cfg, program, made.example)
+    compiling = pool.submit(_compile, cfg, program, example)
     pool.shutdown(wait=False)
     state = start.begin(cfg, program, batches, saved)
     step = first = int(state.step)
@@ -56,13 +55,13 @@ def train(cfg: Config) -> bool:
         )
     compiling.result()
     with _checks(cfg):  # what cannot be traced, from this very state, writes nothing
-        jax.eval_shape(program.train_step, state, made.example)
+        jax.eval_shape(program.train_step, state, example)
     with processes.together():
-        lock = start.write_run(cfg, made.rules)
+        lock = start.write_run(cfg, program.rules)
     writes = processes.first()
     run_dir = Path(cfg.run_dir)
     metrics = Metrics(run_dir, first, write=writes)
-    checkpoints = Checkpoints(run_dir, cfg.checkpoint, start.run_item(cfg, made.rules))
+    checkpoints = Checkpoints(run_dir, cfg.checkpoint, start.run_item(cfg, program.rules))
     checkpoints.forget_after(first)
     board = Board(run_dir, first, dataclasses.asdict(cfg), on=cfg.log.tensorboard and writes)
     terminal = Terminal(last, first, cfg.data.batch, progress=cfg.log.progress)
@@ -78,13 +77,12 @@ def train(cfg: Config) -> bool:
         with terminal, processes.interrupts() as stop, _checks(cfg), ExitStack() as profile:
             while not ended:
                 if cfg.debug.mode == "profile" and step - first == PROFILED.start and writes:
-                    compiled = program.train_step.lower(state, made.example).compile()
+                    compiled = program.train_step.lower(state, example).compile()
                     (run_dir / "train_step.hlo.txt").write_text(compiled.as_text() or "")
                     profile.callback(say, f"The profile in {run_dir} is for TensorBoard or xprof.")
                     profile.enter_context(jax.profiler.trace(run_dir))
                 if batch is None or cfg.debug.mode != "overfit":
-                    batch = next(batches)
-                    batch = batch if layout is None else layout.batch(batch)
+                    batch = program.place(next(batches))
                 state, values = program.train_step(state, batch)
                 step += 1
                 recorder.train(step, values)

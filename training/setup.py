@@ -1,35 +1,21 @@
 """What a run is made of, built from its configuration: devices, data, model, compiled steps."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 
 from configs.schema import Config
-from linen_nnx import RuleBook
 from model import families
 from model.stages import Stage
 from training import datasets, mesh, processes, start
 from training.state import Program
 
 
-@dataclass(frozen=True)
-class Setup:
-    """Attributes:
-    layout: of several devices; None for one.
-    rules: the family's rule book; None where there is none and none is needed.
-    example: one batch, or its shapes.
-    """
-
-    layout: mesh.Layout | None
-    dataset: datasets.Dataset
-    rules: RuleBook | None
-    program: Program
-    example: dict[str, Any]
-
-
-def prepare(cfg: Config) -> Setup:
+def prepare(cfg: Config) -> tuple[datasets.Dataset, Program, dict[str, Any]]:
     """Builds it all, and writes nothing.
+
+    Returns:
+        The data, the program, and a batch or its shapes, for the program to be traced with.
 
     Raises:
         Refused: for anything that cannot be done as asked.
@@ -47,9 +33,7 @@ def prepare(cfg: Config) -> Setup:
         example = dataset.example_batch(cfg.data.batch)
         family.check_data(example, dataset.classes)
         program = Program(cfg, Stage(cfg.stage, family, example["inputs"]), rules, layout)
-    return Setup(
-        layout, dataset, rules, program, example if layout is None else layout.shapes(example)
-    )
+    return dataset, program, example if layout is None else layout.shapes(example)
 
 
 def share() -> tuple[int, int]:

@@ -177,6 +177,10 @@ class Program:
             )
         return values
 
+    def place(self, batch: Batch) -> Batch:
+        """A batch as the steps take it: of a mesh, the whole one, from this process's rows."""
+        return batch if self.layout is None else self.layout.batch(batch)
+
     def fetch(self, tree: Any) -> Any:
         """Arrays as numpy, whole, wherever their parts lie; every process has to ask for them."""
         return jax.device_get(tree) if self.layout is None else self.layout.fetch(tree)
