@@ -21,7 +21,7 @@ from configs.build import ConfigError
 from model import families
 from model.stages import Stage
 from training import cli, mesh, processes, start
-from training.data import load
+from training.datasets import load
 from training.errors import Refused
 from training.state import Program, State
 from training.table import table
