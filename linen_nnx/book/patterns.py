@@ -11,9 +11,9 @@ ways is refused when it is built, so that matching a path and writing it again a
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import NamedTuple
 
 _CAPTURE = re.compile(r"\{([^{}]*)\}")
 _NAME = re.compile(r"[a-z][a-z0-9_]*(\.\.\.)?")
@@ -135,27 +135,35 @@ def _element_regex(text: str, element: str, captures: list[str]) -> str:
     return regex
 
 
-Owner = TypeVar("Owner")
+class Hit(NamedTuple):
+    """A pattern that matches a path: its rule and part by number, and the text of each capture."""
+
+    rule: int
+    part: int
+    captures: dict[str, str]
 
 
-class Index(Generic[Owner]):
+class Index:
     """Finds the patterns that match a path: literal ones by one look-up, others by length."""
 
-    def __init__(self, patterns: Iterable[tuple[Owner, Pattern]]) -> None:
-        self._literal: dict[str, list[Owner]] = {}
-        self._by_length: dict[int | None, list[tuple[Owner, Pattern]]] = {}
-        for owner, pattern in patterns:
-            if pattern.literal:
-                self._literal.setdefault(pattern.text, []).append(owner)
-            else:
-                self._by_length.setdefault(pattern.length, []).append((owner, pattern))
+    def __init__(self, rules: Iterable[Sequence[Pattern]]) -> None:
+        """`rules`: the patterns of each rule on one side, its parts."""
+        self._literal: dict[str, list[Hit]] = {}
+        self._by_length: dict[int | None, list[tuple[int, int, Pattern]]] = {}
+        for rule, patterns in enumerate(rules):
+            for part, pattern in enumerate(patterns):
+                if pattern.literal:
+                    self._literal.setdefault(pattern.text, []).append(Hit(rule, part, {}))
+                else:
+                    same = self._by_length.setdefault(pattern.length, [])
+                    same.append((rule, part, pattern))
 
-    def match(self, path: str) -> list[tuple[Owner, dict[str, str]]]:
-        """Every `(owner, captures)` whose pattern matches `path`."""
-        hits: list[tuple[Owner, dict[str, str]]] = [(o, {}) for o in self._literal.get(path, ())]
+    def match(self, path: str) -> list[Hit]:
+        """Every pattern that matches `path`."""
+        hits = list(self._literal.get(path, ()))
         for length in (path.count("/") + 1, None):
-            for owner, pattern in self._by_length.get(length, ()):
+            for rule, part, pattern in self._by_length.get(length, ()):
                 captures = pattern.match(path)
                 if captures is not None:
-                    hits.append((owner, captures))
+                    hits.append(Hit(rule, part, captures))
         return hits

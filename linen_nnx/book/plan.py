@@ -6,16 +6,18 @@ then run on arrays (`RuleBook.to_nnx`) or on a store's bytes (the converter).
 """
 
 import difflib
-from collections import Counter
+import itertools
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from linen_nnx.book.grammar import Rule, did_you_mean
 from linen_nnx.book.ops import PART, Action, Block, Drop, Fill, Init, Mismatch, Side, Spec
-from linen_nnx.book.patterns import Index
+from linen_nnx.book.patterns import Hit, Index
 
 _SHOWN = 100  # problems in one message; the rest is counted, and all are in `.problems`
+_EXAMPLES = 3  # leaves shown of those that the same rules match
 _HINTED = 20  # problems of one kind that get a suggestion: difflib is slow on long lists
 
 
@@ -55,20 +57,9 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """Every step of one translation, and the side it leads to."""
+    """Every step of one translation."""
 
-    to: Side
     steps: tuple[Step, ...]
-
-    @property
-    def dropped(self) -> tuple[str, ...]:
-        """Source leaves that have no target, by a `drop` or `init` rule."""
-        return tuple(step.sources[0] for step in self.steps if not step.targets)
-
-    @property
-    def filled(self) -> tuple[str, ...]:
-        """Target leaves that come from an `init` rule."""
-        return tuple(step.targets[0] for step in self.steps if not step.sources)
 
     def run(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
         """Target leaves from source leaves."""
@@ -79,27 +70,13 @@ class Plan:
         return result
 
 
-@dataclass(frozen=True)
-class _Owner:
-    """Which rule, and which of its parts, a matched pattern belongs to."""
-
-    rule: int
-    part: int
-
-
 class Planner:
     """Plans one book. Indexes it once, so that one book can plan many trees."""
 
     def __init__(self, rules: Sequence[Rule]) -> None:
         self.rules = rules
-        self._index = {"linen": self._indexed("linen"), "nnx": self._indexed("nnx")}
-
-    def _indexed(self, side: Side) -> Index[_Owner]:
-        return Index(
-            (_Owner(number, part), pattern)
-            for number, rule in enumerate(self.rules)
-            for part, pattern in enumerate(rule.side(side))
-        )
+        sides: tuple[Side, Side] = ("linen", "nnx")
+        self._index = {side: Index([rule.side(side) for rule in rules]) for side in sides}
 
     def plan(
         self,
@@ -118,10 +95,10 @@ class Planner:
         attempt.check()
         if attempt.problems:
             raise RuleError(f"The rule book does not fit, going to {to}", attempt.problems)
-        return Plan(to, tuple(attempt.steps))
+        return Plan(tuple(attempt.steps))
 
-    def owners(self, side: Side, path: str) -> list[tuple[_Owner, dict[str, str]]]:
-        """Every rule and part whose pattern on `side` matches `path`, with the captures."""
+    def hits(self, side: Side, path: str) -> list[Hit]:
+        """Every pattern on `side` that matches `path`."""
         return self._index[side].match(path)
 
     def name(self, rule: int) -> str:
@@ -129,59 +106,59 @@ class Planner:
         return f"rule {rule + 1} ({self.rules[rule]})"
 
 
+@dataclass
 class _Attempt:
     """One planning, with the problems found so far."""
 
-    def __init__(
-        self,
-        planner: Planner,
-        to: Side,
-        source: dict[str, Spec],
-        target: dict[str, Spec] | None,
-        partial: bool,
-    ) -> None:
-        self.planner, self.to, self.partial = planner, to, partial
-        self.side: Side = "linen" if to == "nnx" else "nnx"
-        self.source, self.target = source, target
-        self.steps: list[Step] = []
-        self.problems: list[str] = []
-        self.used: set[int] = set()
-        self.broken: set[int] = set()  # rules with a problem of their own: no follow-up errors
-        self.unmatched: list[str] = []
+    planner: Planner
+    to: Side
+    source: dict[str, Spec]
+    target: dict[str, Spec] | None
+    partial: bool
+    steps: list[Step] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    used: set[int] = field(default_factory=set)
+    broken: set[int] = field(default_factory=set)
+    """Rules with a problem of their own, which gets no follow-up errors."""
+    unmatched: list[str] = field(default_factory=list)
+    ambiguous: dict[tuple[Side, tuple[int, ...]], list[str]] = field(default_factory=dict)
+    """Paths that several patterns match, by their side and the rules of those patterns."""
+
+    def __post_init__(self) -> None:
+        self.side: Side = "linen" if self.to == "nnx" else "nnx"
 
     def match(self) -> None:
         """Groups the source leaves by rule and shared captures, and plans each group."""
         groups: dict[tuple[int, tuple[str, ...]], dict[tuple[int, ...], str]] = {}
         names = [self._captures(rule) for rule in self.planner.rules]
         for path, spec in self.source.items():
-            hits = self.planner.owners(self.side, path)
+            hits = self.planner.hits(self.side, path)
+            self.used.update([hit.rule for hit in hits])
             if not hits:
                 self.unmatched.append(path)
             elif len(hits) > 1:
-                self._ambiguous(self.side, path, hits)
+                self._note_ambiguous(self.side, path, hits)
             else:
-                owner, captures = hits[0]
-                rule = self.planner.rules[owner.rule]
+                number, part, captures = hits[0]
+                rule = self.planner.rules[number]
                 if not rule.ops:  # a plain rename, which is most leaves of most books
                     target = rule.side(self.to)[0].format(captures)
                     self.steps.append(Step(rule, (path,), (target,), (), (spec,)))
                 else:
-                    shared, stacked = names[owner.rule]
-                    key = (owner.rule, tuple(captures[name] for name in shared))
-                    place = (owner.part, *(int(captures[name]) for name in stacked))
+                    shared, stacked = names[number]
+                    key = (number, tuple(captures[name] for name in shared))
+                    place = (part, *(int(captures[name]) for name in stacked))
                     groups.setdefault(key, {})[place] = path
-            for owner, _ in hits:
-                self.used.add(owner.rule)
         for (number, values), members in groups.items():
             self._group(number, values, names[number], members)
 
     def _captures(self, rule: Rule) -> tuple[list[str], list[str]]:
         """The captures of the source side: those shared with the target, those stacked away."""
-        if not rule.side(self.side):
-            return [], []
-        here = rule.side(self.side)[0].captures
-        there = rule.side(self.to)
-        kept = there[0].captures if there else here
+        here, there = (
+            [name for pattern in rule.side(side)[:1] for name in pattern.captures]
+            for side in (self.side, self.to)
+        )
+        kept = there if rule.side(self.to) else here
         return [c for c in here if c in kept], [c for c in here if c not in kept]
 
     def _group(
@@ -209,7 +186,7 @@ class _Attempt:
 
     def _coords(
         self, rule: Rule, stacked: list[str], members: dict[tuple[int, ...], str]
-    ) -> tuple[tuple[str, int], ...]:
+    ) -> dict[str, int]:
         """The grid that the members fill, or a `Mismatch` that names the holes in it."""
         parts = rule.side(self.side)
         sizes = [len(parts)] + [
@@ -229,15 +206,15 @@ class _Attempt:
                         f"`{{{name}}}` in `{pattern.text}` must run 0..{sizes[k + 1] - 1} "
                         f"without gaps, missing: {shown}"
                     )
-        grid = 1
-        for size in sizes:
-            grid *= size
+        grid = math.prod(sizes)
         if not holes and len(members) != grid:
             holes.append(f"the stacked indices fill {len(members)} of {grid} places")
         if holes:
             raise Mismatch("; ".join(holes))
-        coords = list(zip([PART, *stacked], sizes, strict=True))
-        return tuple(coords if len(parts) > 1 else coords[1:])
+        coords = dict(zip([PART, *stacked], sizes, strict=True))
+        if len(parts) == 1:
+            del coords[PART]
+        return coords
 
     def _actions(self, rule: Rule, block: Block) -> tuple[tuple[Action, ...], Block]:
         if rule.ops and any(str(spec.dtype).startswith("key<") for spec in block.specs):
@@ -252,14 +229,12 @@ class _Attempt:
 
     def _targets(self, rule: Rule, shared: dict[str, str], block: Block) -> tuple[str, ...]:
         """The paths of a planned block, in its row-major order."""
-        places: list[dict[str, int]] = [{}]
-        for name, size in block.coords:
-            places = [{**place, name: k} for place in places for k in range(size)]
-        patterns = rule.side(self.to)
-        return tuple(
-            patterns[place.get(PART, 0)].format({**shared, **{k: str(v) for k, v in place.items()}})
-            for place in places
-        )
+        patterns, targets = rule.side(self.to), []
+        for place in itertools.product(*map(range, block.coords.values())):
+            at = dict(zip(block.coords, place, strict=True))
+            pattern = patterns[at.pop(PART, 0)]
+            targets.append(pattern.format({**shared, **{k: str(v) for k, v in at.items()}}))
+        return tuple(targets)
 
     def fill(self) -> None:
         """Plans the `init` rules of the target side."""
@@ -290,6 +265,7 @@ class _Attempt:
             for path, spec in zip(step.targets, step.specs, strict=True):
                 self._check_target(step, path, spec, written)
                 written[path] = spec
+        self._report_ambiguous()
         if self.partial:
             return
         unfilled = [path for path in self.target or () if path not in written]
@@ -304,9 +280,9 @@ class _Attempt:
             return
         if path in written:
             self.problems.append(f"two sources for `{path}`: the second is {_origin(step)}")
-        hits = self.planner.owners(self.to, path)
+        hits = self.planner.hits(self.to, path)
         if len(hits) > 1:
-            self._ambiguous(self.to, path, hits)
+            self._note_ambiguous(self.to, path, hits)
         if self.target is None:
             return
         due = self.target.get(path)
@@ -349,11 +325,11 @@ class _Attempt:
         if self.side != "linen":
             return ""
         heads = {p.text.split("/")[0] for rule in self.planner.rules for p in rule.linen}
-        owners = self.planner.owners
+        hits = self.planner.hits
         for head in sorted(heads):
-            if all(owners("linen", f"{head}/{path}") for path in self.unmatched):
+            if all(hits("linen", f"{head}/{path}") for path in self.unmatched):
                 return f"; with the level `{head}` in front it would match: is it missing?"
-        if all("/" in p and owners("linen", p.split("/", 1)[1]) for p in self.unmatched):
+        if all("/" in p and hits("linen", p.split("/", 1)[1]) for p in self.unmatched):
             return "; without its first level it would match: is there one too many?"
         return ""
 
@@ -367,30 +343,36 @@ class _Attempt:
 
     def _report_unfilled(self, path: str) -> None:
         assert self.target is not None
-        hits = self.planner.owners(self.to, path)
-        if any(owner.rule in self.broken for owner, _ in hits):
+        hits = self.planner.hits(self.to, path)
+        if any(hit.rule in self.broken for hit in hits):
             return
         problem = f"nothing fills the {self.to} leaf `{path}` ({self.target[path]})"
         if not hits:
             self.problems.append(f"{problem}: no rule matches it")
             return
-        for owner, captures in hits:
-            rule = self.planner.rules[owner.rule]
+        for number, _, captures in hits:
+            rule = self.planner.rules[number]
             if not rule.side(self.side):
                 why = "drops it; use `init` if it is to be filled on this way"
             else:
                 sources = [_format_known(p.text, captures) for p in rule.side(self.side)]
                 why = f"would, but the source has no {' + '.join(f'`{s}`' for s in sources)}"
-            self.problems.append(f"{problem}: rule {owner.rule + 1} {why}")
+            self.problems.append(f"{problem}: rule {number + 1} {why}")
 
-    def _ambiguous(
-        self, side: Side, path: str, hits: Sequence[tuple[_Owner, dict[str, str]]]
-    ) -> None:
-        counts = Counter(owner.rule for owner, _ in hits)
-        rules = " and ".join(self.planner.name(rule) for rule in counts)
-        again = " (twice)" if len(counts) == 1 else ""
-        self.broken.update(counts)
-        self.problems.append(f"the {side} leaf `{path}` is matched by {rules}{again}")
+    def _note_ambiguous(self, side: Side, path: str, hits: Sequence[Hit]) -> None:
+        rules = tuple(sorted({hit.rule for hit in hits}))
+        self.broken.update(rules)
+        self.ambiguous.setdefault((side, rules), []).append(path)
+
+    def _report_ambiguous(self) -> None:
+        for (side, rules), found in self.ambiguous.items():
+            paths = [f"`{path}`" for path in dict.fromkeys(found)]
+            by = " and ".join(map(self.planner.name, rules)) + (" (twice)" * (len(rules) == 1))
+            if len(paths) == 1:
+                self.problems.append(f"the {side} leaf {paths[0]} is matched by {by}")
+            else:
+                some = ", ".join([*paths[:_EXAMPLES], *["..."] * (len(paths) > _EXAMPLES)])
+                self.problems.append(f"{len(paths)} {side} leaves are matched by {by}: {some}")
 
     def _fault(self, number: int, text: str) -> None:
         self.broken.add(number)

@@ -6,7 +6,6 @@ What the source cannot tell (the key types of an optimizer chain, its empty node
 the step) comes from a given tree: one that the result must be `like`, or its own origin.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,7 +14,7 @@ from linen_nnx.book.ops import Action, Cast, Spec
 from linen_nnx.book.plan import RuleError
 from linen_nnx.disk.carry import Move, Place
 from linen_nnx.disk.state import OPTIMIZER, Form, Id, State
-from linen_nnx.disk.store import DICT, SEQUENCE, Key, Leaf, common_sharding, make_key
+from linen_nnx.disk.store import DICT, SEQUENCE, Key, Leaf, common_sharding, make_key, repeated
 
 
 class Change(NamedTuple):
@@ -72,11 +71,7 @@ def lay_out(
         elif like is not None:
             problems.append(f"nothing fills `{mould.path}` of the tree to be like")
     names = [leaf.name for change in changes for leaf in change.targets]
-    if len(set(names)) < len(names):
-        counts = Counter(names).items()
-        problems += [
-            f"{n} leaves would have the name `{name}` on disk" for name, n in counts if n > 1
-        ]
+    problems += [f"{n} leaves would have the name `{name}` on disk" for name, n in repeated(names)]
     if problems:
         raise RuleError(f"The result cannot be laid out as {to}", problems)
     if order:

@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -215,25 +214,19 @@ def plan_conversion(
 
 def _forms(source: Source, to: str) -> tuple[Form | None, Form]:
     """The source's form, if it is known, and the target's."""
-    stock: Mapping[str, Form] = {"linen": Form("linen"), "nnx": Form("nnx")}
-    if source.run is None:
-        if to in stock:
-            return None, stock[to]
-        known = ", ".join(stock)
+    form, known = None, {"linen": Form("linen"), "nnx": Form("nnx")}
+    if source.run is not None:
+        stage = source.run["stage"]
+        if stage not in STAGES:
+            raise RuleError("unknown stage", [f"the run is at stage `{stage}`"])
+        form = Form("linen", stage)
+        stages = {name: Form("linen", name) for name in STAGES}
+        known = stages if source.kind == "run" else stages | known
+    if to not in known:
         hint = "; stages are for this template's own runs" if to in STAGES else ""
-        raise RuleError(
-            f"unknown target `{to}`", [f"known: {known}{hint}{did_you_mean(to, stock)}"]
-        )
-    form = Form("linen", source.run["stage"])
-    if source.run["stage"] not in STAGES:
-        raise RuleError("unknown stage", [f"the run is at stage `{source.run['stage']}`"])
-    if to in stock and source.kind != "run":
-        return form, stock[to]
-    if to not in STAGES:
-        raise RuleError(
-            f"unknown target `{to}`", [f"known: {', '.join(STAGES)}{did_you_mean(to, STAGES)}"]
-        )
-    return form, Form("linen", to)
+        text = f"known: {', '.join(known)}{hint}{did_you_mean(to, known)}"
+        raise RuleError(f"unknown target `{to}`", [text])
+    return form, known[to]
 
 
 def _rule_book(source: Source, rules: str | Path | RuleBook | None) -> RuleBook:

@@ -191,9 +191,8 @@ def read_item(path: Path, number: int = 0) -> Item:
         missing = isinstance(error, KeyError)  # whose text is the key alone
         what = f"its side files lack {error}: damaged, or not by Orbax" if missing else str(error)
         raise StoreError(f"{path} cannot be read as an Orbax item: {what}") from None
-    if "use_ocdbt" not in header:
-        header["use_ocdbt"] = (path / "manifest.ocdbt").is_file()
-    if header["use_ocdbt"] and not (path / "manifest.ocdbt").is_file():
+    manifest = (path / ocdbt.MANIFEST).is_file()
+    if header.setdefault("use_ocdbt", manifest) and not manifest:
         raise StoreError(f"{path} has no manifest.ocdbt: the save was cut off, or files were lost")
     names = [".".join([key[0] for key in keys]) for keys, _ in entries]
     _refuse_collisions(path, names, entries)
@@ -247,14 +246,16 @@ def _refuse_collisions(
     path: Path, names: Sequence[str], entries: Sequence[tuple[tuple[Key, ...], Any]]
 ) -> None:
     """Orbax saves `{"a.b": x, "a": {"b": y}}` without error, and keeps one of the two."""
-    problems = []
-    if len(set(names)) < len(names):
-        counts = Counter(names).items()
-        problems = [f"`{name}` names {n} leaves in the store" for name, n in counts if n > 1]
+    problems = [f"`{name}` names {n} leaves in the store" for name, n in repeated(names)]
     keys = {key.name for entry, _ in entries for key in entry}
     problems += [f"key `{key}` holds a `/`" for key in sorted(keys) if "/" in key]
     if problems:
         raise StoreError(f"{path} is ambiguous: {'; '.join(problems)}")
+
+
+def repeated(names: Sequence[str]) -> list[tuple[str, int]]:
+    """The names that occur more than once, and how often."""
+    return [(name, n) for name, n in Counter(names).items() if n > 1]
 
 
 def _read_tree(path: Path) -> ocdbt.Tree:
@@ -312,7 +313,7 @@ def write_side_files(path: Path, leaves: Sequence[Leaf], header: dict[str, Any])
             "array_metadata": {
                 "param_name": leaf.name,
                 "write_shape": leaf.write_shape,
-                "chunk_shape": chunk_shape(leaf.zarr),
+                "chunk_shape": chunk_shapes(leaf.zarr)[-1],
                 "ext_metadata": leaf.extension,
             }
         }
@@ -331,14 +332,17 @@ def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content))
 
 
-def chunk_shape(metadata: dict[str, Any]) -> list[int]:
-    """The shape of the stored chunks (of a zarr3 shard, its inner chunks)."""
+def chunk_shapes(metadata: dict[str, Any]) -> list[list[int]]:
+    """The shape of the stored chunks and, of a zarr3 shard, of the chunks in it."""
     if metadata["zarr_format"] == 2:
-        return list(metadata["chunks"])
-    for codec in metadata["codecs"]:
-        if codec["name"] == "sharding_indexed":
-            return list(codec["configuration"]["chunk_shape"])
-    return list(metadata["chunk_grid"]["configuration"]["chunk_shape"])
+        return [list(metadata["chunks"])]
+    return [list(part["chunk_shape"]) for part in chunked_parts(metadata)]
+
+
+def chunked_parts(metadata: dict[str, Any]) -> list[dict[str, Any]]:
+    """What in zarr3 metadata has a `chunk_shape`, the whole array first."""
+    shards = [codec for codec in metadata["codecs"] if codec["name"] == "sharding_indexed"]
+    return [part["configuration"] for part in (metadata["chunk_grid"], *shards)]
 
 
 def common_sharding(leaves: Sequence[Leaf]) -> str | None:
