@@ -7,13 +7,15 @@ import argparse
 import contextlib
 import ctypes
 import gc
+import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
+_REFUSALS = ("RuleError", "StoreError", "TargetError", "DigestError", "Mismatch", "TwinError")
 _CKPT = "a run directory, a CheckpointManager's root or step, an Orbax directory, or a file"
 _TARGET = (
     "linen or nnx: the layout that stock Flax restores; or, of this template's own runs, a stage "
@@ -27,30 +29,20 @@ def main(arguments: Sequence[str] | None = None, own_runs: str | None = None) ->
     `own_runs` is the `module:function` that builds the models of this template's own runs, for
     `verify` (see `verify.OwnRuns`); it is imported when it is needed.
     """
-    options = vars(_parser(own_runs).parse_args(arguments))
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = vars(_parser(own_runs, arguments).parse_args(arguments))
     command: Callable[..., int] = options.pop("command")
     try:
         return command(**options)
     except (ValueError, OSError) as error:
-        refusals = (
-            "RuleError",
-            "StoreError",
-            "TargetError",
-            "DigestError",
-            "Mismatch",
-            "TwinError",
-        )
-        if isinstance(error, OSError) or type(error).__name__ in refusals:
-            print(f"refused: {_reason(error)}", file=sys.stderr)
-            return 1
-        raise
-
-
-def _reason(error: Exception) -> str:
-    """What to say of an error; of the system's own, not its number."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    return str(error)
+        reason = str(error)
+        if isinstance(error, OSError):
+            # The system's own text without its number.
+            reason = reason if error.filename is None else f"{error.filename}: {error.strerror}"
+        elif type(error).__name__ not in _REFUSALS:
+            raise
+        print(f"refused: {reason}", file=sys.stderr)
+        return 1
 
 
 def program(own_runs: str | None = None) -> int:
@@ -65,7 +57,8 @@ def program(own_runs: str | None = None) -> int:
         gc.freeze()  # nor look for cycles at the end
 
 
-def _parser(own_runs: str | None) -> argparse.ArgumentParser:
+def _parser(own_runs: str | None, words: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser of all commands. Exits with code 2 if one of the `words` is mistyped."""
     program = "convert.py" if own_runs else "linen-nnx"
     parser = argparse.ArgumentParser(prog=program, description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -115,7 +108,31 @@ def _parser(own_runs: str | None) -> argparse.ArgumentParser:
     sub.add_argument("checkpoints", metavar="CKPT", nargs="*", help=weights)
     sub.add_argument("--rules", metavar="FILE", help="rule book (default: what suggest finds)")
     sub.add_argument("--png", metavar="FILE", help="where to plot the error of each layer")
+    _check_spelling(parser, commands.choices, words)
     return parser
+
+
+def _check_spelling(
+    parser: argparse.ArgumentParser,
+    commands: Mapping[str, argparse.ArgumentParser],
+    words: Sequence[str],
+) -> None:
+    """Refuses an unknown command or option, as argparse does, and says what it may have been."""
+    command = next(iter(words), "-")
+    if command in commands:
+        known = [o for action in commands[command]._actions for o in action.option_strings]
+        for word in itertools.takewhile("--".__ne__, words):
+            option = word.partition("=")[0]
+            if option.startswith("--") and not any(name.startswith(option) for name in known):
+                commands[command].error(f"unknown option `{option}`{_near(option, known)}")
+    elif not command.startswith("-"):
+        parser.error(f"unknown command `{command}`{_near(command, commands)}")
+
+
+def _near(word: str, known: Iterable[str]) -> str:
+    from linen_nnx.book.grammar import did_you_mean
+
+    return did_you_mean(word, list(known)) or f"; known: {', '.join(known)}"
 
 
 def _twin(text: str) -> str:
@@ -221,10 +238,12 @@ def _plan(ckpt: str, to: str, as_json: bool, twin: str | None, **options: Any) -
     if as_json:
         return _print_json({**conversion.summary(), "jobs": jobs})
     _table(
-        (job["engine"], _few(job["from"]), "->", _few(job["to"]), _few(job["specs"]))
+        (job["engine"], _first(job["from"]), "->", _first(job["to"]), _first(job["specs"]))
         for job in jobs
     )
     print(_summary(conversion.summary()))
+    if any(len(job[key]) > 1 for job in jobs for key in ("from", "to")):
+        print("note     of several leaves the first is shown, and how many there are (--json: all)")
     return 0
 
 
@@ -330,6 +349,12 @@ def _spec(leaf: Any) -> str:
 
 def _few(texts: Sequence[str]) -> str:
     return ", ".join(texts[:3]) + (f", ... ({len(texts)})" if len(texts) > 3 else "") or "-"
+
+
+def _first(texts: Sequence[str]) -> str:
+    """The first of some texts, and how many there are if they differ."""
+    count = len(set(texts))
+    return texts[0] + (f", ... ({count})" if count > 1 else "") if texts else "-"
 
 
 def _bytes(count: float) -> str:

@@ -24,6 +24,7 @@ REPORT, RULES = "report.json", "rules.yaml"
 # Measured: Python, and what each leaf takes; tensorstore, and the batch being committed.
 _BASE_MEMORY, _LEAF_MEMORY, _STREAM_MEMORY = 22 << 20, 5 << 10, 68 << 20
 _COPIES = 5  # of a streamed change: sources, targets, and both encoded and on their way
+_JAX_MEMORY = 132 << 20  # what reading msgpack with flax imports
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,12 @@ class Conversion:
     @property
     def peak_memory(self) -> int:
         """An estimate, in bytes."""
-        streamed = [job.nbytes for job in self.jobs if job.engine == "stream"]
-        more = _STREAM_MEMORY + _COPIES * max(streamed) if streamed else 0
+        largest = max((job.nbytes for job in self.jobs if job.engine == "stream"), default=0)
+        more = _STREAM_MEMORY + _COPIES * largest if largest else 0
+        if self.source.kind == "file":  # held whole, and twice while it is taken apart
+            size = self.source.folder.stat().st_size
+            more = max(2 * size + largest, size + more - 2 * largest)
+            more += _JAX_MEMORY * (self.source.folder.suffix == ".msgpack")
         return _BASE_MEMORY + _LEAF_MEMORY * len(self.jobs) + more
 
     @cached_property
@@ -194,8 +199,9 @@ def plan_conversion(
     optimizer = any(place.in_optimizer for move in moves for place in move.targets)
     if target.flat and not state.form.flat and optimizer and not (wanted or origin):
         notes.append(
-            "nnx form does not tell the empty states of an optimizer chain: a restore into a "
-            "TrainState needs them, and takes them from a checkpoint of it (--like CKPT)"
+            "nnx form lacks the empty states of an optimizer chain, which a restore into a "
+            "TrainState needs: save a fresh TrainState of the same model and optimizer with "
+            "Orbax, and convert again with --like and its path"
         )
     items = source.items
     zarr3 = bool(items) and items[0].zarr3
