@@ -16,7 +16,11 @@ from importlib import import_module
 from typing import Any
 
 _REFUSALS = ("RuleError", "StoreError", "TargetError", "DigestError", "Mismatch", "TwinError")
-_CKPT = "a run directory, a CheckpointManager's root or step, an Orbax directory, or a file"
+_HELP = {
+    "twin": "path/to/file.py:NAME or package.module:NAME",
+    "ckpt": "a run directory, a CheckpointManager's root or step, an Orbax directory, or a file",
+    "out": "what to create, or what was created; *.msgpack, *.safetensors: a file",
+}
 _TARGET = (
     "linen or nnx: the layout that stock Flax restores; or, of this template's own runs, a stage "
     "(a whole run directory goes to a stage, also for linen and nnx)"
@@ -66,11 +70,9 @@ def _parser(own_runs: str | None, words: Sequence[str]) -> argparse.ArgumentPars
     def add(name: str, command: Callable[..., int], text: str, *names: str) -> Any:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(command=command)
-        for positional in names:
-            kind = _twin if positional == "twin" else str
-            sub.add_argument(
-                positional, type=kind, metavar=positional.upper(), help=_HELP[positional]
-            )
+        for word in names:
+            kind = _twin if word == "twin" else str
+            sub.add_argument(word, type=kind, metavar=word.upper(), help=_HELP[word])
         text = "print a machine-readable result"
         sub.add_argument("--json", dest="as_json", action="store_true", help=text)
         if "ckpt" in names:
@@ -141,24 +143,15 @@ def _twin(text: str) -> str:
     return text
 
 
-_HELP = {
-    "twin": "path/to/file.py:NAME or package.module:NAME",
-    "ckpt": _CKPT,
-    "out": "what to create, or what was created; *.msgpack, *.safetensors: a file",
-}
-
-
 def _inspect(ckpt: str, as_json: bool, step: int | None, item: str | None) -> int:
     from linen_nnx.book.rules import RuleBook
     from linen_nnx.disk.sources import find
     from linen_nnx.disk.state import Form, guess_side, read_state
 
     source = find(ckpt, step, item)
-    leaves = source.leaves
-    form = (
-        Form("linen", source.run["stage"]) if source.run else Form(guess_side(leaves, RuleBook([])))
-    )
-    layout = read_state(leaves, form, RuleBook([])).layout
+    leaves, book = source.leaves, RuleBook([])
+    form = Form("linen", source.run["stage"]) if source.run else Form(guess_side(leaves, book))
+    layout = read_state(leaves, form, book).layout
     if as_json:
         content = [
             {"path": leaf.path, "spec": _spec(leaf), "bytes": leaf.nbytes, "type": leaf.value_type}

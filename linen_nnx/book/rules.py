@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 from linen_nnx.book.grammar import Rule, noting, parse_rule, rule_to_dict, unknown
 from linen_nnx.book.ops import Side
-from linen_nnx.book.plan import Plan, Planner, RuleError
+from linen_nnx.book.patterns import Hit, Index
+from linen_nnx.book.plan import Plan, RuleError, make_plan
 
 VERSION = 1
 
@@ -189,7 +190,7 @@ class RuleBook:
                 "`unassigned`, or pass partial=True for what is assigned",
                 problems,
             )
-        return self.planner.plan(specs, to, target, partial)
+        return make_plan(self.rules, self.hits, specs, to, target, partial)
 
     def to_nnx(
         self,
@@ -209,10 +210,14 @@ class RuleBook:
         """Linen leaves from nnx leaves; arguments and errors as in `plan`."""
         return self.plan(leaves, "linen", target, partial).run(leaves)
 
+    def hits(self, side: Side, path: str) -> list[Hit]:
+        """Every pattern on `side` that matches `path`."""
+        return self._index[side].match(path)
+
     @cached_property
-    def planner(self) -> Planner:
-        """The rules, indexed."""
-        return Planner(self.rules)
+    def _index(self) -> dict[Side, Index]:
+        rules = self.rules
+        return {"linen": Index([r.linen for r in rules]), "nnx": Index([r.nnx for r in rules])}
 
 
 def _read_unassigned(entry: Any) -> tuple[str, Unassigned]:

@@ -22,7 +22,7 @@ from linen_nnx.disk.sources import SUFFIXES, Source, parts
 from linen_nnx.disk.store import StoreError, write_side_files
 
 _SPARE = 16 << 20  # bytes of room for the new tree and the side files
-_RUN_FILES = ("metrics.jsonl",)  # what a run directory takes along as it is
+_METRICS = "metrics.jsonl"  # which a run directory takes along as it is
 _ORBAX_META = "_CHECKPOINT_METADATA"
 
 
@@ -293,9 +293,8 @@ def _write_run(path: Path, partial: Path, conversion: Conversion) -> None:
         raise StoreError(f"{path / 'config.yaml'} has {count} lines `stage: ...`, expected one")
     (partial / "config.yaml").write_text(config)
     conversion.book.save(partial / RULES)
-    for name in _RUN_FILES:
-        if (path / name).is_file():
-            shutil.copyfile(path / name, partial / name)
+    if (path / _METRICS).is_file():
+        shutil.copyfile(path / _METRICS, partial / _METRICS)
 
 
 def _write_file(conversion: Conversion, path: Path) -> None:

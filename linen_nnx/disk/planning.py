@@ -13,6 +13,7 @@ from linen_nnx.book.grammar import did_you_mean
 from linen_nnx.book.ops import Spec
 from linen_nnx.book.plan import RuleError
 from linen_nnx.book.rules import RuleBook
+from linen_nnx.disk import ocdbt
 from linen_nnx.disk.carry import carry
 from linen_nnx.disk.layouts import lay_out
 from linen_nnx.disk.rekey import Job, choose, kept
@@ -87,26 +88,17 @@ class Conversion:
         state = xxhash.xxh3_128()
         paths = [self.source.folder] if not self.source.items else []
         for item in self.source.items:
-            paths += [
-                item.path / "_METADATA",
-                item.path / "_sharding",
-                item.path / "manifest.ocdbt",
-            ]
+            paths += [item.path / name for name in ("_METADATA", "_sharding", ocdbt.MANIFEST)]
             paths += [] if item.ocdbt else sorted(p for p in item.path.rglob("*") if p.is_file())
         for path in filter(Path.is_file, paths):
             # The names of data files are random, and a manifest leads to all that it needs.
             small = path.name.startswith(("_", "manifest"))
             state.update(path.read_bytes() if small else _stamp(path))
         jobs = [
-            (
-                [(leaf.item, leaf.stored) for leaf in sources],
-                [leaf.form for leaf in targets],
-                actions,
-            )
-            for (sources, _, actions, _), _, targets, _ in self.jobs
+            ([(leaf.item, leaf.stored) for leaf in old], [leaf.form for leaf in new], actions)
+            for (old, _, actions, _), _, new, _ in self.jobs
         ]
-        state.update(str(jobs).encode())
-        state.update(f"{self.to} {self.source.kind}".encode())
+        state.update(f"{jobs}{self.to} {self.source.kind}".encode())
         return state.hexdigest()
 
     def summary(self) -> dict[str, Any]:
@@ -188,9 +180,9 @@ def plan_conversion(
         form = Form(side)
     state = read_state(source.leaves, form, book)
     notes = []
-    if (model_only or source.kind == "file") and state.rest:
-        notes.append(f"files hold the model alone: {len(state.rest)} other leaves are left out")
     if model_only or source.kind == "file":
+        if state.rest:
+            notes.append(f"files hold the model alone: {len(state.rest)} other leaves are left out")
         state = State(state.form, f"{state.layout} (the model alone)", state.model)
     wanted = None if like is None else read_state(find(like).leaves, target, book)
     moves = carry(state, target, book, wanted, reset_optimizer)
@@ -206,16 +198,7 @@ def plan_conversion(
     items = source.items
     zarr3 = bool(items) and items[0].zarr3
     jobs = tuple(choose(change, zarr3, readable_only=not items) for change in changes)
-    return Conversion(
-        source=source,
-        state=state,
-        to=target,
-        book=book,
-        jobs=jobs,
-        target=to,
-        reset_optimizer=reset_optimizer,
-        notes=tuple(notes),
-    )
+    return Conversion(source, state, target, book, jobs, to, reset_optimizer, tuple(notes))
 
 
 def _forms(source: Source, to: str) -> tuple[Form | None, Form]:

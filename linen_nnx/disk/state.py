@@ -70,7 +70,7 @@ class State:
 
 def read_state(leaves: Sequence[Leaf], form: Form, book: RuleBook) -> State:
     """Sorts a tree. Raises `RuleError` if it does not say clearly where the model is."""
-    tree = _without_boxes(leaves, lambda path: bool(book.planner.hits(form.side, path)))
+    tree = _without_boxes(leaves, lambda path: bool(book.hits(form.side, path)))
     return _read_flat(tree, form, book) if form.flat else _read_nnx(tree, book)
 
 
@@ -82,7 +82,7 @@ def guess_side(leaves: Sequence[Leaf], book: RuleBook) -> Side:
     """
     if any("params" in leaf.path.split("/")[:3] for leaf in leaves):
         return "linen"
-    hits = book.planner.hits
+    hits = book.hits
     bare = sum(bool(hits("linen", f"params/{leaf.path}")) for leaf in leaves)
     pure = sum(bool(hits("nnx", leaf.path)) for leaf in leaves)
     boxed = any(leaf.keys[-1] == ("value", DICT) for leaf in leaves)
@@ -134,20 +134,20 @@ def _read_flat(tree: list[tuple[Names, Leaf]], form: Form, book: RuleBook) -> St
     if any(names[: depth + 2] == (*head, "params", "params") for names, _ in tree):
         base, layout = (*head, "params"), "variables below `params`"
     collections = {"params"} | {p.text.split("/")[0] for r in book.rules for p in r.linen}
-    state = State(form, "")
+    model, rest = {}, {}
     for names, leaf in tree:
         if names[: len(base)] == base and names[len(base)] in collections:
-            state.model[Id(names[len(base)], "/".join(names[len(base) + 1 :]))] = leaf
+            model[Id(names[len(base)], "/".join(names[len(base) + 1 :]))] = leaf
         elif names[:depth] == head:
-            state.rest["/".join(names[depth:])] = leaf
+            rest["/".join(names[depth:])] = leaf
         else:
-            state.rest["../" + "/".join(names)] = leaf
-    if any(path.split("/")[0] == OPTIMIZER for path in state.rest):
-        layout = "TrainState" if layout == "variables" else f"TrainState, {layout}"
+            rest["../" + "/".join(names)] = leaf
     if form.stage:
         layout = f"a run of this template at stage {form.stage}"
+    elif any(path.split("/")[0] == OPTIMIZER for path in rest):
+        layout = "TrainState" if layout == "variables" else f"TrainState, {layout}"
     where = f" in `{'/'.join(head)}`" if head else ""
-    return State(form, layout + where, state.model, state.rest)
+    return State(form, layout + where, model, rest)
 
 
 def _read_nnx(tree: list[tuple[Names, Leaf]], book: RuleBook) -> State:
@@ -173,7 +173,7 @@ def _read_nnx(tree: list[tuple[Names, Leaf]], book: RuleBook) -> State:
     counts = {(): 0} | {names[:1]: 0 for names, _ in model if len(names) > 1}
     for names, _ in model:
         for head in ((), names[:1]):
-            known = bool(book.planner.hits("nnx", "/".join(names[len(head) :])))
+            known = bool(book.hits("nnx", "/".join(names[len(head) :])))
             counts[head] = counts.get(head, 0) + known
     head = max(counts, key=lambda head: (counts[head], head == ("model",), -len(head)))
     boxed = any(leaf.keys[-1].name == "value" for _, leaf in model)
