@@ -38,15 +38,14 @@ def main(arguments: Sequence[str] | None = None, own_runs: str | None = None) ->
     command: Callable[..., int] = options.pop("command")
     try:
         return command(**options)
-    except (ValueError, OSError) as error:
-        reason = str(error)
-        if isinstance(error, OSError):
-            # The system's own text without its number.
-            reason = reason if error.filename is None else f"{error.filename}: {error.strerror}"
-        elif type(error).__name__ not in _REFUSALS:
+    except OSError as error:  # of whose own text the number is left out
+        reason = str(error) if error.filename is None else f"{error.filename}: {error.strerror}"
+    except ValueError as error:
+        if type(error).__name__ not in _REFUSALS:
             raise
-        print(f"refused: {reason}", file=sys.stderr)
-        return 1
+        reason = str(error)
+    print(f"refused: {reason}", file=sys.stderr)
+    return 1
 
 
 def program(own_runs: str | None = None) -> int:
@@ -292,11 +291,10 @@ def _verify(
 def _bisect(
     twin: str, checkpoints: list[str], rules: str | None, png: str | None, as_json: bool
 ) -> int:
-    from linen_nnx.infer.twin import Twin
     from linen_nnx.proof import show
     from linen_nnx.proof.bisect import bisect
 
-    found = bisect(Twin.load(twin), rules, checkpoints)
+    found = bisect(_loaded(twin), rules, checkpoints)
     if png is not None:
         show.plot(found, png)
     if as_json:

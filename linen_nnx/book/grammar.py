@@ -231,10 +231,6 @@ def _is_ints(value: Any, least: int) -> bool:
     return isinstance(value, list) and all(_is_int(size) and size >= least for size in value)
 
 
-def _is_shape(value: Any) -> bool:
-    return _is_ints(value, -1) and value.count(-1) <= 1
-
-
 def _is_dtype(value: Any) -> bool:
     import ml_dtypes  # noqa: F401
     import numpy as np
@@ -253,7 +249,9 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "ops": _ops,
     "note": _text,
 }
-_shape = _check(_is_shape, "a list of lengths, with at most one -1")
+_shape = _check(
+    lambda v: _is_ints(v, -1) and v.count(-1) <= 1, "a list of lengths, with at most one -1"
+)
 _ARGUMENTS: dict[str, Callable[[Any], Any]] = {
     "capture": _check(
         lambda v: isinstance(v, str) and len(v) == 1 and v.islower() and v.isascii(),
