@@ -445,8 +445,9 @@ def test_a_tree_to_be_like_settles_and_checks_the_result(source, tmp_path):
     convert(tmp_path / "nnx", tmp_path / "back", "linen", like=tmp_path / "fresh")
     assert bits(restore(tmp_path / "back", fresh)) == bits(restore(source, fresh))
     save(tmp_path / "other", linen_state(optax.sgd(1e-2), width=20))
-    with pytest.raises(RuleError, match="the tree to be like has no `opt_state/0/mu"):
+    with pytest.raises(RuleError, match="the tree to be like has no `opt_state/0/mu") as caught:
         plan_conversion(tmp_path / "nnx", "linen", like=tmp_path / "other")
+    assert "cannot be laid out like the given tree (--like)" in str(caught.value)
     half = fresh.replace(
         params={**fresh.params, "out": {"kernel": jnp.ones((20, 1), jnp.bfloat16)}}
     )

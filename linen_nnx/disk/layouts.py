@@ -67,7 +67,8 @@ def lay_out(
     names = [leaf.name for change in changes for leaf in change.targets]
     problems += [f"{n} leaves would have the name `{name}` on disk" for name, n in repeated(names)]
     if problems:
-        raise RuleError(f"The result cannot be laid out as {to}", problems)
+        wanted = f"as {to}" if like is None else "like the given tree (--like), leaf for leaf"
+        raise RuleError(f"The result cannot be laid out {wanted}", problems)
     if order:
         changes.sort(key=lambda c: min((order.get(t.name, 0) for t in c.targets), default=0))
     return changes
