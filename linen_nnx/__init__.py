@@ -12,35 +12,32 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from linen_nnx.book.grammar import Rule
-    from linen_nnx.book.plan import Plan, RuleError, Step
-    from linen_nnx.book.rules import RuleBook, Unassigned
+    from linen_nnx.book.plan import RuleError
+    from linen_nnx.book.rules import RuleBook
     from linen_nnx.disk.convert import convert
     from linen_nnx.infer.suggest import suggest
     from linen_nnx.infer.twin import Twin, TwinError
-    from linen_nnx.proof.bisect import Bisection, Layer, bisect
+    from linen_nnx.proof.bisect import bisect
     from linen_nnx.proof.verify import verify
 
 __all__ = [
-    "Bisection", "Layer", "Plan", "Rule", "RuleBook", "RuleError", "Step", "Twin", "TwinError",
-    "Unassigned", "bisect", "convert", "suggest", "verify",
+    "RuleBook", "RuleError", "Twin", "TwinError", "bisect", "convert", "suggest", "verify",
 ]  # fmt: skip
 
 _HOMES = {
-    "book.grammar": ("Rule",),
-    "book.plan": ("Plan", "RuleError", "Step"),
-    "book.rules": ("RuleBook", "Unassigned"),
-    "disk.convert": ("convert",),
-    "infer.suggest": ("suggest",),
-    "infer.twin": ("Twin", "TwinError"),
-    "proof.bisect": ("Bisection", "Layer", "bisect"),
-    "proof.verify": ("verify",),
+    "RuleBook": "book.rules",
+    "RuleError": "book.plan",
+    "Twin": "infer.twin",
+    "TwinError": "infer.twin",
+    "bisect": "proof.bisect",
+    "convert": "disk.convert",
+    "suggest": "infer.suggest",
+    "verify": "proof.verify",
 }
 
 
 def __getattr__(name: str) -> Any:
     """Imports a public name when it is used: `convert.py --help` needs none, few need jax."""
-    for home, names in _HOMES.items():
-        if name in names:
-            return getattr(import_module(f"linen_nnx.{home}"), name)
+    if name in _HOMES:
+        return getattr(import_module(f"linen_nnx.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

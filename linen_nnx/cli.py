@@ -7,14 +7,20 @@ import argparse
 import contextlib
 import ctypes
 import gc
+import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
-_CKPT = "a run directory, a CheckpointManager's root or step, an Orbax directory, or a file"
+_REFUSALS = ("RuleError", "StoreError", "TargetError", "DigestError", "Mismatch", "TwinError")
+_HELP = {
+    "twin": "path/to/file.py:NAME or package.module:NAME",
+    "ckpt": "a run directory, a CheckpointManager's root or step, an Orbax directory, or a file",
+    "out": "what to create, or what was created; *.msgpack, *.safetensors: a file",
+}
 _TARGET = (
     "linen or nnx: the layout that stock Flax restores; or, of this template's own runs, a stage "
     "(a whole run directory goes to a stage, also for linen and nnx)"
@@ -27,30 +33,19 @@ def main(arguments: Sequence[str] | None = None, own_runs: str | None = None) ->
     `own_runs` is the `module:function` that builds the models of this template's own runs, for
     `verify` (see `verify.OwnRuns`); it is imported when it is needed.
     """
-    options = vars(_parser(own_runs).parse_args(arguments))
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = vars(_parser(own_runs, arguments).parse_args(arguments))
     command: Callable[..., int] = options.pop("command")
     try:
         return command(**options)
-    except (ValueError, OSError) as error:
-        refusals = (
-            "RuleError",
-            "StoreError",
-            "TargetError",
-            "DigestError",
-            "Mismatch",
-            "TwinError",
-        )
-        if isinstance(error, OSError) or type(error).__name__ in refusals:
-            print(f"refused: {_reason(error)}", file=sys.stderr)
-            return 1
-        raise
-
-
-def _reason(error: Exception) -> str:
-    """What to say of an error; of the system's own, not its number."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    return str(error)
+    except OSError as error:  # of whose own text the number is left out
+        reason = str(error) if error.filename is None else f"{error.filename}: {error.strerror}"
+    except ValueError as error:
+        if type(error).__name__ not in _REFUSALS:
+            raise
+        reason = str(error)
+    print(f"refused: {reason}", file=sys.stderr)
+    return 1
 
 
 def program(own_runs: str | None = None) -> int:
@@ -65,7 +60,8 @@ def program(own_runs: str | None = None) -> int:
         gc.freeze()  # nor look for cycles at the end
 
 
-def _parser(own_runs: str | None) -> argparse.ArgumentParser:
+def _parser(own_runs: str | None, words: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser of all commands. Exits with code 2 if one of the `words` is mistyped."""
     program = "convert.py" if own_runs else "linen-nnx"
     parser = argparse.ArgumentParser(prog=program, description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -73,11 +69,9 @@ def _parser(own_runs: str | None) -> argparse.ArgumentParser:
     def add(name: str, command: Callable[..., int], text: str, *names: str) -> Any:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(command=command)
-        for positional in names:
-            kind = _twin if positional == "twin" else str
-            sub.add_argument(
-                positional, type=kind, metavar=positional.upper(), help=_HELP[positional]
-            )
+        for word in names:
+            kind = _twin if word == "twin" else str
+            sub.add_argument(word, type=kind, metavar=word.upper(), help=_HELP[word])
         text = "print a machine-readable result"
         sub.add_argument("--json", dest="as_json", action="store_true", help=text)
         if "ckpt" in names:
@@ -115,7 +109,31 @@ def _parser(own_runs: str | None) -> argparse.ArgumentParser:
     sub.add_argument("checkpoints", metavar="CKPT", nargs="*", help=weights)
     sub.add_argument("--rules", metavar="FILE", help="rule book (default: what suggest finds)")
     sub.add_argument("--png", metavar="FILE", help="where to plot the error of each layer")
+    _check_spelling(parser, commands.choices, words)
     return parser
+
+
+def _check_spelling(
+    parser: argparse.ArgumentParser,
+    commands: Mapping[str, argparse.ArgumentParser],
+    words: Sequence[str],
+) -> None:
+    """Refuses an unknown command or option, as argparse does, and says what it may have been."""
+    command = next(iter(words), "-")
+    if command in commands:
+        known = [o for action in commands[command]._actions for o in action.option_strings]
+        for word in itertools.takewhile("--".__ne__, words):
+            option = word.partition("=")[0]
+            if option.startswith("--") and not any(name.startswith(option) for name in known):
+                commands[command].error(f"unknown option `{option}`{_near(option, known)}")
+    elif not command.startswith("-"):
+        parser.error(f"unknown command `{command}`{_near(command, commands)}")
+
+
+def _near(word: str, known: Iterable[str]) -> str:
+    from linen_nnx.book.grammar import did_you_mean
+
+    return did_you_mean(word, list(known)) or f"; known: {', '.join(known)}"
 
 
 def _twin(text: str) -> str:
@@ -124,24 +142,15 @@ def _twin(text: str) -> str:
     return text
 
 
-_HELP = {
-    "twin": "path/to/file.py:NAME or package.module:NAME",
-    "ckpt": _CKPT,
-    "out": "what to create, or what was created; *.msgpack, *.safetensors: a file",
-}
-
-
 def _inspect(ckpt: str, as_json: bool, step: int | None, item: str | None) -> int:
     from linen_nnx.book.rules import RuleBook
     from linen_nnx.disk.sources import find
     from linen_nnx.disk.state import Form, guess_side, read_state
 
     source = find(ckpt, step, item)
-    leaves = source.leaves
-    form = (
-        Form("linen", source.run["stage"]) if source.run else Form(guess_side(leaves, RuleBook([])))
-    )
-    layout = read_state(leaves, form, RuleBook([])).layout
+    leaves, book = source.leaves, RuleBook([])
+    form = Form("linen", source.run["stage"]) if source.run else Form(guess_side(leaves, book))
+    layout = read_state(leaves, form, book).layout
     if as_json:
         content = [
             {"path": leaf.path, "spec": _spec(leaf), "bytes": leaf.nbytes, "type": leaf.value_type}
@@ -221,10 +230,12 @@ def _plan(ckpt: str, to: str, as_json: bool, twin: str | None, **options: Any) -
     if as_json:
         return _print_json({**conversion.summary(), "jobs": jobs})
     _table(
-        (job["engine"], _few(job["from"]), "->", _few(job["to"]), _few(job["specs"]))
+        (job["engine"], _first(job["from"]), "->", _first(job["to"]), _first(job["specs"]))
         for job in jobs
     )
     print(_summary(conversion.summary()))
+    if any(len(job[key]) > 1 for job in jobs for key in ("from", "to")):
+        print("note     of several leaves the first is shown, and how many there are (--json: all)")
     return 0
 
 
@@ -280,11 +291,10 @@ def _verify(
 def _bisect(
     twin: str, checkpoints: list[str], rules: str | None, png: str | None, as_json: bool
 ) -> int:
-    from linen_nnx.infer.twin import Twin
     from linen_nnx.proof import show
     from linen_nnx.proof.bisect import bisect
 
-    found = bisect(Twin.load(twin), rules, checkpoints)
+    found = bisect(_loaded(twin), rules, checkpoints)
     if png is not None:
         show.plot(found, png)
     if as_json:
@@ -330,6 +340,12 @@ def _spec(leaf: Any) -> str:
 
 def _few(texts: Sequence[str]) -> str:
     return ", ".join(texts[:3]) + (f", ... ({len(texts)})" if len(texts) > 3 else "") or "-"
+
+
+def _first(texts: Sequence[str]) -> str:
+    """The first of some texts, and how many there are if they differ."""
+    count = len(set(texts))
+    return texts[0] + (f", ... ({count})" if count > 1 else "") if texts else "-"
 
 
 def _bytes(count: float) -> str:

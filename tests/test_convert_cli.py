@@ -80,6 +80,38 @@ def test_refusals_exit_with_one_and_mistakes_with_two(source, tmp_path, capsys):
     assert capsys.readouterr().err.startswith("usage: linen-nnx run")
 
 
+@pytest.mark.parametrize(
+    ("mistyped", "said"),
+    [
+        ("inspekt x", "linen-nnx: error: unknown command `inspekt`; did you mean `inspect`?"),
+        ("plan x --tto nnx", "linen-nnx plan: error: unknown option `--tto`; did you mean `--to`?"),
+        ("run a b --to nnx --lnik=1", "unknown option `--lnik`; did you mean `--link`?"),
+        ("destroy x", "unknown command `destroy`; known: inspect, suggest, plan, run, verify, "),
+    ],
+)
+def test_a_mistyped_command_or_option_is_told_the_nearest(mistyped, said, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(mistyped.split())
+    assert caught.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_plan_of_many_layers_in_one_leaf_stays_narrow(tmp_path, capsys):
+    blocks = {"params": {"blocks": {"kernel": jnp.ones((40, 3)), "long_name": jnp.ones((40, 3))}}}
+    save(tmp_path / "linen", blocks)
+    stack = {"op": "stack", "capture": "i", "axis": 0}
+    rule = {"linen": "params/blocks/{name}", "nnx": "blocks/{i}/{name}", "ops": [stack]}
+    (tmp_path / "rules.yaml").write_text(json.dumps({"version": 1, "rules": [rule]}))
+    arguments = ["plan", tmp_path / "linen", "--to", "nnx", "--rules", tmp_path / "rules.yaml"]
+    assert main([*map(str, arguments)]) == 0
+    text = capsys.readouterr().out
+    assert "-> blocks/0/kernel/value, ... (40)     float32[3]\n" in text.replace("->  ", "-> ")
+    assert max(map(len, text.splitlines()[:2])) < 100
+    assert "the first is shown" in text and "--json" in text
+    jobs = run_json(capsys, *arguments)["jobs"]
+    assert jobs[0]["to"] == [f"blocks/{i}/kernel/value" for i in range(40)]
+
+
 def test_rekeying_and_help_import_nothing_heavy(source, tmp_path):
     save(tmp_path / "plain", {"params": {"a": jnp.ones((30, 30))}})
     rule = {"linen": "params/{name}", "nnx": "{name}"}

@@ -18,10 +18,12 @@ import pytest
 from convert_helpers import RENAMES, STACKS, bits, linen_state, linen_train, restore, save
 
 from linen_nnx import RuleBook, RuleError
+from linen_nnx.book.tree import flatten
 from linen_nnx.cli import main
 from linen_nnx.disk import digests
 from linen_nnx.disk.convert import TargetError, convert
 from linen_nnx.disk.digests import DigestError
+from linen_nnx.disk.files import write_file
 from linen_nnx.disk.planning import plan_conversion
 from linen_nnx.disk.store import StoreError
 from linen_nnx.proof.verify import verify
@@ -69,7 +71,7 @@ def test_what_cannot_be_known_is_said(converted, tmp_path, capsys):
     shutil.copytree(converted, tmp_path / "nnx")
     (tmp_path / "nnx" / "report.json").unlink()
     assert main(["plan", str(tmp_path / "nnx"), "--to", "linen"]) == 0
-    assert "takes them from a checkpoint of it (--like CKPT)" in capsys.readouterr().out
+    assert "convert again with --like and its path" in capsys.readouterr().out
     assert main(["plan", str(converted), "--to", "linen"]) == 0
     assert "--like" not in capsys.readouterr().out
     file = tmp_path / "linen.safetensors"
@@ -322,6 +324,17 @@ def test_a_kill_leaves_the_target_absent_or_complete(source, tmp_path):
     assert False in outcomes
 
 
+def peak(*arguments):
+    """The largest memory of a process of the converter, in MiB."""
+    code = (
+        "import sys; from linen_nnx.cli import program; assert program() == 0\n"
+        "print(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')))"
+    )
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    output = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    return int(output.stdout.split("VmHWM:")[1].split()[0]) / 1024
+
+
 def test_memory_stays_small_whatever_the_size(tmp_path):
     leaf = np.random.default_rng(0).standard_normal((1024, 1024), np.float32)
     layers = {f"blk_{i}": {"kernel": leaf} for i in range(32)}
@@ -333,16 +346,22 @@ def test_memory_stays_small_whatever_the_size(tmp_path):
     ):
         rules = [{**rule, **({"ops": ops} if ops else {})}]
         (tmp_path / name).write_text(json.dumps({"version": 1, "rules": rules}))
-        arguments = ["run", str(tmp_path / "linen"), str(tmp_path / f"nnx {name}")]
-        arguments += ["--to", "nnx", "--rules", str(tmp_path / name)]
-        code = (
-            "import sys; from linen_nnx.cli import program; assert program() == 0\n"
-            "print(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')))"
-        )
-        command = [sys.executable, "-c", code, *arguments]
-        output = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-        peak = int(output.stdout.split("VmHWM:")[1].split()[0]) / 1024
-        assert 10 < peak < limit
+        arguments = [tmp_path / "linen", tmp_path / f"nnx {name}", "--to", "nnx"]
+        assert 10 < peak("run", *arguments, "--rules", tmp_path / name) < limit
+
+
+@pytest.mark.parametrize("suffix", [".msgpack", ".safetensors"])
+def test_the_memory_that_a_plan_foretells_for_a_file_is_what_it_takes(tmp_path, suffix):
+    leaf = np.random.default_rng(0).standard_normal((1024, 1024), np.float32)
+    tree = {"params": {f"blk_{i}": {"kernel": leaf} for i in range(32)}}
+    write_file(tmp_path / f"a{suffix}", {tuple(k.split("/")): v for k, v in flatten(tree).items()})
+    rule = {"linen": "params/blk_{i}/kernel", "nnx": "blocks/{i}/kernel"}
+    book = RuleBook.from_dict({"version": 1, "rules": [rule]})
+    plan = plan_conversion(tmp_path / f"a{suffix}", "nnx", book)
+    book.save(tmp_path / "rules.yaml")
+    arguments = [tmp_path / f"a{suffix}", tmp_path / "nnx", "--to", "nnx"]
+    found = peak("run", *arguments, "--rules", tmp_path / "rules.yaml")
+    assert 0.8 * plan.peak_memory / 2**20 < found < 1.2 * plan.peak_memory / 2**20
 
 
 # Rules that change more than names
@@ -426,8 +445,9 @@ def test_a_tree_to_be_like_settles_and_checks_the_result(source, tmp_path):
     convert(tmp_path / "nnx", tmp_path / "back", "linen", like=tmp_path / "fresh")
     assert bits(restore(tmp_path / "back", fresh)) == bits(restore(source, fresh))
     save(tmp_path / "other", linen_state(optax.sgd(1e-2), width=20))
-    with pytest.raises(RuleError, match="the tree to be like has no `opt_state/0/mu"):
+    with pytest.raises(RuleError, match="the tree to be like has no `opt_state/0/mu") as caught:
         plan_conversion(tmp_path / "nnx", "linen", like=tmp_path / "other")
+    assert "cannot be laid out like the given tree (--like)" in str(caught.value)
     half = fresh.replace(
         params={**fresh.params, "out": {"kernel": jnp.ones((20, 1), jnp.bfloat16)}}
     )

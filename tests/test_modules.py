@@ -30,9 +30,8 @@ def files(package: str) -> list[Path]:
 
 # What the package `linen_nnx` exports, by the package that it comes from.
 HOMES = {
-    "Rule": "book", "Plan": "book", "RuleError": "book", "Step": "book", "RuleBook": "book",
-    "Unassigned": "book", "convert": "disk", "suggest": "infer", "Twin": "infer",
-    "TwinError": "infer", "bisect": "proof", "verify": "proof",
+    "RuleError": "book", "RuleBook": "book", "convert": "disk", "suggest": "infer",
+    "Twin": "infer", "TwinError": "infer", "bisect": "proof", "verify": "proof",
 }  # fmt: skip
 
 

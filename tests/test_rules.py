@@ -297,14 +297,13 @@ def test_drop_and_init_act_one_way_and_are_listed():
     )
     linen = {"params/w": zeros(2), "params/hn/bias": zeros(3)}
     target = {"w": zeros(2), "lora/aa": zeros(64), "lora/bb": zeros(64)}
-    plan = rules.plan(linen, "nnx", target)
-    assert plan.dropped == ("params/hn/bias",)
-    assert plan.filled == ("lora/aa", "lora/bb")
+    steps = rules.plan(linen, "nnx", target).steps
+    assert [step.sources for step in steps if not step.targets] == [("params/hn/bias",)]
+    assert [step.targets for step in steps if not step.sources] == [("lora/aa",), ("lora/bb",)]
     there = rules.to_nnx(linen, target)
     same_bits(there, rules.to_nnx(linen, target))
     assert (there["lora/aa"] != there["lora/bb"]).all()
     assert 0.01 < there["lora/aa"].std() < 0.03
-    assert rules.plan(there, "linen").dropped == ("lora/aa", "lora/bb")
     same_bits(rules.to_linen(there), {"params/w": zeros(2)})
     assert not rules.invertible
 
@@ -438,6 +437,18 @@ def test_a_leaf_of_two_rules_is_ambiguous_on_either_side():
     rules = book(RENAME, {"linen": "params/b/{rest...}", "nnx": "{rest...}"})
     text = problems(rules.to_nnx, {"params/dense/kernel": zeros(2), "params/b/c": zeros(2)})
     assert "the nnx leaf `dense/kernel` is matched by rule 1" in text
+
+
+def test_leaves_that_the_same_rules_match_share_a_line():
+    rules = book(RENAME, {"linen": "params/{rest...}", "nnx": "{rest...}"},
+                 {"linen": "params/{name}/bias", "nnx": "{name}/bias"})  # fmt: skip
+    leaves = {f"params/{k}/bias": zeros(2) for k in "abcde"} | {"params/dense/kernel": zeros(2)}
+    with pytest.raises(RuleError) as caught:
+        rules.to_nnx(leaves)
+    many, one = sorted(caught.value.problems)
+    assert many.startswith("5 linen leaves are matched by rule 2 (`params/{rest...}`")
+    assert many.endswith("`{name}/bias`): `params/a/bias`, `params/b/bias`, `params/c/bias`, ...")
+    assert one.startswith("the linen leaf `params/dense/kernel` is matched by rule 1 ")
 
 
 def test_two_sources_for_one_target_are_refused():

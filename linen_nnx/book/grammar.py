@@ -28,23 +28,15 @@ Both sides name the same captures, save those that a `stack` takes away.
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
-from linen_nnx.book.ops import Concat, Drop, Init, Op, Reshape, Scale, Side, Stack, Transpose
+from linen_nnx.book.ops import Concat, Drop, Init, Op, Scale, Side, Stack
 from linen_nnx.book.patterns import Pattern, is_integer
 
-OPS: dict[str, type[Op]] = {
-    "stack": Stack,
-    "concat": Concat,
-    "transpose": Transpose,
-    "reshape": Reshape,
-    "scale": Scale,
-    "drop": Drop,
-    "init": Init,
-}
-_RULE_KEYS = ("linen", "nnx", "ops", "note")
+OPS: dict[str, type[Op]] = {kind.__name__.lower(): kind for kind in get_args(Op)}
 
 
 @dataclass(frozen=True)
@@ -79,8 +71,8 @@ class Rule:
         return next((op for op in self.ops if isinstance(op, Init)), None)
 
     def __str__(self) -> str:
-        sides = [_shown(patterns) for patterns in (self.linen, self.nnx) if patterns]
-        return " <-> ".join(sides)
+        sides = ([f"`{p.text}`" for p in side] for side in (self.linen, self.nnx) if side)
+        return " <-> ".join(map(" + ".join, sides))
 
 
 def did_you_mean(word: str, known: Collection[str]) -> str:
@@ -89,31 +81,32 @@ def did_you_mean(word: str, known: Collection[str]) -> str:
     return f"; did you mean `{near[0]}`?" if near else ""
 
 
+def unknown(entry: Mapping[Any, Any], known: Collection[str], what: str) -> list[str]:
+    """A problem for each key of a mapping that is not known."""
+    return [f"{what} `{k}`{did_you_mean(str(k), known)}" for k in entry if k not in known]
+
+
+@contextmanager
+def noting(problems: list[str], where: str) -> Iterator[None]:
+    """Adds the text of a `ValueError` to `problems` and goes on behind the block."""
+    try:
+        yield
+    except ValueError as error:
+        problems.append(f"{where}{error}")
+
+
 def parse_rule(entry: Any) -> Rule:
     """A `Rule` from its mapping. Raises `ValueError`, with every reason."""
     _mapping(entry)
-    problems = [
-        f"unknown key `{key}`{did_you_mean(str(key), _RULE_KEYS)}"
-        for key in entry
-        if key not in _RULE_KEYS
-    ]
-    parsed: dict[str, Any] = {}
-    readers: dict[str, Callable[[Any], Any]] = {
-        "linen": _patterns,
-        "nnx": _patterns,
-        "ops": _ops,
-        "note": _text,
-    }
-    for key, read in readers.items():
-        try:
-            parsed[key] = read(entry[key]) if key in entry else None
-        except ValueError as error:
-            problems.append(f"`{key}`: {error}")
+    problems = unknown(entry, _READERS, "unknown key")
+    parsed: dict[str, Any] = {"linen": (), "nnx": ()}
+    for key, read in _READERS.items():
+        if key in entry:
+            with noting(problems, f"`{key}`: "):
+                parsed[key] = read(entry[key])
     if problems:
         raise ValueError("; ".join(problems))
-    return Rule(
-        parsed["linen"] or (), parsed["nnx"] or (), parsed["ops"] or (), note=parsed["note"]
-    )
+    return Rule(**parsed)
 
 
 def rule_to_dict(rule: Rule) -> dict[str, Any]:
@@ -131,7 +124,7 @@ def rule_to_dict(rule: Rule) -> dict[str, Any]:
 
 
 def _op_to_dict(op: Op) -> dict[str, Any]:
-    entry: dict[str, Any] = {"op": next(name for name, kind in OPS.items() if type(op) is kind)}
+    entry: dict[str, Any] = {"op": type(op).__name__.lower()}
     for argument in dataclasses.fields(op):
         value = getattr(op, argument.name)
         if argument.default is dataclasses.MISSING or value != argument.default:
@@ -156,24 +149,17 @@ def _ops(value: Any) -> tuple[Op, ...]:
 def _op(entry: Any) -> Op:
     if not isinstance(entry, Mapping) or "op" not in entry:
         raise ValueError(f"an op is a mapping such as {{op: drop}}, got {entry!r}")
-    name = entry["op"]
+    name = str(entry["op"])
     if name not in OPS:
-        raise ValueError(
-            f"unknown op `{name}`{did_you_mean(str(name), OPS)} Known: {', '.join(OPS)}"
-        )
+        near = did_you_mean(name, OPS)
+        raise ValueError(f"unknown op `{name}`, known: {', '.join(OPS)}{near}")
     known = {argument.name: argument for argument in dataclasses.fields(OPS[name])}
-    problems = [
-        f"op `{name}`: unknown argument `{key}`{did_you_mean(str(key), known)}"
-        for key in entry
-        if key != "op" and key not in known
-    ]
+    problems = unknown(entry, ["op", *known], f"op `{name}`: unknown argument")
     arguments = {}
     for key, argument in known.items():
         if key in entry:
-            try:
+            with noting(problems, f"op `{name}`: `{key}` "):
                 arguments[key] = _ARGUMENTS[key](entry[key])
-            except ValueError as error:
-                problems.append(f"op `{name}`: `{key}` {error}")
         elif argument.default is dataclasses.MISSING:
             problems.append(f"op `{name}` needs `{key}`")
     if ("shape" in entry) != ("dtype" in entry):
@@ -222,10 +208,6 @@ def _misfits(rule: Rule) -> list[str]:
     return problems
 
 
-def _shown(patterns: tuple[Pattern, ...]) -> str:
-    return " + ".join(f"`{pattern.text}`" for pattern in patterns)
-
-
 def _check(test: Callable[[Any], bool], expected: str) -> Callable[[Any], Any]:
     """A reader that returns its value (a list as a tuple) or raises with what was expected."""
 
@@ -249,10 +231,6 @@ def _is_ints(value: Any, least: int) -> bool:
     return isinstance(value, list) and all(_is_int(size) and size >= least for size in value)
 
 
-def _is_shape(value: Any) -> bool:
-    return _is_ints(value, -1) and value.count(-1) <= 1
-
-
 def _is_dtype(value: Any) -> bool:
     import ml_dtypes  # noqa: F401
     import numpy as np
@@ -265,7 +243,15 @@ def _is_dtype(value: Any) -> bool:
 
 _mapping = _check(lambda value: isinstance(value, Mapping), "a mapping with `linen` and/or `nnx`")
 _text = _check(lambda value: isinstance(value, str), "a text")
-_shape = _check(_is_shape, "a list of lengths, with at most one -1")
+_READERS: dict[str, Callable[[Any], Any]] = {
+    "linen": _patterns,
+    "nnx": _patterns,
+    "ops": _ops,
+    "note": _text,
+}
+_shape = _check(
+    lambda v: _is_ints(v, -1) and v.count(-1) <= 1, "a list of lengths, with at most one -1"
+)
 _ARGUMENTS: dict[str, Callable[[Any], Any]] = {
     "capture": _check(
         lambda v: isinstance(v, str) and len(v) == 1 and v.islower() and v.isascii(),

@@ -1,8 +1,8 @@
 """The operations of a rule: what each does to shapes when planned, and to arrays when run.
 
 An op of a rule book (`Stack`, `Concat`, ...) is written in the Linen -> nnx order and knows both
-directions. Planned for one direction and for arrays of given shapes it becomes an *action*
-(`Gather`, `Spread`, `Permute`, ...), which is concrete and is all that the converter looks at.
+directions. Planned for one direction, for arrays of given shapes and for the number of parts on the
+other side, it becomes an *action* (`Gather`, `Spread`, ...), which is all that the converter sees.
 
 Between ops the arrays of one rule are a `Block`: a row-major grid over coordinates (the part of a
 concat, a layer index), held as a flat list. A gather removes one coordinate, a spread adds one at
@@ -11,6 +11,7 @@ numpy imported before it is needed, as plain re-keying does without.
 """
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -52,7 +53,7 @@ class Spec(NamedTuple):
 class Block(NamedTuple):
     """Specs in row-major order over named coordinates of given sizes."""
 
-    coords: tuple[tuple[str, int], ...]
+    coords: dict[str, int]
     specs: tuple[Spec, ...]
 
 
@@ -123,10 +124,8 @@ class Reform:
     shapes: tuple[tuple[int, ...], ...]
 
     def run(self, arrays: Sequence[Any]) -> list[Any]:
-        return [
-            a.__array_namespace__().reshape(a, shape)
-            for a, shape in zip(arrays, self.shapes, strict=True)
-        ]
+        pairs = zip(arrays, self.shapes, strict=True)
+        return [a.__array_namespace__().reshape(a, shape) for a, shape in pairs]
 
 
 @dataclass(frozen=True)
@@ -138,8 +137,7 @@ class Multiply:
 
     def run(self, arrays: Sequence[Any]) -> list[Any]:
         factors = [a.__array_namespace__().asarray(self.factor, dtype=a.dtype) for a in arrays]
-        pairs = zip(arrays, factors, strict=True)
-        return [a / f if self.divide else a * f for a, f in pairs]
+        return list(map(operator.truediv if self.divide else operator.mul, arrays, factors))
 
 
 @dataclass(frozen=True)
@@ -197,30 +195,20 @@ class Stack:
     axis: int
 
     def plan(self, block: Block, to: Side, parts: int) -> tuple[Action, Block]:
-        del to, parts  # the direction follows from the coordinates
-        names = [name for name, _ in block.coords]
-        if self.capture in names:
+        if self.capture in block.coords:
             axis = _axis(self.axis, len(block.specs[0].shape) + 1)
-            gather, coords = _gather("stack", axis, block, names.index(self.capture))
-            groups = gather.groups(block.specs)
-            for group in groups:
-                _same_specs(group, f"the arrays that `{{{self.capture}}}` counts")
-            return gather, Block(
-                coords, tuple(_resized(g[0], axis, (gather.count,)) for g in groups)
-            )
+            gather, coords = _gather("stack", axis, block, self.capture)
+            what = f"the arrays that `{{{self.capture}}}` counts"
+            ones = [_common(group, what) for group in gather.groups(block.specs)]
+            return gather, Block(coords, tuple(_resized(s, axis, (gather.count,)) for s in ones))
         axis = _common_axis(self.axis, block)
         counts = {spec.shape[axis] for spec in block.specs}
         if len(counts) > 1 or counts == {0}:
             raise Mismatch(f"axis {axis} of {_listed(block.specs)} must hold equally many layers")
         count = counts.pop()
-        one = (_resized(spec, axis, (), drop=1) for spec in block.specs)
-        return (
-            Spread("stack", axis, (1,) * count),
-            Block(
-                (*block.coords, (self.capture, count)),
-                tuple(spec for spec in one for _ in range(count)),
-            ),
-        )
+        specs = [_resized(s, axis, (), drop=1) for s in block.specs for _ in range(count)]
+        coords = {**block.coords, self.capture: count}
+        return Spread("stack", axis, (1,) * count), Block(coords, tuple(specs))
 
 
 @dataclass(frozen=True)
@@ -234,36 +222,28 @@ class Concat:
     sizes: tuple[int, ...] | None = None
 
     def plan(self, block: Block, to: Side, parts: int) -> tuple[Action, Block]:
-        del to
-        names = [name for name, _ in block.coords]
         axis = _common_axis(self.axis, block)
-        if PART in names:
-            gather, coords = _gather("concat", axis, block, names.index(PART))
+        if PART in block.coords:
+            gather, coords = _gather("concat", axis, block, PART)
             specs = [self._join(group, axis) for group in gather.groups(block.specs)]
             return gather, Block(coords, tuple(specs))
-        _same_specs(block.specs, "the fused arrays")
-        length = block.specs[0].shape[axis]
+        fused = _common(block.specs, "the fused arrays")
+        length = fused.shape[axis]
         sizes = self.sizes or (length // parts,) * parts
         if sum(sizes) != length:
             how = f"sizes {list(sizes)}" if self.sizes else f"{parts} equal parts"
-            raise Mismatch(
-                f"axis {axis} of {block.specs[0]} has length {length}, which is not {how}"
-            )
+            raise Mismatch(f"axis {axis} of {fused} has length {length}, which is not {how}")
         specs = [_resized(s, axis, (size,), drop=1) for s in block.specs for size in sizes]
-        return Spread("concat", axis, sizes), Block((*block.coords, (PART, parts)), tuple(specs))
+        return Spread("concat", axis, sizes), Block({**block.coords, PART: parts}, tuple(specs))
 
     def _join(self, group: list[Spec], axis: int) -> Spec:
         lengths = [spec.shape[axis] for spec in group]
-        _same_specs(
-            [_resized(spec, axis, (), drop=1) for spec in group],
-            f"parts {_listed(group)} without axis {axis}",
-        )
+        shown = f"parts {_listed(group)}"
+        _common([_resized(s, axis, (), drop=1) for s in group], f"{shown} without axis {axis}")
         if self.sizes and lengths != list(self.sizes):
-            raise Mismatch(f"parts {_listed(group)} have other sizes than {list(self.sizes)}")
+            raise Mismatch(f"{shown} have other sizes than {list(self.sizes)}")
         if not self.sizes and len(set(lengths)) > 1:
-            raise Mismatch(
-                f"parts {_listed(group)} are unequal on axis {axis}: give the op its `sizes`"
-            )
+            raise Mismatch(f"{shown} are unequal on axis {axis}: give the op its `sizes`")
         return _resized(group[0], axis, (sum(lengths),), drop=1)
 
 
@@ -274,7 +254,6 @@ class Transpose:
     perm: tuple[int, ...]
 
     def plan(self, block: Block, to: Side, parts: int) -> tuple[Action, Block]:
-        del parts
         inverse = tuple(self.perm.index(axis) for axis in range(len(self.perm)))
         perm = self.perm if to == "nnx" else inverse
         for spec in block.specs:
@@ -292,7 +271,6 @@ class Reshape:
     nnx: tuple[int, ...]
 
     def plan(self, block: Block, to: Side, parts: int) -> tuple[Action, Block]:
-        del parts
         old, new = (self.linen, self.nnx) if to == "nnx" else (self.nnx, self.linen)
         specs = []
         for spec in block.specs:
@@ -315,7 +293,6 @@ class Scale:
     factor: float
 
     def plan(self, block: Block, to: Side, parts: int) -> tuple[Action, Block]:
-        del parts
         for spec in block.specs:
             if not str(spec.dtype).startswith(("float", "bfloat", "complex")):
                 raise Mismatch(f"{spec} cannot be scaled: its dtype holds no fractions")
@@ -362,12 +339,12 @@ def _axis(axis: int, ndim: int) -> int:
 
 
 def _gather(
-    kind: Literal["stack", "concat"], axis: int, block: Block, position: int
-) -> tuple[Gather, tuple[tuple[str, int], ...]]:
-    coords = block.coords
-    inner = math.prod(size for _, size in coords[position + 1 :])
-    gather = Gather(kind, axis, coords[position][1], inner)
-    return gather, coords[:position] + coords[position + 1 :]
+    kind: Literal["stack", "concat"], axis: int, block: Block, coord: str
+) -> tuple[Gather, dict[str, int]]:
+    """The gather that removes a coordinate, and the coordinates that are left."""
+    sizes = list(block.coords.values())[list(block.coords).index(coord) :]
+    left = {name: size for name, size in block.coords.items() if name != coord}
+    return Gather(kind, axis, sizes[0], math.prod(sizes[1:])), left
 
 
 def _resized(spec: Spec, axis: int, sizes: tuple[int, ...], drop: int = 0) -> Spec:
@@ -375,9 +352,11 @@ def _resized(spec: Spec, axis: int, sizes: tuple[int, ...], drop: int = 0) -> Sp
     return Spec((*spec.shape[:axis], *sizes, *spec.shape[axis + drop :]), spec.dtype)
 
 
-def _same_specs(specs: Sequence[Spec], what: str) -> None:
+def _common(specs: Sequence[Spec], what: str) -> Spec:
+    """The one spec of all."""
     if any(not spec.same(specs[0]) for spec in specs):
         raise Mismatch(f"{what} must be equal in shape and dtype, got {_listed(specs)}")
+    return specs[0]
 
 
 def _common_axis(axis: int, block: Block) -> int:

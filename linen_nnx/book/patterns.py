@@ -11,9 +11,9 @@ ways is refused when it is built, so that matching a path and writing it again a
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import NamedTuple
 
 _CAPTURE = re.compile(r"\{([^{}]*)\}")
 _NAME = re.compile(r"[a-z][a-z0-9_]*(\.\.\.)?")
@@ -33,6 +33,7 @@ class Pattern:
     captures: tuple[str, ...] = field(init=False, compare=False)
     """The names of its captures, in order of appearance."""
     _regex: re.Pattern[str] | None = field(init=False, compare=False, repr=False)
+    """Of the path with a slash at its end, so that each element has one."""
     _rest: str | None = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -42,7 +43,7 @@ class Pattern:
         captures: list[str] = []
         rest = None
         regex = ""
-        for position, element in enumerate(elements):
+        for element in elements:
             names = _CAPTURE.findall(element)
             if any(name.endswith("...") for name in names):
                 if rest is not None:
@@ -54,10 +55,9 @@ class Pattern:
                         "with a name of two or more letters that occurs once"
                     )
                 captures.append(rest)
-                regex += _rest_regex(rest, position == 0, len(elements) == 1)
+                regex += f"(?P<{rest}>(?:[^/]+/)*)"
             else:
-                separator = "/" if position and not (rest and position == 1) else ""
-                regex += separator + _element_regex(self.text, element, captures)
+                regex += _element_regex(self.text, element, captures) + "/"
         object.__setattr__(self, "captures", tuple(captures))
         object.__setattr__(self, "_rest", rest)
         object.__setattr__(self, "_regex", re.compile(regex) if captures else None)
@@ -76,22 +76,22 @@ class Pattern:
         """The text of each capture if `path` matches, else None."""
         if self._regex is None:
             return {} if path == self.text else None
-        found = self._regex.fullmatch(path)
+        found = self._regex.fullmatch(f"{path}/")
         if found is None:
             return None
         values = found.groupdict()
         if self._rest:
-            values[self._rest] = values[self._rest].strip("/")
+            values[self._rest] = values[self._rest].removesuffix("/")
         return values
 
     def format(self, captures: Mapping[str, str]) -> str:
         """The path in which every capture has the given text; the inverse of `match`."""
-        if self._regex is None:
-            return self.text
         if not self._rest:
             return self.text.format_map(captures)
-        filled = _CAPTURE.sub(lambda m: captures[m[1].removesuffix("...")], self.text)
-        return re.sub("/+", "/", filled).strip("/")
+        text = f"{self.text}/".replace(f"{{{self._rest}...}}/", f"{{{self._rest}}}")
+        elements = captures[self._rest]
+        rest = {self._rest: f"{elements}/" if elements else ""}
+        return text.format_map({**captures, **rest}).removesuffix("/")
 
 
 def _check_name(text: str, name: str) -> str:
@@ -101,13 +101,6 @@ def _check_name(text: str, name: str) -> str:
             "`{name}` for an element, `{rest...}` for any number of elements"
         )
     return name
-
-
-def _rest_regex(name: str, first: bool, alone: bool) -> str:
-    """A repeated group that owns the slashes on its outer side, as there may be no element."""
-    if alone:
-        return rf"(?P<{name}>[^/]+(?:/[^/]+)*)"
-    return rf"(?P<{name}>(?:[^/]+/)*)" if first else rf"(?P<{name}>(?:/[^/]+)*)"
 
 
 def _element_regex(text: str, element: str, captures: list[str]) -> str:
@@ -135,27 +128,35 @@ def _element_regex(text: str, element: str, captures: list[str]) -> str:
     return regex
 
 
-Owner = TypeVar("Owner")
+class Hit(NamedTuple):
+    """A pattern that matches a path: its rule and part by number, and the text of each capture."""
+
+    rule: int
+    part: int
+    captures: dict[str, str]
 
 
-class Index(Generic[Owner]):
+class Index:
     """Finds the patterns that match a path: literal ones by one look-up, others by length."""
 
-    def __init__(self, patterns: Iterable[tuple[Owner, Pattern]]) -> None:
-        self._literal: dict[str, list[Owner]] = {}
-        self._by_length: dict[int | None, list[tuple[Owner, Pattern]]] = {}
-        for owner, pattern in patterns:
-            if pattern.literal:
-                self._literal.setdefault(pattern.text, []).append(owner)
-            else:
-                self._by_length.setdefault(pattern.length, []).append((owner, pattern))
+    def __init__(self, rules: Iterable[Sequence[Pattern]]) -> None:
+        """`rules`: the patterns of each rule on one side, its parts."""
+        self._literal: dict[str, list[Hit]] = {}
+        self._by_length: dict[int | None, list[tuple[int, int, Pattern]]] = {}
+        for rule, patterns in enumerate(rules):
+            for part, pattern in enumerate(patterns):
+                if pattern.literal:
+                    self._literal.setdefault(pattern.text, []).append(Hit(rule, part, {}))
+                else:
+                    same = self._by_length.setdefault(pattern.length, [])
+                    same.append((rule, part, pattern))
 
-    def match(self, path: str) -> list[tuple[Owner, dict[str, str]]]:
-        """Every `(owner, captures)` whose pattern matches `path`."""
-        hits: list[tuple[Owner, dict[str, str]]] = [(o, {}) for o in self._literal.get(path, ())]
+    def match(self, path: str) -> list[Hit]:
+        """Every pattern that matches `path`."""
+        hits = list(self._literal.get(path, ()))
         for length in (path.count("/") + 1, None):
-            for owner, pattern in self._by_length.get(length, ()):
+            for rule, part, pattern in self._by_length.get(length, ()):
                 captures = pattern.match(path)
                 if captures is not None:
-                    hits.append((owner, captures))
+                    hits.append(Hit(rule, part, captures))
         return hits

@@ -6,16 +6,18 @@ then run on arrays (`RuleBook.to_nnx`) or on a store's bytes (the converter).
 """
 
 import difflib
-from collections import Counter
-from collections.abc import Mapping, Sequence
+import itertools
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from linen_nnx.book.grammar import Rule, did_you_mean
-from linen_nnx.book.ops import PART, Action, Block, Drop, Fill, Init, Mismatch, Side, Spec
-from linen_nnx.book.patterns import Index
+from linen_nnx.book.ops import PART, Action, Block, Drop, Fill, Init, Mismatch, Side, Spec, Stack
+from linen_nnx.book.patterns import Hit
 
 _SHOWN = 100  # problems in one message; the rest is counted, and all are in `.problems`
+_EXAMPLES = 3  # leaves shown of those that the same rules match
 _HINTED = 20  # problems of one kind that get a suggestion: difflib is slow on long lists
 
 
@@ -55,20 +57,9 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """Every step of one translation, and the side it leads to."""
+    """Every step of one translation."""
 
-    to: Side
     steps: tuple[Step, ...]
-
-    @property
-    def dropped(self) -> tuple[str, ...]:
-        """Source leaves that have no target, by a `drop` or `init` rule."""
-        return tuple(step.sources[0] for step in self.steps if not step.targets)
-
-    @property
-    def filled(self) -> tuple[str, ...]:
-        """Target leaves that come from an `init` rule."""
-        return tuple(step.targets[0] for step in self.steps if not step.sources)
 
     def run(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
         """Target leaves from source leaves."""
@@ -79,54 +70,25 @@ class Plan:
         return result
 
 
-@dataclass(frozen=True)
-class _Owner:
-    """Which rule, and which of its parts, a matched pattern belongs to."""
-
-    rule: int
-    part: int
-
-
-class Planner:
-    """Plans one book. Indexes it once, so that one book can plan many trees."""
-
-    def __init__(self, rules: Sequence[Rule]) -> None:
-        self.rules = rules
-        self._index = {"linen": self._indexed("linen"), "nnx": self._indexed("nnx")}
-
-    def _indexed(self, side: Side) -> Index[_Owner]:
-        return Index(
-            (_Owner(number, part), pattern)
-            for number, rule in enumerate(self.rules)
-            for part, pattern in enumerate(rule.side(side))
-        )
-
-    def plan(
-        self,
-        leaves: Mapping[str, Any],
-        to: Side,
-        target: Mapping[str, Any] | None = None,
-        partial: bool = False,
-    ) -> Plan:
-        """See `RuleBook.plan`."""
-        if to not in self._index:
-            raise ValueError(f"`to` is linen or nnx, got {to!r}")
-        wanted = None if target is None else _specs(target)
-        attempt = _Attempt(self, to, _specs(leaves), wanted, partial)
-        attempt.match()
-        attempt.fill()
-        attempt.check()
-        if attempt.problems:
-            raise RuleError(f"The rule book does not fit, going to {to}", attempt.problems)
-        return Plan(to, tuple(attempt.steps))
-
-    def owners(self, side: Side, path: str) -> list[tuple[_Owner, dict[str, str]]]:
-        """Every rule and part whose pattern on `side` matches `path`, with the captures."""
-        return self._index[side].match(path)
-
-    def name(self, rule: int) -> str:
-        """How messages call a rule, counted from 1 as people do."""
-        return f"rule {rule + 1} ({self.rules[rule]})"
+def make_plan(
+    rules: Sequence[Rule],
+    hits: Callable[[Side, str], list[Hit]],
+    leaves: Mapping[str, Any],
+    to: Side,
+    target: Mapping[str, Any] | None,
+    partial: bool,
+) -> Plan:
+    """`RuleBook.plan`; `hits` finds every pattern on a side that matches a path."""
+    if to not in ("linen", "nnx"):
+        raise ValueError(f"`to` is linen or nnx, got {to!r}")
+    wanted = None if target is None else _specs(target)
+    attempt = _Attempt(rules, hits, to, _specs(leaves), wanted)
+    attempt.match()
+    attempt.fill()
+    attempt.check(partial)
+    if attempt.problems:
+        raise RuleError(f"The rule book does not fit, going to {to}", attempt.problems)
+    return Plan(tuple(attempt.steps))
 
 
 class _Attempt:
@@ -134,110 +96,95 @@ class _Attempt:
 
     def __init__(
         self,
-        planner: Planner,
+        rules: Sequence[Rule],
+        hits: Callable[[Side, str], list[Hit]],
         to: Side,
         source: dict[str, Spec],
         target: dict[str, Spec] | None,
-        partial: bool,
     ) -> None:
-        self.planner, self.to, self.partial = planner, to, partial
+        self.rules, self.hits, self.source, self.target = rules, hits, source, target
+        self.to: Side = to
         self.side: Side = "linen" if to == "nnx" else "nnx"
-        self.source, self.target = source, target
         self.steps: list[Step] = []
         self.problems: list[str] = []
         self.used: set[int] = set()
         self.broken: set[int] = set()  # rules with a problem of their own: no follow-up errors
         self.unmatched: list[str] = []
+        self.ambiguous: dict[tuple[Side, tuple[int, ...]], list[str]] = {}  # by side and rules
 
     def match(self) -> None:
         """Groups the source leaves by rule and shared captures, and plans each group."""
-        groups: dict[tuple[int, tuple[str, ...]], dict[tuple[int, ...], str]] = {}
-        names = [self._captures(rule) for rule in self.planner.rules]
+        groups: dict[tuple[int, tuple[tuple[str, str], ...]], dict[tuple[int, ...], str]] = {}
         for path, spec in self.source.items():
-            hits = self.planner.owners(self.side, path)
+            hits = self.hits(self.side, path)
+            self.used.update([hit.rule for hit in hits])
             if not hits:
                 self.unmatched.append(path)
             elif len(hits) > 1:
-                self._ambiguous(self.side, path, hits)
+                self._note_ambiguous(self.side, path, hits)
             else:
-                owner, captures = hits[0]
-                rule = self.planner.rules[owner.rule]
+                number, part, captures = hits[0]
+                rule = self.rules[number]
                 if not rule.ops:  # a plain rename, which is most leaves of most books
                     target = rule.side(self.to)[0].format(captures)
                     self.steps.append(Step(rule, (path,), (target,), (), (spec,)))
                 else:
-                    shared, stacked = names[owner.rule]
-                    key = (owner.rule, tuple(captures[name] for name in shared))
-                    place = (owner.part, *(int(captures[name]) for name in stacked))
-                    groups.setdefault(key, {})[place] = path
-            for owner, _ in hits:
-                self.used.add(owner.rule)
-        for (number, values), members in groups.items():
-            self._group(number, values, names[number], members)
+                    stacked = self._stacked(rule)
+                    shared = tuple(sorted((c, captures[c]) for c in captures if c not in stacked))
+                    place = (part, *(int(captures[name]) for name in stacked))
+                    groups.setdefault((number, shared), {})[place] = path
+        for (number, shared), members in groups.items():
+            self._group(number, dict(shared), members)
 
-    def _captures(self, rule: Rule) -> tuple[list[str], list[str]]:
-        """The captures of the source side: those shared with the target, those stacked away."""
-        if not rule.side(self.side):
-            return [], []
+    def _stacked(self, rule: Rule) -> list[str]:
+        """The captures that the source side has and the target side lacks."""
         here = rule.side(self.side)[0].captures
-        there = rule.side(self.to)
-        kept = there[0].captures if there else here
-        return [c for c in here if c in kept], [c for c in here if c not in kept]
+        return [op.capture for op in rule.ops if isinstance(op, Stack) and op.capture in here]
 
     def _group(
-        self,
-        number: int,
-        values: tuple[str, ...],
-        captures: tuple[list[str], list[str]],
-        members: dict[tuple[int, ...], str],
+        self, number: int, shared: dict[str, str], members: dict[tuple[int, ...], str]
     ) -> None:
-        rule = self.planner.rules[number]
+        """Plans a rule for the leaves `members`, by part and stacked captures."""
+        rule = self.rules[number]
         if not rule.side(self.to):
             self.steps += [Step(rule, (path,), (), (), ()) for path in members.values()]
             return
-        shared, stacked = captures
         try:
-            coords = self._coords(rule, stacked, members)
+            coords = self._coords(rule, members)
             sources = tuple(members[place] for place in sorted(members))
             block = Block(coords, tuple(self.source[path] for path in sources))
             actions, block = self._actions(rule, block)
         except Mismatch as mismatch:
             self._fault(number, f"{mismatch} (at `{next(iter(members.values()))}`)")
             return
-        targets = self._targets(rule, dict(zip(shared, values, strict=True)), block)
+        targets = self._targets(rule, shared, block)
         self.steps.append(Step(rule, sources, targets, actions, block.specs))
 
-    def _coords(
-        self, rule: Rule, stacked: list[str], members: dict[tuple[int, ...], str]
-    ) -> tuple[tuple[str, int], ...]:
+    def _coords(self, rule: Rule, members: Collection[tuple[int, ...]]) -> dict[str, int]:
         """The grid that the members fill, or a `Mismatch` that names the holes in it."""
-        parts = rule.side(self.side)
-        sizes = [len(parts)] + [
-            max(place[k] for place in members) + 1 for k in range(1, len(stacked) + 1)
-        ]
+        parts, stacked = rule.side(self.side), self._stacked(rule)
+        columns = zip([PART, *stacked], zip(*members, strict=True), strict=True)
+        sizes = {name: max(column) + 1 for name, column in columns} | {PART: len(parts)}
         holes: list[str] = []
         for part, pattern in enumerate(parts):
             here = [place[1:] for place in members if place[0] == part]
             if not here:
                 holes.append(f"no leaf matches its part `{pattern.text}`")
-            for k, name in enumerate(stacked):
-                numbers = {place[k] for place in here}
-                missing = sorted(set(range(sizes[k + 1])) - numbers)
-                if here and missing:
+            for name, numbers in zip(stacked, zip(*here, strict=True), strict=False):
+                if missing := sorted(set(range(sizes[name])) - set(numbers)):
                     shown = ", ".join(map(str, missing[:10]))
                     holes.append(
-                        f"`{{{name}}}` in `{pattern.text}` must run 0..{sizes[k + 1] - 1} "
+                        f"`{{{name}}}` in `{pattern.text}` must run 0..{sizes[name] - 1} "
                         f"without gaps, missing: {shown}"
                     )
-        grid = 1
-        for size in sizes:
-            grid *= size
+        grid = math.prod(sizes.values())
         if not holes and len(members) != grid:
             holes.append(f"the stacked indices fill {len(members)} of {grid} places")
         if holes:
             raise Mismatch("; ".join(holes))
-        coords = list(zip([PART, *stacked], sizes, strict=True))
-        return tuple(coords if len(parts) > 1 else coords[1:])
+        if len(parts) == 1:
+            del sizes[PART]
+        return sizes
 
     def _actions(self, rule: Rule, block: Block) -> tuple[tuple[Action, ...], Block]:
         if rule.ops and any(str(spec.dtype).startswith("key<") for spec in block.specs):
@@ -252,18 +199,16 @@ class _Attempt:
 
     def _targets(self, rule: Rule, shared: dict[str, str], block: Block) -> tuple[str, ...]:
         """The paths of a planned block, in its row-major order."""
-        places: list[dict[str, int]] = [{}]
-        for name, size in block.coords:
-            places = [{**place, name: k} for place in places for k in range(size)]
-        patterns = rule.side(self.to)
-        return tuple(
-            patterns[place.get(PART, 0)].format({**shared, **{k: str(v) for k, v in place.items()}})
-            for place in places
-        )
+        patterns, targets = rule.side(self.to), []
+        for place in itertools.product(*map(range, block.coords.values())):
+            at = dict(zip(block.coords, place, strict=True))
+            pattern = patterns[at.pop(PART, 0)]
+            targets.append(pattern.format({**shared, **{k: str(v) for k, v in at.items()}}))
+        return tuple(targets)
 
     def fill(self) -> None:
         """Plans the `init` rules of the target side."""
-        for number, rule in enumerate(self.planner.rules):
+        for number, rule in enumerate(self.rules):
             init = rule.init
             if rule.side(self.side) or init is None:
                 continue
@@ -283,20 +228,20 @@ class _Attempt:
                 fill = Fill(init.fill, init.stddev, init.seed, path, spec)
                 self.steps.append(Step(rule, (), (path,), (fill,), (spec,)))
 
-    def check(self) -> None:
+    def check(self, partial: bool) -> None:
         """Checks what the steps write against each other, the book and the target."""
         written: dict[str, Spec] = {}
         for step in self.steps:
             for path, spec in zip(step.targets, step.specs, strict=True):
                 self._check_target(step, path, spec, written)
                 written[path] = spec
-        if self.partial:
+        self._report_ambiguous()
+        if partial:
             return
         unfilled = [path for path in self.target or () if path not in written]
         self._report_unmatched(unfilled)
         self._report_unused()
-        for path in unfilled:
-            self._report_unfilled(path)
+        self._report_unfilled(self.target or {}, unfilled)
 
     def _check_target(self, step: Step, path: str, spec: Spec, written: Mapping[str, Spec]) -> None:
         if not path:
@@ -304,9 +249,9 @@ class _Attempt:
             return
         if path in written:
             self.problems.append(f"two sources for `{path}`: the second is {_origin(step)}")
-        hits = self.planner.owners(self.to, path)
+        hits = self.hits(self.to, path)
         if len(hits) > 1:
-            self._ambiguous(self.to, path, hits)
+            self._note_ambiguous(self.to, path, hits)
         if self.target is None:
             return
         due = self.target.get(path)
@@ -324,7 +269,7 @@ class _Attempt:
         hint = self._collection_hint()
         patterns = [
             pattern.text
-            for number, rule in enumerate(self.planner.rules)
+            for number, rule in enumerate(self.rules)
             if number not in self.used
             for pattern in rule.side(self.side)
         ]
@@ -336,10 +281,8 @@ class _Attempt:
 
     def _nearest(self, path: str, patterns: list[str], unfilled: list[str]) -> str:
         """The nearest idle pattern of this side, else the nearest open leaf of the other."""
-        near = difflib.get_close_matches(path, patterns, n=1)
-        if near:
+        if near := difflib.get_close_matches(path, patterns, n=1):
             return f"; the nearest idle pattern is `{near[0]}`"
-        assert self.target is not None or not unfilled
         fits = [p for p in unfilled if self.target and self.target[p].same(self.source[path])]
         near = difflib.get_close_matches(path, fits, n=1, cutoff=0.4)
         return f"; the nearest open {self.to} leaf is `{near[0]}`" if near else ""
@@ -348,53 +291,60 @@ class _Attempt:
         """Whether all unmatched Linen leaves would match with a collection added or removed."""
         if self.side != "linen":
             return ""
-        heads = {p.text.split("/")[0] for rule in self.planner.rules for p in rule.linen}
-        owners = self.planner.owners
+        heads = {p.text.split("/")[0] for rule in self.rules for p in rule.linen}
         for head in sorted(heads):
-            if all(owners("linen", f"{head}/{path}") for path in self.unmatched):
+            if all(self.hits("linen", f"{head}/{path}") for path in self.unmatched):
                 return f"; with the level `{head}` in front it would match: is it missing?"
-        if all("/" in p and owners("linen", p.split("/", 1)[1]) for p in self.unmatched):
+        if all("/" in p and self.hits("linen", p.split("/", 1)[1]) for p in self.unmatched):
             return "; without its first level it would match: is there one too many?"
         return ""
 
     def _report_unused(self) -> None:
-        for number, rule in enumerate(self.planner.rules):
+        busy = self.used | self.broken
+        for number, rule in enumerate(self.rules):
             here = rule.side(self.side)
-            idle = number not in self.used and number not in self.broken
-            if idle and (here or rule.init):
+            if number not in busy and (here or rule.init):
                 side = self.side if here else self.to
-                self.problems.append(f"{self.planner.name(number)} matches no {side} leaf")
+                self.problems.append(f"{self._name(number)} matches no {side} leaf")
 
-    def _report_unfilled(self, path: str) -> None:
-        assert self.target is not None
-        hits = self.planner.owners(self.to, path)
-        if any(owner.rule in self.broken for owner, _ in hits):
-            return
-        problem = f"nothing fills the {self.to} leaf `{path}` ({self.target[path]})"
-        if not hits:
-            self.problems.append(f"{problem}: no rule matches it")
-            return
-        for owner, captures in hits:
-            rule = self.planner.rules[owner.rule]
-            if not rule.side(self.side):
-                why = "drops it; use `init` if it is to be filled on this way"
+    def _report_unfilled(self, target: Mapping[str, Spec], unfilled: list[str]) -> None:
+        for path in unfilled:
+            hits = self.hits(self.to, path)
+            if not any(hit.rule in self.broken for hit in hits):
+                what = f"nothing fills the {self.to} leaf `{path}` ({target[path]})"
+                whys = [self._why_idle(hit) for hit in hits] or ["no rule matches it"]
+                self.problems += [f"{what}: {why}" for why in whys]
+
+    def _why_idle(self, hit: Hit) -> str:
+        """Why a rule fills nothing, though it matches the target leaf."""
+        parts = self.rules[hit.rule].side(self.side)
+        if not parts:
+            return f"rule {hit.rule + 1} drops it; use `init` if it is to be filled on this way"
+        missing = " + ".join(f"`{_format_known(p.text, hit.captures)}`" for p in parts)
+        return f"rule {hit.rule + 1} would, but the source has no {missing}"
+
+    def _note_ambiguous(self, side: Side, path: str, hits: Sequence[Hit]) -> None:
+        rules = tuple(sorted({hit.rule for hit in hits}))
+        self.broken.update(rules)
+        self.ambiguous.setdefault((side, rules), []).append(path)
+
+    def _report_ambiguous(self) -> None:
+        for (side, rules), found in self.ambiguous.items():
+            paths = [f"`{path}`" for path in dict.fromkeys(found)]
+            by = " and ".join(map(self._name, rules)) + (" (twice)" * (len(rules) == 1))
+            if len(paths) == 1:
+                self.problems.append(f"the {side} leaf {paths[0]} is matched by {by}")
             else:
-                sources = [_format_known(p.text, captures) for p in rule.side(self.side)]
-                why = f"would, but the source has no {' + '.join(f'`{s}`' for s in sources)}"
-            self.problems.append(f"{problem}: rule {owner.rule + 1} {why}")
+                some = ", ".join([*paths[:_EXAMPLES], *["..."] * (len(paths) > _EXAMPLES)])
+                self.problems.append(f"{len(paths)} {side} leaves are matched by {by}: {some}")
 
-    def _ambiguous(
-        self, side: Side, path: str, hits: Sequence[tuple[_Owner, dict[str, str]]]
-    ) -> None:
-        counts = Counter(owner.rule for owner, _ in hits)
-        rules = " and ".join(self.planner.name(rule) for rule in counts)
-        again = " (twice)" if len(counts) == 1 else ""
-        self.broken.update(counts)
-        self.problems.append(f"the {side} leaf `{path}` is matched by {rules}{again}")
+    def _name(self, rule: int) -> str:
+        """How messages call a rule, counted from 1 as people do."""
+        return f"rule {rule + 1} ({self.rules[rule]})"
 
     def _fault(self, number: int, text: str) -> None:
         self.broken.add(number)
-        self.problems.append(f"{self.planner.name(number)}: {text}")
+        self.problems.append(f"{self._name(number)}: {text}")
 
 
 def _origin(step: Step) -> str:

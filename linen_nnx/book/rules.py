@@ -10,18 +10,18 @@ tracers under `jax.jit`; nothing is cast, and this module imports no jax.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from linen_nnx.book.grammar import Rule, did_you_mean, parse_rule, rule_to_dict
+from linen_nnx.book.grammar import Rule, noting, parse_rule, rule_to_dict, unknown
 from linen_nnx.book.ops import Side
-from linen_nnx.book.plan import Plan, Planner, RuleError
+from linen_nnx.book.patterns import Hit, Index
+from linen_nnx.book.plan import Plan, RuleError, make_plan
 
 VERSION = 1
-_KEYS = ("version", "rules", "unassigned")
 
 
 class Unassigned(NamedTuple):
@@ -53,9 +53,6 @@ class RuleBook:
             and self.rules == other.rules
             and self.unassigned == other.unassigned
         )
-
-    def __hash__(self) -> int:
-        return hash((self.rules, tuple(self.unassigned)))
 
     def __repr__(self) -> str:
         open_leaves = f", {len(self.unassigned)} leaves unassigned" if self.unassigned else ""
@@ -89,11 +86,7 @@ class RuleBook:
                 f"{name} cannot be read",
                 [f"expected a mapping with `version` and `rules`, got {type(content).__name__}"],
             )
-        problems = [
-            f"unknown key `{key}`{did_you_mean(str(key), _KEYS)}"
-            for key in content
-            if key not in _KEYS
-        ]
+        problems = unknown(content, ("version", "rules", "unassigned"), "unknown key")
         if content.get("version") != VERSION:
             problems.append(f"`version` must be {VERSION}, got {content.get('version')!r}")
         entries = content.get("rules")
@@ -102,17 +95,13 @@ class RuleBook:
             entries = []
         rules = []
         for number, entry in enumerate(entries, start=1):
-            try:
+            with noting(problems, f"rule {number}: "):
                 rules.append(parse_rule(entry))
-            except ValueError as error:
-                problems.append(f"rule {number}: {error}")
         unassigned = {}
         for number, entry in enumerate(content.get("unassigned") or (), start=1):
-            try:
+            with noting(problems, f"unassigned leaf {number}: "):
                 leaf, known = _read_unassigned(entry)
                 unassigned[leaf] = known
-            except ValueError as error:
-                problems.append(f"unassigned leaf {number}: {error}")
         if problems:
             raise RuleError(f"{name} cannot be read", problems)
         return cls(rules, unassigned)
@@ -149,30 +138,27 @@ class RuleBook:
         For a tree in which only that half is translated. Keeps the order of the rules.
         """
 
-        def inside(rule: Rule) -> bool:
-            linen = [pattern.text.split("/")[1:2] for pattern in rule.linen]
-            nnx = [pattern.text.split("/")[:1] for pattern in rule.nnx]
-            return all(element == [half] for element in linen + nnx)
-
-        unassigned = {
-            leaf: known
-            for leaf, known in self.unassigned.items()
-            if leaf.split("/")[known.side == "linen" :][:1] == [half]
-        }
-        return RuleBook((rule for rule in self.rules if inside(rule)), unassigned)
+        return self._only(
+            ("linen", "nnx"), lambda side, path: path.split("/")[side == "linen" :][:1] == [half]
+        )
 
     def of_collection(self, collection: str) -> "RuleBook":
         """The rules of one Linen collection, for a tree that holds no other (a moment's, say)."""
+        return self._only(("linen",), lambda _, path: path.split("/")[0] == collection)
+
+    def _only(self, sides: Collection[Side], fits: Callable[[Side, str], bool]) -> "RuleBook":
+        """The rules that have patterns on some sides, all of which fit; unassigned leaves alike."""
 
         def inside(rule: Rule) -> bool:
-            return all(pattern.text.split("/")[0] == collection for pattern in rule.linen)
+            fitting = [fits(side, pattern.text) for side in sides for pattern in rule.side(side)]
+            return bool(fitting) and all(fitting)
 
         unassigned = {
             leaf: known
             for leaf, known in self.unassigned.items()
-            if known.side == "linen" and leaf.split("/")[0] == collection
+            if known.side in sides and fits(known.side, leaf)
         }
-        return RuleBook((rule for rule in self.rules if rule.linen and inside(rule)), unassigned)
+        return RuleBook(filter(inside, self.rules), unassigned)
 
     def plan(
         self,
@@ -204,7 +190,7 @@ class RuleBook:
                 "`unassigned`, or pass partial=True for what is assigned",
                 problems,
             )
-        return self._planner.plan(specs, to, target, partial)
+        return make_plan(self.rules, self.hits, specs, to, target, partial)
 
     def to_nnx(
         self,
@@ -224,9 +210,14 @@ class RuleBook:
         """Linen leaves from nnx leaves; arguments and errors as in `plan`."""
         return self.plan(leaves, "linen", target, partial).run(leaves)
 
+    def hits(self, side: Side, path: str) -> list[Hit]:
+        """Every pattern on `side` that matches `path`."""
+        return self._index[side].match(path)
+
     @cached_property
-    def _planner(self) -> Planner:
-        return Planner(self.rules)
+    def _index(self) -> dict[Side, Index]:
+        rules = self.rules
+        return {"linen": Index([r.linen for r in rules]), "nnx": Index([r.nnx for r in rules])}
 
 
 def _read_unassigned(entry: Any) -> tuple[str, Unassigned]:

@@ -7,8 +7,8 @@ its name. Everything that has no home on the other side is an error until a rule
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, NamedTuple
+from functools import cache, cached_property
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 from linen_nnx.book.ops import Action, Fill, Multiply, Spec
 from linen_nnx.book.plan import RuleError
@@ -16,6 +16,8 @@ from linen_nnx.book.rules import RuleBook
 from linen_nnx.disk.state import HALVES, OPTIMIZER, Form, Id, State, names_of
 from linen_nnx.disk.store import Key, Leaf
 
+Source = TypeVar("Source")
+Target = TypeVar("Target")
 _RESET = "drop it by a rule, or go on with a fresh optimizer (--reset-optimizer)"
 
 
@@ -42,31 +44,26 @@ class Place(NamedTuple):
         return tuple(names_of(self.path)[len(self.prefix) :])
 
 
-class Move(NamedTuple):
+class Move(NamedTuple, Generic[Source, Target]):
     """What becomes of some leaves: `sources`, through `actions`, go to `targets`.
 
     No target: dropped. No source: filled. No action: only names change.
     """
 
-    sources: tuple[Leaf, ...]
-    targets: tuple[Place, ...]
+    sources: tuple[Source, ...]
+    targets: tuple[Target, ...]
     actions: tuple[Action, ...] = ()
     specs: tuple[Spec, ...] = ()
-    """Shape and dtype of each target, where there are actions."""
+    """Shape and dtype of each target after the last action, where there are actions."""
 
 
-class _Step(NamedTuple):
-    """A step of a rule book's plan, in ids of the source's and of the target's model."""
-
-    sources: tuple[Id, ...]
-    targets: tuple[Id, ...]
-    actions: tuple[Action, ...] = ()
-    specs: tuple[Spec, ...] = ()
+_Step: TypeAlias = Move[Id, Id]
+"""A step of a rule book's plan: from the source's model to the target's."""
 
 
 def carry(
     state: State, to: Form, book: RuleBook, like: State | None, reset_optimizer: bool
-) -> list[Move]:
+) -> list[Move[Leaf, Place]]:
     """Every move that takes `state` to the form `to`.
 
     `like` is a tree of that form whose shapes and dtypes the model must get; `reset_optimizer`
@@ -74,15 +71,10 @@ def carry(
     """
     problems: list[str] = []
     steps = list(_steps(state, to, book, like, problems))
-    moves = [
-        Move(
-            tuple([state.model[id] for id in step.sources]),
-            tuple([Place(id) for id in step.targets]),
-            step.actions,
-            step.specs,
-        )
-        for step in steps
-    ]
+    moves: list[Move[Leaf, Place]] = []
+    for old, new, actions, specs in steps:
+        sources = tuple([state.model[id] for id in old])
+        moves.append(Move(sources, tuple([Place(id) for id in new]), actions, specs))
     rest = dict(state.rest)
     if reset_optimizer:
         for path in [path for path in rest if path.split("/")[0] == OPTIMIZER]:
@@ -90,13 +82,8 @@ def carry(
     trees = _trees(steps, state.form)
     mirrors, plain = _find_mirrors(rest, trees)
     for prefix, tree in mirrors:
-        some = next(path for path in rest if path.startswith(f"{prefix}/"))
-        keys = _prefix(some, rest[some])[: len(names_of(prefix))]
         names = {id: path for path, id in trees[tree].items()}
-        mirror = _Mirror(prefix, keys, tree, names, state, to)
-        moves += mirror.branches(steps, rest, problems)
-        for step in steps:
-            moves += mirror.moves(step, rest, problems)
+        moves += _Mirror(prefix, tree, names, state, to, rest, problems).moves(steps)
     inert = all(step.sources == step.targets and not step.actions for step in steps)
     for path in plain:
         moves.append(Move((rest[path],), (Place(path=path, prefix=_prefix(path, rest[path])),)))
@@ -124,7 +111,7 @@ def _steps(
             problems.append(f"`{id.collection}/{id.path}` lies in neither half ({HALVES})")
     for half, model in halves.items():
         if state.form.of(half) == to.of(half):
-            yield from (_Step((id,), (id,)) for id in model)
+            yield from (Move((id,), (id,)) for id in model)
         else:
             side = state.form.of(half)
             yield from _planned(model, side, to.of(half), book.within(half), None, problems)
@@ -160,7 +147,7 @@ def _planned(
         known = {id.collection for id in sources} - {""}
         if known and len(known | {id.collection for id in targets}) > 1:
             problems.append(f"{step.rule} moves {step.sources} to another collection")
-        yield _Step(sources, targets, step.actions, step.specs)
+        yield Move(sources, targets, step.actions, step.specs)
 
 
 def _prefix(path: str, leaf: Leaf) -> tuple[Key, ...]:
@@ -241,72 +228,85 @@ class _Mirror:
     """One subtree of the rest that mirrors `tree`; `names` are the model's paths in it."""
 
     prefix: str
-    keys: tuple[Key, ...]
     tree: str
     names: Mapping[Id, str]
     state: State
     to: Form
+    rest: Mapping[str, Leaf]
+    problems: list[str]
 
-    def moves(self, step: _Step, rest: Mapping[str, Leaf], problems: list[str]) -> Iterator[Move]:
-        """The moves of one step of the model, in this subtree."""
+    def moves(self, steps: Sequence[_Step]) -> Iterator[Move[Leaf, Place]]:
+        """The moves of this subtree."""
+        yield from self._branches(steps)
+        for step in steps:
+            yield from self._leaves(step)
+
+    def _leaves(self, step: _Step) -> Iterator[Move[Leaf, Place]]:
+        """The moves of one step of the model."""
         paths = [f"{self.prefix}/{self.names.get(id, '')}" for id in step.sources]
-        leaves = tuple(rest[path] for path in paths if path in rest)
+        leaves = tuple(self.rest[path] for path in paths if path in self.rest)
         if step.sources and not leaves:
             return  # of another collection, or masked away
         targets = tuple(self._place(self._target(id)) for id in step.targets)
         if len(leaves) < len(paths) or len({leaf.empty for leaf in leaves}) > 1:
             shown = ", ".join(f"`{path}`" for path in paths)
-            problems.append(f"{shown} would be joined, but only some are masked: {_RESET}")
+            self.problems.append(f"{shown} would be joined, but only some are masked: {_RESET}")
         elif leaves and leaves[0].empty:
             yield from (Move(leaves[:1], (target,)) for target in targets)
         else:
-            self._check(step, leaves, problems)
+            self._check(step, leaves)
             dtypes = [leaves[0].spec.dtype if leaves else spec.dtype for spec in step.specs]
             specs = [Spec(s.shape, d) for s, d in zip(step.specs, dtypes, strict=True)]
             yield Move(leaves, targets, step.actions, tuple(specs) if step.actions else ())
 
-    def branches(
-        self, steps: Sequence[_Step], rest: Mapping[str, Leaf], problems: list[str]
-    ) -> Iterator[Move]:
+    def _branches(self, steps: Sequence[_Step]) -> Iterator[Move[Leaf, Place]]:
         """The moves of empty nodes that stand for masked branches of the model."""
         old = _branches(self.names.values())
-        holes = [p for p in rest if p.startswith(f"{self.prefix}/") and rest[p].empty]
+        holes = [p for p in self.rest if p.startswith(f"{self.prefix}/") and self.rest[p].empty]
         for hole in holes:
             branch = hole[len(self.prefix) + 1 :]
             if branch not in old:
                 continue
-            inside: set[str] = set()
-            outside: set[str] = set()
+            inside, outside = set[str](), set[str]()
             for step in steps:
                 paths = [self.names[id] for id in step.sources if id in self.names]
                 under = {path.startswith(f"{branch}/") for path in paths}
-                for side, found in ((True, inside), (False, outside)):
-                    found |= {self._target(id) for id in step.targets} if side in under else set()
+                targets = {self._target(id) for id in step.targets}
+                inside |= targets if True in under else set()
+                outside |= targets if False in under else set()
             nodes = _branches(inside) - _branches(outside)
             if branch in nodes:
                 nodes = {branch}
             if len(nodes) == 1 and not inside & outside:
-                yield Move((rest[hole],), (self._place(nodes.pop(), branch=True),))
+                yield Move((self.rest[hole],), (self._place(nodes.pop(), branch=True),))
             else:
-                problems.append(f"`{hole}` is masked as a whole, and becomes no whole: {_RESET}")
+                self.problems.append(
+                    f"`{hole}` is masked as a whole, and becomes no whole: {_RESET}"
+                )
 
     def _target(self, id: Id) -> str:
         return id.path if self.tree else _path(id, self.to.flat)
 
     def _place(self, path: str, branch: bool = False) -> Place:
-        return Place(path=f"{self.prefix}/{path}", prefix=self.keys, branch=branch)
+        return Place(path=f"{self.prefix}/{path}", prefix=self._keys, branch=branch)
 
-    def _check(self, step: _Step, leaves: Sequence[Leaf], problems: list[str]) -> None:
+    @cached_property
+    def _keys(self) -> tuple[Key, ...]:
+        """The keys of the prefix."""
+        some = next(path for path in self.rest if path.startswith(f"{self.prefix}/"))
+        return _prefix(some, self.rest[some])[: len(names_of(self.prefix))]
+
+    def _check(self, step: _Step, leaves: Sequence[Leaf]) -> None:
         shown = ", ".join(f"`{leaf.path}` ({leaf.spec})" for leaf in leaves[:3])
         changing = any(isinstance(action, Multiply | Fill) for action in step.actions)
         if changing and self.prefix.split("/")[0] == OPTIMIZER:
             shown = shown or f"`{self.prefix}/.../{step.targets[0].path}`"
-            problems.append(f"{shown} follows a rule that changes or invents values: {_RESET}")
+            self.problems.append(f"{shown} follows a rule that changes or invents values: {_RESET}")
         elif step.actions and leaves:
             shapes = [self.state.model[id].spec.shape for id in step.sources]
             dtypes = {str(leaf.spec.dtype) for leaf in leaves}
             if [leaf.spec.shape for leaf in leaves] != shapes or len(dtypes) > 1:
-                problems.append(
+                self.problems.append(
                     f"{shown} follows parameters that a rule reshapes, but is not of their shape "
                     f"{list(shapes[0])}: {_RESET}"
                 )
@@ -328,9 +328,8 @@ def _check_plain(
     names = path.split("/")
     ends = ["/".join(names[n:]) for n in range(1, len(names))]
     spec = leaf.spec
-    key = str(spec.dtype).startswith("key<") or (
-        str(spec.dtype) == "uint32" and spec.shape in ((2,), (4,))
-    )
+    raw_key = str(spec.dtype) == "uint32" and spec.shape in ((2,), (4,))
+    key = raw_key or str(spec.dtype).startswith("key<")
     if any(end in tree for end in ends for tree in trees.values()):
         problems.append(f"`{leaf.path}` has a parameter's name outside of any mirror: {_RESET}")
     elif spec.shape and not key and not beside:

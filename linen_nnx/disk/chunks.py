@@ -8,12 +8,12 @@ axis of length one leaves the bytes of a chunk in row-major order as they are.
 import copy
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from linen_nnx.book.ops import Action, Gather, Reform, Spread
-from linen_nnx.disk.store import Leaf, metadata_name
+from linen_nnx.disk.store import Leaf, chunk_shapes, chunked_parts, metadata_name
 
 Place = tuple[int, ...]
 
@@ -41,9 +41,7 @@ class Grid:
     @property
     def steps(self) -> list[int]:
         """The shape of a chunk."""
-        if self.metadata["zarr_format"] == 2:
-            return list(self.metadata["chunks"])
-        return list(self.metadata["chunk_grid"]["configuration"]["chunk_shape"])
+        return chunk_shapes(self.metadata)[0]
 
     @property
     def metadata_key(self) -> str:
@@ -66,7 +64,7 @@ def source_grid(leaf: Leaf) -> Grid | None:
     if metadata["zarr_format"] == 2:
         plain = metadata["order"] == "C" and not metadata["filters"]
     else:
-        names = {codec["name"] for codec in metadata["codecs"]}
+        names = [codec["name"] for codec in metadata["codecs"]]
         plain = "transpose" not in names and metadata["chunk_key_encoding"] == {"name": "default"}
     if not plain:
         return None
@@ -105,24 +103,21 @@ def _join(action: Gather, grids: Sequence[Grid]) -> Grid | None:
         if any(grid.shape != first.shape for grid in grids):
             return None
         chunks = {
-            (*place[:axis], number, *place[axis:]): ref
+            tuple(_splice(place, axis, number)): ref
             for number, grid in enumerate(grids)
             for place, ref in grid.chunks.items()
         }
-        size = len(grids)
-        shape, steps = _insert(first.shape, axis, size), _insert(first.steps, axis, 1)
-        return Grid(_with(first.metadata, shape, steps, axis, 1), chunks)
+        shape = _splice(first.shape, axis, len(grids))
+        return Grid(_with(first.metadata, shape, lambda sizes: _splice(sizes, axis, 1)), chunks)
     step = first.steps[axis]
     if any(grid.shape[axis] % step for grid in grids[:-1]):
         return None
-    chunks, start = {}, 0
+    chunks, length = {}, 0
     for grid in grids:
         for place, ref in grid.chunks.items():
-            chunks[(*place[:axis], place[axis] + start // step, *place[axis + 1 :])] = ref
-        start += grid.shape[axis]
-    shape = first.shape
-    shape[axis] = start
-    return Grid({**first.metadata, "shape": shape}, chunks)
+            chunks[tuple(_splice(place, axis, place[axis] + length // step, drop=1))] = ref
+        length += grid.shape[axis]
+    return Grid({**first.metadata, "shape": _splice(first.shape, axis, length, drop=1)}, chunks)
 
 
 def _cut(action: Spread, grid: Grid) -> list[Grid | None]:
@@ -137,26 +132,24 @@ def _cut(action: Spread, grid: Grid) -> list[Grid | None]:
         if action.kind == "stack":
             if step != 1:
                 return [None]
-            chunks = {(*p[:axis], *p[axis + 1 :]): ref for p, ref in inside.items()}
-            shape, steps = _drop(grid.shape, axis), _drop(grid.steps, axis)
-            pieces.append(Grid(_with(grid.metadata, shape, steps, axis, None), chunks))
+            chunks = {tuple(_splice(p, axis, drop=1)): ref for p, ref in inside.items()}
+            shape = _splice(grid.shape, axis, drop=1)
+            without = _with(grid.metadata, shape, lambda sizes: _splice(sizes, axis, drop=1))
+            pieces.append(Grid(without, chunks))
         else:
             first = start // step
-            chunks = {(*p[:axis], p[axis] - first, *p[axis + 1 :]): r for p, r in inside.items()}
-            shape = grid.shape
-            shape[axis] = size
+            chunks = {tuple(_splice(p, axis, p[axis] - first, drop=1)): inside[p] for p in inside}
+            shape = _splice(grid.shape, axis, size, drop=1)
             pieces.append(Grid({**grid.metadata, "shape": shape}, chunks))
         start = end
     return pieces
 
 
 def _reshape(grid: Grid, shape: tuple[int, ...]) -> Grid | None:
-    whole = len(grid.chunks) == 1 and grid.shape == grid.steps
-    if grid.metadata["zarr_format"] == 3:
-        whole = whole and all(inner == grid.shape for inner in _inner_shapes(grid.metadata))
-    if not whole or math.prod(shape) != math.prod(grid.shape):
+    whole = all(steps == grid.shape for steps in chunk_shapes(grid.metadata))
+    if not (whole and len(grid.chunks) == 1 and math.prod(shape) == math.prod(grid.shape)):
         return None
-    metadata = _with(grid.metadata, list(shape), list(shape), 0, None, list(shape))
+    metadata = _with(grid.metadata, list(shape), lambda _: list(shape))
     return Grid(metadata, {(0,) * len(shape): next(iter(grid.chunks.values()))})
 
 
@@ -165,39 +158,18 @@ def _encoding(grid: Grid) -> Any:
     return {key: value for key, value in grid.metadata.items() if key != "shape"}
 
 
-def _inner_shapes(metadata: dict[str, Any]) -> list[list[int]]:
-    return [
-        codec["configuration"]["chunk_shape"]
-        for codec in metadata["codecs"]
-        if codec["name"] == "sharding_indexed"
-    ]
-
-
 def _with(
-    metadata: dict[str, Any],
-    shape: list[int],
-    steps: list[int],
-    axis: int,
-    size: int | None,
-    inner: list[int] | None = None,
+    metadata: dict[str, Any], shape: list[int], reform: Callable[[list[int]], list[int]]
 ) -> dict[str, Any]:
-    """Metadata with another shape and chunk shape; a shard's inner chunks change likewise."""
+    """Metadata with another shape; `reform` changes the shapes of chunks, and those in a shard."""
     if metadata["zarr_format"] == 2:
-        return {**metadata, "shape": shape, "chunks": steps}
-    result = copy.deepcopy(metadata)
-    result["shape"] = shape
-    result["chunk_grid"]["configuration"]["chunk_shape"] = steps
-    for codec in result["codecs"]:
-        if codec["name"] == "sharding_indexed":
-            old = codec["configuration"]["chunk_shape"]
-            changed = _drop(old, axis) if size is None else _insert(old, axis, size)
-            codec["configuration"]["chunk_shape"] = inner if inner is not None else changed
+        return {**metadata, "shape": shape, "chunks": reform(metadata["chunks"])}
+    result = {**copy.deepcopy(metadata), "shape": shape}
+    for part in chunked_parts(result):
+        part["chunk_shape"] = reform(part["chunk_shape"])
     return result
 
 
-def _insert(sizes: list[int], axis: int, size: int) -> list[int]:
-    return [*sizes[:axis], size, *sizes[axis:]]
-
-
-def _drop(sizes: list[int], axis: int) -> list[int]:
-    return [*sizes[:axis], *sizes[axis + 1 :]]
+def _splice(sizes: Sequence[int], axis: int, *new: int, drop: int = 0) -> list[int]:
+    """The sizes with `new` ones at `axis`, in place of as many as are dropped."""
+    return [*sizes[:axis], *new, *sizes[axis + drop :]]

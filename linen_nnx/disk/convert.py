@@ -22,7 +22,7 @@ from linen_nnx.disk.sources import SUFFIXES, Source, parts
 from linen_nnx.disk.store import StoreError, write_side_files
 
 _SPARE = 16 << 20  # bytes of room for the new tree and the side files
-_RUN_FILES = ("metrics.jsonl",)  # what a run directory takes along as it is
+_METRICS = "metrics.jsonl"  # which a run directory takes along as it is
 _ORBAX_META = "_CHECKPOINT_METADATA"
 
 
@@ -75,28 +75,23 @@ def convert(
         return _existing(out, conversions)
     _check_target(path, out, list(conversions.values()), link)
     with _partial(out) as partial, Placer(link, not link or digest, progress) as placer:
-        reports, carried = [], {}
-        for relative, conversion in conversions.items():
-            if to_file:
-                _write_file(conversion, partial / out.name)
-            else:
-                folder = partial / relative
-                report, carried[folder] = _write(conversion, folder, placer)
-                reports.append(report)
         first = next(iter(conversions.values()))
-        if not to_file and first.source.kind == "run":
-            _write_run(path, partial, first)
-        hashed = placer.finish()
-        for report, (folder, known) in zip(reports, carried.items(), strict=True):
-            if report["digests"]:
-                _write_digests(folder, known, hashed)
+        if to_file:
+            _write_file(first, partial / out.name)
+            reports = [first.summary()]
+        else:
+            for relative, conversion in conversions.items():
+                _write(conversion, partial / relative, placer)
+            if first.source.kind == "run":
+                _write_run(path, partial, first)
+            hashed = placer.finish()
+            reports = [_seal(c, partial / name, placer, hashed) for name, c in conversions.items()]
         progress("syncing to disk")
         _sync_all(partial, placer)
         if out.exists():
             raise TargetError(f"{out} was made by another process meanwhile")
         os.rename(partial / out.name if to_file else partial, out)
         placer.sync([out.parent])
-    reports = reports or [first.summary()]
     return Result("done", out, tuple(reports))
 
 
@@ -167,13 +162,8 @@ def _partial(out: Path) -> Iterator[Path]:
         os.close(lock)
 
 
-def _write(
-    conversion: Conversion, folder: Path, placer: Placer
-) -> tuple[dict[str, Any], dict[Path, digests.Digest]]:
-    """Writes one converted checkpoint to `folder`, all but its digests.
-
-    Returns its report, and what the source's own digests say of the files put in place.
-    """
+def _write(conversion: Conversion, folder: Path, placer: Placer) -> None:
+    """Writes one converted checkpoint to `folder`, all but its report and digests."""
     source = conversion.source
     folder.mkdir(parents=True, exist_ok=True)
     item = folder if source.folder in source.paths or not source.paths else folder / _name(source)
@@ -184,8 +174,32 @@ def _write(
     write_side_files(item, leaves, header)
     _carry_along(conversion, folder, item, placer)
     conversion.book.save(folder / RULES)
-    linked = {target for target in placer.linked if folder in target.parents}
-    carried = _carried(source, folder, placer)
+
+
+def _seal(
+    conversion: Conversion, folder: Path, placer: Placer, hashed: dict[Path, digests.Digest]
+) -> dict[str, Any]:
+    """Writes report and digests of a checkpoint whose files are in place; returns the report.
+
+    Raises `DigestError` if a copy differs from the source's own digests.
+    """
+    source = conversion.source
+    known = (digests.read(source.folder) if source.kind != "file" else None) or {}
+    placed = {new: old for new, old in placer.placed.items() if folder in new.parents}
+    found = {new: hashed[new] for new in placed if new in hashed}
+    carried = {
+        new: known[name]
+        for new, old in (placed.items() if known else ())
+        if (name := str(old.relative_to(source.folder))) in known
+    }
+    wrong = [
+        str(new.relative_to(folder))
+        for new in carried
+        if found.get(new, carried[new]) != carried[new]
+    ]
+    if wrong:
+        raise digests.DigestError(f"the source is damaged, by its own digests: {wrong}")
+    linked = placed.keys() & placer.linked
     report = {
         "version": 1,
         **conversion.summary(),
@@ -197,34 +211,10 @@ def _write(
     }
     lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in report.items())
     (folder / REPORT).write_text("{" + ",\n".join(lines) + "}\n")
-    return report, carried
-
-
-def _carried(source: Source, folder: Path, placer: Placer) -> dict[Path, digests.Digest]:
-    """What the source's own digests say of the files put in place below `folder`."""
-    known = (digests.read(source.folder) if source.kind != "file" else None) or {}
-    return {
-        target: known[name]
-        for target, origin in (placer.placed.items() if known else ())
-        if folder in target.parents and (name := str(origin.relative_to(source.folder))) in known
-    }
-
-
-def _write_digests(
-    folder: Path, carried: dict[Path, digests.Digest], hashed: dict[Path, digests.Digest]
-) -> None:
-    """Writes the digest file. Raises `DigestError` if a copy differs from the source's digests."""
-    wrong = [
-        str(target.relative_to(folder))
-        for target, digest in carried.items()
-        if hashed.get(target, digest) != digest
-    ]
-    if wrong:
-        raise digests.DigestError(f"the source is damaged, by its own digests: {wrong}")
-    known = {**carried, **hashed}
-    digests.write(
-        folder, {str(t.relative_to(folder)): d for t, d in known.items() if folder in t.parents}
-    )
+    if report["digests"]:
+        all_known = {**carried, **found}
+        digests.write(folder, {str(new.relative_to(folder)): d for new, d in all_known.items()})
+    return report
 
 
 def _name(source: Source) -> str:
@@ -293,9 +283,8 @@ def _write_run(path: Path, partial: Path, conversion: Conversion) -> None:
         raise StoreError(f"{path / 'config.yaml'} has {count} lines `stage: ...`, expected one")
     (partial / "config.yaml").write_text(config)
     conversion.book.save(partial / RULES)
-    for name in _RUN_FILES:
-        if (path / name).is_file():
-            shutil.copyfile(path / name, partial / name)
+    if (path / _METRICS).is_file():
+        shutil.copyfile(path / _METRICS, partial / _METRICS)
 
 
 def _write_file(conversion: Conversion, path: Path) -> None:

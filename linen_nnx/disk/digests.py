@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import xxhash
 
@@ -39,13 +40,12 @@ def hash_file(path: Path) -> Digest:
     return size, state.hexdigest()
 
 
-def write(directory: str | Path, known: Mapping[str, Digest] | None = None) -> Path:
+def write(directory: str | Path, known: Mapping[str, Digest] = MappingProxyType({})) -> None:
     """Writes the digest file of a finished checkpoint directory, atomically.
 
-    `known` are digests that need not be computed. Returns the file's path.
+    `known` are digests that need not be computed.
     """
     directory = Path(directory)
-    known = known or {}
     files = {p: known[p] if p in known else hash_file(directory / p) for p in _files(directory)}
     content = {"version": 1, "algorithm": _ALGORITHM, "files": files}
     partial = directory / f".{NAME}.partial"
@@ -54,7 +54,6 @@ def write(directory: str | Path, known: Mapping[str, Digest] | None = None) -> P
         file.flush()
         os.fsync(file.fileno())
     partial.rename(directory / NAME)
-    return directory / NAME
 
 
 def read(directory: str | Path) -> Digests | None:

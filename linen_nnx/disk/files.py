@@ -26,9 +26,10 @@ class FileReader:
 
     def __init__(self, path: Path) -> None:
         try:
-            self._arrays = _msgpack(path) if path.suffix == ".msgpack" else _safetensors(path)
+            arrays = _msgpack(path) if path.suffix == ".msgpack" else _safetensors(path)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{path} cannot be read: {error!r}") from None
+        self._arrays = {"/".join(names): array for names, array in arrays.items()}
         self.leaves = [
             Leaf(
                 tuple(Key(name, DICT) for name in names),
@@ -36,12 +37,11 @@ class FileReader:
                 zarr=fresh_metadata(Spec.of(array), zarr3=False),
                 stored="/".join(names),
             )
-            for names, array in self._arrays.items()
+            for names, array in arrays.items()
         ]
-        self._by_name = {"/".join(names): array for names, array in self._arrays.items()}
 
     def read(self, leaves: Sequence[Leaf]) -> list[Array]:
-        return [self._by_name[leaf.stored] for leaf in leaves]
+        return [self._arrays[leaf.stored] for leaf in leaves]
 
 
 def _msgpack(path: Path) -> dict[tuple[str, ...], Array]:

@@ -6,29 +6,22 @@ What the source cannot tell (the key types of an optimizer chain, its empty node
 the step) comes from a given tree: one that the result must be `like`, or its own origin.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TypeAlias
 
-from linen_nnx.book.ops import Action, Cast, Spec
+from linen_nnx.book.ops import Cast, Spec
 from linen_nnx.book.plan import RuleError
 from linen_nnx.disk.carry import Move, Place
 from linen_nnx.disk.state import OPTIMIZER, Form, Id, State
-from linen_nnx.disk.store import DICT, SEQUENCE, Key, Leaf, common_sharding, make_key
+from linen_nnx.disk.store import DICT, SEQUENCE, Key, Leaf, common_sharding, make_key, repeated
 
-
-class Change(NamedTuple):
-    """A `Move` on disk: target leaves have keys, and the specs hold after the last action."""
-
-    sources: tuple[Leaf, ...]
-    targets: tuple[Leaf, ...]
-    actions: tuple[Action, ...] = ()
-    specs: tuple[Spec, ...] = ()
+Change: TypeAlias = Move[Leaf, Leaf]
+"""A move on disk: target leaves have keys."""
 
 
 def lay_out(
-    moves: Sequence[Move],
+    moves: Sequence[Move[Leaf, Place]],
     source: Form,
     to: Form,
     like: State | None = None,
@@ -52,7 +45,7 @@ def lay_out(
     changes: list[Change] = []
     for move in moves:
         targets: list[Leaf] = []
-        change = Change(move.sources, (), move.actions, move.specs)
+        change: Change = Move(move.sources, (), move.actions, move.specs)
         for number, place in enumerate(move.targets):
             mould = None
             if given:
@@ -64,21 +57,18 @@ def lay_out(
             if like is not None and not (mould is None and place.path.startswith("../")):
                 problems += _unlike(leaf, change, number, mould)
             targets.append(leaf)
-        changes.append(Change(change.sources, tuple(targets), change.actions, change.specs))
+        changes.append(change._replace(targets=tuple(targets)))
     for key, mould in given.items():
         in_optimizer = isinstance(key, str) and key.split("/")[0] == OPTIMIZER
         if mould.empty and (context.optimizer or not in_optimizer):
-            changes.append(Change((), (mould,)))
+            changes.append(Move((), (mould,)))
         elif like is not None:
             problems.append(f"nothing fills `{mould.path}` of the tree to be like")
     names = [leaf.name for change in changes for leaf in change.targets]
-    if len(set(names)) < len(names):
-        counts = Counter(names).items()
-        problems += [
-            f"{n} leaves would have the name `{name}` on disk" for name, n in counts if n > 1
-        ]
+    problems += [f"{n} leaves would have the name `{name}` on disk" for name, n in repeated(names)]
     if problems:
-        raise RuleError(f"The result cannot be laid out as {to}", problems)
+        wanted = f"as {to}" if like is None else "like the given tree (--like), leaf for leaf"
+        raise RuleError(f"The result cannot be laid out {wanted}", problems)
     if order:
         changes.sort(key=lambda c: min((order.get(t.name, 0) for t in c.targets), default=0))
     return changes
@@ -132,24 +122,26 @@ class _Context:
     def _keys(self, place: Place) -> tuple[Key, ...]:
         """The key path of a leaf that no given tree settles."""
         if place.id is not None:
-            path = [make_key(name, DICT) for name in place.id.path.split("/")]
+            collection, path = place.id
             if self.to.flat:
-                return (make_key(place.id.collection, DICT), *path)
-            head = (make_key("model", DICT),) if self.nested else ()
-            return (*head, *path, make_key("value", DICT))
-        mirrored = [make_key(name, DICT) for name in place.mirrored]
+                return _dicts(collection, *path.split("/"))
+            return _dicts(*["model"] * self.nested, *path.split("/"), "value")
+        prefix, mirrored = place.prefix, place.mirrored
         in_optimizer = place.in_optimizer or (self.optimizer and place.path == "step")
         if not self.to.flat and (in_optimizer or mirrored):
-            head = (make_key("optimizer", DICT),) if in_optimizer else ()
-            plain = [make_key(key.name, DICT) for key in place.prefix]
-            box = () if place.branch else (make_key("value", DICT),)
-            return (*head, *plain, *mirrored, *box)
+            names = ["optimizer"] * in_optimizer + [key.name for key in prefix]
+            return _dicts(*names, *mirrored, *["value"] * (not place.branch))
         if self.to.flat and not self.source.flat and in_optimizer:
             # Chains are tuples, and a state of nnx has digits for their indices.
-            kinds = [SEQUENCE if key.name.isdigit() else DICT for key in place.prefix]
-            own = [make_key(key.name, kind) for key, kind in zip(place.prefix, kinds, strict=True)]
-            return (*own, *mirrored)
-        return (*place.prefix, *mirrored)
+            kinds = (SEQUENCE if key.name.isdigit() else DICT for key in prefix)
+            prefix = tuple(
+                make_key(key.name, kind) for key, kind in zip(prefix, kinds, strict=True)
+            )
+        return (*prefix, *_dicts(*mirrored))
+
+
+def _dicts(*names: str) -> tuple[Key, ...]:
+    return tuple([make_key(name, DICT) for name in names])
 
 
 def _unlike(leaf: Leaf, change: Change, number: int, mould: Leaf | None) -> list[str]:

@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +13,7 @@ from linen_nnx.book.grammar import did_you_mean
 from linen_nnx.book.ops import Spec
 from linen_nnx.book.plan import RuleError
 from linen_nnx.book.rules import RuleBook
+from linen_nnx.disk import ocdbt
 from linen_nnx.disk.carry import carry
 from linen_nnx.disk.layouts import lay_out
 from linen_nnx.disk.rekey import Job, choose, kept
@@ -25,6 +25,7 @@ REPORT, RULES = "report.json", "rules.yaml"
 # Measured: Python, and what each leaf takes; tensorstore, and the batch being committed.
 _BASE_MEMORY, _LEAF_MEMORY, _STREAM_MEMORY = 22 << 20, 5 << 10, 68 << 20
 _COPIES = 5  # of a streamed change: sources, targets, and both encoded and on their way
+_JAX_MEMORY = 132 << 20  # what reading msgpack with flax imports
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,12 @@ class Conversion:
     @property
     def peak_memory(self) -> int:
         """An estimate, in bytes."""
-        streamed = [job.nbytes for job in self.jobs if job.engine == "stream"]
-        more = _STREAM_MEMORY + _COPIES * max(streamed) if streamed else 0
+        largest = max((job.nbytes for job in self.jobs if job.engine == "stream"), default=0)
+        more = _STREAM_MEMORY + _COPIES * largest if largest else 0
+        if self.source.kind == "file":  # held whole, and twice while it is taken apart
+            size = self.source.folder.stat().st_size
+            more = max(2 * size + largest, size + more - 2 * largest)
+            more += _JAX_MEMORY * (self.source.folder.suffix == ".msgpack")
         return _BASE_MEMORY + _LEAF_MEMORY * len(self.jobs) + more
 
     @cached_property
@@ -83,26 +88,17 @@ class Conversion:
         state = xxhash.xxh3_128()
         paths = [self.source.folder] if not self.source.items else []
         for item in self.source.items:
-            paths += [
-                item.path / "_METADATA",
-                item.path / "_sharding",
-                item.path / "manifest.ocdbt",
-            ]
+            paths += [item.path / name for name in ("_METADATA", "_sharding", ocdbt.MANIFEST)]
             paths += [] if item.ocdbt else sorted(p for p in item.path.rglob("*") if p.is_file())
         for path in filter(Path.is_file, paths):
             # The names of data files are random, and a manifest leads to all that it needs.
             small = path.name.startswith(("_", "manifest"))
             state.update(path.read_bytes() if small else _stamp(path))
         jobs = [
-            (
-                [(leaf.item, leaf.stored) for leaf in sources],
-                [leaf.form for leaf in targets],
-                actions,
-            )
-            for (sources, _, actions, _), _, targets, _ in self.jobs
+            ([(leaf.item, leaf.stored) for leaf in old], [leaf.form for leaf in new], actions)
+            for (old, _, actions, _), _, new, _ in self.jobs
         ]
-        state.update(str(jobs).encode())
-        state.update(f"{self.to} {self.source.kind}".encode())
+        state.update(f"{jobs}{self.to} {self.source.kind}".encode())
         return state.hexdigest()
 
     def summary(self) -> dict[str, Any]:
@@ -184,9 +180,9 @@ def plan_conversion(
         form = Form(side)
     state = read_state(source.leaves, form, book)
     notes = []
-    if (model_only or source.kind == "file") and state.rest:
-        notes.append(f"files hold the model alone: {len(state.rest)} other leaves are left out")
     if model_only or source.kind == "file":
+        if state.rest:
+            notes.append(f"files hold the model alone: {len(state.rest)} other leaves are left out")
         state = State(state.form, f"{state.layout} (the model alone)", state.model)
     wanted = None if like is None else read_state(find(like).leaves, target, book)
     moves = carry(state, target, book, wanted, reset_optimizer)
@@ -195,45 +191,31 @@ def plan_conversion(
     optimizer = any(place.in_optimizer for move in moves for place in move.targets)
     if target.flat and not state.form.flat and optimizer and not (wanted or origin):
         notes.append(
-            "nnx form does not tell the empty states of an optimizer chain: a restore into a "
-            "TrainState needs them, and takes them from a checkpoint of it (--like CKPT)"
+            "nnx form lacks the empty states of an optimizer chain, which a restore into a "
+            "TrainState needs: save a fresh TrainState of the same model and optimizer with "
+            "Orbax, and convert again with --like and its path"
         )
     items = source.items
     zarr3 = bool(items) and items[0].zarr3
     jobs = tuple(choose(change, zarr3, readable_only=not items) for change in changes)
-    return Conversion(
-        source=source,
-        state=state,
-        to=target,
-        book=book,
-        jobs=jobs,
-        target=to,
-        reset_optimizer=reset_optimizer,
-        notes=tuple(notes),
-    )
+    return Conversion(source, state, target, book, jobs, to, reset_optimizer, tuple(notes))
 
 
 def _forms(source: Source, to: str) -> tuple[Form | None, Form]:
     """The source's form, if it is known, and the target's."""
-    stock: Mapping[str, Form] = {"linen": Form("linen"), "nnx": Form("nnx")}
-    if source.run is None:
-        if to in stock:
-            return None, stock[to]
-        known = ", ".join(stock)
+    form, known = None, {"linen": Form("linen"), "nnx": Form("nnx")}
+    if source.run is not None:
+        stage = source.run["stage"]
+        if stage not in STAGES:
+            raise RuleError("unknown stage", [f"the run is at stage `{stage}`"])
+        form = Form("linen", stage)
+        stages = {name: Form("linen", name) for name in STAGES}
+        known = stages if source.kind == "run" else stages | known
+    if to not in known:
         hint = "; stages are for this template's own runs" if to in STAGES else ""
-        raise RuleError(
-            f"unknown target `{to}`", [f"known: {known}{hint}{did_you_mean(to, stock)}"]
-        )
-    form = Form("linen", source.run["stage"])
-    if source.run["stage"] not in STAGES:
-        raise RuleError("unknown stage", [f"the run is at stage `{source.run['stage']}`"])
-    if to in stock and source.kind != "run":
-        return form, stock[to]
-    if to not in STAGES:
-        raise RuleError(
-            f"unknown target `{to}`", [f"known: {', '.join(STAGES)}{did_you_mean(to, STAGES)}"]
-        )
-    return form, Form("linen", to)
+        text = f"known: {', '.join(known)}{hint}{did_you_mean(to, known)}"
+        raise RuleError(f"unknown target `{to}`", [text])
+    return form, known[to]
 
 
 def _rule_book(source: Source, rules: str | Path | RuleBook | None) -> RuleBook:

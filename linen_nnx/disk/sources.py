@@ -75,21 +75,14 @@ class Source:
         return FileReader(self.folder)
 
     def __str__(self) -> str:
-        names = {
-            "run": "run directory",
-            "root": "CheckpointManager root",
-            "step": "step",
+        item = "item " + " + ".join(path.name for path in self.paths)
+        return {
+            "run": f"run directory, {self.folder.parent.name}/{self.folder.name}, {item}",
+            "root": f"CheckpointManager root, step {self.folder.name}, {item}",
+            "step": f"step, {item}",
             "item": "Orbax item",
             "file": f"{self.folder.suffix[1:]} file",
-        }
-        parts = [names[self.kind]]
-        if self.kind == "run":
-            parts.append(f"{self.folder.parent.name}/{self.folder.name}")
-        if self.kind == "root":
-            parts.append(f"step {self.folder.name}")
-        if self.kind not in ("item", "file"):
-            parts.append("item " + " + ".join(path.name for path in self.paths))
-        return ", ".join(parts)
+        }[self.kind]
 
 
 def find(
@@ -111,12 +104,10 @@ def find(
         raise StoreError(f"{path} is a save that was never finished")
     if is_item(path):
         return Source(path, "item", path, (path,))
-    items = _pytrees(path)
-    if items and not all(_STEP.fullmatch(child.name) for child in items):
+    if not all(_STEP.fullmatch(child.name) for child in _pytrees(path)):
         return _step(path, "step", path, item)
     if (path / "checkpoints").is_dir():
-        folder = _latest(path / part, step)
-        return _step(path, "run", folder, item)
+        return _step(path, "run", _latest(path / part, step), item)
     return _step(path, "root", _latest(path, step), item)
 
 
@@ -124,7 +115,7 @@ def parts(path: Path) -> list[str]:
     """The folders of a run directory that hold checkpoints; of other paths, the default alone."""
     best = path / "best"
     more = (path / "checkpoints").is_dir() and best.is_dir() and any(map(_pytrees, _folders(best)))
-    return ["checkpoints", *(["best"] if more else [])]
+    return ["checkpoints", "best"] if more else ["checkpoints"]
 
 
 def _folders(path: Path) -> list[Path]:
@@ -138,9 +129,10 @@ def _pytrees(folder: Path) -> list[Path]:
 
 def _latest(root: Path, wanted: int | None) -> Path:
     steps = {
-        int(match[1]): child for child in _folders(root) if (match := _STEP.fullmatch(child.name))
+        int(match[1]): child
+        for child in _folders(root)
+        if (match := _STEP.fullmatch(child.name)) and (is_item(child) or _pytrees(child))
     }
-    steps = {n: child for n, child in steps.items() if is_item(child) or _pytrees(child)}
     if wanted is None and steps:
         return steps[max(steps)]
     if wanted in steps:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from linen_nnx.book.ops import Side
-from linen_nnx.book.plan import Planner, RuleError
+from linen_nnx.book.plan import RuleError
 from linen_nnx.book.rules import RuleBook
 from linen_nnx.disk.store import DICT, Key, Leaf
 
@@ -70,11 +70,8 @@ class State:
 
 def read_state(leaves: Sequence[Leaf], form: Form, book: RuleBook) -> State:
     """Sorts a tree. Raises `RuleError` if it does not say clearly where the model is."""
-    planner = Planner(book.rules)
-    tree = _without_boxes(leaves, lambda path: bool(planner.owners(form.side, path)))
-    if form.stage or form.side == "linen":
-        return _read_flat(tree, form, planner)
-    return _read_nnx(tree, planner)
+    tree = _without_boxes(leaves, lambda path: bool(book.hits(form.side, path)))
+    return _read_flat(tree, form, book) if form.flat else _read_nnx(tree, book)
 
 
 def guess_side(leaves: Sequence[Leaf], book: RuleBook) -> Side:
@@ -85,9 +82,9 @@ def guess_side(leaves: Sequence[Leaf], book: RuleBook) -> Side:
     """
     if any("params" in leaf.path.split("/")[:3] for leaf in leaves):
         return "linen"
-    planner = Planner(book.rules)
-    bare = sum(bool(planner.owners("linen", f"params/{leaf.path}")) for leaf in leaves)
-    pure = sum(bool(planner.owners("nnx", leaf.path)) for leaf in leaves)
+    hits = book.hits
+    bare = sum(bool(hits("linen", f"params/{leaf.path}")) for leaf in leaves)
+    pure = sum(bool(hits("nnx", leaf.path)) for leaf in leaves)
     boxed = any(leaf.keys[-1] == ("value", DICT) for leaf in leaves)
     return "linen" if bare > pure and not boxed else "nnx"
 
@@ -119,7 +116,7 @@ def _without_boxes(
     return tree
 
 
-def _read_flat(tree: list[tuple[Names, Leaf]], form: Form, planner: Planner) -> State:
+def _read_flat(tree: list[tuple[Names, Leaf]], form: Form, book: RuleBook) -> State:
     """Linen trees and this template's own: collections by name, at the node that has `params`."""
     heads = {names[: names.index("params")] for names, _ in tree if "params" in names}
     if not heads:
@@ -136,24 +133,24 @@ def _read_flat(tree: list[tuple[Names, Leaf]], form: Form, planner: Planner) -> 
     base, layout = head, "variables"
     if any(names[: depth + 2] == (*head, "params", "params") for names, _ in tree):
         base, layout = (*head, "params"), "variables below `params`"
-    collections = {"params"} | {p.text.split("/")[0] for r in planner.rules for p in r.linen}
-    state = State(form, "")
+    collections = {"params"} | {p.text.split("/")[0] for r in book.rules for p in r.linen}
+    model, rest = {}, {}
     for names, leaf in tree:
         if names[: len(base)] == base and names[len(base)] in collections:
-            state.model[Id(names[len(base)], "/".join(names[len(base) + 1 :]))] = leaf
+            model[Id(names[len(base)], "/".join(names[len(base) + 1 :]))] = leaf
         elif names[:depth] == head:
-            state.rest["/".join(names[depth:])] = leaf
+            rest["/".join(names[depth:])] = leaf
         else:
-            state.rest["../" + "/".join(names)] = leaf
-    if any(path.split("/")[0] == OPTIMIZER for path in state.rest):
-        layout = "TrainState" if layout == "variables" else f"TrainState, {layout}"
+            rest["../" + "/".join(names)] = leaf
     if form.stage:
         layout = f"a run of this template at stage {form.stage}"
+    elif any(path.split("/")[0] == OPTIMIZER for path in rest):
+        layout = "TrainState" if layout == "variables" else f"TrainState, {layout}"
     where = f" in `{'/'.join(head)}`" if head else ""
-    return State(form, layout + where, state.model, state.rest)
+    return State(form, layout + where, model, rest)
 
 
-def _read_nnx(tree: list[tuple[Names, Leaf]], planner: Planner) -> State:
+def _read_nnx(tree: list[tuple[Names, Leaf]], book: RuleBook) -> State:
     """`nnx.State` trees: the optimizer is the node with `opt_state`, the model what rules match."""
     owners = {names[: names.index(OPTIMIZER)] for names, _ in tree if OPTIMIZER in names}
     if not owners and any(names == ("optimizer", "step") for names, _ in tree):
@@ -176,9 +173,8 @@ def _read_nnx(tree: list[tuple[Names, Leaf]], planner: Planner) -> State:
     counts = {(): 0} | {names[:1]: 0 for names, _ in model if len(names) > 1}
     for names, _ in model:
         for head in ((), names[:1]):
-            counts[head] = counts.get(head, 0) + bool(
-                planner.owners("nnx", "/".join(names[len(head) :]))
-            )
+            known = bool(book.hits("nnx", "/".join(names[len(head) :])))
+            counts[head] = counts.get(head, 0) + known
     head = max(counts, key=lambda head: (counts[head], head == ("model",), -len(head)))
     boxed = any(leaf.keys[-1].name == "value" for _, leaf in model)
     layout = f"nnx.State{'' if boxed else ' as a pure dict'} of the model"

@@ -179,29 +179,24 @@ def read_item(path: Path, number: int = 0) -> Item:
     try:
         header = json.loads((path / "_METADATA").read_text())
         tree = header.pop("tree_metadata")
-        entries = [
-            (tuple([make_key(str(k["key"]), k["key_type"]) for k in entry["key_metadata"]]), value)
-            for entry in tree.values()
-            for value in [entry["value_metadata"]]
-        ]
-        sharding = _read_sharding(path)
+        entries = []
+        for entry in tree.values():
+            keys = tuple([make_key(str(k["key"]), k["key_type"]) for k in entry["key_metadata"]])
+            entries.append((".".join([key[0] for key in keys]), keys, entry["value_metadata"]))
+        shardings = _read_json(path / "_sharding").items()
+        sharding = {base64.b64decode(name).decode(): text for name, text in shardings}
         arrays = _read_array_metadatas(path)
         strings = _read_json(path / "_strings.json")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         missing = isinstance(error, KeyError)  # whose text is the key alone
         what = f"its side files lack {error}: damaged, or not by Orbax" if missing else str(error)
         raise StoreError(f"{path} cannot be read as an Orbax item: {what}") from None
-    if "use_ocdbt" not in header:
-        header["use_ocdbt"] = (path / "manifest.ocdbt").is_file()
-    if header["use_ocdbt"] and not (path / "manifest.ocdbt").is_file():
+    manifest = (path / ocdbt.MANIFEST).is_file()
+    if header.setdefault("use_ocdbt", manifest) and not manifest:
         raise StoreError(f"{path} has no manifest.ocdbt: the save was cut off, or files were lost")
-    names = [".".join([key[0] for key in keys]) for keys, _ in entries]
-    _refuse_collisions(path, names, entries)
-    held = [
-        name
-        for name, (_, value) in zip(names, entries, strict=True)
-        if value["value_type"] not in (*EMPTY_TYPES, "string")
-    ]
+    _refuse_collisions(path, entries)
+    bare = (*EMPTY_TYPES, "string")
+    held = [name for name, _, value in entries if value["value_type"] not in bare]
     stored = _read_tree(path) if header["use_ocdbt"] else None
     zarr = _read_zarr(path, bool(header.get("use_zarr3")), held, stored)
     leaves = tuple(
@@ -216,7 +211,7 @@ def read_item(path: Path, number: int = 0) -> Item:
             item=number,
             stored=name,
         )
-        for name, (keys, value) in zip(names, entries, strict=True)
+        for name, keys, value in entries
     )
     return Item(path, leaves, header, stored)
 
@@ -229,11 +224,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def _read_sharding(path: Path) -> dict[str, str]:
-    entries = _read_json(path / "_sharding")
-    return {base64.b64decode(name).decode(): text for name, text in entries.items()}
-
-
 def _read_array_metadatas(path: Path) -> dict[str, dict[str, Any]]:
     found = {}
     for file in sorted((path / "array_metadatas").glob("process_*")):
@@ -243,18 +233,19 @@ def _read_array_metadatas(path: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _refuse_collisions(
-    path: Path, names: Sequence[str], entries: Sequence[tuple[tuple[Key, ...], Any]]
-) -> None:
+def _refuse_collisions(path: Path, entries: Sequence[tuple[str, tuple[Key, ...], Any]]) -> None:
     """Orbax saves `{"a.b": x, "a": {"b": y}}` without error, and keeps one of the two."""
-    problems = []
-    if len(set(names)) < len(names):
-        counts = Counter(names).items()
-        problems = [f"`{name}` names {n} leaves in the store" for name, n in counts if n > 1]
-    keys = {key.name for entry, _ in entries for key in entry}
+    names = [name for name, _, _ in entries]
+    problems = [f"`{name}` names {n} leaves in the store" for name, n in repeated(names)]
+    keys = {key.name for _, keys, _ in entries for key in keys}
     problems += [f"key `{key}` holds a `/`" for key in sorted(keys) if "/" in key]
     if problems:
         raise StoreError(f"{path} is ambiguous: {'; '.join(problems)}")
+
+
+def repeated(names: Sequence[str]) -> list[tuple[str, int]]:
+    """The names that occur more than once, and how often."""
+    return [(name, n) for name, n in Counter(names).items() if n > 1]
 
 
 def _read_tree(path: Path) -> ocdbt.Tree:
@@ -312,7 +303,7 @@ def write_side_files(path: Path, leaves: Sequence[Leaf], header: dict[str, Any])
             "array_metadata": {
                 "param_name": leaf.name,
                 "write_shape": leaf.write_shape,
-                "chunk_shape": chunk_shape(leaf.zarr),
+                "chunk_shape": chunk_shapes(leaf.zarr)[-1],
                 "ext_metadata": leaf.extension,
             }
         }
@@ -331,14 +322,17 @@ def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content))
 
 
-def chunk_shape(metadata: dict[str, Any]) -> list[int]:
-    """The shape of the stored chunks (of a zarr3 shard, its inner chunks)."""
+def chunk_shapes(metadata: dict[str, Any]) -> list[list[int]]:
+    """The shape of the stored chunks and, of a zarr3 shard, of the chunks in it."""
     if metadata["zarr_format"] == 2:
-        return list(metadata["chunks"])
-    for codec in metadata["codecs"]:
-        if codec["name"] == "sharding_indexed":
-            return list(codec["configuration"]["chunk_shape"])
-    return list(metadata["chunk_grid"]["configuration"]["chunk_shape"])
+        return [list(metadata["chunks"])]
+    return [list(part["chunk_shape"]) for part in chunked_parts(metadata)]
+
+
+def chunked_parts(metadata: dict[str, Any]) -> list[dict[str, Any]]:
+    """What in zarr3 metadata has a `chunk_shape`, the whole array first."""
+    shards = [codec for codec in metadata["codecs"] if codec["name"] == "sharding_indexed"]
+    return [part["configuration"] for part in (metadata["chunk_grid"], *shards)]
 
 
 def common_sharding(leaves: Sequence[Leaf]) -> str | None:

@@ -17,8 +17,11 @@ from linen_nnx.disk.sources import Reader
 from linen_nnx.disk.store import Item, Leaf
 
 # As Orbax configures its stores: values up to 1 KB lie in the tree, which is one node.
-_CONFIG = {"compression": {"id": "zstd"}, "max_decoded_node_bytes": 100_000_000}
-_CONFIG["max_inline_value_bytes"] = 1024
+_CONFIG = {
+    "compression": {"id": "zstd"},
+    "max_inline_value_bytes": 1024,
+    "max_decoded_node_bytes": 100_000_000,
+}
 _BATCH = 8 << 20  # bytes in one commit: enough to make the commit's own cost small
 
 Array = np.ndarray[Any, Any]
