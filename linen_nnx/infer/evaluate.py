@@ -12,29 +12,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import Literal
 
-from linen_nnx.infer.equations import called
+from linen_nnx.infer.equations import called, interpret
 
 
 def widen(jaxpr: Any) -> Any:
     """The closed jaxpr with every float in float64, complex in complex128; evaluate it with x64."""
     with jax.enable_x64(True):
-        specs = [_wide_spec(aval) for aval in jaxpr.in_avals]
-        return jax.make_jaxpr(lambda *args: _evaluate(jaxpr.jaxpr, jaxpr.consts, args))(*specs)
+        specs = [jax.ShapeDtypeStruct(a.shape, _wide_dtype(a.dtype)) for a in jaxpr.in_avals]
+        return jax.make_jaxpr(lambda *args: _evaluate(jaxpr, args))(*specs)
 
 
-def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[jax.Array]:
-    known = dict(zip(jaxpr.constvars, map(wide, consts), strict=True))
-    known.update(zip(jaxpr.invars, map(wide, args), strict=True))
-
-    def read(atom: Any) -> Any:
-        return wide(atom.val) if isinstance(atom, Literal) else known[atom]
-
-    for eqn in jaxpr.eqns:
-        outs = equation(eqn, [read(atom) for atom in eqn.invars])
-        known.update(zip(eqn.outvars, outs, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
+def _evaluate(jaxpr: Any, args: Sequence[Any]) -> list[Any]:
+    return interpret(jaxpr, map(wide, args), wide, lambda _, eqn, given: equation(eqn, given))
 
 
 def equation(eqn: Any, args: list[Any]) -> Sequence[Any]:
@@ -52,7 +42,7 @@ def equation(eqn: Any, args: list[Any]) -> Sequence[Any]:
         branches = [_function(branch, []) for branch in params["branches"]]
         return lax.switch(args[0], branches, *args[1:])
     if (inner := called(eqn)) is not None:
-        return _function(inner, [])(*args)
+        return _evaluate(inner, args)
     if name == "reduce_precision":
         return args
     if name == "bitcast_convert_type":  # the bits of the original dtype are what counts
@@ -79,12 +69,7 @@ def _scan(params: Any, args: list[Any]) -> Sequence[Any]:
 
 
 def _function(jaxpr: Any, fixed: Sequence[Any]) -> Callable[..., list[Any]]:
-    consts = getattr(jaxpr, "consts", ())
-    return lambda *args: _evaluate(getattr(jaxpr, "jaxpr", jaxpr), consts, [*fixed, *args])
-
-
-def _wide_spec(aval: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(aval.shape, _wide_dtype(aval.dtype))
+    return lambda *args: _evaluate(jaxpr, [*fixed, *args])
 
 
 def wide(value: Any) -> Any:

@@ -8,13 +8,14 @@ constant: what remains is still comparable.
 """
 
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.dtypes import float0
 from jax.extend.core import jaxpr_as_fun
 
 from linen_nnx.infer.sides import Form, Side
@@ -148,30 +149,41 @@ def run(side: Side, inputs: Sequence[Any], values: Array, gradient: bool) -> Run
       values: (elements,) float64, the leaves one after the other.
       gradient: whether to compute that of a fixed random projection of the outputs.
     """
-    trace, function = side.trace, jaxpr_as_fun(side.wide)
-    count = len(side.wide.out_avals) - len(trace.updates)
-
-    def project(leaves: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
-        typed = zip(leaves, side.wide.in_avals, strict=False)
-        outs = function(*(leaf.astype(aval.dtype) for leaf, aval in typed), *inputs)
-        total = jnp.zeros(())
-        for number, out in enumerate(outs[:count]):
-            if jnp.issubdtype(out.dtype, jnp.floating):
-                total += (out * normal(out.shape, number)).sum()
-        return total, outs
-
+    trace, function = side.trace, jaxpr_as_fun(side.trace.wide)
     with jax.enable_x64(True):
-        leaves = [jnp.asarray(values[side.elements(path)]) for path in side.paths]
+        kinds = [aval.dtype for aval in trace.wide.in_avals]
+        numbers = zip(trace.numbers.values(), kinds, strict=False)
+        leaves = [jnp.asarray(values[each], kind) for each, kind in numbers]
         if gradient:
-            slopes, outs = jax.grad(project, has_aux=True)(leaves)
+            outs, slopes = pulled(function, leaves, inputs, trace.count)
             flat = np.concatenate([np.ravel(slope) for slope in slopes])
         else:
-            outs, flat = project(leaves)[1], None
+            outs, flat = function(*leaves, *inputs), None
         outs = [np.asarray(out) for out in outs]
     old = dict(zip(side.paths, leaves, strict=True))
-    new = zip(trace.updates, outs[count:], strict=True)
+    new = zip(trace.updates, outs[trace.count :], strict=True)
     updates = {path: value for path, value in new if not np.array_equal(value, old[path])}
-    return Run(outs[:count], updates, flat)
+    return Run(outs[: trace.count], updates, flat)
+
+
+def pulled(
+    function: Callable[..., list[Any]], leaves: Sequence[Any], inputs: Sequence[Any], count: int
+) -> tuple[list[Any], list[Any]]:
+    """What a function gives, and the gradient of a random projection of its first `count` outputs.
+
+    The gradient is by every leaf, 0 by those that are no floats.
+    """
+    outs, pull = jax.vjp(lambda *leaves: function(*leaves, *inputs), *leaves)
+    weights = []
+    for number, out in enumerate(outs):
+        weight = normal(out.shape, number) if number < count else np.zeros(out.shape)
+        is_float = jnp.issubdtype(out.dtype, jnp.floating)
+        weights.append(weight.astype(out.dtype) if is_float else np.zeros(out.shape, float0))
+    slopes = [
+        jnp.zeros(leaf.shape) if slope.dtype == float0 else slope
+        for leaf, slope in zip(leaves, pull(weights), strict=True)
+    ]
+    return outs, slopes
 
 
 def difference(left: Sequence[Any], right: Sequence[Any]) -> float:
@@ -207,7 +219,7 @@ def _mismatch(linen: Side, nnx: Side, inputs: Sequence[Any], rich: set[Form]) ->
 
 def _values(side: Side, rich: set[Form]) -> Array:
     """(elements,) float64: equal values for slots of equal form, a constant for poor forms."""
-    values = np.full(side.flow.size, 0.5)
+    values = np.full(side.owner.size, 0.5)
     for slot, form in zip(side.flow.slots, side.forms, strict=True):
         poor = form[0] if len(form) == 1 else _POOR
         values[slot.ids] = _pattern(*slot.ids.shape) if form in rich else poor
@@ -255,9 +267,9 @@ def _sizes(side: Side, result: Run) -> Array:
 
 def _updated(side: Side, result: Run) -> Array:
     """(elements,): the new values of the leaves that the call updates, 0 elsewhere."""
-    updated = np.zeros(side.flow.size)
+    updated = np.zeros(side.owner.size)
     for path, value in result.updates.items():
-        updated[side.elements(path)] = value
+        updated[side.trace.numbers[path]] = value
     return updated
 
 

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from linen_nnx.infer.dataflow import Flow, Slot, flow
-from linen_nnx.infer.evaluate import widen
 from linen_nnx.infer.trace import Trace
 
 Array = np.ndarray
@@ -31,11 +30,6 @@ class Side:
     forms: list[Form]
 
     @cached_property
-    def wide(self) -> Any:
-        """The traced function in float64."""
-        return widen(self.trace.jaxpr)
-
-    @cached_property
     def paths(self) -> list[str]:
         """The paths of all leaves."""
         return list(self.trace.leaves)
@@ -43,7 +37,7 @@ class Side:
     @cached_property
     def owner(self) -> Array:
         """(elements,): the number of the leaf that each element belongs to."""
-        sizes = [int(np.prod(leaf.shape)) for leaf in self.trace.leaves.values()]
+        sizes = [numbers.size for numbers in self.trace.numbers.values()]
         return np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
 
     @cached_property
@@ -66,12 +60,6 @@ class Side:
         first, last = int(owners.min()), int(owners.max())
         numbers = [first] if first == last else np.unique(owners)
         return [self.paths[number] for number in numbers]
-
-    def elements(self, path: str) -> Array:
-        """The element numbers of a leaf, in its shape."""
-        shape = self.trace.leaves[path].shape
-        start = self.flow.starts[path]
-        return np.arange(start, start + int(np.prod(shape))).reshape(shape)
 
 
 def sides(linen: Trace, nnx: Trace, alone: Mapping[str, float]) -> tuple[Side, Side]:
@@ -181,7 +169,7 @@ def _axes(side: Side, slot: Slot) -> list[list[Array]]:
     path, *others = side.leaves_of(slot.ids)
     shape = side.trace.leaves[path].shape
     for axis, count in enumerate(shape if not others else ()):
-        places = np.unravel_index(slot.ids - side.flow.starts[path], shape)[axis]
+        places = np.unravel_index(slot.ids - side.trace.numbers[path].flat[0], shape)[axis]
         if (places == places[:, :1]).all():
             parts = [slot.ids[places[:, 0] == k] for k in range(count)]
         elif (places == places[:1]).all():

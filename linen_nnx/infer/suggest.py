@@ -66,7 +66,7 @@ def suggest(twin: Twin) -> RuleBook:
 def _items(both: Both, found: Assignment, why: dict[Leaf, str]) -> list[Item]:
     """A rule for each group of leaves that share elements; where there is none, `why` says so."""
     linen, nnx = both
-    numbers = np.full(nnx.flow.size, -1)
+    numbers = np.full(nnx.owner.size, -1)
     root: dict[Leaf, Leaf] = {}
 
     def top(leaf: Leaf) -> Leaf:
@@ -91,8 +91,8 @@ def _items(both: Both, found: Assignment, why: dict[Leaf, str]) -> list[Item]:
     for group, evidence in pairs.items():  # by first use
         leaves = members[group]
         arrays = Group(
-            {path: linen.elements(path) for side, path in leaves if side == 0},
-            {path: numbers[nnx.elements(path)] for side, path in leaves if side == 1},
+            {path: linen.trace.numbers[path] for side, path in leaves if side == 0},
+            {path: numbers[nnx.trace.numbers[path]] for side, path in leaves if side == 1},
         )
         reason = _refusal(both, leaves, found, why)
         rule = None if reason else rule_for(arrays)
@@ -126,9 +126,9 @@ def _contradiction(both: Both, items: list[Item], prints: Prints) -> str | None:
     book = RuleBook([item.rule for item in items])
     translated = {path for item in items for path in item.linen}
     values = [distinct(linen, prints.values[0], translated), prints.values[1].copy()]
-    before = {path: values[0][linen.elements(path)] for path in linen.paths}
+    before = {path: values[0][numbers] for path, numbers in linen.trace.numbers.items()}
     for path, array in book.to_nnx(before, partial=True).items():
-        values[1][nnx.elements(path)] = array
+        values[1][nnx.trace.numbers[path]] = array
     one = run(linen, prints.inputs, values[0], gradient=False)
     two = run(nnx, prints.inputs, values[1], gradient=False)
     after = book.to_nnx({**before, **one.updates}, partial=True)

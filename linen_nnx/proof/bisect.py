@@ -20,7 +20,7 @@ from linen_nnx.infer.fingerprints import lively
 from linen_nnx.infer.suggest import suggest
 from linen_nnx.infer.trace import trace_linen, trace_nnx
 from linen_nnx.infer.twin import Twin
-from linen_nnx.proof.compare import Error, Value, Verdict, aligned, judge
+from linen_nnx.proof.compare import Error, Value, Verdict, aligned, judge, spec
 from linen_nnx.proof.half import Half, module_of
 from linen_nnx.proof.lint import lint, watch
 from linen_nnx.proof.mates import gather, mates, side_of, weights
@@ -119,7 +119,7 @@ class _Point:
 class _Comparison:
     def __init__(self, both: tuple[Half, Half], mate: Array) -> None:
         self.both, self.mate = both, mate
-        self.numbers = np.arange(both[0].flow.size), mate
+        self.numbers = np.arange(both[0].side.owner.size), mate
         self.points = sorted(self._points(), key=lambda point: (point.linen, point.nnx))
         self.known = [point for point in self.points if point.values]
         self.feeds = dict(zip(self.known, self._feeds(), strict=True))
@@ -218,7 +218,7 @@ class _Comparison:
         last = [point.error for point in self.known if point not in inner and point.error]
         before = max(last, key=_amount, default=None)
         for path in two.side.paths:
-            ids = self.mate[two.side.elements(path)]
+            ids = self.mate[two.side.trace.numbers[path]]
             if (ids < 0).any():
                 continue
             sources = one.side.leaves_of(ids)
@@ -283,5 +283,5 @@ def _amount(error: Error | None) -> float:
 
 
 def _shape(values: tuple[Value, Value]) -> str:
-    texts = [f"{value.own.dtype}[{','.join(map(str, value.own.shape))}]" for value in values]
+    texts = [spec(value.own) for value in values]
     return texts[0] if texts[0] == texts[1] else " / ".join(texts)

@@ -24,13 +24,12 @@ class Half:
         runs = [record(jaxpr, args, sites, mode) for mode in get_args(Mode)]
         self.records = [records for _, records in runs]
         outs = [out for out, _ in runs]
-        count = len(outs[0]) - len(side.trace.updates)
         values = list(map(Value.of, *outs))
-        self.outs = values[:count]
+        self.outs = values[: side.trace.count]
         compiled = jax.jit(jaxpr_as_fun(jaxpr))(*args)
-        self.compiled = list(map(Value.of, compiled, *outs[1:]))[:count]
+        self.compiled = list(map(Value.of, compiled, *outs[1:]))[: side.trace.count]
         old = {path: Value.of(a, a, a) for path, a in zip(side.paths, args, strict=False)}
-        new = dict(zip(side.trace.updates, values[count:], strict=True))
+        new = dict(zip(side.trace.updates, values[side.trace.count :], strict=True))
         self.updated = {
             p for p, value in new.items() if value.own.tobytes() != old[p].own.tobytes()
         }

@@ -15,6 +15,7 @@ from linen_nnx.infer.dataflow import flow
 from linen_nnx.infer.fingerprints import distinct
 from linen_nnx.infer.sides import Side, in_order
 from linen_nnx.infer.trace import Trace
+from linen_nnx.proof.compare import spec
 
 Array = np.ndarray
 Leaves = dict[str, Any]
@@ -37,10 +38,10 @@ def mates(linen: Side, nnx: Side, book: RuleBook) -> tuple[Array, list[str]]:
     """
     rules = [rule for rule in book.rules if rule.linen and rule.nnx and rule.lossless]
     plan = RuleBook(rules).plan(linen.trace.leaves, "nnx", nnx.trace.leaves, partial=True)
-    mate = np.full(nnx.flow.size, -1)
-    for path, numbers in plan.run({path: linen.elements(path) for path in linen.paths}).items():
-        mate[nnx.elements(path)] = numbers
-    taken = np.zeros(linen.flow.size, bool)
+    mate = np.full(nnx.owner.size, -1)
+    for path, numbers in plan.run(linen.trace.numbers).items():
+        mate[nnx.trace.numbers[path]] = numbers
+    taken = np.zeros(linen.owner.size, bool)
     taken[mate[mate >= 0]] = True
     left = [k for k, slot in enumerate(linen.flow.slots) if not taken[slot.ids].any()]
     right = [k for k, slot in enumerate(nnx.flow.slots) if (mate[slot.ids] < 0).all()]
@@ -53,7 +54,7 @@ def mates(linen: Side, nnx: Side, book: RuleBook) -> tuple[Array, list[str]]:
     if guessed:
         notes.append(f"{len(guessed)} uses have no rule and were paired by order: {_few(guessed)}")
     taken[mate[mate >= 0]] = True
-    if alone := [path for path in linen.paths if not taken[linen.elements(path)].any()]:
+    if alone := [path for path in linen.paths if not taken[linen.trace.numbers[path]].any()]:
         notes.append(f"Linen leaves without a mate in nnx: {_few(alone)}")
     return mate, notes
 
@@ -75,7 +76,7 @@ def weights(
         found["linen"] = random_leaves(linen)
     if len(found) == 2 and (others := _different(linen, nnx, found["linen"], found["nnx"], mate)):
         notes.append(f"the checkpoints' weights differ, in nnx leaves {_few(others)}")
-    back = np.full(linen.flow.size, -1)
+    back = np.full(linen.owner.size, -1)
     back[mate[mate >= 0]] = np.flatnonzero(mate >= 0)
     if "nnx" not in found:
         found["nnx"] = _carried(linen, nnx, found["linen"], book, "nnx", mate, notes)
@@ -86,17 +87,17 @@ def weights(
 
 def gather(side: Side, leaves: Mapping[str, Any], ids: Array) -> Array:
     """The values of elements, by number."""
-    paths = sorted(side.leaves_of(ids), key=side.flow.starts.__getitem__)
-    numbers = np.concatenate([side.elements(path).ravel() for path in paths])
+    paths = side.leaves_of(ids)
+    numbers = np.concatenate([side.trace.numbers[path].ravel() for path in paths])
     values = np.concatenate([np.asarray(leaves[path]).ravel() for path in paths])
     return values[np.searchsorted(numbers, ids)]
 
 
 def random_leaves(side: Side) -> Leaves:
     """Seeded values, different for every use: positive where a leaf acts element by element."""
-    values = distinct(side, np.full(side.flow.size, 0.5), side.paths)
-    leaves = side.trace.leaves
-    return {path: values[side.elements(path)].astype(leaves[path].dtype) for path in side.paths}
+    values = distinct(side, np.full(side.owner.size, 0.5), side.paths)
+    numbered = side.trace.numbers.items()
+    return {path: values[ids].astype(side.trace.leaves[path].dtype) for path, ids in numbered}
 
 
 def _carried(
@@ -106,7 +107,7 @@ def _carried(
     found = book.plan(one.trace.leaves, to, two.trace.leaves, partial=True).run(leaves)
     alone = []
     for path in [path for path in two.paths if path not in found]:
-        ids = mate[two.elements(path)]
+        ids = mate[two.trace.numbers[path]]
         found[path] = random_leaves(two)[path]
         if (ids >= 0).any():
             found[path][ids >= 0] = gather(one, leaves, ids[ids >= 0])
@@ -119,7 +120,7 @@ def _carried(
 
 def _different(linen: Side, nnx: Side, ours: Leaves, theirs: Leaves, mate: Array) -> list[str]:
     """The nnx leaves whose bits are not those of their mates."""
-    mates_of = {path: mate[nnx.elements(path)] for path in nnx.paths}
+    mates_of = {path: mate[nnx.trace.numbers[path]] for path in nnx.paths}
     return [
         path
         for path, ids in mates_of.items()
@@ -137,11 +138,8 @@ def _checked(side: Side, leaves: Leaves, name: str) -> Leaves:
         there = leaves.get(path)
         if there is None:
             problems.append(f"`{path}` is not in it")
-        elif (there.shape, there.dtype) != (leaf.shape, leaf.dtype):
-            problems.append(
-                f"`{path}` is {there.dtype}{list(there.shape)}, the twin's {leaf.dtype}"
-                f"{list(leaf.shape)}"
-            )
+        elif spec(there) != spec(leaf):
+            problems.append(f"`{path}` is {spec(there)}, the twin's {spec(leaf)}")
     if problems:
         raise RuleError(f"the {name} checkpoint does not fit the twin", problems)
     return leaves

@@ -27,6 +27,7 @@ from linen_nnx.infer.fingerprints import lively
 from linen_nnx.infer.suggest import suggest
 from linen_nnx.infer.trace import trace_linen
 from linen_nnx.infer.twin import Twin, TwinError
+from linen_nnx.proof.compare import difference, epsilon, same, spec
 from linen_nnx.proof.subject import Arrays, Subject
 from linen_nnx.proof.verify import Check
 
@@ -202,8 +203,8 @@ class _Pair:
 def _control(old: Arrays, carried: Arrays, fresh: Arrays) -> Check:
     """Whether the step before says anything of the optimizer's state."""
     name = "a step from a fresh optimizer, which must differ"
-    still = all(_same(old[key], carried[key]) for key in carried if isinstance(key, Id))
-    other = [key for key in carried if key not in fresh or not _same(carried[key], fresh[key])]
+    still = all(same(old[key], carried[key]) for key in carried if isinstance(key, Id))
+    other = [key for key in carried if key not in fresh or not same(carried[key], fresh[key])]
     if any(isinstance(key, Id) for key in other):
         return Check(name, True)
     if still and any(carried[key].ndim for key in other):
@@ -216,10 +217,10 @@ def _fits(subject: Subject, state: State) -> tuple[str, ...]:
     problems = []
     for id, leaf in subject.leaves.items():
         found = state.model.get(id)
-        due = f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
         got = "missing" if found is None or found.zarr is None else str(found.spec)
-        if got != due:
-            problems.append(f"`{_name(id)}` is {got}, the {subject.trace.side} model has {due}")
+        if got != spec(leaf):
+            side = subject.trace.side
+            problems.append(f"`{_name(id)}` is {got}, the {side} model has {spec(leaf)}")
     for id in sorted(state.model.keys() - subject.leaves.keys(), key=_name):
         leaf = state.model[id]
         if leaf.zarr is not None and str(leaf.spec.dtype)[:4] not in ("key<", "uint"):
@@ -289,7 +290,7 @@ def _sight(subject: Subject, state: Arrays, inputs: Sequence[Any]) -> tuple[set[
         left, right = (
             {**outs, **{_name(id): updates[id] for id in updates}} for outs, updates in (one, two)
         )
-        return _gap(left, right, 0.0) > 1e-12
+        return max(_gaps(left, right, 0.0).values()) > 1e-12
 
     try:
         slopes = subject.gradient(state, inputs, wide=True, updates=True)
@@ -309,22 +310,18 @@ def _sight(subject: Subject, state: Arrays, inputs: Sequence[Any]) -> tuple[set[
 def _suspects(twin: Twin, book: RuleBook) -> Check:
     """The rules that the models' own dataflow contradicts."""
     name = "the rule book, against the models' code"
-    leaves = trace_linen(twin).leaves
-    sizes = np.cumsum([0, *(int(np.prod(leaf.shape)) for leaf in leaves.values())])
-    numbers = {
-        path: np.arange(start, start + np.prod(leaf.shape, dtype=int)).reshape(leaf.shape)
-        for (path, leaf), start in zip(leaves.items(), sizes, strict=False)
-    }
+    numbers = trace_linen(twin).numbers
     try:
         known = suggest(twin)
         ours = RuleBook([r for r in book.rules if r.lossless]).to_nnx(numbers, partial=True)
         theirs = known.to_nnx(numbers, partial=True)
     except (TwinError, RuleError) as error:
         return Check(name, None, (str(error),))
-    names = list(leaves)
+    names = [path for path in numbers if numbers[path].size]
+    starts = [numbers[path].flat[0] for path in names]
 
     def origin(array: Array) -> str:
-        found = np.unique(np.searchsorted(sizes, array.ravel(), side="right") - 1)
+        found = np.unique(np.searchsorted(starts, array.ravel(), side="right") - 1)
         return " + ".join(f"`{names[k]}`" for k in found[:4])
 
     wrong = [
@@ -354,22 +351,22 @@ def _judge(
     """
     left, right = both(False)
     problems = [
-        f"{label}: {_shown(left.get(label))} before, {_shown(right.get(label))} after"
+        f"{label}: {spec(left.get(label))} before, {spec(right.get(label))} after"
         for label in {**left, **right}
-        if _shown(left.get(label)) != _shown(right.get(label))
+        if spec(left.get(label)) != spec(right.get(label))
     ]
     problems += [
         f"{label}: not finite {when}"
         for when, arrays in (("before", left), ("after", right))
         for label, array in arrays.items()
-        if not _finite(array)
+        if not np.isfinite(array).all()
     ]
     if problems:
         return Check(name, False, tuple(problems[:_SHOWN]))
-    other = {label for label in left if not _same(left[label], right[label])}
+    other = {label for label in left if not same(left[label], right[label])}
     if not other:
         return Check(name, True, (f"exact: every bit of {len(left)} arrays",))
-    ulps = _ulps(left, right, bound.floor if bound else 0.0)
+    ulps = _gaps(left, right, bound.floor if bound else 0.0, ulps=True)
     worst = sorted(other, key=lambda label: -ulps[label])
     shown = [f"{label} by {ulps[label]:.3g}" for label in worst[:_SHOWN]]
     text = f"{len(other)} of {len(left)} arrays differ (ulps of the largest element): "
@@ -380,7 +377,7 @@ def _judge(
         close, why = ulps[worst[0]] <= _STEP_ULPS, f"{_STEP_ULPS} ulps are rounding here"
     else:
         try:
-            gap = _gap(*both(True), bound.floor)
+            gap = max(_gaps(*both(True), bound.floor).values())
         except Exception as error:  # the user's own model: whatever it raises is the reason
             return Check(name, False, (text, f"not to be compared in float64: {error!r}"))
         close = gap <= bound.relative
@@ -390,48 +387,22 @@ def _judge(
     )
 
 
-def _shown(array: Array | None) -> str:
-    return "missing" if array is None else f"{array.dtype}[{','.join(map(str, array.shape))}]"
+def _gaps(left: Named, right: Named, floor: float, ulps: bool = False) -> dict[str, float]:
+    """The largest difference of each array, relative to its largest element; NaN is infinite.
 
-
-def _finite(array: Array) -> bool:
-    return not jnp.issubdtype(array.dtype, jnp.inexact) or bool(np.isfinite(array).all())
-
-
-def _same(left: Array, right: Array) -> bool:
-    return left.dtype == right.dtype and left.tobytes() == right.tobytes()
-
-
-def _ulps(left: Named, right: Named, floor: float) -> dict[str, float]:
-    """The largest difference of each array, in units in the last place of its largest element."""
-    ulps = {}
-    for label, scale in _scales(left, floor).items():
-        kind = left[label].dtype
-        if jnp.issubdtype(kind, jnp.inexact):
-            unit = float(jnp.finfo(kind).eps) * 2.0 ** math.floor(math.log2(scale))
-            ulps[label] = _distance(left[label], right[label]) / unit
-        else:
-            ulps[label] = np.inf if _distance(left[label], right[label]) else 0.0
-    return ulps
-
-
-def _gap(left: Named, right: Named, floor: float) -> float:
-    """The largest difference, relative to each array's largest element; NaN is infinite."""
-    scales = _scales(left, floor).items()
-    gaps = [_distance(left[label], right[label]) / scale for label, scale in scales]
-    return float(np.nan_to_num(max(gaps), nan=np.inf))
-
-
-def _scales(arrays: Named, floor: float) -> dict[str, float]:
-    """The largest element of each array; at least the share `floor` of that of all."""
-    sizes = {label: float(np.abs(array).max(initial=0)) for label, array in arrays.items()}
+    floor: that element is at least this share of the largest of all arrays; ulps: in units in the
+    last place of that element.
+    """
+    sizes = {label: float(np.abs(array).max(initial=0)) for label, array in left.items()}
     least = max(floor * max(sizes.values(), default=0.0), 1e-30)
-    return {label: max(size, least) for label, size in sizes.items()}
-
-
-def _distance(left: Array, right: Array) -> float:
-    one, two = (np.asarray(array, complex) for array in (left, right))
-    return float(np.abs(one - two).max(initial=0))
+    gaps = {}
+    for label, size in sizes.items():
+        unit = max(size, least)
+        if ulps:
+            unit = epsilon(left[label]) * 2.0 ** math.floor(math.log2(unit))
+        gap = np.nan_to_num(difference(left[label], right[label]).absolute, nan=np.inf)
+        gaps[label] = float(gap / unit if unit else np.inf) if gap else 0.0
+    return gaps
 
 
 def _name(key: Id | str) -> str:

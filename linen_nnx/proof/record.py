@@ -6,19 +6,17 @@ where two models do the same, the bits are the same. It may also be run in float
 
 from collections.abc import Container, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
-from typing import Literal as One
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Literal
 
 from linen_nnx.infer.dataflow import Site
-from linen_nnx.infer.equations import called
+from linen_nnx.infer.equations import called, interpret
 from linen_nnx.infer.evaluate import equation, wide
 
-Mode = One["own", "wide", "nudged"]
+Mode = Literal["own", "wide", "nudged"]
 
 
 class Record(NamedTuple):
@@ -58,24 +56,15 @@ class _Run:
     def jaxpr(
         self, jaxpr: Any, args: Sequence[Any], site: Site, steps: tuple[int, ...]
     ) -> list[Any]:
-        consts, jaxpr = getattr(jaxpr, "consts", ()), getattr(jaxpr, "jaxpr", jaxpr)
-        known = dict(zip(jaxpr.constvars, map(self.constant, consts), strict=True))
-        given = args if self.mode == "own" else map(wide, args)
-        known.update(zip(jaxpr.invars, given, strict=True))
-
-        def read(atom: Any) -> Any:
-            if isinstance(atom, Literal):
-                aval: Any = atom.aval
-                return self.constant(np.asarray(atom.val, aval.dtype))
-            return known[atom]
-
-        for number, eqn in enumerate(jaxpr.eqns):
-            given, here = [read(atom) for atom in eqn.invars], (*site, number)
+        def equation(number: int, eqn: Any, given: list[Any]) -> Sequence[Any]:
+            here = (*site, number)
             outs = self.equation(eqn, given, here, steps)
-            known.update(zip(eqn.outvars, outs, strict=True))
             if here in self.sites and here not in self.found:
                 self.found[here] = Record(list(outs), given, steps)
-        return [read(atom) for atom in jaxpr.outvars]
+            return outs
+
+        given = args if self.mode == "own" else map(wide, args)
+        return interpret(jaxpr, given, self.constant, equation)
 
     def equation(
         self, eqn: Any, args: list[Any], site: Site, steps: tuple[int, ...]
