@@ -104,7 +104,6 @@ def trace_nnx(twin: Twin) -> Trace:
     model = attempt("nnx(rngs) of the twin", _built, twin)
     layers = {joined(path): type(module) for path, module in nnx.iter_modules(model)}
     graphdef, random, variables, bare = nnx.split(model, nnx.RngState, nnx.Variable, ...)
-    fixed = jax.tree.map(_fixed, random)
     structure = jax.tree.structure(variables)
     leaves = {}
     for path, variable in nnx.to_flat_state(variables):
@@ -113,6 +112,7 @@ def trace_nnx(twin: Twin) -> Trace:
         leaves[joined(path)] = Leaf(variable.shape, variable.dtype, collection)
 
     def forward(values: list[jax.Array], *given: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
+        fixed = jax.tree.map(_fixed, random)  # new Variables, which this trace may change
         model = nnx.merge(graphdef, fixed, structure.unflatten(values), bare)
         out = call(model, *rebuild(given))
         state = nnx.to_flat_state(nnx.state(model, nnx.Variable))
@@ -135,6 +135,11 @@ def named(tree: Any) -> dict[str, Any]:
 def joined(path: Iterable[Any]) -> str:
     """A path of names and integers as text."""
     return "/".join(map(str, path))
+
+
+def place(path: Iterable[Any]) -> str:
+    """The path of a module as people read it."""
+    return joined(path) or "(root)"
 
 
 def _trace(

@@ -80,7 +80,8 @@ def difference(one: Array, two: Array) -> Error:
     worst = float(gaps[place])
     near = max(abs(left.reshape(-1)[place]), abs(right.reshape(-1)[place]))
     eps = max(epsilon(one), epsilon(two))
-    ulp = eps * 2.0 ** float(np.floor(np.log2(near))) if 0 < near < np.inf else eps or 1.0
+    exponent = float(np.floor(np.log2(near))) if eps and 0 < near < np.inf else 0.0
+    ulp = (eps or 1.0) * 2.0**exponent
     size = _size(one, two)
     relative = worst / size if worst and size else float(worst > 0)
     return Error(exact, worst / ulp, worst, relative)

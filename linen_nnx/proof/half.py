@@ -10,6 +10,7 @@ import numpy as np
 from jax.extend.core import jaxpr_as_fun
 
 from linen_nnx.infer.sides import Side
+from linen_nnx.infer.trace import place
 from linen_nnx.proof.compare import Value
 from linen_nnx.proof.record import Mode, record
 
@@ -86,6 +87,5 @@ class Half:
 
 
 def module_of(side: Side, leaf: str) -> str:
-    """The path of the module that holds a leaf; "." for the root."""
-    parts = leaf.split("/")[side.trace.side == "linen" : -1]
-    return "/".join(parts) or "."
+    """The path of the module that holds a leaf."""
+    return place(leaf.split("/")[side.trace.side == "linen" : -1])

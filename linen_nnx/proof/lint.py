@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
+from linen_nnx.infer.trace import place
 from linen_nnx.infer.twin import Twin
 
 Settings = dict[str, Any]
@@ -99,17 +100,15 @@ def watch(twin: Twin) -> tuple[Twin, Configs]:
     def linen(*given: Any) -> Any:
         def seen(call_next: Any, args: Any, kwargs: Any, context: Any) -> Any:
             if context.method_name == "__call__":
-                path, given = "/".join(context.module.path), _given(context.module, args, kwargs)
-                configs.note(0, path or ".", context.module, given)
+                module = context.module
+                configs.note(0, place(module.path), module, _given(module, args, kwargs))
             return call_next(*args, **kwargs)
 
         with nn.intercept_methods(seen):
             return call_linen(*given)
 
     def call_of_nnx(model: Any, *inputs: Any) -> Any:
-        modules = {
-            id(m): ("/".join(map(str, path)) or ".", m) for path, m in nnx.iter_modules(model)
-        }
+        modules = {id(m): (place(path), m) for path, m in nnx.iter_modules(model)}
 
         def seen(call: Callable[..., Any]) -> Callable[..., Any]:
             @functools.wraps(call)

@@ -94,7 +94,9 @@ def prove(
       twin: where the two come from, if from one: then a wrong rule is named.
     """
     fits = _fits(before, conversion.state) + _fits(after, result)
-    yield Check("leaves, as the models' code has them", not fits, fits)
+    yield Check(
+        "leaves, as the models' code has them", not fits, fits or _random_state(after, result)
+    )
     if fits:
         return
     pair = _Pair(before, after, _routes(conversion, result))
@@ -112,9 +114,11 @@ def prove(
             noisy if finite else given,
         ),
     )
-    checks = [pair.forward(case) for case in cases]
-    yield from checks
-    if twin is not None and not all(check.passed for check in checks):
+    wrong = False
+    for case in cases:
+        yield (check := pair.forward(case))
+        wrong |= not check.passed
+    if twin is not None and wrong:
         yield _suspects(twin, conversion.book)
     blind, sight = _sight(before, random, cases[1].inputs)
     for case in cases:
@@ -228,6 +232,19 @@ def _fits(subject: Subject, state: State) -> tuple[str, ...]:
                 f"`{_name(id)}` is {leaf.spec}, the {subject.trace.side} model has none"
             )
     return tuple(problems)
+
+
+def _random_state(subject: Subject, state: State) -> tuple[str, ...]:
+    """How to restore a state without the keys that the model holds; nothing, if it has them."""
+    missing = [path for path in subject.trace.random if Id("", path) not in state.model]
+    if not missing:
+        return ()
+    holders = ", ".join(dict.fromkeys(f"`{path.rpartition('/')[0]}`" for path in missing))
+    return (
+        f"the model's random state, {holders}, is not in it: restore into "
+        "`nnx.state(model, nnx.Not(nnx.RngState))`, or build the model without (`rngs=False` of "
+        "nnx.RNN, `rngs=` in the calls of nnx.Dropout)",
+    )
 
 
 def _leaves(state: State) -> dict[Id | str, Leaf]:
