@@ -129,8 +129,8 @@ def _contradiction(both: Both, items: list[Item], prints: Prints) -> str | None:
     before = {path: values[0][numbers] for path, numbers in linen.trace.numbers.items()}
     for path, array in book.to_nnx(before, partial=True).items():
         values[1][nnx.trace.numbers[path]] = array
-    one = run(linen, prints.inputs, values[0], gradient=False)
-    two = run(nnx, prints.inputs, values[1], gradient=False)
+    one = run(linen, prints.inputs, values[0])
+    two = run(nnx, prints.inputs, values[1])
     after = book.to_nnx({**before, **one.updates}, partial=True)
     shared = [path for path in two.updates if path in after]
     gap = difference(

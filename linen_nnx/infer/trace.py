@@ -59,7 +59,7 @@ class Trace:
         """For each leaf the numbers of its elements, counted through all leaves in their order."""
         ends = np.cumsum([0, *(int(np.prod(leaf.shape)) for leaf in self.leaves.values())])
         return {
-            path: np.arange(start, end).reshape(leaf.shape)
+            path: np.arange(start, end, dtype=np.int32).reshape(leaf.shape)
             for (path, leaf), start, end in zip(self.leaves.items(), ends, ends[1:], strict=False)
         }
 

@@ -55,8 +55,12 @@ class Half:
 
     def layer(self, use: int) -> str:
         """The path of the module that holds the leaf of a use, and the steps of scans around it."""
-        path, steps = module_of(self.side, self.leaf[use]), self.steps(use)
+        path, steps = self.module(use), self.steps(use)
         return f"{path}{list(steps)}" if path in self.stepping else path
+
+    def module(self, use: int) -> str:
+        """The path of the module that holds the leaf of a use."""
+        return place(self.leaf[use].split("/")[self.side.trace.side == "linen" : -1])
 
     def steps(self, use: int) -> tuple[int, ...]:
         found = self.records[0].get(self.flow.uses[use].site)
@@ -66,8 +70,8 @@ class Half:
     def stepping(self) -> set[str]:
         """Modules that are used in more than one step of a scan."""
         steps: dict[str, set[tuple[int, ...]]] = {}
-        for use, path in self.leaf.items():
-            steps.setdefault(module_of(self.side, path), set()).add(self.steps(use))
+        for use in self.leaf:
+            steps.setdefault(self.module(use), set()).add(self.steps(use))
         return {path for path, found in steps.items() if len(found) > 1}
 
     def value(self, use: int) -> Value | None:
@@ -84,8 +88,3 @@ class Half:
         at = self.flow.uses[use]
         args = [records[at.site].args for records in self.records]
         return [Value.of(*(each[k] for each in args)) for k in at.inputs]
-
-
-def module_of(side: Side, leaf: str) -> str:
-    """The path of the module that holds a leaf."""
-    return place(leaf.split("/")[side.trace.side == "linen" : -1])

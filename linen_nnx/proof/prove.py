@@ -32,7 +32,6 @@ from linen_nnx.proof.subject import Arrays, Subject
 from linen_nnx.proof.verify import Check
 
 Array = np.ndarray
-Named = dict[str, Array]
 _STEP_ULPS = 16  # of an optimizer's step on equal gradients: sums over leaves in another order
 _BLIND = 1e-10  # of the median gradient
 _SHOWN = 8
@@ -40,7 +39,7 @@ _SHOWN = 8
 
 @dataclass(frozen=True)
 class _Route:
-    """What becomes of some leaves of the source."""
+    """What some leaves of the source become."""
 
     sources: tuple[Id | str, ...]
     targets: tuple[Id | str, ...]
@@ -105,14 +104,10 @@ def prove(
     given = before.trace.inputs
     noisy = [lively(array, seed) for seed, array in enumerate(given)]
     finite = all(np.isfinite(out).all() for out in before.forward(random, noisy)[0].values())
+    inputs = noisy if finite else given
     cases = (
         _Case("the checkpoint's weights", old, new, given),
-        _Case(
-            "randomised weights",
-            random,
-            {**new, **pair.translated(random)},
-            noisy if finite else given,
-        ),
+        _Case("randomised weights", random, {**new, **pair.translated(random)}, inputs),
     )
     wrong = False
     for case in cases:
@@ -120,7 +115,7 @@ def prove(
         wrong |= not check.passed
     if twin is not None and wrong:
         yield _suspects(twin, conversion.book)
-    blind, sight = _sight(before, random, cases[1].inputs)
+    blind, sight = _sight(before, random, inputs)
     for case in cases:
         yield pair.gradients(case, blind)
     yield from pair.optimizer(cases[0])
@@ -139,8 +134,8 @@ class _Pair:
         """What the rules make of some of the source's leaves; `lossless`: only such rules."""
         result: Arrays = {}
         for route in self.routes:
-            known = route.sources and all(key in arrays for key in route.sources)
-            if known and route.targets and (route.lossless or not lossless):
+            known = all(key in arrays for key in route.sources)
+            if known and (route.lossless or not lossless):
                 parts = [arrays[key] for key in route.sources]
                 for action in route.actions:
                     parts = action.run(parts)
@@ -150,25 +145,25 @@ class _Pair:
     def forward(self, case: _Case) -> Check:
         """Compares outputs, and the new values of all that either call updates."""
 
-        def both(wide: bool) -> tuple[Named, Named]:
+        def both(wide: bool) -> tuple[Arrays, Arrays]:
             outputs, updates = self.before.forward(case.left, case.inputs, wide)
             theirs, news = self.after.forward(case.right, case.inputs, wide)
             olds = self.translated({**case.left, **updates})
             touched = {*self.translated(updates), *news} & olds.keys()
-            ours = {**outputs, **{_name(key): olds[key] for key in touched}}
-            return ours, theirs | {_name(key): news.get(key, case.right[key]) for key in touched}
+            ours: Arrays = {**outputs, **{key: olds[key] for key in touched}}
+            return ours, {**theirs, **{key: news.get(key, case.right[key]) for key in touched}}
 
         return _judge(f"forward pass, {case.name}", both, self.before.exact, _FORWARD)
 
     def gradients(self, case: _Case, blind: set[Id]) -> Check:
         """Compares the gradients of all leaves but the blind, which have none but rounding."""
 
-        def both(wide: bool) -> tuple[Named, Named]:
+        def both(wide: bool) -> tuple[Arrays, Arrays]:
             slopes = self.before.gradient(case.left, case.inputs, wide)
             ours = self.translated(slopes, lossless=True)
             theirs: Arrays = {**self.after.gradient(case.right, case.inputs, wide)}
             shared = (ours.keys() & theirs.keys()) - unseen
-            return {_name(k): ours[k] for k in shared}, {_name(k): theirs[k] for k in shared}
+            return {key: ours[key] for key in shared}, {key: theirs[key] for key in shared}
 
         all_blind = (route for route in self.routes if {*route.sources} <= blind)
         unseen = {key for route in all_blind for key in route.targets}
@@ -184,7 +179,8 @@ class _Pair:
         slopes = before.gradient(case.left, case.inputs)
         moved = self.translated(slopes, lossless=True)
         params = [id for id, leaf in after.leaves.items() if leaf.collection == "params"]
-        if not all(_has_optimizer(state) for state in (case.left, case.right)):
+        kept = [{str(key).split("/")[0] for key in state} for state in (case.left, case.right)]
+        if not all(OPTIMIZER in names for names in kept):
             yield Check(name, None, ("there is no optimizer's state on both sides",))
             return
         if not moved.keys() >= {*params}:
@@ -196,10 +192,7 @@ class _Pair:
         except RuleError as error:
             yield Check(name, False, error.problems)
             return
-        both = (
-            {_name(key): array for key, array in self.translated(ours).items()},
-            {_name(key): array for key, array in theirs.items()},
-        )
+        both = self.translated(ours), theirs
         yield _judge(name, lambda wide: both, before.exact)
         yield _control(case.left, ours, fresh)
 
@@ -258,7 +251,7 @@ def _load(state: State, reader: Reader) -> Arrays:
 
 
 def _routes(conversion: Conversion, result: State) -> list[_Route]:
-    """The conversion's jobs, in the keys of the two states."""
+    """The conversion's jobs from leaves to leaves, in the keys of the two states."""
     old, new = (
         {leaf.path: key for key, leaf in _leaves(state).items()}
         for state in (conversion.state, result)
@@ -270,18 +263,16 @@ def _routes(conversion: Conversion, result: State) -> list[_Route]:
             job.change.actions,
         )
         for job in conversion.jobs
-        if all(leaf.path in old for leaf in job.change.sources)
-        and all(leaf.path in new for leaf in job.targets)
+        if job.change.sources
+        and job.targets
+        and old.keys() >= {leaf.path for leaf in job.change.sources}
+        and new.keys() >= {leaf.path for leaf in job.targets}
     ]
-
-
-def _has_optimizer(state: Arrays) -> bool:
-    return any(isinstance(key, str) and key.split("/")[0] == OPTIMIZER for key in state)
 
 
 def _randomised(subject: Subject, state: Arrays, routes: Sequence[_Route]) -> Arrays:
     """The state with other values in all of the model's leaves of floats that have a target."""
-    moved = {key for route in routes if route.targets for key in route.sources}
+    moved = {key for route in routes for key in route.sources}
     result = dict(state)
     for number, (id, leaf) in enumerate(subject.leaves.items()):
         if id not in moved or not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -304,10 +295,7 @@ def _sight(subject: Subject, state: Arrays, inputs: Sequence[Any]) -> tuple[set[
         random = np.random.default_rng(0)
         other = {id: state[id] * random.uniform(0.5, 1.5, state[id].shape) for id in ids}
         one, two = (subject.forward(s, inputs, wide=True) for s in (state, {**state, **other}))
-        left, right = (
-            {**outs, **{_name(id): updates[id] for id in updates}} for outs, updates in (one, two)
-        )
-        return max(_gaps(left, right, 0.0).values()) > 1e-12
+        return max(_gaps({**one[0], **one[1]}, {**two[0], **two[1]}, 0.0).values()) > 1e-12
 
     try:
         slopes = subject.gradient(state, inputs, wide=True, updates=True)
@@ -358,9 +346,12 @@ def _suspects(twin: Twin, book: RuleBook) -> Check:
 
 
 def _judge(
-    name: str, both: Callable[[bool], tuple[Named, Named]], exact: bool, bound: _Bound | None = None
+    name: str,
+    both: Callable[[bool], tuple[Arrays, Arrays]],
+    exact: bool,
+    bound: _Bound | None = None,
 ) -> Check:
-    """Compares named arrays of two sides.
+    """Compares the arrays of two sides.
 
     both: returns the two mappings, in the models' own dtypes or (given True) in float64.
     exact: whether every bit must be equal.
@@ -368,24 +359,24 @@ def _judge(
     """
     left, right = both(False)
     problems = [
-        f"{label}: {spec(left.get(label))} before, {spec(right.get(label))} after"
-        for label in {**left, **right}
-        if spec(left.get(label)) != spec(right.get(label))
+        f"{_name(key)}: {spec(left.get(key))} before, {spec(right.get(key))} after"
+        for key in {**left, **right}
+        if spec(left.get(key)) != spec(right.get(key))
     ]
     problems += [
-        f"{label}: not finite {when}"
+        f"{_name(key)}: not finite {when}"
         for when, arrays in (("before", left), ("after", right))
-        for label, array in arrays.items()
+        for key, array in arrays.items()
         if not np.isfinite(array).all()
     ]
     if problems:
         return Check(name, False, tuple(problems[:_SHOWN]))
-    other = {label for label in left if not same(left[label], right[label])}
+    other = [key for key in left if not same(left[key], right[key])]
     if not other:
         return Check(name, True, (f"exact: every bit of {len(left)} arrays",))
     ulps = _gaps(left, right, bound.floor if bound else 0.0, ulps=True)
-    worst = sorted(other, key=lambda label: -ulps[label])
-    shown = [f"{label} by {ulps[label]:.3g}" for label in worst[:_SHOWN]]
+    worst = sorted(other, key=lambda key: -ulps[key])
+    shown = [f"{_name(key)} by {ulps[key]:.3g}" for key in worst[:_SHOWN]]
     text = f"{len(other)} of {len(left)} arrays differ (ulps of the largest element): "
     text += ", ".join(shown) + (", ..." if len(worst) > _SHOWN else "")
     if exact:
@@ -404,21 +395,21 @@ def _judge(
     )
 
 
-def _gaps(left: Named, right: Named, floor: float, ulps: bool = False) -> dict[str, float]:
+def _gaps(left: Arrays, right: Arrays, floor: float, ulps: bool = False) -> dict[Any, float]:
     """The largest difference of each array, relative to its largest element; NaN is infinite.
 
     floor: that element is at least this share of the largest of all arrays; ulps: in units in the
     last place of that element.
     """
-    sizes = {label: float(np.abs(array).max(initial=0)) for label, array in left.items()}
+    sizes = {key: float(np.abs(array).max(initial=0)) for key, array in left.items()}
     least = max(floor * max(sizes.values(), default=0.0), 1e-30)
     gaps = {}
-    for label, size in sizes.items():
+    for key, size in sizes.items():
         unit = max(size, least)
         if ulps:
-            unit = epsilon(left[label]) * 2.0 ** math.floor(math.log2(unit))
-        gap = np.nan_to_num(difference(left[label], right[label]).absolute, nan=np.inf)
-        gaps[label] = float(gap / unit if unit else np.inf) if gap else 0.0
+            unit = epsilon(left[key]) * 2.0 ** math.floor(math.log2(unit))
+        gap = np.nan_to_num(difference(left[key], right[key]).absolute, nan=np.inf)
+        gaps[key] = float(gap / unit if unit else np.inf) if gap else 0.0
     return gaps
 
 
