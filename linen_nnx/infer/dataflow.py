@@ -403,10 +403,7 @@ def _lanes(tag: _Tag, beside: Sequence[_Tag], numbers: Array) -> Array:
 
 
 def _bits(numbers: Iterable[int]) -> int:
-    mask = 0
-    for number in numbers:
-        mask |= 1 << int(number)
-    return mask
+    return sum({1 << int(number) for number in numbers})
 
 
 def _renamed(mask: int, names: dict[int, int]) -> int:

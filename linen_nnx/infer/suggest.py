@@ -67,29 +67,19 @@ def _items(both: Both, found: Assignment, why: dict[Leaf, str]) -> list[Item]:
     """A rule for each group of leaves that share elements; where there is none, `why` says so."""
     linen, nnx = both
     numbers = np.full(nnx.owner.size, -1)
-    root: dict[Leaf, Leaf] = {}
-
-    def top(leaf: Leaf) -> Leaf:
-        while root.setdefault(leaf, leaf) != leaf:
-            leaf = root[leaf]
-        return leaf
-
+    groups: dict[Leaf, tuple[set[Leaf], list[Pair]]] = {}
     for pair in found.pairs:
         ids = linen.flow.slots[pair.linen].ids, nnx.flow.slots[pair.nnx].ids
         numbers[ids[1].ravel()] = ids[0].ravel()
-        for side in (0, 1):
-            for path in both[side].leaves_of(ids[side]):
-                root[top((side, path))] = top((0, linen.first[pair.linen]))
-    members: dict[Leaf, list[Leaf]] = {}
-    for leaf in sorted(root):
-        members.setdefault(top(leaf), []).append(leaf)
-    pairs: dict[Leaf, list[Pair]] = {}
-    for pair in found.pairs:
-        pairs.setdefault(top((0, linen.first[pair.linen])), []).append(pair)
+        leaves = {(side, path) for side in (0, 1) for path in both[side].leaves_of(ids[side])}
+        joined = {id(group): group for leaf in leaves if (group := groups.get(leaf))}.values()
+        evidence = sorted([pair, *(other for _, pairs in joined for other in pairs)])
+        group = leaves.union(*(others for others, _ in joined)), evidence
+        groups |= dict.fromkeys(sorted(group[0]), group)
 
     items = []
-    for group, evidence in pairs.items():  # by first use
-        leaves = members[group]
+    for group, evidence in {id(each): each for each in groups.values()}.values():  # by first use
+        leaves = sorted(group)
         arrays = Group(
             {path: linen.trace.numbers[path] for side, path in leaves if side == 0},
             {path: numbers[nnx.trace.numbers[path]] for side, path in leaves if side == 1},
@@ -100,9 +90,8 @@ def _items(both: Both, found: Assignment, why: dict[Leaf, str]) -> list[Item]:
             reason = reason or "its elements correspond to the candidates', but no ops say how"
             why |= dict.fromkeys(leaves, reason)
         else:
-            items.append(
-                Item(rule, frozenset(arrays.linen), frozenset(arrays.nnx), tuple(evidence))
-            )
+            matched = frozenset(arrays.linen), frozenset(arrays.nnx)
+            items.append(Item(rule, *matched, tuple(evidence)))
     return items
 
 

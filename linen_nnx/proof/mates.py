@@ -152,17 +152,15 @@ def _saved(path: str | Path, book: RuleBook) -> tuple[Name, Leaves]:
     form = Form(side, source.run["stage"] if source.run else None)
     model = read_state(source.leaves, form, book).model
     arrays = dict(zip(model, source.reader.read(list(model.values())), strict=True))
-    linen = {f"{key.collection}/{key.path}": array for key, array in arrays.items()}
-    if form.stage is None and form.side == "nnx":
-        return "nnx", {key.path: array for key, array in arrays.items()}
-    if form.stage is None or all(form.of(half) == "linen" for half in HALVES):
-        return "linen", linen
-    result: Leaves = {}
+    leaves: dict[Name, Leaves] = {"linen": {}, "nnx": {}}
+    for key, array in arrays.items():
+        kind = form.of(key.path.split("/")[0]) if form.stage else form.side
+        leaves[kind][key.path if kind == "nnx" else f"{key.collection}/{key.path}"] = array
+    if not leaves["nnx"]:
+        return "linen", leaves["linen"]
     for half in HALVES:
-        inside = {key: array for key, array in arrays.items() if key.path.split("/")[0] == half}
-        if form.of(half) == "nnx":
-            result |= {key.path: array for key, array in inside.items()}
-        else:
-            names = {f"{key.collection}/{key.path}": array for key, array in inside.items()}
-            result |= book.within(half).to_nnx(names)
-    return "nnx", result
+        inside = {
+            path: leaves["linen"][path] for path in leaves["linen"] if path.split("/")[1] == half
+        }
+        leaves["nnx"] |= book.within(half).to_nnx(inside) if inside else {}
+    return "nnx", leaves["nnx"]

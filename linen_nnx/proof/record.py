@@ -53,9 +53,7 @@ class _Run:
             return value
         return wide(_nudged(value) if self.mode == "nudged" else value)
 
-    def jaxpr(
-        self, jaxpr: Any, args: Sequence[Any], site: Site, steps: tuple[int, ...]
-    ) -> list[Any]:
+    def jaxpr(self, jaxpr: Any, args: Sequence[Any], site: Site, steps: Site) -> list[Any]:
         def equation(number: int, eqn: Any, given: list[Any]) -> Sequence[Any]:
             here = (*site, number)
             outs = self.equation(eqn, given, here, steps)
@@ -66,9 +64,7 @@ class _Run:
         given = args if self.mode == "own" else map(wide, args)
         return interpret(jaxpr, given, self.constant, equation)
 
-    def equation(
-        self, eqn: Any, args: list[Any], site: Site, steps: tuple[int, ...]
-    ) -> Sequence[Any]:
+    def equation(self, eqn: Any, args: list[Any], site: Site, steps: Site) -> Sequence[Any]:
         match eqn.primitive.name:
             case "scan":
                 return self.scan(eqn.params, args, site, steps)
@@ -84,9 +80,7 @@ class _Run:
         outs = eqn.primitive.bind(*args, **eqn.params)
         return outs if eqn.primitive.multiple_results else [outs]
 
-    def scan(
-        self, params: Any, args: list[Any], site: Site, steps: tuple[int, ...]
-    ) -> Sequence[Any]:
+    def scan(self, params: Any, args: list[Any], site: Site, steps: Site) -> Sequence[Any]:
         fixed = params["num_consts"]
         carried = fixed + params["num_carry"]
         carry, rows = args[fixed:carried], args[carried:]
@@ -99,9 +93,7 @@ class _Run:
         each = zip(*(collected[step] for step in order), strict=True)
         return [*carry, *map(jnp.stack, each)]
 
-    def loop(
-        self, params: Any, args: list[Any], site: Site, steps: tuple[int, ...]
-    ) -> Sequence[Any]:
+    def loop(self, params: Any, args: list[Any], site: Site, steps: Site) -> Sequence[Any]:
         tests, bodies = params["cond_nconsts"], params["body_nconsts"]
         test, body, carry = args[:tests], args[tests : tests + bodies], args[tests + bodies :]
         while self.jaxpr(params["cond_jaxpr"], [*test, *carry], (*site, 0), steps)[0]:

@@ -5,7 +5,7 @@ or from whoever knows how to build the model of a saved run.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -105,36 +105,29 @@ class Subject:
 def of_twin(twin: Twin, side: Side) -> Subject:
     """One side of a twin. Raises `TwinError` naming the part of the twin that failed."""
     trace = trace_linen(twin) if side == "linen" else trace_nnx(twin)
-    step = None if twin.optimizer is None else partial(_step, twin.optimizer, trace, side)
-    return Subject(trace, side == "linen", step)
+    subject = Subject(trace, side == "linen")
+    if twin.optimizer is None:
+        return subject
+    return replace(subject, step=partial(_step, subject, twin.optimizer))
 
 
 def _step(
-    tx: Any,
-    trace: Trace,
-    side: Side,
-    state: Arrays,
-    gradients: Mapping[Any, Array],
-    fresh: bool,
+    subject: Subject, tx: Any, state: Arrays, gradients: Mapping[Any, Array], fresh: bool
 ) -> Arrays:
     """One update as `TrainState` or `nnx.Optimizer` does it, of the tree that they have."""
     import optax
 
-    flat = side == "linen"
-    by_path = {
-        id.path: id
-        for id, leaf in Subject(trace, flat).leaves.items()
-        if leaf.collection == "params"
-    }
+    leaves = subject.leaves.items()
+    by_path = {id.path: id for id, leaf in leaves if leaf.collection == "params"}
 
     def tree(arrays: Mapping[Any, Array]) -> Any:
         params = {path: jnp.asarray(arrays[id]) for path, id in by_path.items()}
-        if flat:
+        if subject.flat:
             return unflatten(params)
         return nnx.from_flat_state([(_keys(path), nnx.Param(x)) for path, x in params.items()])
 
     def flatten(tree: Any) -> dict[str, Any]:
-        box = "" if flat else "/value"
+        box = "" if subject.flat else "/value"
         return {path.removesuffix(box): leaf for path, leaf in named(tree).items()}
 
     params = tree(state)

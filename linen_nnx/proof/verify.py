@@ -8,7 +8,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,8 +81,8 @@ def verify(
         step = chosen.get("step") if out.is_dir() and not (out / "_METADATA").exists() else None
         result = find(out, step, part=part)
         target, reset = _asked(result, to)
-        found = partial(_verify_one, path, result, target, reset, part, progress, chosen)
-        for check in found(twin, build):
+        chosen = {"reset_optimizer": reset, **chosen, "like": result.folder, "part": part}
+        for check in _verify_one(path, result, target, chosen, progress, twin, build):
             checks.append(replace(check, name=label + check.name))
             report(checks[-1])
     return checks
@@ -109,43 +109,46 @@ def _verify_one(
     path: Path,
     result: Source,
     to: str,
-    reset: bool,
-    part: str,
-    progress: Callable[[str], None],
     options: dict[str, Any],
+    progress: Callable[[str], None],
     twin: "Twin | None",
     own_runs: OwnRuns | None,
 ) -> Iterator[Check]:
     progress("digests")
-    source = find(path, options.get("step"), options.get("item"), part)
-    for name, folder in (("digests of the source", source.folder), ("digests", result.folder)):
-        yield _digests(name, folder)
+    source = find(path, options.get("step"), options.get("item"), options["part"])
+    yield _digests("digests of the source", source.folder)
+    yield _digests("digests", result.folder)
     progress("coverage, shapes, dtypes")
-    if options.get("rules") is None and (result.folder / RULES).is_file():
-        options = {**options, "rules": result.folder / RULES}
-    if twin is not None and options.get("rules") is None:
-        from linen_nnx.infer.suggest import suggest
-
-        options = {**options, "rules": suggest(twin)}
-    options = {"reset_optimizer": reset, **options, "like": result.folder, "part": part}
+    if options.get("rules") is None:
+        options = {**options, "rules": _rules(result, twin)}
     model_only = result.folder.suffix in SUFFIXES
     try:
         conversion = plan_conversion(path, to, model_only=model_only, **options)
         leaves = result.leaves
     except (RuleError, StoreError) as error:
-        details = error.problems if isinstance(error, RuleError) else (str(error),)
-        yield Check("coverage, shapes, dtypes", False, details)
+        yield Check("coverage, shapes, dtypes", False, getattr(error, "problems", (str(error),)))
         return
     yield Check("coverage, shapes, dtypes", True, (f"{len(leaves)} leaves",))
     different = list(_different(conversion, result, progress))
     yield Check("every bit, through the rule book", not different, tuple(different))
     progress("the way back")
-    yield _inverse(conversion, result, part, intact=not different)
+    yield _inverse(conversion, result, options["part"], intact=not different)
     if twin is None and (own_runs is None or source.run is None):
         return
     progress("running both models")
     state = read_state(leaves, conversion.to, conversion.book)
     yield from _meaning(conversion, result, state, twin, own_runs)
+
+
+def _rules(result: Source, twin: "Twin | None") -> Any:
+    """The rule book beside a result; else what the twin suggests, if there is one."""
+    if (beside := result.folder / RULES).is_file():
+        return beside
+    if twin is None:
+        return None
+    from linen_nnx.infer.suggest import suggest
+
+    return suggest(twin)
 
 
 def _inverse(conversion: Conversion, result: Source, part: str, intact: bool) -> Check:
@@ -191,18 +194,17 @@ def _meaning(
     from linen_nnx.proof.prove import prove
     from linen_nnx.proof.subject import of_twin
 
-    runs = conversion.source.run, result.run
-    if twin is not None and (conversion.state.form.stage or conversion.to.stage):
+    forms = conversion.state.form, conversion.to
+    if twin is not None and any(form.stage for form in forms):
         yield Check("the models", False, ("a run of this template has its own: leave out --twin",))
-        return
-    if twin is not None:
-        before, after = of_twin(twin, conversion.state.form.side), of_twin(twin, conversion.to.side)
-    elif own_runs is None or runs[0] is None or runs[1] is None:
+    elif twin is not None:
+        before, after = (of_twin(twin, form.side) for form in forms)
+        yield from prove(conversion, state, result.reader, before, after, twin)
+    elif own_runs is None or conversion.source.run is None or result.run is None:
         yield Check("the models", None, ("a stage is compared with a stage, not a stock layout",))
-        return
     else:
-        before, after = own_runs(runs[0]), own_runs(runs[1])
-    yield from prove(conversion, state, result.reader, before, after, twin)
+        before, after = own_runs(conversion.source.run), own_runs(result.run)
+        yield from prove(conversion, state, result.reader, before, after)
 
 
 def _digests(name: str, folder: Path) -> Check:
