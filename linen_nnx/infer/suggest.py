@@ -24,7 +24,7 @@ from linen_nnx.infer.fingerprints import Prints, difference, distinct, fingerpri
 from linen_nnx.infer.forms import Group, rule_for
 from linen_nnx.infer.lossy import lossy
 from linen_nnx.infer.sides import Side, sides
-from linen_nnx.infer.trace import trace_linen, trace_nnx
+from linen_nnx.infer.trace import Trace, trace_linen, trace_nnx
 from linen_nnx.infer.twin import Twin
 
 Array = np.ndarray
@@ -40,9 +40,13 @@ def suggest(twin: Twin) -> RuleBook:
     Raises:
       TwinError: when a part of the twin cannot be built or called.
     """
-    traces = trace_linen(twin), trace_nnx(twin)
-    losses = lossy(*traces)
-    both = sides(*traces, losses.alone)
+    return propose(trace_linen(twin), trace_nnx(twin))
+
+
+def propose(linen: Trace, nnx: Trace) -> RuleBook:
+    """The same for a twin whose sides are traced already."""
+    losses = lossy(linen, nnx)
+    both = sides(linen, nnx, losses.alone)
     prints = fingerprints(*both)
     found = assign(*both, prints)
     why = {(side, path): text for side in (0, 1) for path, text in losses.reasons[side].items()}

@@ -19,7 +19,7 @@ import numpy as np
 
 from linen_nnx.book.rules import RuleBook
 from linen_nnx.infer.fingerprints import lively
-from linen_nnx.infer.suggest import suggest
+from linen_nnx.infer.suggest import propose
 from linen_nnx.infer.trace import trace_linen, trace_nnx
 from linen_nnx.infer.twin import Twin
 from linen_nnx.proof.compare import Error, Value, Verdict, aligned, judge, spec
@@ -89,9 +89,10 @@ def bisect(
       StoreError: when a checkpoint cannot be read.
     """
     watched, configs = watch(twin)
-    linen, nnx = side_of(trace_linen(watched)), side_of(trace_nnx(watched))
+    traces = trace_linen(watched), trace_nnx(watched)
     if not isinstance(book, RuleBook):
-        book = suggest(twin) if book is None else RuleBook.load(book)
+        book = propose(*traces) if book is None else RuleBook.load(book)
+    linen, nnx = map(side_of, traces)
     mate, notes = mates(linen, nnx, book)
     *leaves, more = weights(linen, nnx, book, mate, checkpoints)
     inputs = []

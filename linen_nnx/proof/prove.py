@@ -24,9 +24,8 @@ from linen_nnx.disk.sources import Reader
 from linen_nnx.disk.state import OPTIMIZER, Id, State
 from linen_nnx.disk.store import Leaf
 from linen_nnx.infer.fingerprints import lively
-from linen_nnx.infer.suggest import suggest
-from linen_nnx.infer.trace import trace_linen
-from linen_nnx.infer.twin import Twin, TwinError
+from linen_nnx.infer.suggest import propose
+from linen_nnx.infer.trace import Trace
 from linen_nnx.proof.compare import difference, epsilon, same, spec
 from linen_nnx.proof.subject import Arrays, Subject
 from linen_nnx.proof.verify import Check
@@ -80,7 +79,6 @@ def prove(
     reader: Reader,
     before: Subject,
     after: Subject,
-    twin: Twin | None = None,
 ) -> Iterator[Check]:
     """Compares the models of a conversion's source and result, layer by layer.
 
@@ -89,8 +87,8 @@ def prove(
     Args:
       conversion: how `result` was made.
       result: what was found on disk, and `reader` of its arrays.
-      before, after: the models of source and result.
-      twin: where the two come from, if from one: then a wrong rule is named.
+      before, after: the models of source and result; a wrong rule between the two sides of a
+        twin is named.
     """
     fits = _fits(before, conversion.state) + _fits(after, result)
     yield Check(
@@ -113,8 +111,9 @@ def prove(
     for case in cases:
         yield (check := pair.forward(case))
         wrong |= not check.passed
-    if twin is not None and wrong:
-        yield _suspects(twin, conversion.book)
+    traces = {subject.trace.side: subject.trace for subject in (before, after)}
+    if wrong and len(traces) == 2:
+        yield _suspects(traces["linen"], traces["nnx"], conversion.book)
     blind, sight = _sight(before, random, inputs)
     for case in cases:
         yield pair.gradients(case, blind)
@@ -312,15 +311,15 @@ def _sight(subject: Subject, state: Arrays, inputs: Sequence[Any]) -> tuple[set[
     return blind, Check(name, None if blind else True, tuple(sorted(details)))
 
 
-def _suspects(twin: Twin, book: RuleBook) -> Check:
+def _suspects(linen: Trace, nnx: Trace, book: RuleBook) -> Check:
     """The rules that the models' own dataflow contradicts."""
     name = "the rule book, against the models' code"
-    numbers = trace_linen(twin).numbers
+    numbers = linen.numbers
     try:
-        known = suggest(twin)
+        known = propose(linen, nnx)
         ours = RuleBook([r for r in book.rules if r.lossless]).to_nnx(numbers, partial=True)
         theirs = known.to_nnx(numbers, partial=True)
-    except (TwinError, RuleError) as error:
+    except RuleError as error:
         return Check(name, None, (str(error),))
     names = [path for path in numbers if numbers[path].size]
     starts = [numbers[path].flat[0] for path in names]

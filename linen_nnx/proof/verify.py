@@ -199,7 +199,7 @@ def _meaning(
         yield Check("the models", False, ("a run of this template has its own: leave out --twin",))
     elif twin is not None:
         before, after = (of_twin(twin, form.side) for form in forms)
-        yield from prove(conversion, state, result.reader, before, after, twin)
+        yield from prove(conversion, state, result.reader, before, after)
     elif own_runs is None or conversion.source.run is None or result.run is None:
         yield Check("the models", None, ("a stage is compared with a stage, not a stock layout",))
     else:
