@@ -11,9 +11,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.dtypes import float0
 
 from linen_nnx.infer.equations import called, interpret
+
+_SMALL = 1000  # equations: ten blocks of a transformer
 
 
 def widen(jaxpr: Any) -> Any:
@@ -21,6 +25,39 @@ def widen(jaxpr: Any) -> Any:
     with jax.enable_x64(True):
         specs = [jax.ShapeDtypeStruct(a.shape, _wide_dtype(a.dtype)) for a in jaxpr.in_avals]
         return jax.make_jaxpr(lambda *args: _evaluate(jaxpr, args))(*specs)
+
+
+def pulled(
+    function: Callable[..., list[Any]], leaves: Sequence[Any], inputs: Sequence[Any], count: int
+) -> tuple[list[Any], list[Any]]:
+    """What a function gives, and the gradient of a random projection of its first `count` outputs.
+
+    The gradient is by every leaf, 0 by those that are no floats.
+    """
+    outs, pull = jax.vjp(lambda *leaves: function(*leaves, *inputs), *leaves)
+    weights = []
+    for number, out in enumerate(outs):
+        weight = np.zeros(out.shape)
+        if number < count:
+            weight = np.random.default_rng([number, *out.shape]).normal(size=out.shape)
+        is_float = jnp.issubdtype(out.dtype, jnp.floating)
+        weights.append(weight.astype(out.dtype) if is_float else np.zeros(out.shape, float0))
+    slopes = [
+        jnp.zeros(leaf.shape) if slope.dtype == float0 else slope
+        for leaf, slope in zip(leaves, pull(weights), strict=True)
+    ]
+    return outs, slopes
+
+
+def quick(function: Callable[..., Any], jaxpr: Any, **options: Any) -> Callable[..., Any]:
+    """What runs a widened jaxpr a few times with the least compiling.
+
+    A small one as one program that is not optimised. A large one equation by equation: equal
+    equations are compiled once, as layers are alike.
+    """
+    if len(jaxpr.eqns) > _SMALL:
+        return function
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0}, **options)
 
 
 def _evaluate(jaxpr: Any, args: Sequence[Any]) -> list[Any]:

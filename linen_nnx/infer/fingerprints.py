@@ -8,15 +8,13 @@ constant: what remains is still comparable.
 """
 
 from collections import Counter
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Container, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.dtypes import float0
-from jax.extend.core import jaxpr_as_fun
 
 from linen_nnx.infer.sides import Form, Side
 
@@ -138,7 +136,7 @@ def _waking(side: Side, inputs: Sequence[Any], values: Array, slots: list[int]) 
 
 
 def run(side: Side, inputs: Sequence[Any], values: Array, gradient: bool = False) -> Run:
-    """Evaluates one side in float64, one equation at a time: cheaper than compiling it once.
+    """Evaluates one side in float64.
 
     Args:
       side: what to run.
@@ -146,41 +144,21 @@ def run(side: Side, inputs: Sequence[Any], values: Array, gradient: bool = False
       values: (elements,) float64, the leaves one after the other.
       gradient: whether to compute that of a fixed random projection of the outputs.
     """
-    trace, function = side.trace, jaxpr_as_fun(side.trace.wide)
+    trace = side.trace
     with jax.enable_x64(True):
         kinds = [aval.dtype for aval in trace.wide.in_avals]
         numbers = zip(trace.numbers.values(), kinds, strict=False)
         leaves = [jnp.asarray(values[each], kind) for each, kind in numbers]
         if gradient:
-            outs, slopes = pulled(function, leaves, inputs, trace.count)
+            outs, slopes = trace.pull_wide(leaves, inputs, trace.count)
             flat = np.concatenate([np.ravel(slope) for slope in slopes])
         else:
-            outs, flat = function(*leaves, *inputs), np.zeros(0)
+            outs, flat = trace.run_wide(*leaves, *inputs), np.zeros(0)
         outs = [np.asarray(out) for out in outs]
     old = dict(zip(side.paths, leaves, strict=True))
     new = zip(trace.updates, outs[trace.count :], strict=True)
     updates = {path: value for path, value in new if not np.array_equal(value, old[path])}
     return Run(outs[: trace.count], updates, flat)
-
-
-def pulled(
-    function: Callable[..., list[Any]], leaves: Sequence[Any], inputs: Sequence[Any], count: int
-) -> tuple[list[Any], list[Any]]:
-    """What a function gives, and the gradient of a random projection of its first `count` outputs.
-
-    The gradient is by every leaf, 0 by those that are no floats.
-    """
-    outs, pull = jax.vjp(lambda *leaves: function(*leaves, *inputs), *leaves)
-    weights = []
-    for number, out in enumerate(outs):
-        weight = normal(out.shape, number) if number < count else np.zeros(out.shape)
-        is_float = jnp.issubdtype(out.dtype, jnp.floating)
-        weights.append(weight.astype(out.dtype) if is_float else np.zeros(out.shape, float0))
-    slopes = [
-        jnp.zeros(leaf.shape) if slope.dtype == float0 else slope
-        for leaf, slope in zip(leaves, pull(weights), strict=True)
-    ]
-    return outs, slopes
 
 
 def difference(left: Sequence[Any], right: Sequence[Any]) -> float:
@@ -284,10 +262,6 @@ def _sums(values: Array) -> Array:
 @lru_cache(maxsize=64)
 def _weights(size: int) -> Array:
     return np.random.default_rng(size).uniform(0.5, 1.5, size)
-
-
-def normal(shape: tuple[int, ...], seed: int) -> Array:
-    return np.random.default_rng([seed, *shape]).normal(size=shape)
 
 
 def lively(array: jax.Array, seed: int) -> Any:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import flax.linen as nn
@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.extend.core import jaxpr_as_fun
 
 from linen_nnx.book.ops import Side
-from linen_nnx.infer.evaluate import widen
+from linen_nnx.infer.evaluate import pulled, quick, widen
 from linen_nnx.infer.twin import Twin, TwinError, attempt
 
 
@@ -51,8 +52,18 @@ class Trace:
 
     @cached_property
     def wide(self) -> Any:
-        """The function in float64."""
+        """The jaxpr in float64."""
         return widen(self.jaxpr)
+
+    @cached_property
+    def run_wide(self) -> Callable[..., list[jax.Array]]:
+        """The function in float64, to be called with x64."""
+        return quick(jaxpr_as_fun(self.wide), self.wide)
+
+    @cached_property
+    def pull_wide(self) -> Callable[..., tuple[list[jax.Array], list[jax.Array]]]:
+        """`pulled` of that function: `(leaves, inputs, count) -> (outputs, slopes)`."""
+        return quick(partial(pulled, jaxpr_as_fun(self.wide)), self.wide, static_argnums=2)
 
     @cached_property
     def numbers(self) -> dict[str, np.ndarray]:

@@ -68,20 +68,18 @@ def weights(
         raise RuleError(
             "Two checkpoints must be one of each form", [f"both look like {next(iter(found))} form"]
         )
+    for side in (linen, nnx):
+        _check(side, found.get(side.trace.side, side.trace.leaves))
     notes: list[str] = []
-    for name, side in (("linen", linen), ("nnx", nnx)):
-        if name in found:
-            found[name] = _checked(side, found[name], name)
-    if not found:
-        found["linen"] = random_leaves(linen)
-    if len(found) == 2 and (others := _different(linen, nnx, found["linen"], found["nnx"], mate)):
-        notes.append(f"the checkpoints' weights differ, in nnx leaves {_few(others)}")
-    back = np.full(linen.owner.size, -1)
-    back[mate[mate >= 0]] = np.flatnonzero(mate >= 0)
+    found = found or {"linen": random_leaves(linen)}
     if "nnx" not in found:
-        found["nnx"] = _carried(linen, nnx, found["linen"], book, "nnx", mate, notes)
-    if "linen" not in found:
-        found["linen"] = _carried(nnx, linen, found["nnx"], book, "linen", back, notes)
+        found["nnx"] = _carried(linen, nnx, found["linen"], book, mate, notes)
+    elif "linen" not in found:
+        back = np.full(linen.owner.size, -1)
+        back[mate[mate >= 0]] = np.flatnonzero(mate >= 0)
+        found["linen"] = _carried(nnx, linen, found["nnx"], book, back, notes)
+    elif others := _different(linen, nnx, found["linen"], found["nnx"], mate):
+        notes.append(f"the checkpoints' weights differ, in nnx leaves {_few(others)}")
     return found["linen"], found["nnx"], notes
 
 
@@ -101,9 +99,10 @@ def random_leaves(side: Side) -> Leaves:
 
 
 def _carried(
-    one: Side, two: Side, leaves: Leaves, book: RuleBook, to: Name, mate: Array, notes: list[str]
+    one: Side, two: Side, leaves: Leaves, book: RuleBook, mate: Array, notes: list[str]
 ) -> Leaves:
     """The leaves of side `two` from those of side `one`: by rule, by guess, else random."""
+    to = two.trace.side
     found = book.plan(one.trace.leaves, to, two.trace.leaves, partial=True).run(leaves)
     alone = []
     for path in [path for path in two.paths if path not in found]:
@@ -132,17 +131,17 @@ def _few(texts: Sequence[str]) -> str:
     return ", ".join(texts[:4]) + (f", ... ({len(texts)})" if len(texts) > 4 else "")
 
 
-def _checked(side: Side, leaves: Leaves, name: str) -> Leaves:
-    problems = []
-    for path, leaf in side.trace.leaves.items():
-        there = leaves.get(path)
-        if there is None:
-            problems.append(f"`{path}` is not in it")
-        elif spec(there) != spec(leaf):
-            problems.append(f"`{path}` is {spec(there)}, the twin's {spec(leaf)}")
+def _check(side: Side, leaves: Mapping[str, Any]) -> None:
+    """Raises `RuleError` with every leaf of the model that a checkpoint lacks or has otherwise."""
+    problems = [
+        f"`{path}` is {spec(leaves[path])}, the twin's {spec(leaf)}"
+        if path in leaves
+        else f"`{path}` is not in it"
+        for path, leaf in side.trace.leaves.items()
+        if spec(leaves.get(path)) != spec(leaf)
+    ]
     if problems:
-        raise RuleError(f"the {name} checkpoint does not fit the twin", problems)
-    return leaves
+        raise RuleError(f"the {side.trace.side} checkpoint does not fit the twin", problems)
 
 
 def _saved(path: str | Path, book: RuleBook) -> tuple[Name, Leaves]:

@@ -19,7 +19,7 @@ from linen_nnx.book.ops import Side
 from linen_nnx.book.plan import RuleError
 from linen_nnx.book.tree import unflatten
 from linen_nnx.disk.state import OPTIMIZER, Id
-from linen_nnx.infer.fingerprints import pulled
+from linen_nnx.infer.evaluate import pulled
 from linen_nnx.infer.trace import Leaf, Trace, named, trace_linen, trace_nnx
 from linen_nnx.infer.twin import Twin
 from linen_nnx.proof.compare import spec
@@ -62,7 +62,7 @@ class Subject:
         """The outputs, and the new values of the leaves that the call updates; `wide`: float64."""
         count = self.trace.count
         with jax.enable_x64(wide):
-            call = jaxpr_as_fun(self.trace.wide) if wide else self._jitted
+            call = self.trace.run_wide if wide else self._jitted
             outs = [np.asarray(out) for out in call(*self._arguments(state, inputs, wide))]
         ids = dict(zip(self.trace.leaves, self.leaves, strict=True))
         updates = zip((ids[path] for path in self.trace.updates), outs[count:], strict=True)
@@ -79,7 +79,7 @@ class Subject:
         with jax.enable_x64(wide):
             values = self._arguments(state, inputs, wide)
             leaves, given = values[: len(self.leaves)], values[len(self.leaves) :]
-            pull = partial(pulled, jaxpr_as_fun(self.trace.wide)) if wide else self._jitted_pull
+            pull = self.trace.pull_wide if wide else self._jitted_pull
             _, slopes = pull(leaves, given, count)
             found = zip(self.leaves, leaves, slopes, strict=True)
             return {id: np.asarray(slope) for id, leaf, slope in found if _is_float(leaf)}
