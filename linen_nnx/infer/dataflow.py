@@ -75,13 +75,12 @@ class _Tag(NamedTuple):
     """Columns that are still in line with the axes of a value, -1 where there is none.
 
     A column is a leaf element or, with `rows` (columns, K), one output of a product; `lanes` are
-    the batch entries of such outputs. `order` and `site` tell of the first use, `above` (bits of
-    tags) what flows into it.
+    the batch entries of such outputs. `order` tells of the first use, `above` (bits of tags) what
+    flows into it.
     """
 
     bit: int
     columns: Array
-    site: Site
     order: int
     above: int
     rows: Array | None = None
@@ -200,7 +199,7 @@ class _Walk:
         return tags, bits | _bits(tag.bit for tag in tags)
 
     def tag(self, columns: Array, site: Site, above: int, *product: Array | None) -> _Tag:
-        tag = _Tag(len(self.tags), columns, site, len(self.tags), above, *product)
+        tag = _Tag(len(self.tags), columns, len(self.tags), above, *product)
         self.tags.append(tag)
         self.uses[tag.bit] = Use(site, columns, tag.rows, self.inputs)
         return tag

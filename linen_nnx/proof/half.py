@@ -11,7 +11,7 @@ from jax.extend.core import jaxpr_as_fun
 
 from linen_nnx.infer.sides import Side
 from linen_nnx.infer.trace import place
-from linen_nnx.proof.compare import Value
+from linen_nnx.proof.compare import Value, same
 from linen_nnx.proof.record import Mode, record
 
 
@@ -31,9 +31,7 @@ class Half:
         self.compiled = list(map(Value.of, compiled, *outs[1:]))[: side.trace.count]
         old = {path: Value.of(a, a, a) for path, a in zip(side.paths, args, strict=False)}
         new = dict(zip(side.trace.updates, values[side.trace.count :], strict=True))
-        self.updated = {
-            p for p, value in new.items() if value.own.tobytes() != old[p].own.tobytes()
-        }
+        self.updated = {path for path, value in new.items() if not same(value.own, old[path].own)}
         self.leaves = {**old, **new}
 
     @cached_property
