@@ -38,14 +38,10 @@ class Pair(NamedTuple):
 
 
 class Assignment(NamedTuple):
-    """Pairs, and for every slot of either side without one: candidates, likeliest first, and why.
-
-    tolerance: fingerprints that differ by no more are equal.
-    """
+    """Pairs; for each slot of either side without one its candidates, likeliest first, and why."""
 
     pairs: list[Pair]
     open: tuple[Open, Open]
-    tolerance: float
 
 
 def assign(linen: Side, nnx: Side, prints: Prints) -> Assignment:
@@ -78,7 +74,7 @@ def assign(linen: Side, nnx: Side, prints: Prints) -> Assignment:
     )
     for slot in disputed.keys() & missing[0].keys():
         missing[0][slot] = missing[0][slot][0], disputed[slot]
-    return Assignment(pairs, missing, prints.tolerance)
+    return Assignment(pairs, missing)
 
 
 def words(path: str) -> set[str]:

@@ -12,7 +12,6 @@ rule is worse than none.
 import itertools
 import re
 from dataclasses import replace
-from typing import Literal
 
 import numpy as np
 
@@ -30,7 +29,6 @@ from linen_nnx.infer.twin import Twin
 Array = np.ndarray
 Both = tuple[Side, Side]
 Leaf = tuple[int, str]  # side (0 Linen, 1 nnx) and path
-_NAMES: tuple[Literal["linen"], Literal["nnx"]] = ("linen", "nnx")
 _CANDIDATES = 8
 
 
@@ -62,7 +60,7 @@ def propose(linen: Trace, nnx: Trace) -> RuleBook:
     shown = compress(items, both[0].paths, both[1].paths)
     ordered = _in_order([pair for item in items for pair in item.evidence])
     rules = [
-        replace(item.rule, note=_note(item, both[0], ordered, found.tolerance)) for item in shown
+        replace(item.rule, note=_note(item, both[0], ordered, prints.tolerance)) for item in shown
     ]
     return RuleBook(rules, _unassigned(both, items, found, why))
 
@@ -208,7 +206,7 @@ def _unassigned(
                 near = [name for name in idle if other.trace.leaves[name].shape == shape]
             reason = why.get((number, path), reason)
             candidates = tuple(dict.fromkeys(near))[:_CANDIDATES]
-            result[_key(path, result)] = Unassigned(_NAMES[number], reason, candidates)
+            result[_key(path, result)] = Unassigned(side.trace.side, reason, candidates)
     for path in both[1].trace.bare:
         reason = "an array that is no nnx.Variable: Linen has no leaf for it"
         result[_key(path, result)] = Unassigned("nnx", why.get((1, path), reason), ())

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -24,6 +24,11 @@ from linen_nnx.infer.trace import place
 from linen_nnx.infer.twin import Twin
 
 Settings = dict[str, Any]
+Configs = tuple[dict[str, Settings], dict[str, Settings]]
+"""For each side (0 Linen, 1 nnx) the settings of its modules, by path, in order of calls.
+
+A setting `kind` is the name of the module's class.
+"""
 _SAME = "give both the same"
 _TRAIN = "pass the same flag in both calls (nnx modules start in train mode)"
 _FLAGS = ("deterministic", "use_running_average", "train", "training", "is_training")
@@ -54,22 +59,11 @@ _READ = (*_ADVICE, "promote_dtype")
 _MAY_BE_NONE = ("dtype", "precision")  # elsewhere None means that something else decides
 
 
-@dataclass
-class Configs:
-    """For each side (0 Linen, 1 nnx) the settings of its modules, by path, in order of calls.
-
-    A setting `kind` is the name of the module's class.
-    """
-
-    sides: tuple[dict[str, Settings], dict[str, Settings]] = field(default_factory=lambda: ({}, {}))
-
-    def note(self, side: int, path: str, module: Any, called_with: Settings | None) -> None:
-        """Keeps the settings of a module at its first call; None: the call was not seen."""
-        known = {name: value for name, value in vars(module).items() if name in _READ}
-        if called_with is None:
-            known = {name: value for name, value in known.items() if name not in _FLAGS}
-        kind = {"kind": type(module).__name__}
-        self.sides[side].setdefault(path, {**known, **(called_with or {}), **kind})
+def _note(found: dict[str, Settings], path: str, module: Any, given: Settings | None) -> None:
+    """Keeps the settings of a module at its first call; `given` in it, None if it was not seen."""
+    skipped = _FLAGS if given is None else ()
+    own = {k: v for k, v in vars(module).items() if k in _READ and k not in skipped}
+    found.setdefault(path, {**own, **(given or {}), "kind": type(module).__name__})
 
 
 def _given(module: Any, args: Any, kwargs: Any) -> Settings:
@@ -81,7 +75,7 @@ def _given(module: Any, args: Any, kwargs: Any) -> Settings:
 
 def watch(twin: Twin) -> tuple[Twin, Configs]:
     """A twin that notes the settings of its modules when it is called."""
-    configs = Configs()
+    configs: Configs = {}, {}
     call_linen = twin.call_linen or (lambda module, *given: module.apply(*given))
     call_nnx = twin.call_nnx or (lambda model, *inputs: model(*inputs))
 
@@ -89,7 +83,7 @@ def watch(twin: Twin) -> tuple[Twin, Configs]:
         def seen(call_next: Any, args: Any, kwargs: Any, context: Any) -> Any:
             if context.method_name == "__call__":
                 module = context.module
-                configs.note(0, place(module.path), module, _given(module, args, kwargs))
+                _note(configs[0], place(module.path), module, _given(module, args, kwargs))
             return call_next(*args, **kwargs)
 
         with nn.intercept_methods(seen):
@@ -103,7 +97,7 @@ def watch(twin: Twin) -> tuple[Twin, Configs]:
             def noting(self: Any, *args: Any, **kwargs: Any) -> Any:
                 given = _given(self, args, kwargs)
                 if id(self) in modules:
-                    configs.note(1, *modules[id(self)], given)
+                    _note(configs[1], *modules[id(self)], given)
                 else:  # a copy that a transform (remat, scan, vmap) has made
                     flags = {**vars(self), **given}
                     copies.setdefault(type(self), []).append(
@@ -122,7 +116,8 @@ def watch(twin: Twin) -> tuple[Twin, Configs]:
             out = call_nnx(model, *inputs)
         for path, module in modules.values():
             first, *others = copies.get(type(module), [None])
-            configs.note(1, path, module, first if all(o == first for o in others) else None)
+            same = all(flags == first for flags in others)
+            _note(configs[1], path, module, first if same else None)
         return out
 
     return replace(twin, call_linen=linen, call_nnx=call_of_nnx), configs
@@ -135,9 +130,9 @@ def lint(configs: Configs, pairs: Mapping[tuple[str, str], str]) -> list[str]:
     """
     found: dict[tuple[str, str], list[str]] = {}
     for places in dict.fromkeys([*pairs, *_ancestors(configs, pairs), *_dropouts(configs)]):
-        if places[0] not in configs.sides[0] or places[1] not in configs.sides[1]:
+        if places[0] not in configs[0] or places[1] not in configs[1]:
             continue
-        linen, nnx_ = (side[path] for side, path in zip(configs.sides, places, strict=True))
+        linen, nnx_ = (side[path] for side, path in zip(configs, places, strict=True))
         for text in _differences(linen, nnx_, pairs.get(places, "")):
             found.setdefault(text, []).append(f"{places[0]} (nnx {places[1]})")
     sentences = []
@@ -175,7 +170,7 @@ def _ancestors(configs: Configs, pairs: Iterable[tuple[str, str]]) -> Iterator[t
     for linen, nnx_ in pairs:
         while "/" in linen and "/" in nnx_:
             linen, nnx_ = linen.rpartition("/")[0], nnx_.rpartition("/")[0]
-            if linen not in configs.sides[0] or nnx_ not in configs.sides[1]:
+            if linen not in configs[0] or nnx_ not in configs[1]:
                 break
             kinds[linen, nnx_] = tuple(re.sub(r"\d+", "*", path) for path in (linen, nnx_))
     counts = [Counter(kind[side] for kind in set(kinds.values())) for side in (0, 1)]
@@ -188,7 +183,7 @@ def _dropouts(configs: Configs) -> Iterator[tuple[str, str]]:
     """Dropout layers: in the order of their calls, or each with one, if those are all alike."""
     linen, nnx_ = (
         {path: settings for path, settings in side.items() if settings["kind"] == "Dropout"}
-        for side in configs.sides
+        for side in configs
     )
     if len(linen) == len(nnx_):
         yield from zip(linen, nnx_, strict=True)
