@@ -1,4 +1,4 @@
-"""Rewrites a traced model to float64, whatever dtype it was written for.
+"""Rewrites a traced model to float64, whatever dtype it was written for, and runs it.
 
 In the models' own dtypes twins differ by rounding: 1e-4 in gradients where two attention functions
 differ, percents in bfloat16. With every float widened, equal means 1e-12 and different means
@@ -40,8 +40,8 @@ def pulled(
         weight = np.zeros(out.shape)
         if number < count:
             weight = np.random.default_rng([number, *out.shape]).normal(size=out.shape)
-        is_float = jnp.issubdtype(out.dtype, jnp.floating)
-        weights.append(weight.astype(out.dtype) if is_float else np.zeros(out.shape, float0))
+        is_smooth = jnp.issubdtype(out.dtype, jnp.inexact)
+        weights.append(weight.astype(out.dtype) if is_smooth else np.zeros(out.shape, float0))
     slopes = [
         jnp.zeros(leaf.shape) if slope.dtype == float0 else slope
         for leaf, slope in zip(leaves, pull(weights), strict=True)
