@@ -270,18 +270,23 @@ def _verify(
         module, _, name = (own_runs or "").partition(":")
         return getattr(import_module(module), name)(run)
 
+    progress = _progress()
+    words = {True: "ok", False: "FAILED", None: "not proved"}
+
+    def show(check: Any) -> None:
+        if not as_json:
+            progress("")  # makes room on the terminal's line
+            details = (f"\n{'':14}{detail}" for detail in check.details)
+            word = "close" if check.close else words[check.passed]
+            print(f"{word:12}{check.name}", *details, sep="", flush=True)
+
     options |= {"twin": _loaded(twin) if twin else None, "own_runs": build if own_runs else None}
-    checks = verify(ckpt, out, to, progress=_progress(), **options)
+    checks = verify(ckpt, out, to, progress=progress, report=show, **options)
     failed = any(check.passed is False for check in checks)
     if as_json:
         content = [vars(check) for check in checks]
         _print_json({"passed": not failed, "checks": content})
         return int(failed)
-    words = {True: "ok", False: "FAILED", None: "not proved"}
-    for check in checks:
-        print(f"{'close' if check.close else words[check.passed]:12}{check.name}")
-        for detail in check.details:
-            print(f"{'':12}  {detail}")
     if not any(check.name.endswith("by an output") for check in checks):
         why = "the checks above come first" if twin else "--twin TWIN"
         print(f"The models were not run, and so the rule book is taken at its word: {why}")

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,6 +78,24 @@ def test_a_leaf_without_a_home_on_the_other_side_is_noted():
 
     assert found.first is not None
     assert any("without a mate in nnx" in note and "hn/bias" in note for note in found.notes)
+
+
+def test_leaves_of_the_root_are_shown_as_such():
+    class Linen(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return x * self.param("scale", nn.initializers.ones, (3,))
+
+    class Nnx(nnx.Module):
+        def __init__(self, rngs):
+            self.scale = nnx.Param(jnp.ones(3))
+
+        def __call__(self, x):
+            return x * self.scale
+
+    first = bisect(Twin(Linen, Nnx, lambda: (jnp.arange(3.0),))).layers[0]
+
+    assert (first.linen, first.nnx, first.leaf) == ("(root)", "(root)", "params/scale")
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -362,6 +381,10 @@ def test_errors_are_counted_in_units_in_the_last_place_of_the_coarser_dtype():
     assert difference(one, one.astype(jnp.bfloat16)) == (False, 0.0, 0.0, 0.0)
     assert difference(one, one.copy()) == (True, 0.0, 0.0, 0.0)
     assert not difference(np.zeros(1), -np.zeros(1)).exact
+
+
+def test_errors_of_integers_are_counted_in_ones():
+    assert difference(np.array([7, 9]), np.array([7, 6])) == (False, 3.0, 3.0, 3 / 9)
 
 
 def test_what_float64_keeps_apart_is_no_rounding_however_small():

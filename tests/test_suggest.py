@@ -456,6 +456,26 @@ def test_plain_values_may_stand_among_the_inputs_and_arrays_outside_variables_ar
     assert set(book.unassigned) == {"ramp"} and "no nnx.Variable" in book.unassigned["ramp"].reason
 
 
+def test_complex_outputs_tell_equal_shapes_apart():
+    class Linen(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            one, two = (self.param(name, nn.initializers.ones, (3, 3)) for name in "ab")
+            return jnp.exp(1j * (x @ one)) @ two
+
+    class Nnx(nnx.Module):
+        def __init__(self, rngs):
+            self.last, self.start = nnx.Param(jnp.ones((3, 3))), nnx.Param(jnp.ones((3, 3)))
+
+        def __call__(self, x):
+            return jnp.exp(1j * (x @ self.start[...])) @ self.last[...]
+
+    rules = suggest(Twin(Linen, Nnx, lambda: (jnp.ones((2, 3)),))).rules
+
+    assert [str(rule) for rule in rules] == ["`params/a` <-> `start`", "`params/b` <-> `last`"]
+    assert all("the nearest other" in rule.note for rule in rules)
+
+
 def test_importing_the_library_imports_no_jax():
     code = "import sys, linen_nnx; assert 'jax' not in sys.modules; assert linen_nnx.suggest"
     subprocess.run([sys.executable, "-c", code], check=True)

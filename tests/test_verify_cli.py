@@ -68,6 +68,24 @@ def test_a_twin_brings_its_rule_book_to_plan_run_and_verify(linen, tmp_path, cap
     assert "ok          one optimizer step from the carried state" in text
 
 
+def test_verify_prints_each_check_as_soon_as_it_is_known(linen, tmp_path, capsys, monkeypatch):
+    call(capsys, "run", linen, tmp_path / "nnx", "--to", "nnx", "--twin", TWIN)
+    printed, before = [], {}
+
+    def progress(text):
+        printed.append(capsys.readouterr().out)
+        before.setdefault(text, "".join(printed))
+
+    monkeypatch.setattr("linen_nnx.cli._progress", lambda: progress)
+    assert main(["verify", str(linen), str(tmp_path / "nnx"), "--twin", TWIN]) == 0
+    progress("end")
+
+    assert "digests" in before["coverage, shapes, dtypes"]
+    assert before["the way back"].endswith("ok          every bit, through the rule book\n")
+    assert before["running both models"].endswith("ok          exact inverse\n")
+    assert "gradients" in before["end"]
+
+
 def test_without_a_twin_verify_says_what_it_has_not_proved(linen, tmp_path, capsys):
     rules = tmp_path / "rules.yaml"
     book().save(rules)

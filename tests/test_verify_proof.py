@@ -7,14 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from convert_helpers import restore, save
+from flax import nnx
 from flax.core import unfreeze
 from jax.extend.core import jaxpr_as_fun
 from pairs import PAIRS
 from verify_helpers import TX, book, trained, twin
 
-from linen_nnx import verify
+from linen_nnx import Twin, suggest, verify
 from linen_nnx.disk.convert import convert
 from linen_nnx.infer.evaluate import widen
 
@@ -70,29 +72,29 @@ def linen(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def nnx(linen):
+def converted(linen):
     convert(linen, linen.parent / "nnx", "nnx", rules=book())
     return linen.parent / "nnx"
 
 
-def steps(linen, nnx, optimizer):
+def steps(linen, converted, optimizer):
     using = dataclasses.replace(twin, optimizer=optimizer)
-    return {c.name.split(",")[0]: c for c in verify(linen, nnx, twin=using)}
+    return {c.name.split(",")[0]: c for c in verify(linen, converted, twin=using)}
 
 
-def test_the_way_from_nnx_to_linen_is_proved_as_well(nnx, tmp_path):
-    convert(nnx, tmp_path / "back", "linen")
-    checks = {check.name: check for check in verify(nnx, tmp_path / "back", twin=twin)}
+def test_the_way_from_nnx_to_linen_is_proved_as_well(converted, tmp_path):
+    convert(converted, tmp_path / "back", "linen")
+    checks = {check.name: check for check in verify(converted, tmp_path / "back", twin=twin)}
 
     assert all(check.passed and not check.close for check in checks.values())
     kernel = restore(tmp_path / "back")["params"]["blk_11"]["kernel"]
     assert np.array_equal(kernel, trained().params["blk_11"]["kernel"])
 
 
-def test_a_step_is_proved_only_with_the_optimizer_and_only_with_the_right_one(linen, nnx):
-    assert steps(linen, nnx, TX)[STEP].passed and steps(linen, nnx, TX)[CONTROL].passed
-    assert steps(linen, nnx, None)[STEP].passed is None
-    other = steps(linen, nnx, optax.lion(1e-2))[STEP]
+def test_a_step_is_proved_only_with_the_optimizer_and_only_with_the_right_one(linen, converted):
+    assert steps(linen, converted, TX)[STEP].passed and steps(linen, converted, TX)[CONTROL].passed
+    assert steps(linen, converted, None)[STEP].passed is None
+    other = steps(linen, converted, optax.lion(1e-2))[STEP]
     assert other.passed is False
     assert "`opt_state/0/mu/blk_0/bias` is missing" in " ".join(other.details)
 
@@ -108,6 +110,44 @@ def test_a_step_that_a_fresh_optimizer_takes_alike_proves_nothing(tmp_path, opti
     convert(tmp_path / "linen", tmp_path / "nnx", "nnx", rules=book())
 
     assert steps(tmp_path / "linen", tmp_path / "nnx", optimizer)[unproved].passed is None
+
+
+class Recurrent(nnx.Module):
+    """Keeps a random key in its state, unless it is told not to."""
+
+    def __init__(self, rngs, key=True):
+        self.rnn = nnx.RNN(nnx.SimpleCell(2, 3, rngs=rngs), rngs=key)
+
+    def __call__(self, x):
+        carry = jnp.zeros((1, 3)) if self.rnn.rngs is None else None
+        return self.rnn(x, initial_carry=carry)
+
+
+def test_random_state_that_the_result_lacks_is_named_with_the_way_to_restore_without(tmp_path):
+    class Linen(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.RNN(nn.SimpleCell(3))(x)
+
+    x = jnp.ones((1, 4, 2))
+    save(tmp_path / "linen", Linen().init(jax.random.key(0), x))
+    keeping = Twin(Linen, Recurrent, lambda: (x,))
+    convert(tmp_path / "linen", tmp_path / "nnx", "nnx", rules=suggest(keeping))
+
+    def said(twin):
+        checks = verify(tmp_path / "linen", tmp_path / "nnx", twin=twin)
+        (check,) = (check for check in checks if check.name.startswith("leaves"))
+        assert check.passed
+        return check.details
+
+    (text,) = said(keeping)
+    assert "`rnn/rngs`, is not in it" in text and "nnx.Not(nnx.RngState)" in text
+    assert not said(dataclasses.replace(keeping, nnx=lambda rngs: Recurrent(rngs, key=False)))
+    model = Recurrent(nnx.Rngs(0))
+    with ocp.StandardCheckpointer() as checkpointer:
+        with pytest.raises(ValueError, match="rngs"):
+            checkpointer.restore(tmp_path / "nnx", nnx.state(model))
+        checkpointer.restore(tmp_path / "nnx", nnx.state(model, nnx.Not(nnx.RngState)))
 
 
 def test_products_asked_for_in_bfloat16_are_taken_in_float64():

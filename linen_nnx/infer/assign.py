@@ -38,14 +38,10 @@ class Pair(NamedTuple):
 
 
 class Assignment(NamedTuple):
-    """Pairs, and for every slot of either side without one: candidates, likeliest first, and why.
-
-    tolerance: fingerprints that differ by no more are equal.
-    """
+    """Pairs; for each slot of either side without one its candidates, likeliest first, and why."""
 
     pairs: list[Pair]
     open: tuple[Open, Open]
-    tolerance: float
 
 
 def assign(linen: Side, nnx: Side, prints: Prints) -> Assignment:
@@ -70,15 +66,15 @@ def assign(linen: Side, nnx: Side, prints: Prints) -> Assignment:
     pairs = []
     for a, b in state.pairs():
         margin = float(np.delete(gaps[a], b).min(initial=np.inf))
-        agreed = named.get(a, all(named.values()))
-        pairs.append(
-            Pair(a, b, float(gaps[a, b]), margin, bool(seen[a]), (a, b) not in firm, agreed)
-        )
+        chosen, agreed = (a, b) not in firm, named.get(a, all(named.values()))
+        pairs.append(Pair(a, b, float(gaps[a, b]), margin, bool(seen[a]), chosen, agreed))
     missing = (
-        _open(linen, nnx, {pair.linen for pair in pairs}, fits, gaps, prints, disputed),
-        _open(nnx, linen, {pair.nnx for pair in pairs}, fits.T, gaps.T, prints, {}),
+        _open((linen, nnx), {pair.linen for pair in pairs}, fits, gaps, prints),
+        _open((nnx, linen), {pair.nnx for pair in pairs}, fits.T, gaps.T, prints),
     )
-    return Assignment(pairs, missing, prints.tolerance)
+    for slot in disputed.keys() & missing[0].keys():
+        missing[0][slot] = missing[0][slot][0], disputed[slot]
+    return Assignment(pairs, missing)
 
 
 def words(path: str) -> set[str]:
@@ -98,9 +94,7 @@ def _candidates(linen: Side, nnx: Side, prints: Prints) -> tuple[Array, Array]:
                 left[~left.any((1, 2))] = np.nan
             each = [distances(left[:, part], right[:, part]) for part in range(2)]
             gaps[place] = np.nan_to_num(np.maximum(*each), nan=1.0)
-    near = np.minimum(
-        gaps.min(1, initial=np.inf, keepdims=True), gaps.min(0, initial=np.inf, keepdims=True)
-    )
+    near = np.minimum(*(gaps.min(axis, initial=np.inf, keepdims=True) for axis in (1, 0)))
     return (gaps <= prints.tolerance) & (gaps <= np.maximum(10 * near, EXACT)), gaps
 
 
@@ -164,14 +158,9 @@ def _related(above: Array, known: Array) -> Array:
 
 
 def _open(
-    side: Side,
-    other: Side,
-    paired: set[int],
-    fits: Array,
-    gaps: Array,
-    prints: Prints,
-    disputed: dict[int, str],
+    sides: tuple[Side, Side], paired: set[int], fits: Array, gaps: Array, prints: Prints
 ) -> Open:
+    side, other = sides
     result: Open = {}
     for slot in sorted(set(range(len(gaps))) - paired):
         form = side.forms[slot]
@@ -188,7 +177,7 @@ def _open(
         else:
             near = [k for k in near if fits[slot, k]]
             why = f"{count} leaves fit equally well" if count > 1 else "the dataflow contradicts it"
-        result[slot] = near, disputed.get(slot, why)
+        result[slot] = near, why
     return result
 
 

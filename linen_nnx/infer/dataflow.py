@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jax.extend.core import Literal
 
 from linen_nnx.infer.equations import (
     ELEMENTWISE,
@@ -20,6 +19,7 @@ from linen_nnx.infer.equations import (
     Move,
     broadcast,
     called,
+    interpret,
     movements,
     product_axes,
 )
@@ -34,20 +34,19 @@ class Slot(NamedTuple):
     """One first use of leaf elements.
 
     ids: (N, K) element numbers, counted through all leaves of the side in their order.
-    site: the address of the equation: its index, within nested jaxprs the chain of indices; the
-      iteration follows the index of a scan.
     lane: (how many, which): of a product batched over several layers (nn.vmap), the entry. Lanes
       of one batch do not flow into each other.
     """
 
     ids: Array
-    site: Site
     lane: tuple[int, int]
 
 
 class Use(NamedTuple):
     """One equation that uses leaf elements for the first time, and where they are in its output.
 
+    site: the address of the equation: its index, within nested jaxprs the chain of indices; the
+      iteration follows the index of a scan.
     columns: -1 or an element number at each place of the output (or of an operand, where the
       equation keeps no element in its place); with `rows` (columns, K) the number of a row, whose
       elements a product sums over. inputs: its operands that depend on the model's inputs.
@@ -62,14 +61,11 @@ class Use(NamedTuple):
 class Flow(NamedTuple):
     """All slots of one side, by first use.
 
-    starts: the number of the first element of each leaf; size: that of all elements.
     above: (slots, slots) bool; [a, b]: what b gives flows into the place where a is used.
-    uses: the equations of the slots; owner: (size,) the number of each element's use, -1 if none.
+    uses: the equations of the slots; owner: for each element the number of its use, -1 if none.
     """
 
     slots: list[Slot]
-    starts: dict[str, int]
-    size: int
     above: Array
     uses: dict[int, Use]
     owner: Array
@@ -79,13 +75,12 @@ class _Tag(NamedTuple):
     """Columns that are still in line with the axes of a value, -1 where there is none.
 
     A column is a leaf element or, with `rows` (columns, K), one output of a product; `lanes` are
-    the batch entries of such outputs. `order` and `site` tell of the first use, `above` (bits of
-    tags) what flows into it.
+    the batch entries of such outputs. `order` tells of the first use, `above` (bits of tags) what
+    flows into it.
     """
 
     bit: int
     columns: Array
-    site: Site
     order: int
     above: int
     rows: Array | None = None
@@ -104,15 +99,11 @@ class _Value(NamedTuple):
 
 def flow(trace: Trace) -> Flow:
     """The slots of a traced side."""
-    starts, count, values = {}, 0, []
-    for path, leaf in trace.leaves.items():
-        starts[path] = count
-        count += int(np.prod(leaf.shape))
-        values.append(_Value(views=(np.arange(starts[path], count).reshape(leaf.shape),)))
-    walk = _Walk(count)
+    values = [_Value(views=(numbers,)) for numbers in trace.numbers.values()]
+    walk = _Walk(sum(numbers.size for numbers in trace.numbers.values()))
     values += [_Value(active=True) for _ in trace.inputs]
     walk.flush(walk.run(trace.jaxpr, values, ()), ())
-    return walk.finish(starts)
+    return walk.finish()
 
 
 class _Walk:
@@ -127,17 +118,11 @@ class _Walk:
 
     def run(self, jaxpr: Any, args: Sequence[_Value], site: Site) -> list[_Value]:
         """The values that a jaxpr, open or closed, returns."""
-        consts, jaxpr = getattr(jaxpr, "consts", ()), getattr(jaxpr, "jaxpr", jaxpr)
-        known = dict(zip(jaxpr.constvars, map(_constant, consts), strict=True))
-        known.update(zip(jaxpr.invars, args, strict=True))
 
-        def read(atom: Any) -> _Value:
-            return _constant(atom.val) if isinstance(atom, Literal) else known[atom]
+        def equation(number: int, eqn: Any, given: list[_Value]) -> Sequence[_Value]:
+            return self.equation(eqn, given, (*site, number))
 
-        for number, eqn in enumerate(jaxpr.eqns):
-            outs = self.equation(eqn, [read(atom) for atom in eqn.invars], (*site, number))
-            known.update(zip(eqn.outvars, outs, strict=True))
-        return [read(atom) for atom in jaxpr.outvars]
+        return interpret(jaxpr, args, _constant, equation)
 
     def equation(self, eqn: Any, args: list[_Value], site: Site) -> Sequence[_Value]:
         name, params = eqn.primitive.name, eqn.params
@@ -214,7 +199,7 @@ class _Walk:
         return tags, bits | _bits(tag.bit for tag in tags)
 
     def tag(self, columns: Array, site: Site, above: int, *product: Array | None) -> _Tag:
-        tag = _Tag(len(self.tags), columns, site, len(self.tags), above, *product)
+        tag = _Tag(len(self.tags), columns, len(self.tags), above, *product)
         self.tags.append(tag)
         self.uses[tag.bit] = Use(site, columns, tag.rows, self.inputs)
         return tag
@@ -325,13 +310,13 @@ class _Walk:
         lanes = _lanes(tag, beside, numbers)
         for lane in np.unique(lanes[seen < 0]):
             part = (seen < 0) & (lanes == lane)
-            slot = Slot(rows[part], tag.site, (len(np.unique(lanes)), int(lane)))
+            slot = Slot(rows[part], (len(np.unique(lanes)), int(lane)))
             covers.append(len(self.slots))
             self.slot_of[slot.ids] = len(self.slots)
             self.slots.append(((tag.order, int(numbers[part].min())), tag.above, slot))
         self.covers[tag.bit] = covers
 
-    def finish(self, starts: dict[str, int]) -> Flow:
+    def finish(self) -> Flow:
         """Registers what nothing consumed, and turns bits into slots."""
         for tag in reversed(self.tags):  # parts before the whole they were cut from
             if tag.bit not in self.covers:
@@ -343,7 +328,7 @@ class _Walk:
             cover[bit, [place[number] for number in numbers]] = 1
         above = _unpacked([self.slots[number][1] for number in ranks], len(self.tags)) @ cover > 0
         slots = [self.slots[number][2] for number in ranks]
-        return Flow(slots, starts, len(self.owner), above, self.uses, self.owner)
+        return Flow(slots, above, self.uses, self.owner)
 
 
 def _fold(eqn: Any, args: list[_Value]) -> list[_Value] | None:
@@ -417,10 +402,7 @@ def _lanes(tag: _Tag, beside: Sequence[_Tag], numbers: Array) -> Array:
 
 
 def _bits(numbers: Iterable[int]) -> int:
-    mask = 0
-    for number in numbers:
-        mask |= 1 << int(number)
-    return mask
+    return sum({1 << int(number) for number in numbers})
 
 
 def _renamed(mask: int, names: dict[int, int]) -> int:

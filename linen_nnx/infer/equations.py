@@ -1,13 +1,14 @@
-"""What single equations of a jaxpr do to the elements of an operand: move them, or sum products.
+"""Walks the equations of a jaxpr; what single ones do to an operand's elements: move, sum products.
 
 `dataflow.py` follows leaf elements through a model with these. Shapes and numbers only: nothing
 here computes a value of the model.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax.extend.core import Literal
 
 Array = np.ndarray
 Move = Callable[[Array], Array]
@@ -21,6 +22,33 @@ _EACH_ALONE = (
 ELEMENTWISE = frozenset(_EACH_ALONE.split())
 """The primitives that keep every element in its place."""
 _CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+
+
+def interpret(
+    jaxpr: Any,
+    args: Iterable[Any],
+    constant: Callable[[Any], Any],
+    equation: Callable[[int, Any, list[Any]], Sequence[Any]],
+) -> list[Any]:
+    """What a jaxpr, open or closed, returns, whatever stands for the values in it.
+
+    `constant` makes such a thing of a constant's value; `equation(number, eqn, args)` those that
+    one equation gives.
+    """
+    consts, jaxpr = getattr(jaxpr, "consts", ()), getattr(jaxpr, "jaxpr", jaxpr)
+    known = dict(zip(jaxpr.constvars, map(constant, consts), strict=True))
+    known.update(zip(jaxpr.invars, args, strict=True))
+
+    def read(atom: Any) -> Any:
+        if isinstance(atom, Literal):
+            aval: Any = atom.aval
+            return constant(np.asarray(atom.val, aval.dtype))
+        return known[atom]
+
+    for number, eqn in enumerate(jaxpr.eqns):
+        outs = equation(number, eqn, [read(atom) for atom in eqn.invars])
+        known.update(zip(eqn.outvars, outs, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
 
 
 def called(eqn: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Rewrites a traced model to float64, whatever dtype it was written for.
+"""Rewrites a traced model to float64, whatever dtype it was written for, and runs it.
 
 In the models' own dtypes twins differ by rounding: 1e-4 in gradients where two attention functions
 differ, percents in bfloat16. With every float widened, equal means 1e-12 and different means
@@ -11,30 +11,57 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jax.extend.core import Literal
+from jax.dtypes import float0
 
-from linen_nnx.infer.equations import called
+from linen_nnx.infer.equations import called, interpret
+
+_SMALL = 1000  # equations: ten blocks of a transformer
 
 
 def widen(jaxpr: Any) -> Any:
     """The closed jaxpr with every float in float64, complex in complex128; evaluate it with x64."""
     with jax.enable_x64(True):
-        specs = [_wide_spec(aval) for aval in jaxpr.in_avals]
-        return jax.make_jaxpr(lambda *args: _evaluate(jaxpr.jaxpr, jaxpr.consts, args))(*specs)
+        specs = [jax.ShapeDtypeStruct(a.shape, _wide_dtype(a.dtype)) for a in jaxpr.in_avals]
+        return jax.make_jaxpr(lambda *args: _evaluate(jaxpr, args))(*specs)
 
 
-def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[jax.Array]:
-    known = dict(zip(jaxpr.constvars, map(wide, consts), strict=True))
-    known.update(zip(jaxpr.invars, map(wide, args), strict=True))
+def pulled(
+    function: Callable[..., list[Any]], leaves: Sequence[Any], inputs: Sequence[Any], count: int
+) -> tuple[list[Any], list[Any]]:
+    """What a function gives, and the gradient of a random projection of its first `count` outputs.
 
-    def read(atom: Any) -> Any:
-        return wide(atom.val) if isinstance(atom, Literal) else known[atom]
+    The gradient is by every leaf, 0 by those that are no floats.
+    """
+    outs, pull = jax.vjp(lambda *leaves: function(*leaves, *inputs), *leaves)
+    weights = []
+    for number, out in enumerate(outs):
+        weight = np.zeros(out.shape)
+        if number < count:
+            weight = np.random.default_rng([number, *out.shape]).normal(size=out.shape)
+        is_smooth = jnp.issubdtype(out.dtype, jnp.inexact)
+        weights.append(weight.astype(out.dtype) if is_smooth else np.zeros(out.shape, float0))
+    slopes = [
+        jnp.zeros(leaf.shape) if slope.dtype == float0 else slope
+        for leaf, slope in zip(leaves, pull(weights), strict=True)
+    ]
+    return outs, slopes
 
-    for eqn in jaxpr.eqns:
-        outs = equation(eqn, [read(atom) for atom in eqn.invars])
-        known.update(zip(eqn.outvars, outs, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
+
+def quick(function: Callable[..., Any], jaxpr: Any, **options: Any) -> Callable[..., Any]:
+    """What runs a widened jaxpr a few times with the least compiling.
+
+    A small one as one program that is not optimised. A large one equation by equation: equal
+    equations are compiled once, as layers are alike.
+    """
+    if len(jaxpr.eqns) > _SMALL:
+        return function
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0}, **options)
+
+
+def _evaluate(jaxpr: Any, args: Sequence[Any]) -> list[Any]:
+    return interpret(jaxpr, map(wide, args), wide, lambda _, eqn, given: equation(eqn, given))
 
 
 def equation(eqn: Any, args: list[Any]) -> Sequence[Any]:
@@ -52,7 +79,7 @@ def equation(eqn: Any, args: list[Any]) -> Sequence[Any]:
         branches = [_function(branch, []) for branch in params["branches"]]
         return lax.switch(args[0], branches, *args[1:])
     if (inner := called(eqn)) is not None:
-        return _function(inner, [])(*args)
+        return _evaluate(inner, args)
     if name == "reduce_precision":
         return args
     if name == "bitcast_convert_type":  # the bits of the original dtype are what counts
@@ -79,12 +106,7 @@ def _scan(params: Any, args: list[Any]) -> Sequence[Any]:
 
 
 def _function(jaxpr: Any, fixed: Sequence[Any]) -> Callable[..., list[Any]]:
-    consts = getattr(jaxpr, "consts", ())
-    return lambda *args: _evaluate(getattr(jaxpr, "jaxpr", jaxpr), consts, [*fixed, *args])
-
-
-def _wide_spec(aval: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(aval.shape, _wide_dtype(aval.dtype))
+    return lambda *args: _evaluate(jaxpr, [*fixed, *args])
 
 
 def wide(value: Any) -> Any:

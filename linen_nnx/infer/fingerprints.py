@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import jaxpr_as_fun
 
 from linen_nnx.infer.sides import Form, Side
 
@@ -28,11 +27,11 @@ _SUMS = 16
 
 
 class Run(NamedTuple):
-    """Outputs, leaves with new values and gradients (one number per element)."""
+    """Outputs, leaves with new values, and the gradient: one number per element, if asked for."""
 
     outputs: list[Array]
     updates: dict[str, Array]
-    gradient: Array | None
+    gradient: Array
 
 
 class Prints(NamedTuple):
@@ -69,10 +68,12 @@ def fingerprints(linen: Side, nnx: Side) -> Prints:
     ways = [[lively(array, seed) for seed, array in enumerate(given)], given]
     for inputs in [] if problem else ways:
         try:
-            problem = _mismatch(linen, nnx, inputs, every)
-            rich = _comparable(linen, nnx, inputs, every) if problem else every
+            rich, trial = every, _trial(linen, nnx, inputs, every, gradient=True)
+            if problem := trial.problem:
+                rich = _comparable(linen, nnx, inputs, every)
+                trial = _trial(linen, nnx, inputs, rich, gradient=True) if rich else trial
             if rich:
-                return _measured(linen, nnx, inputs, rich, partial=rich != every)
+                return _measured(linen, nnx, inputs, trial, rich, partial=rich != every)
         except Exception as error:  # the user's own model: whatever it raises is the reason
             problem = f"the twins could not be run in float64: {type(error).__name__}: {error}"
     none = np.zeros(0)
@@ -94,26 +95,23 @@ def _imbalance(linen: Side, nnx: Side) -> str | None:
 def _comparable(linen: Side, nnx: Side, inputs: Sequence[Any], rich: set[Form]) -> set[Form]:
     """The forms that may have rich values so that outputs still agree; none if no set will do."""
     kept: set[Form] = set()
-    if _mismatch(linen, nnx, inputs, kept):
+    if _trial(linen, nnx, inputs, kept).problem:
         return kept
     for form in sorted(rich):
-        if not _mismatch(linen, nnx, inputs, kept | {form}):
+        if not _trial(linen, nnx, inputs, kept | {form}).problem:
             kept.add(form)
     return kept
 
 
 def _measured(
-    linen: Side, nnx: Side, inputs: Sequence[Any], rich: set[Form], partial: bool
+    linen: Side, nnx: Side, inputs: Sequence[Any], trial: "_Trial", rich: set[Form], partial: bool
 ) -> Prints:
-    values = _values(linen, rich), _values(nnx, rich)
-    one = run(linen, inputs, values[0], gradient=True)
-    two = run(nnx, inputs, values[1], gradient=True)
+    one, two = trial.runs
+    (ours, sizes), (theirs, _) = _prints(linen, one), _prints(nnx, two)
     noise = difference(one.outputs, two.outputs)
-    seen = _sizes(linen, one) > 0
-    for number in _waking(linen, inputs, values[0], np.flatnonzero(~seen).tolist()):
-        seen[number] = True
-    prints = _prints(linen, one), _prints(nnx, two)
-    return Prints(*prints, inputs, values, noise, seen, rich, partial, None)
+    seen = sizes > 0
+    seen[_waking(linen, inputs, trial.values[0], np.flatnonzero(~seen).tolist())] = True
+    return Prints(ours, theirs, inputs, trial.values, noise, seen, rich, partial, None)
 
 
 def _waking(side: Side, inputs: Sequence[Any], values: Array, slots: list[int]) -> list[int]:
@@ -127,20 +125,18 @@ def _waking(side: Side, inputs: Sequence[Any], values: Array, slots: list[int]) 
     moved = base.copy()
     for number in slots:
         moved[side.flow.slots[number].ids] *= _pattern(*side.flow.slots[number].ids.shape)
-    one, two = (run(side, inputs, given, gradient=False) for given in (base, moved))
+    one, two = (run(side, inputs, given) for given in (base, moved))
     if difference(one.outputs, two.outputs) <= EXACT:
         return []
     if len(slots) == 1:
         return slots
     half = len(slots) // 2
-    return [
-        *_waking(side, inputs, values, slots[:half]),
-        *_waking(side, inputs, values, slots[half:]),
-    ]
+    halves = (_waking(side, inputs, values, part) for part in (slots[:half], slots[half:]))
+    return [number for found in halves for number in found]
 
 
-def run(side: Side, inputs: Sequence[Any], values: Array, gradient: bool) -> Run:
-    """Evaluates one side in float64, one equation at a time: cheaper than compiling it once.
+def run(side: Side, inputs: Sequence[Any], values: Array, gradient: bool = False) -> Run:
+    """Evaluates one side in float64.
 
     Args:
       side: what to run.
@@ -148,30 +144,21 @@ def run(side: Side, inputs: Sequence[Any], values: Array, gradient: bool) -> Run
       values: (elements,) float64, the leaves one after the other.
       gradient: whether to compute that of a fixed random projection of the outputs.
     """
-    trace, function = side.trace, jaxpr_as_fun(side.wide)
-    count = len(side.wide.out_avals) - len(trace.updates)
-
-    def project(leaves: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
-        typed = zip(leaves, side.wide.in_avals, strict=False)
-        outs = function(*(leaf.astype(aval.dtype) for leaf, aval in typed), *inputs)
-        total = jnp.zeros(())
-        for number, out in enumerate(outs[:count]):
-            if jnp.issubdtype(out.dtype, jnp.floating):
-                total += (out * normal(out.shape, number)).sum()
-        return total, outs
-
+    trace = side.trace
     with jax.enable_x64(True):
-        leaves = [jnp.asarray(values[side.elements(path)]) for path in side.paths]
+        kinds = [aval.dtype for aval in trace.wide.in_avals]
+        numbers = zip(trace.numbers.values(), kinds, strict=False)
+        leaves = [jnp.asarray(values[each], kind) for each, kind in numbers]
         if gradient:
-            slopes, outs = jax.grad(project, has_aux=True)(leaves)
+            outs, slopes = trace.pull_wide(leaves, inputs, trace.count)
             flat = np.concatenate([np.ravel(slope) for slope in slopes])
         else:
-            outs, flat = project(leaves)[1], None
+            outs, flat = trace.run_wide(*leaves, *inputs), np.zeros(0)
         outs = [np.asarray(out) for out in outs]
     old = dict(zip(side.paths, leaves, strict=True))
-    new = zip(trace.updates, outs[count:], strict=True)
+    new = zip(trace.updates, outs[trace.count :], strict=True)
     updates = {path: value for path, value in new if not np.array_equal(value, old[path])}
-    return Run(outs[:count], updates, flat)
+    return Run(outs[: trace.count], updates, flat)
 
 
 def difference(left: Sequence[Any], right: Sequence[Any]) -> float:
@@ -190,24 +177,33 @@ def distances(left: Array, right: Array) -> Array:
     return np.abs(left[:, None] - right[None]).max(-1) / np.maximum(scale, 1e-30)
 
 
-def _mismatch(linen: Side, nnx: Side, inputs: Sequence[Any], rich: set[Form]) -> str | None:
-    """Why the outputs of the twins cannot be compared, if so."""
-    one = run(linen, inputs, _values(linen, rich), gradient=False)
-    two = run(nnx, inputs, _values(nnx, rich), gradient=False)
+class _Trial(NamedTuple):
+    """Both sides run on equal values, and why their outputs cannot be compared, if so."""
+
+    values: tuple[Array, Array]
+    runs: tuple[Run, Run]
+    problem: str | None
+
+
+def _trial(
+    linen: Side, nnx: Side, inputs: Sequence[Any], rich: set[Form], gradient: bool = False
+) -> _Trial:
+    values = _values(linen, rich), _values(nnx, rich)
+    one, two = run(linen, inputs, values[0], gradient), run(nnx, inputs, values[1], gradient)
     shapes = [[out.shape for out in result.outputs] for result in (one, two)]
+    problem = None
     if shapes[0] != shapes[1]:
-        return f"the outputs differ in form: Linen {shapes[0]}, nnx {shapes[1]}"
-    if not all(np.isfinite(out).all() for out in (*one.outputs, *two.outputs)):
-        return "the outputs are not finite at the values tried"
-    gap = difference(one.outputs, two.outputs)
-    if gap > _COMPARABLE:
-        return f"the outputs of the twins differ (by {gap:.0e} of their size), whatever is whose"
-    return None
+        problem = f"the outputs differ in form: Linen {shapes[0]}, nnx {shapes[1]}"
+    elif not all(np.isfinite(out).all() for out in (*one.outputs, *two.outputs)):
+        problem = "the outputs are not finite at the values tried"
+    elif (gap := difference(one.outputs, two.outputs)) > _COMPARABLE:
+        problem = f"the outputs of the twins differ (by {gap:.0e} of their size), whatever is whose"
+    return _Trial(values, (one, two), problem)
 
 
 def _values(side: Side, rich: set[Form]) -> Array:
     """(elements,) float64: equal values for slots of equal form, a constant for poor forms."""
-    values = np.full(side.flow.size, 0.5)
+    values = np.full(side.owner.size, 0.5)
     for slot, form in zip(side.flow.slots, side.forms, strict=True):
         poor = form[0] if len(form) == 1 else _POOR
         values[slot.ids] = _pattern(*slot.ids.shape) if form in rich else poor
@@ -232,33 +228,28 @@ def _pattern(columns: int, summed: int, seed: int = 0) -> Array:
     return random.normal(size=(columns, summed)) / np.sqrt(summed)
 
 
-def _prints(side: Side, result: Run) -> Array:
-    """(slots, 2, sums): of the gradient of each slot, 0 if blind, and of its new value."""
-    assert result.gradient is not None
-    updated = _updated(side, result)
-    rows = []
-    for slot, size in zip(side.flow.slots, _sizes(side, result), strict=True):
-        sums = _sums(result.gradient[slot.ids]) if size > 0 else np.zeros(_SUMS)
-        rows.append(np.stack([sums, _sums(updated[slot.ids])]))
-    return np.stack(rows)
+def _prints(side: Side, result: Run) -> tuple[Array, Array]:
+    """(slots, 2, sums): of the gradient of each slot, 0 if blind, and of its new value.
 
-
-def _sizes(side: Side, result: Run) -> Array:
-    """(slots,): how strongly outputs, or its own new value, depend on each slot; 0 is rounding."""
-    assert result.gradient is not None
-    sizes = np.array([np.abs(result.gradient[slot.ids]).max() for slot in side.flow.slots])
-    noise = _BLIND * float(np.median(sizes[sizes > 0])) if (sizes > 0).any() else 0.0
-    updated = _updated(side, result)
-    news = np.array([np.abs(updated[slot.ids]).max() for slot in side.flow.slots])
-    return np.where(sizes > noise, sizes, 0) + news
-
-
-def _updated(side: Side, result: Run) -> Array:
-    """(elements,): the new values of the leaves that the call updates, 0 elsewhere."""
-    updated = np.zeros(side.flow.size)
+    And (slots,): how strongly outputs, or its own new value, depend on each; 0 is rounding.
+    """
+    updated = np.zeros(side.owner.size)
     for path, value in result.updates.items():
-        updated[side.elements(path)] = value
-    return updated
+        updated[side.trace.numbers[path]] = value
+    both = result.gradient, updated
+    slopes, news = np.array(
+        [[np.abs(values[slot.ids]).max() for slot in side.flow.slots] for values in both]
+    )
+    noise = _BLIND * float(np.median(slopes[slopes > 0])) if (slopes > 0).any() else 0.0
+    sizes = np.where(slopes > noise, slopes, 0) + news
+    rows = [
+        [
+            _sums(result.gradient[slot.ids]) if size > 0 else np.zeros(_SUMS),
+            _sums(updated[slot.ids]),
+        ]
+        for slot, size in zip(side.flow.slots, sizes, strict=True)
+    ]
+    return np.array(rows), sizes
 
 
 def _sums(values: Array) -> Array:
@@ -271,10 +262,6 @@ def _sums(values: Array) -> Array:
 @lru_cache(maxsize=64)
 def _weights(size: int) -> Array:
     return np.random.default_rng(size).uniform(0.5, 1.5, size)
-
-
-def normal(shape: tuple[int, ...], seed: int) -> Array:
-    return np.random.default_rng([seed, *shape]).normal(size=shape)
 
 
 def lively(array: jax.Array, seed: int) -> Any:

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from linen_nnx.infer.dataflow import Flow, Slot, flow
-from linen_nnx.infer.evaluate import widen
 from linen_nnx.infer.trace import Trace
 
 Array = np.ndarray
@@ -31,11 +30,6 @@ class Side:
     forms: list[Form]
 
     @cached_property
-    def wide(self) -> Any:
-        """The traced function in float64."""
-        return widen(self.trace.jaxpr)
-
-    @cached_property
     def paths(self) -> list[str]:
         """The paths of all leaves."""
         return list(self.trace.leaves)
@@ -43,7 +37,7 @@ class Side:
     @cached_property
     def owner(self) -> Array:
         """(elements,): the number of the leaf that each element belongs to."""
-        sizes = [int(np.prod(leaf.shape)) for leaf in self.trace.leaves.values()]
+        sizes = [numbers.size for numbers in self.trace.numbers.values()]
         return np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
 
     @cached_property
@@ -66,12 +60,6 @@ class Side:
         first, last = int(owners.min()), int(owners.max())
         numbers = [first] if first == last else np.unique(owners)
         return [self.paths[number] for number in numbers]
-
-    def elements(self, path: str) -> Array:
-        """The element numbers of a leaf, in its shape."""
-        shape = self.trace.leaves[path].shape
-        start = self.flow.starts[path]
-        return np.arange(start, start + int(np.prod(shape))).reshape(shape)
 
 
 def sides(linen: Trace, nnx: Trace, alone: Mapping[str, float]) -> tuple[Side, Side]:
@@ -99,18 +87,18 @@ def in_order(one: Sequence[Any], two: Sequence[Any]) -> list[tuple[int, int]]:
         start += 1
     while start < min(ends) and one[ends[0] - 1] == two[ends[1] - 1]:
         ends = [end - 1 for end in ends]
-    most = {}  # of the rests from two places on, the number of pairs
+    most = Counter[tuple[int, int]]()  # of the rests from two places on, the number of pairs
     for a in range(ends[0] - 1, start - 1, -1):
         for b in range(ends[1] - 1, start - 1, -1):
-            same = 1 + most.get((a + 1, b + 1), 0) if one[a] == two[b] else 0
-            most[a, b] = max(same, most.get((a + 1, b), 0), most.get((a, b + 1), 0))
+            fewer = max(most[a + 1, b], most[a, b + 1])
+            most[a, b] = 1 + most[a + 1, b + 1] if one[a] == two[b] else fewer
     pairs = [(k, k) for k in range(start)]
     a = b = start
     while a < ends[0] and b < ends[1]:
-        if one[a] == two[b] and most[a, b] == 1 + most.get((a + 1, b + 1), 0):
+        if one[a] == two[b]:
             pairs.append((a, b))
             a, b = a + 1, b + 1
-        elif most.get((a + 1, b), 0) >= most.get((a, b + 1), 0):
+        elif most[a + 1, b] >= most[a, b + 1]:
             a += 1
         else:
             b += 1
@@ -161,18 +149,14 @@ def _cut(side: Side, other: Side) -> Side:
     origin: list[int] = []
     slots_now: list[Slot] = []
     forms: list[Form] = []
-    for number, slot in enumerate(side.flow.slots):
-        parts = cuts.get(number, [slot.ids])
-        for lane, ids in enumerate(parts):
-            origin.append(number)
-            cut = slot._replace(ids=ids, lane=(len(parts), lane))
-            slots_now.append(cut if number in cuts else slot)
-            forms.append(
-                (*side.forms[number][:1], *ids.shape) if number in cuts else side.forms[number]
-            )
+    for number, (slot, form) in enumerate(zip(side.flow.slots, side.forms, strict=True)):
+        parts = cuts.get(number, ())
+        origin += [number] * (len(parts) or 1)
+        slots_now += [Slot(ids, (len(parts), lane)) for lane, ids in enumerate(parts)] or [slot]
+        forms += [(form[0], *ids.shape) for ids in parts] or [form]
     grid = np.ix_(origin, origin)
-    flow_now = side.flow._replace(slots=slots_now, above=side.flow.above[grid])
-    return Side(side.trace, flow_now, forms)
+    cut = side.flow._replace(slots=slots_now, above=side.flow.above[grid])
+    return Side(side.trace, cut, forms)
 
 
 def _axes(side: Side, slot: Slot) -> list[list[Array]]:
@@ -181,7 +165,7 @@ def _axes(side: Side, slot: Slot) -> list[list[Array]]:
     path, *others = side.leaves_of(slot.ids)
     shape = side.trace.leaves[path].shape
     for axis, count in enumerate(shape if not others else ()):
-        places = np.unravel_index(slot.ids - side.flow.starts[path], shape)[axis]
+        places = np.unravel_index(slot.ids - side.trace.numbers[path].flat[0], shape)[axis]
         if (places == places[:, :1]).all():
             parts = [slot.ids[places[:, 0] == k] for k in range(count)]
         elif (places == places[:1]).all():

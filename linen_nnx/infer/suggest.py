@@ -12,7 +12,6 @@ rule is worse than none.
 import itertools
 import re
 from dataclasses import replace
-from typing import Literal
 
 import numpy as np
 
@@ -24,13 +23,12 @@ from linen_nnx.infer.fingerprints import Prints, difference, distinct, fingerpri
 from linen_nnx.infer.forms import Group, rule_for
 from linen_nnx.infer.lossy import lossy
 from linen_nnx.infer.sides import Side, sides
-from linen_nnx.infer.trace import trace_linen, trace_nnx
+from linen_nnx.infer.trace import Trace, trace_linen, trace_nnx
 from linen_nnx.infer.twin import Twin
 
 Array = np.ndarray
 Both = tuple[Side, Side]
 Leaf = tuple[int, str]  # side (0 Linen, 1 nnx) and path
-_NAMES: tuple[Literal["linen"], Literal["nnx"]] = ("linen", "nnx")
 _CANDIDATES = 8
 
 
@@ -40,9 +38,13 @@ def suggest(twin: Twin) -> RuleBook:
     Raises:
       TwinError: when a part of the twin cannot be built or called.
     """
-    traces = trace_linen(twin), trace_nnx(twin)
-    losses = lossy(*traces)
-    both = sides(*traces, losses.alone)
+    return propose(trace_linen(twin), trace_nnx(twin))
+
+
+def propose(linen: Trace, nnx: Trace) -> RuleBook:
+    """The same for a twin whose sides are traced already."""
+    losses = lossy(linen, nnx)
+    both = sides(linen, nnx, losses.alone)
     prints = fingerprints(*both)
     found = assign(*both, prints)
     why = {(side, path): text for side in (0, 1) for path, text in losses.reasons[side].items()}
@@ -58,7 +60,7 @@ def suggest(twin: Twin) -> RuleBook:
     shown = compress(items, both[0].paths, both[1].paths)
     ordered = _in_order([pair for item in items for pair in item.evidence])
     rules = [
-        replace(item.rule, note=_note(item, both[0], ordered, found.tolerance)) for item in shown
+        replace(item.rule, note=_note(item, both[0], ordered, prints.tolerance)) for item in shown
     ]
     return RuleBook(rules, _unassigned(both, items, found, why))
 
@@ -66,33 +68,23 @@ def suggest(twin: Twin) -> RuleBook:
 def _items(both: Both, found: Assignment, why: dict[Leaf, str]) -> list[Item]:
     """A rule for each group of leaves that share elements; where there is none, `why` says so."""
     linen, nnx = both
-    numbers = np.full(nnx.flow.size, -1)
-    root: dict[Leaf, Leaf] = {}
-
-    def top(leaf: Leaf) -> Leaf:
-        while root.setdefault(leaf, leaf) != leaf:
-            leaf = root[leaf]
-        return leaf
-
+    numbers = np.full(nnx.owner.size, -1)
+    groups: dict[Leaf, tuple[set[Leaf], list[Pair]]] = {}
     for pair in found.pairs:
         ids = linen.flow.slots[pair.linen].ids, nnx.flow.slots[pair.nnx].ids
         numbers[ids[1].ravel()] = ids[0].ravel()
-        for side in (0, 1):
-            for path in both[side].leaves_of(ids[side]):
-                root[top((side, path))] = top((0, linen.first[pair.linen]))
-    members: dict[Leaf, list[Leaf]] = {}
-    for leaf in sorted(root):
-        members.setdefault(top(leaf), []).append(leaf)
-    pairs: dict[Leaf, list[Pair]] = {}
-    for pair in found.pairs:
-        pairs.setdefault(top((0, linen.first[pair.linen])), []).append(pair)
+        leaves = {(side, path) for side in (0, 1) for path in both[side].leaves_of(ids[side])}
+        joined = {id(group): group for leaf in leaves if (group := groups.get(leaf))}.values()
+        evidence = sorted([pair, *(other for _, pairs in joined for other in pairs)])
+        group = leaves.union(*(others for others, _ in joined)), evidence
+        groups |= dict.fromkeys(sorted(group[0]), group)
 
     items = []
-    for group, evidence in pairs.items():  # by first use
-        leaves = members[group]
+    for group, evidence in {id(each): each for each in groups.values()}.values():  # by first use
+        leaves = sorted(group)
         arrays = Group(
-            {path: linen.elements(path) for side, path in leaves if side == 0},
-            {path: numbers[nnx.elements(path)] for side, path in leaves if side == 1},
+            {path: linen.trace.numbers[path] for side, path in leaves if side == 0},
+            {path: numbers[nnx.trace.numbers[path]] for side, path in leaves if side == 1},
         )
         reason = _refusal(both, leaves, found, why)
         rule = None if reason else rule_for(arrays)
@@ -100,9 +92,8 @@ def _items(both: Both, found: Assignment, why: dict[Leaf, str]) -> list[Item]:
             reason = reason or "its elements correspond to the candidates', but no ops say how"
             why |= dict.fromkeys(leaves, reason)
         else:
-            items.append(
-                Item(rule, frozenset(arrays.linen), frozenset(arrays.nnx), tuple(evidence))
-            )
+            matched = frozenset(arrays.linen), frozenset(arrays.nnx)
+            items.append(Item(rule, *matched, tuple(evidence)))
     return items
 
 
@@ -126,11 +117,11 @@ def _contradiction(both: Both, items: list[Item], prints: Prints) -> str | None:
     book = RuleBook([item.rule for item in items])
     translated = {path for item in items for path in item.linen}
     values = [distinct(linen, prints.values[0], translated), prints.values[1].copy()]
-    before = {path: values[0][linen.elements(path)] for path in linen.paths}
+    before = {path: values[0][numbers] for path, numbers in linen.trace.numbers.items()}
     for path, array in book.to_nnx(before, partial=True).items():
-        values[1][nnx.elements(path)] = array
-    one = run(linen, prints.inputs, values[0], gradient=False)
-    two = run(nnx, prints.inputs, values[1], gradient=False)
+        values[1][nnx.trace.numbers[path]] = array
+    one = run(linen, prints.inputs, values[0])
+    two = run(nnx, prints.inputs, values[1])
     after = book.to_nnx({**before, **one.updates}, partial=True)
     shared = [path for path in two.updates if path in after]
     gap = difference(
@@ -215,7 +206,7 @@ def _unassigned(
                 near = [name for name in idle if other.trace.leaves[name].shape == shape]
             reason = why.get((number, path), reason)
             candidates = tuple(dict.fromkeys(near))[:_CANDIDATES]
-            result[_key(path, result)] = Unassigned(_NAMES[number], reason, candidates)
+            result[_key(path, result)] = Unassigned(side.trace.side, reason, candidates)
     for path in both[1].trace.bare:
         reason = "an array that is no nnx.Variable: Linen has no leaf for it"
         result[_key(path, result)] = Unassigned("nnx", why.get((1, path), reason), ())

@@ -1,17 +1,19 @@
 """Either side of a twin as one pure function of named leaves and inputs, traced to a jaxpr."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import cached_property, partial
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.extend.core import jaxpr_as_fun
 
 from linen_nnx.book.ops import Side
+from linen_nnx.infer.evaluate import pulled, quick, widen
 from linen_nnx.infer.twin import Twin, TwinError, attempt
 
 
@@ -24,12 +26,14 @@ class Leaf:
     collection: str
 
 
-class Trace(NamedTuple):
+@dataclass(frozen=True)
+class Trace:
     """One side as a pure function: `jaxpr(*leaves, *inputs) -> (*outputs, *updates)`.
 
     `updates` names the leaves whose new values follow the outputs (batch statistics, say).
     `layers` maps the path of each submodule to its class. `bare` names the arrays of an nnx module
-    that are no Variables: they are constants of the function, not leaves.
+    that are no Variables, and `random` its RNG state: they are constants of the function, not
+    leaves.
     """
 
     side: Side
@@ -39,6 +43,36 @@ class Trace(NamedTuple):
     updates: tuple[str, ...]
     layers: dict[str, type]
     bare: tuple[str, ...] = ()
+    random: tuple[str, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """The number of outputs."""
+        return len(self.jaxpr.out_avals) - len(self.updates)
+
+    @cached_property
+    def wide(self) -> Any:
+        """The jaxpr in float64."""
+        return widen(self.jaxpr)
+
+    @cached_property
+    def run_wide(self) -> Callable[..., list[jax.Array]]:
+        """The function in float64, to be called with x64."""
+        return quick(jaxpr_as_fun(self.wide), self.wide)
+
+    @cached_property
+    def pull_wide(self) -> Callable[..., tuple[list[jax.Array], list[jax.Array]]]:
+        """`pulled` of that function: `(leaves, inputs, count) -> (outputs, slopes)`."""
+        return quick(partial(pulled, jaxpr_as_fun(self.wide)), self.wide, static_argnums=2)
+
+    @cached_property
+    def numbers(self) -> dict[str, np.ndarray]:
+        """For each leaf the numbers of its elements, counted through all leaves in their order."""
+        ends = np.cumsum([0, *(int(np.prod(leaf.shape)) for leaf in self.leaves.values())])
+        return {
+            path: np.arange(start, end, dtype=np.int32).reshape(leaf.shape)
+            for (path, leaf), start, end in zip(self.leaves.items(), ends, ends[1:], strict=False)
+        }
 
 
 def trace_linen(twin: Twin) -> Trace:
@@ -53,30 +87,22 @@ def trace_linen(twin: Twin) -> Trace:
         layers["/".join(context.module.path)] = type(context.module)
         return call_next(*args, **kwargs)
 
-    def create(key: jax.Array, *given: jax.Array) -> Any:
+    def create(*given: jax.Array) -> Any:
         with nn.intercept_methods(note):
-            return nn.unbox(init(module, key, *rebuild(given)))
+            return nn.unbox(init(module, jax.random.key(0), *rebuild(given)))
 
-    variables = attempt(
-        "the Linen init of the twin",
-        jax.eval_shape,
-        create,
-        jax.eval_shape(jax.random.key, 0),
-        *arrays,
-    )
-    flat = {_join(path): (path, leaf) for path, leaf in _flat(variables).items()}
+    variables = attempt("the Linen init of the twin", jax.eval_shape, create, *arrays)
+    structure = jax.tree.structure(variables)
     leaves = {
-        name: Leaf(leaf.shape, leaf.dtype, str(path[0])) for name, (path, leaf) in flat.items()
+        path: Leaf(leaf.shape, leaf.dtype, path.split("/")[0])
+        for path, leaf in named(variables).items()
     }
 
     def forward(values: list[jax.Array], *given: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
-        tree = unflatten_dict(
-            {path: value for (path, _), value in zip(flat.values(), values, strict=True)}
-        )
-        out = call(module, tree, *rebuild(given))
+        out = call(module, structure.unflatten(values), *rebuild(given))
         if isinstance(out, tuple) and len(out) == 2 and _collections(out[1], variables):
-            after = {_join(path): value for path, value in _flat(out[1]).items()}
-            return out[0], {name: value for name, value in after.items() if name in leaves}
+            after = named(nn.unbox(out[1]))
+            return out[0], {path: value for path, value in after.items() if path in leaves}
         return out, {}
 
     return _trace("linen", forward, leaves, arrays, layers)
@@ -87,33 +113,44 @@ def trace_nnx(twin: Twin) -> Trace:
     arrays, rebuild = _inputs(twin)
     call = twin.call_nnx or (lambda model, *inputs: model(*inputs))
     model = attempt("nnx(rngs) of the twin", _built, twin)
-    layers = {_join(path): type(module) for path, module in nnx.iter_modules(model)}
-    graphdef, state = nnx.split(model)
-    variables, fixed = {}, {}
-    for path, leaf in nnx.to_flat_state(state):
-        if isinstance(leaf, nnx.RngState):
-            fixed[path] = leaf.replace(_random(leaf))
-        elif isinstance(leaf, nnx.Variable):
-            variables[path] = leaf
-        else:
-            fixed[path] = leaf
-    bare = tuple(_join(path) for path, leaf in fixed.items() if not isinstance(leaf, nnx.RngState))
-    leaves = {
-        _join(path): Leaf(variable.shape, variable.dtype, _collection(variable))
-        for path, variable in variables.items()
-    }
+    layers = {joined(path): type(module) for path, module in nnx.iter_modules(model)}
+    graphdef, random, variables, bare = nnx.split(model, nnx.RngState, nnx.Variable, ...)
+    structure = jax.tree.structure(variables)
+    leaves = {}
+    for path, variable in nnx.to_flat_state(variables):
+        kind = nnx.Param if isinstance(variable, nnx.Param) else type(variable)  # of any subclass
+        collection = nnx.variable_name_from_type(kind)
+        leaves[joined(path)] = Leaf(variable.shape, variable.dtype, collection)
 
     def forward(values: list[jax.Array], *given: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
-        pairs = zip(variables.items(), values, strict=True)
-        flat = [(path, variable.replace(value)) for (path, variable), value in pairs]
-        model = nnx.merge(graphdef, nnx.from_flat_state([*flat, *fixed.items()]))
+        fixed = jax.tree.map(_fixed, random)  # new Variables, which this trace may change
+        model = nnx.merge(graphdef, fixed, structure.unflatten(values), bare)
         out = call(model, *rebuild(given))
         state = nnx.to_flat_state(nnx.state(model, nnx.Variable))
-        after = {_join(path): leaf.get_value() for path, leaf in state}
+        after = {joined(path): leaf.get_value() for path, leaf in state}
         before = zip(leaves, values, strict=True)
-        return out, {name: after[name] for name, value in before if after[name] is not value}
+        return out, {path: after[path] for path, value in before if after[path] is not value}
 
-    return _trace("nnx", forward, leaves, arrays, layers, bare)
+    constants = [
+        tuple(joined(path) for path, _ in nnx.to_flat_state(state)) for state in (bare, random)
+    ]
+    return _trace("nnx", forward, leaves, arrays, layers, *constants)
+
+
+def named(tree: Any) -> dict[str, Any]:
+    """The leaves of any pytree by their paths."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(at, simple=True, separator="/"): leaf for at, leaf in leaves}
+
+
+def joined(path: Iterable[Any]) -> str:
+    """A path of names and integers as text."""
+    return "/".join(map(str, path))
+
+
+def place(path: Iterable[Any]) -> str:
+    """The path of a module as people read it."""
+    return joined(path) or "(root)"
 
 
 def _trace(
@@ -122,7 +159,7 @@ def _trace(
     leaves: dict[str, Leaf],
     arrays: tuple[jax.Array, ...],
     layers: dict[str, type],
-    bare: tuple[str, ...] = (),
+    *constants: tuple[str, ...],
 ) -> Trace:
     updated: list[str] = []
 
@@ -134,7 +171,7 @@ def _trace(
 
     specs = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves.values()]
     jaxpr = attempt(f"the {side} call of the twin", jax.make_jaxpr(flat), specs, *arrays)
-    return Trace(side, jaxpr, leaves, arrays, tuple(updated), layers, bare)
+    return Trace(side, jaxpr, leaves, arrays, tuple(updated), layers, *constants)
 
 
 def _inputs(twin: Twin) -> tuple[tuple[jax.Array, ...], Callable[..., tuple[Any, ...]]]:
@@ -155,10 +192,6 @@ def _inputs(twin: Twin) -> tuple[tuple[jax.Array, ...], Callable[..., tuple[Any,
     return tuple(jnp.asarray(leaves[k]) for k in places), rebuild
 
 
-def _flat(tree: Any) -> dict[tuple[Any, ...], Any]:
-    return dict(flatten_dict(tree))
-
-
 def _collections(updates: Any, variables: Mapping[str, Any]) -> bool:
     """Whether the second of two results is what `apply(..., mutable=[...])` returns."""
     return (
@@ -166,11 +199,6 @@ def _collections(updates: Any, variables: Mapping[str, Any]) -> bool:
         and bool(set(updates) & set(variables))
         and all(isinstance(value, Mapping) for value in updates.values())
     )
-
-
-def _collection(variable: Any) -> str:
-    is_param = isinstance(variable, nnx.Param)  # of any subclass
-    return "params" if is_param else nnx.variable_name_from_type(type(variable))
 
 
 def _built(twin: Twin) -> nnx.Module:
@@ -200,12 +228,7 @@ def _rngs() -> nnx.Rngs:
     return rngs
 
 
-def _random(variable: Any) -> jax.Array:
+def _fixed(spec: Any) -> jax.Array:
     """A fixed key or count in place of an abstract one."""
-    spec = variable.get_value()
     is_key = jax.dtypes.issubdtype(spec.dtype, jax.dtypes.prng_key)
     return jnp.broadcast_to(jax.random.key(0) if is_key else jnp.uint32(0), spec.shape)
-
-
-def _join(path: tuple[Any, ...]) -> str:
-    return "/".join(map(str, path))

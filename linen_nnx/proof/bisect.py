@@ -8,24 +8,27 @@ leaves is compared. Each side is run in float64 as well: what differs there is n
 far a side is from its own float64 run is what rounding may do.
 """
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import jax.numpy as jnp
 import numpy as np
 
 from linen_nnx.book.rules import RuleBook
 from linen_nnx.infer.fingerprints import lively
-from linen_nnx.infer.suggest import suggest
+from linen_nnx.infer.suggest import propose
 from linen_nnx.infer.trace import trace_linen, trace_nnx
 from linen_nnx.infer.twin import Twin
-from linen_nnx.proof.compare import Error, Value, Verdict, aligned, judge
-from linen_nnx.proof.half import Half, module_of
+from linen_nnx.proof.compare import Error, Value, Verdict, aligned, judge, spec
+from linen_nnx.proof.half import Half
 from linen_nnx.proof.lint import lint, watch
 from linen_nnx.proof.mates import gather, mates, side_of, weights
 
 Array = np.ndarray
+T = TypeVar("T")
 _AGREE = ("exact", "rounding", "absorbed")
 _FAILED = ("DIVERGES", "NaN")
 _RANKS = ("other form", *_AGREE, *_FAILED)
@@ -86,16 +89,16 @@ def bisect(
       StoreError: when a checkpoint cannot be read.
     """
     watched, configs = watch(twin)
-    linen, nnx = side_of(trace_linen(watched)), side_of(trace_nnx(watched))
+    traces = trace_linen(watched), trace_nnx(watched)
     if not isinstance(book, RuleBook):
-        book = suggest(twin) if book is None else RuleBook.load(book)
+        book = propose(*traces) if book is None else RuleBook.load(book)
+    linen, nnx = map(side_of, traces)
     mate, notes = mates(linen, nnx, book)
     *leaves, more = weights(linen, nnx, book, mate, checkpoints)
     inputs = []
     for number, array in enumerate(linen.trace.inputs):
-        even = (
-            array.size > 1 and array.dtype.kind in "fiu" and bool((array == array.ravel()[0]).all())
-        )
+        given = np.asarray(array)
+        even = given.size > 1 and given.dtype.kind in "fiu" and bool((given == given.flat[0]).all())
         inputs.append(jnp.asarray(lively(array, number), array.dtype) if even else array)
         notes += [f"input {number} was all one value, which hides much: it got noise"] * even
     both = Half(linen, leaves[0], inputs), Half(nnx, leaves[1], inputs)
@@ -108,8 +111,7 @@ def bisect(
 class _Point:
     """A use on each side, whose values are compared."""
 
-    linen: int
-    nnx: int
+    uses: tuple[int, int]
     shape: str
     values: tuple[Value, Value] | None
     error: Error | None = None
@@ -119,8 +121,8 @@ class _Point:
 class _Comparison:
     def __init__(self, both: tuple[Half, Half], mate: Array) -> None:
         self.both, self.mate = both, mate
-        self.numbers = np.arange(both[0].flow.size), mate
-        self.points = sorted(self._points(), key=lambda point: (point.linen, point.nnx))
+        self.numbers = np.arange(both[0].side.owner.size), mate
+        self.points = sorted(self._points(), key=lambda point: point.uses)
         self.known = [point for point in self.points if point.values]
         self.feeds = dict(zip(self.known, self._feeds(), strict=True))
         for point in self.known:
@@ -133,11 +135,8 @@ class _Comparison:
         """Modules of both sides that share leaves, and the dtype of what the Linen one gives."""
         found = {}
         for point in self.points:
-            one, two = (
-                module_of(half.side, half.leaf[use])
-                for half, use in zip(self.both, (point.linen, point.nnx), strict=True)
-            )
-            value = self.both[0].value(point.linen)
+            one, two = self._each(Half.module, point)
+            value = self.both[0].value(point.uses[0])
             found[one, two] = str(value.own.dtype) if value else ""
         return found
 
@@ -145,8 +144,8 @@ class _Comparison:
         """All lines, and the first that diverges."""
         groups: dict[tuple[str, str], list[_Point]] = {}
         for point in self.points:
-            key = self.both[0].layer(point.linen), self.both[1].layer(point.nnx)
-            groups.setdefault(key, []).append(point)
+            one, two = self._each(Half.layer, point)
+            groups.setdefault((one, two), []).append(point)
         fault = next((point for point in self.points if point.verdict in _FAILED), None)
         lines, first = [], None
         for (linen, nnx), points in groups.items():
@@ -157,7 +156,7 @@ class _Comparison:
             line = Layer(
                 linen,
                 nnx,
-                self.both[0].leaf[shown.linen],
+                self.both[0].leaf[shown.uses[0]],
                 shown.shape,
                 max(before, key=_amount, default=None),
                 shown.error,
@@ -169,42 +168,43 @@ class _Comparison:
         lines += self.ends
         return lines, first or next((line for line in self.ends if line.verdict in _FAILED), None)
 
+    def _each(self, of: Callable[[Half, int], T], point: _Point) -> list[T]:
+        """Something of a point's use on each side."""
+        return [of(half, use) for half, use in zip(self.both, point.uses, strict=True)]
+
     def _points(self) -> Iterator[_Point]:
         """Uses that share leaf elements; and uses of one side in a layer that has a mate."""
         one, two = self.both
         here = np.flatnonzero(self.mate >= 0)
         uses = np.stack([one.flow.owner[self.mate[here]], two.flow.owner[here]])
         uses = np.unique(uses[:, (uses >= 0).all(0)], axis=1).T.tolist()
-        paired = set(), set()
         layers: tuple[dict[str, list[int]], dict[str, list[int]]] = {}, {}
-        for pair in uses:
-            yield self._point(pair[0], pair[1], fit=True)
-            for side in (0, 1):
-                paired[side].add(pair[side])
-                layer = self.both[side].layer(pair[side])
-                layers[side].setdefault(layer, []).append(pair[1 - side])
+        for one_use, two_use in uses:
+            yield self._point((one_use, two_use), fit=True)
+            layers[0].setdefault(one.layer(one_use), []).append(two_use)
+            layers[1].setdefault(two.layer(two_use), []).append(one_use)
         for side, half in enumerate(self.both):
-            for use in half.leaf.keys() - paired[side]:
+            for use in half.leaf.keys() - {pair[side] for pair in uses}:
                 if others := layers[side].get(half.layer(use)):
                     pair = (use, max(others)) if side == 0 else (max(others), use)
-                    yield self._point(*pair, fit=False)
+                    yield self._point(pair, fit=False)
 
-    def _point(self, linen: int, nnx: int, fit: bool) -> _Point:
+    def _point(self, uses: tuple[int, int], fit: bool) -> _Point:
         """`fit`: whether the uses share elements, so that values in other forms can be aligned."""
-        one, two = self.both[0].value(linen), self.both[1].value(nnx)
+        one, two = (half.value(use) for half, use in zip(self.both, uses, strict=True))
         if one is None or two is None:
-            return _Point(linen, nnx, "", None)
+            return _Point(uses, "", None)
         values = (one, two) if one.own.shape == two.own.shape else None
         if fit:
-            at = self.both[0].flow.uses[linen], self.both[1].flow.uses[nnx]
+            at = self.both[0].flow.uses[uses[0]], self.both[1].flow.uses[uses[1]]
             values = aligned((one, two), at, self.numbers)
-        return _Point(linen, nnx, _shape((one, two)), values)
+        return _Point(uses, _shape((one, two)), values)
 
     def _feeds(self) -> list[list[_Point]]:
         """For each known point those that flow into it with no other in between."""
         above = self.both[0].above
         sets = [
-            {k for k, other in enumerate(self.known) if other.linen in above[point.linen]}
+            {k for k, other in enumerate(self.known) if other.uses[0] in above[point.uses[0]]}
             for point in self.known
         ]
         return [
@@ -218,28 +218,20 @@ class _Comparison:
         last = [point.error for point in self.known if point not in inner and point.error]
         before = max(last, key=_amount, default=None)
         for path in two.side.paths:
-            ids = self.mate[two.side.elements(path)]
+            ids = self.mate[two.side.trace.numbers[path]]
             if (ids < 0).any():
                 continue
             sources = one.side.leaves_of(ids)
             if path in two.updated or one.updated & set(sources):
-                mine = zip(*(one.leaves[p] for p in sources), strict=True)
-                leaves = [dict(zip(sources, arrays, strict=True)) for arrays in mine]
-                value = Value(*(gather(one.side, each, ids) for each in leaves))
+                mine = ({p: one.leaves[p][mode] for p in sources} for mode in range(3))
+                value = Value(*(gather(one.side, each, ids) for each in mine))
                 values = value, two.leaves[path]
                 yield _end(f"update of {sources[0]}", f"update of {path}", values, before)
-        for outs, text in (
-            ((one.outs, two.outs), ""),
-            ((one.compiled, two.compiled), ", compiled"),
-        ):
-            for number in range(max(map(len, outs))):
+        for text, *outs in (("", one.outs, two.outs), (", compiled", one.compiled, two.compiled)):
+            for number, (ours, theirs) in enumerate(itertools.zip_longest(*outs)):
                 name = f"output {number}{text}"
-                if number < min(map(len, outs)):
-                    values = outs[0][number], outs[1][number]
-                    yield _end(name, name, values, before)
-                else:
-                    names = [name if number < len(each) else "none" for each in outs]
-                    yield Layer(names[0], names[1], "", "", before, None, "DIVERGES")
+                names = ["none" if value is None else name for value in (ours, theirs)]
+                yield _end(names[0], names[1], (ours, theirs), before)
 
     def _absorb(self) -> None:
         """Marks points that differ while everything computed from them agrees."""
@@ -256,20 +248,22 @@ class _Comparison:
 
     def _inside(self, point: _Point) -> bool | None:
         """Whether what flows into both equations of a point agrees."""
-        given = [
-            half.inputs(use) for half, use in zip(self.both, (point.linen, point.nnx), strict=True)
-        ]
+        given = self._each(Half.inputs, point)
         shapes = [[value.own.shape for value in values] for values in given]
         if shapes[0] != shapes[1]:
             return None
         return all(judge(*pair)[1] in _AGREE for pair in zip(*given, strict=True))
 
 
-def _end(linen: str, nnx: str, values: tuple[Value, Value], before: Error | None) -> Layer:
-    if values[0].own.shape != values[1].own.shape:
-        return Layer(linen, nnx, "", _shape(values), before, None, "DIVERGES")
-    error, verdict = judge(*values)
-    return Layer(linen, nnx, "", _shape(values), before, error, verdict)
+def _end(
+    linen: str, nnx: str, values: tuple[Value | None, Value | None], before: Error | None
+) -> Layer:
+    one, two = values
+    if one is None or two is None:
+        return Layer(linen, nnx, "", "", before, None, "DIVERGES")
+    if one.own.shape != two.own.shape:
+        return Layer(linen, nnx, "", _shape((one, two)), before, None, "DIVERGES")
+    return Layer(linen, nnx, "", _shape((one, two)), before, *judge(one, two))
 
 
 def _rank(point: _Point) -> tuple[int, float]:
@@ -283,5 +277,5 @@ def _amount(error: Error | None) -> float:
 
 
 def _shape(values: tuple[Value, Value]) -> str:
-    texts = [f"{value.own.dtype}[{','.join(map(str, value.own.shape))}]" for value in values]
+    texts = [spec(value.own) for value in values]
     return texts[0] if texts[0] == texts[1] else " / ".join(texts)

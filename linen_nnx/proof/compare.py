@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from linen_nnx.book.ops import Spec
 from linen_nnx.infer.dataflow import Use, lean
 from linen_nnx.infer.fingerprints import EXACT
 
@@ -57,7 +58,7 @@ def judge(one: Value, two: Value) -> tuple[Error, Verdict]:
     if error.exact:
         return error, "exact"
     noise = min(difference(value.own, value.wide).absolute for value in (one, two))
-    unit = min(_epsilon(one.own), _epsilon(two.own)) * _size(one.own, two.own)
+    unit = min(epsilon(one.own), epsilon(two.own)) * _size(one.own, two.own)
     real = difference(one.wide, two.wide).absolute
     gaps = (_doubled(a) - _doubled(b) for a, b in ((one.wide, two.wide), (one.nudged, two.nudged)))
     constants = difference(*gaps).absolute
@@ -71,18 +72,24 @@ def difference(one: Array, two: Array) -> Error:
     left, right = (_doubled(array) for array in (one, two))
     with np.errstate(invalid="ignore", over="ignore"):
         gaps = np.where(left == right, 0.0, np.abs(left - right)).reshape(-1)
-    exact = one.dtype == two.dtype and one.tobytes() == two.tobytes()
+    exact = same(one, two)
     if not gaps.size or np.isnan(gaps).any():
         worst = np.nan if gaps.size else 0.0
         return Error(exact and not gaps.size, worst, worst, worst)
     place = int(gaps.argmax())
     worst = float(gaps[place])
     near = max(abs(left.reshape(-1)[place]), abs(right.reshape(-1)[place]))
-    epsilon = max(_epsilon(one), _epsilon(two))
-    ulp = epsilon * 2.0 ** float(np.floor(np.log2(near))) if 0 < near < np.inf else epsilon or 1.0
+    eps = max(epsilon(one), epsilon(two))
+    exponent = float(np.floor(np.log2(near))) if eps and 0 < near < np.inf else 0.0
+    ulp = (eps or 1.0) * 2.0**exponent
     size = _size(one, two)
     relative = worst / size if worst and size else float(worst > 0)
     return Error(exact, worst / ulp, worst, relative)
+
+
+def same(one: Array, two: Array) -> bool:
+    """Whether two arrays of one shape are equal in dtype and in every bit."""
+    return one.dtype == two.dtype and one.tobytes() == two.tobytes()
 
 
 def aligned(
@@ -104,6 +111,11 @@ def aligned(
             if len(order[0]) == len(order[1]):
                 return values[0].at(order[0]), values[1].at(order[1])
     return values if shapes[0] == shapes[1] else None
+
+
+def spec(array: Any) -> str:
+    """Dtype and shape as text; `missing` for None."""
+    return "missing" if array is None else str(Spec.of(array))
 
 
 def _keys(use: Use, numbers: Array) -> Array:
@@ -131,7 +143,7 @@ def _doubled(array: Array) -> Array:
     return array.astype(np.complex128 if array.dtype.kind == "c" else np.float64)
 
 
-def _epsilon(array: Array) -> float:
+def epsilon(array: Array) -> float:
     """The spacing of numbers at 1; 0 for integers and booleans."""
     return float(jnp.finfo(array.dtype).eps) if jnp.issubdtype(array.dtype, jnp.inexact) else 0.0
 

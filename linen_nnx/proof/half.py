@@ -10,7 +10,8 @@ import numpy as np
 from jax.extend.core import jaxpr_as_fun
 
 from linen_nnx.infer.sides import Side
-from linen_nnx.proof.compare import Value
+from linen_nnx.infer.trace import place
+from linen_nnx.proof.compare import Value, same
 from linen_nnx.proof.record import Mode, record
 
 
@@ -24,16 +25,13 @@ class Half:
         runs = [record(jaxpr, args, sites, mode) for mode in get_args(Mode)]
         self.records = [records for _, records in runs]
         outs = [out for out, _ in runs]
-        count = len(outs[0]) - len(side.trace.updates)
         values = list(map(Value.of, *outs))
-        self.outs = values[:count]
+        self.outs = values[: side.trace.count]
         compiled = jax.jit(jaxpr_as_fun(jaxpr))(*args)
-        self.compiled = list(map(Value.of, compiled, *outs[1:]))[:count]
+        self.compiled = list(map(Value.of, compiled, *outs[1:]))[: side.trace.count]
         old = {path: Value.of(a, a, a) for path, a in zip(side.paths, args, strict=False)}
-        new = dict(zip(side.trace.updates, values[count:], strict=True))
-        self.updated = {
-            p for p, value in new.items() if value.own.tobytes() != old[p].own.tobytes()
-        }
+        new = dict(zip(side.trace.updates, values[side.trace.count :], strict=True))
+        self.updated = {path for path, value in new.items() if not same(value.own, old[path].own)}
         self.leaves = {**old, **new}
 
     @cached_property
@@ -55,8 +53,12 @@ class Half:
 
     def layer(self, use: int) -> str:
         """The path of the module that holds the leaf of a use, and the steps of scans around it."""
-        path, steps = module_of(self.side, self.leaf[use]), self.steps(use)
+        path, steps = self.module(use), self.steps(use)
         return f"{path}{list(steps)}" if path in self.stepping else path
+
+    def module(self, use: int) -> str:
+        """The path of the module that holds the leaf of a use."""
+        return place(self.leaf[use].split("/")[self.side.trace.side == "linen" : -1])
 
     def steps(self, use: int) -> tuple[int, ...]:
         found = self.records[0].get(self.flow.uses[use].site)
@@ -66,8 +68,8 @@ class Half:
     def stepping(self) -> set[str]:
         """Modules that are used in more than one step of a scan."""
         steps: dict[str, set[tuple[int, ...]]] = {}
-        for use, path in self.leaf.items():
-            steps.setdefault(module_of(self.side, path), set()).add(self.steps(use))
+        for use in self.leaf:
+            steps.setdefault(self.module(use), set()).add(self.steps(use))
         return {path for path, found in steps.items() if len(found) > 1}
 
     def value(self, use: int) -> Value | None:
@@ -84,9 +86,3 @@ class Half:
         at = self.flow.uses[use]
         args = [records[at.site].args for records in self.records]
         return [Value.of(*(each[k] for each in args)) for k in at.inputs]
-
-
-def module_of(side: Side, leaf: str) -> str:
-    """The path of the module that holds a leaf; "." for the root."""
-    parts = leaf.split("/")[side.trace.side == "linen" : -1]
-    return "/".join(parts) or "."

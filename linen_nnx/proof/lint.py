@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -20,67 +20,50 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
+from linen_nnx.infer.trace import place
 from linen_nnx.infer.twin import Twin
 
 Settings = dict[str, Any]
+Configs = tuple[dict[str, Settings], dict[str, Settings]]
+"""For each side (0 Linen, 1 nnx) the settings of its modules, by path, in order of calls.
+
+A setting `kind` is the name of the module's class.
+"""
+_SAME = "give both the same"
 _TRAIN = "pass the same flag in both calls (nnx modules start in train mode)"
-_SHAPE = "give both the same; what a layer reads, and its padding, depend on it"
+_FLAGS = ("deterministic", "use_running_average", "train", "training", "is_training")
 _ADVICE = {
-    "epsilon": "give both the same; the defaults of the two frameworks differ for some layers",
-    "momentum": "give both the same; only the statistics of later steps will show it",
-    "use_fast_variance": "give both the same; the variance rounds differently",
-    "dtype": "give both the same; None computes in what inputs and parameters promote to",
-    "param_dtype": "give both the same, or translate the checkpoint's dtype on purpose",
-    "precision": "give both the same",
-    "use_bias": "give both the same, or `drop` the bias in the rule book on purpose",
-    "use_scale": "give both the same, or `drop` the scale in the rule book on purpose",
+    "epsilon": f"{_SAME}; the defaults of the two frameworks differ for some layers",
+    "momentum": f"{_SAME}; only the statistics of later steps will show it",
+    "use_fast_variance": f"{_SAME}; the variance rounds differently",
+    "dtype": f"{_SAME}; None computes in what inputs and parameters promote to",
+    "param_dtype": f"{_SAME}, or translate the checkpoint's dtype on purpose",
+    "use_bias": f"{_SAME}, or `drop` the bias in the rule book on purpose",
+    "use_scale": f"{_SAME}, or `drop` the scale in the rule book on purpose",
     "padding": "write the pads out in numbers; SAME depends on the stride",
-    "strides": _SHAPE,
-    "kernel_size": _SHAPE,
-    "kernel_dilation": _SHAPE,
-    "input_dilation": _SHAPE,
-    "feature_group_count": _SHAPE,
-    "axis": "normalise over the same axes",
-    "feature_axes": "normalise over the same axes",
-    "reduction_axes": "normalise over the same axes",
-    "num_groups": "give both the same",
-    "num_heads": "give both the same; the kernels' shapes do not always show it",
-    "normalize_qk": "give both the same",
-    "attention_fn": "give both the same function: Linen's and nnx's own round differently",
-    "activation_fn": "give both the same function",
-    "gate_fn": "give both the same function",
-    "rate": "give both the same",
-    "dropout_rate": "give both the same",
-    "broadcast_dropout": "give both the same",
-    "broadcast_dims": "give both the same",
+    "num_heads": f"{_SAME}; the kernels' shapes do not always show it",
+    "attention_fn": f"{_SAME} function: Linen's and nnx's own round differently",
+    **dict.fromkeys(("activation_fn", "gate_fn"), f"{_SAME} function"),
+    **dict.fromkeys(("axis", "feature_axes", "reduction_axes"), "normalise over the same axes"),
+    **dict.fromkeys(
+        ("strides", "kernel_size", "kernel_dilation", "input_dilation", "feature_group_count"),
+        f"{_SAME}; what a layer reads, and its padding, depend on it",
+    ),
+    **dict.fromkeys(("precision", "num_groups", "normalize_qk", "rate", "dropout_rate"), _SAME),
+    **dict.fromkeys(("broadcast_dropout", "broadcast_dims"), _SAME),
+    **dict.fromkeys(_FLAGS, _TRAIN),
     "deterministic": f"dropout is on in one of them: {_TRAIN}",
     "use_running_average": f"BatchNorm is in train mode in one of them: {_TRAIN}",
-    "train": _TRAIN,
-    "training": _TRAIN,
-    "is_training": _TRAIN,
 }
-_FLAGS = ("deterministic", "use_running_average", "train", "training", "is_training")
 _READ = (*_ADVICE, "promote_dtype")
 _MAY_BE_NONE = ("dtype", "precision")  # elsewhere None means that something else decides
-_Pairs = Iterable[tuple[str, str]]
 
 
-@dataclass
-class Configs:
-    """For each side (0 Linen, 1 nnx) the settings of its modules, by path, in order of calls.
-
-    A setting `kind` is the name of the module's class.
-    """
-
-    sides: tuple[dict[str, Settings], dict[str, Settings]] = field(default_factory=lambda: ({}, {}))
-
-    def note(self, side: int, path: str, module: Any, called_with: Settings | None) -> None:
-        """Keeps the settings of a module at its first call; None: the call was not seen."""
-        known = {name: value for name, value in vars(module).items() if name in _READ}
-        if called_with is None:
-            known = {name: value for name, value in known.items() if name not in _FLAGS}
-        kind = {"kind": type(module).__name__}
-        self.sides[side].setdefault(path, {**known, **(called_with or {}), **kind})
+def _note(found: dict[str, Settings], path: str, module: Any, given: Settings | None) -> None:
+    """Keeps the settings of a module at its first call; `given` in it, None if it was not seen."""
+    skipped = _FLAGS if given is None else ()
+    own = {k: v for k, v in vars(module).items() if k in _READ and k not in skipped}
+    found.setdefault(path, {**own, **(given or {}), "kind": type(module).__name__})
 
 
 def _given(module: Any, args: Any, kwargs: Any) -> Settings:
@@ -92,31 +75,29 @@ def _given(module: Any, args: Any, kwargs: Any) -> Settings:
 
 def watch(twin: Twin) -> tuple[Twin, Configs]:
     """A twin that notes the settings of its modules when it is called."""
-    configs = Configs()
+    configs: Configs = {}, {}
     call_linen = twin.call_linen or (lambda module, *given: module.apply(*given))
     call_nnx = twin.call_nnx or (lambda model, *inputs: model(*inputs))
 
     def linen(*given: Any) -> Any:
         def seen(call_next: Any, args: Any, kwargs: Any, context: Any) -> Any:
             if context.method_name == "__call__":
-                path, given = "/".join(context.module.path), _given(context.module, args, kwargs)
-                configs.note(0, path or ".", context.module, given)
+                module = context.module
+                _note(configs[0], place(module.path), module, _given(module, args, kwargs))
             return call_next(*args, **kwargs)
 
         with nn.intercept_methods(seen):
             return call_linen(*given)
 
     def call_of_nnx(model: Any, *inputs: Any) -> Any:
-        modules = {
-            id(m): ("/".join(map(str, path)) or ".", m) for path, m in nnx.iter_modules(model)
-        }
+        modules = {id(m): (place(path), m) for path, m in nnx.iter_modules(model)}
 
         def seen(call: Callable[..., Any]) -> Callable[..., Any]:
             @functools.wraps(call)
             def noting(self: Any, *args: Any, **kwargs: Any) -> Any:
                 given = _given(self, args, kwargs)
                 if id(self) in modules:
-                    configs.note(1, *modules[id(self)], given)
+                    _note(configs[1], *modules[id(self)], given)
                 else:  # a copy that a transform (remat, scan, vmap) has made
                     flags = {**vars(self), **given}
                     copies.setdefault(type(self), []).append(
@@ -134,9 +115,9 @@ def watch(twin: Twin) -> tuple[Twin, Configs]:
                     patches.enter_context(mock.patch.object(kind, "__call__", seen(call)))
             out = call_nnx(model, *inputs)
         for path, module in modules.values():
-            of_kind = copies.get(type(module), [])
-            same = bool(of_kind) and all(flags == of_kind[0] for flags in of_kind)
-            configs.note(1, path, module, of_kind[0] if same else None)
+            first, *others = copies.get(type(module), [None])
+            same = all(flags == first for flags in others)
+            _note(configs[1], path, module, first if same else None)
         return out
 
     return replace(twin, call_linen=linen, call_nnx=call_of_nnx), configs
@@ -147,20 +128,18 @@ def lint(configs: Configs, pairs: Mapping[tuple[str, str], str]) -> list[str]:
 
     pairs: the paths of modules that share leaves, with the dtype of what the Linen one gives.
     """
-    found: dict[tuple[str, ...], list[str]] = {}
+    found: dict[tuple[str, str], list[str]] = {}
     for places in dict.fromkeys([*pairs, *_ancestors(configs, pairs), *_dropouts(configs)]):
-        if places[0] not in configs.sides[0] or places[1] not in configs.sides[1]:
+        if places[0] not in configs[0] or places[1] not in configs[1]:
             continue
-        linen, nnx_ = (side[path] for side, path in zip(configs.sides, places, strict=True))
+        linen, nnx_ = (side[path] for side, path in zip(configs, places, strict=True))
         for text in _differences(linen, nnx_, pairs.get(places, "")):
             found.setdefault(text, []).append(f"{places[0]} (nnx {places[1]})")
-    return [_sentence(text, places) for text, places in found.items()]
-
-
-def _sentence(text: tuple[str, ...], places: list[str]) -> str:
-    what, advice = text
-    more = f" and {len(places) - 2} more" if len(places) > 2 else ""
-    return f"{what}, at {', '.join(places[:2])}{more}: {advice}"
+    sentences = []
+    for (what, advice), places in found.items():
+        more = f" and {len(places) - 2} more" if len(places) > 2 else ""
+        sentences.append(f"{what}, at {', '.join(places[:2])}{more}: {advice}")
+    return sentences
 
 
 def _differences(linen: Settings, nnx_: Settings, dtype: str) -> Iterator[tuple[str, str]]:
@@ -185,20 +164,17 @@ def _differences(linen: Settings, nnx_: Settings, dtype: str) -> Iterator[tuple[
         )
 
 
-def _ancestors(configs: Configs, pairs: _Pairs) -> Iterator[tuple[str, str]]:
+def _ancestors(configs: Configs, pairs: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
     """The modules around paired ones, where the two models are nested in the same way."""
-    found: dict[tuple[str, str], None] = {}
+    kinds: dict[tuple[str, str], tuple[str, ...]] = {}
     for linen, nnx_ in pairs:
-        places = linen.split("/")[:-1], nnx_.split("/")[:-1]
-        while all(places) and all(
-            "/".join(p) in side for p, side in zip(places, configs.sides, strict=True)
-        ):
-            found["/".join(places[0]), "/".join(places[1])] = None
-            places = places[0][:-1], places[1][:-1]
-    kinds = {tuple(re.sub(r"\d+", "*", path) for path in places) for places in found}
-    counts = [Counter(kind[side] for kind in kinds) for side in (0, 1)]
-    for places in found:
-        kind = [re.sub(r"\d+", "*", path) for path in places]
+        while "/" in linen and "/" in nnx_:
+            linen, nnx_ = linen.rpartition("/")[0], nnx_.rpartition("/")[0]
+            if linen not in configs[0] or nnx_ not in configs[1]:
+                break
+            kinds[linen, nnx_] = tuple(re.sub(r"\d+", "*", path) for path in (linen, nnx_))
+    counts = [Counter(kind[side] for kind in set(kinds.values())) for side in (0, 1)]
+    for places, kind in kinds.items():
         if counts[0][kind[0]] == counts[1][kind[1]] == 1:
             yield places
 
@@ -207,7 +183,7 @@ def _dropouts(configs: Configs) -> Iterator[tuple[str, str]]:
     """Dropout layers: in the order of their calls, or each with one, if those are all alike."""
     linen, nnx_ = (
         {path: settings for path, settings in side.items() if settings["kind"] == "Dropout"}
-        for side in configs.sides
+        for side in configs
     )
     if len(linen) == len(nnx_):
         yield from zip(linen, nnx_, strict=True)

@@ -15,6 +15,7 @@ from linen_nnx.infer.dataflow import flow
 from linen_nnx.infer.fingerprints import distinct
 from linen_nnx.infer.sides import Side, in_order
 from linen_nnx.infer.trace import Trace
+from linen_nnx.proof.compare import spec
 
 Array = np.ndarray
 Leaves = dict[str, Any]
@@ -37,10 +38,10 @@ def mates(linen: Side, nnx: Side, book: RuleBook) -> tuple[Array, list[str]]:
     """
     rules = [rule for rule in book.rules if rule.linen and rule.nnx and rule.lossless]
     plan = RuleBook(rules).plan(linen.trace.leaves, "nnx", nnx.trace.leaves, partial=True)
-    mate = np.full(nnx.flow.size, -1)
-    for path, numbers in plan.run({path: linen.elements(path) for path in linen.paths}).items():
-        mate[nnx.elements(path)] = numbers
-    taken = np.zeros(linen.flow.size, bool)
+    mate = np.full(nnx.owner.size, -1)
+    for path, numbers in plan.run(linen.trace.numbers).items():
+        mate[nnx.trace.numbers[path]] = numbers
+    taken = np.zeros(linen.owner.size, bool)
     taken[mate[mate >= 0]] = True
     left = [k for k, slot in enumerate(linen.flow.slots) if not taken[slot.ids].any()]
     right = [k for k, slot in enumerate(nnx.flow.slots) if (mate[slot.ids] < 0).all()]
@@ -53,7 +54,7 @@ def mates(linen: Side, nnx: Side, book: RuleBook) -> tuple[Array, list[str]]:
     if guessed:
         notes.append(f"{len(guessed)} uses have no rule and were paired by order: {_few(guessed)}")
     taken[mate[mate >= 0]] = True
-    if alone := [path for path in linen.paths if not taken[linen.elements(path)].any()]:
+    if alone := [path for path in linen.paths if not taken[linen.trace.numbers[path]].any()]:
         notes.append(f"Linen leaves without a mate in nnx: {_few(alone)}")
     return mate, notes
 
@@ -67,46 +68,45 @@ def weights(
         raise RuleError(
             "Two checkpoints must be one of each form", [f"both look like {next(iter(found))} form"]
         )
+    for side in (linen, nnx):
+        _check(side, found.get(side.trace.side, side.trace.leaves))
     notes: list[str] = []
-    for name, side in (("linen", linen), ("nnx", nnx)):
-        if name in found:
-            found[name] = _checked(side, found[name], name)
-    if not found:
-        found["linen"] = random_leaves(linen)
-    if len(found) == 2 and (others := _different(linen, nnx, found["linen"], found["nnx"], mate)):
-        notes.append(f"the checkpoints' weights differ, in nnx leaves {_few(others)}")
-    back = np.full(linen.flow.size, -1)
-    back[mate[mate >= 0]] = np.flatnonzero(mate >= 0)
+    found = found or {"linen": random_leaves(linen)}
     if "nnx" not in found:
-        found["nnx"] = _carried(linen, nnx, found["linen"], book, "nnx", mate, notes)
-    if "linen" not in found:
-        found["linen"] = _carried(nnx, linen, found["nnx"], book, "linen", back, notes)
+        found["nnx"] = _carried(linen, nnx, found["linen"], book, mate, notes)
+    elif "linen" not in found:
+        back = np.full(linen.owner.size, -1)
+        back[mate[mate >= 0]] = np.flatnonzero(mate >= 0)
+        found["linen"] = _carried(nnx, linen, found["nnx"], book, back, notes)
+    elif others := _different(linen, nnx, found["linen"], found["nnx"], mate):
+        notes.append(f"the checkpoints' weights differ, in nnx leaves {_few(others)}")
     return found["linen"], found["nnx"], notes
 
 
 def gather(side: Side, leaves: Mapping[str, Any], ids: Array) -> Array:
     """The values of elements, by number."""
-    paths = sorted(side.leaves_of(ids), key=side.flow.starts.__getitem__)
-    numbers = np.concatenate([side.elements(path).ravel() for path in paths])
+    paths = side.leaves_of(ids)
+    numbers = np.concatenate([side.trace.numbers[path].ravel() for path in paths])
     values = np.concatenate([np.asarray(leaves[path]).ravel() for path in paths])
     return values[np.searchsorted(numbers, ids)]
 
 
 def random_leaves(side: Side) -> Leaves:
     """Seeded values, different for every use: positive where a leaf acts element by element."""
-    values = distinct(side, np.full(side.flow.size, 0.5), side.paths)
-    leaves = side.trace.leaves
-    return {path: values[side.elements(path)].astype(leaves[path].dtype) for path in side.paths}
+    values = distinct(side, np.full(side.owner.size, 0.5), side.paths)
+    numbered = side.trace.numbers.items()
+    return {path: values[ids].astype(side.trace.leaves[path].dtype) for path, ids in numbered}
 
 
 def _carried(
-    one: Side, two: Side, leaves: Leaves, book: RuleBook, to: Name, mate: Array, notes: list[str]
+    one: Side, two: Side, leaves: Leaves, book: RuleBook, mate: Array, notes: list[str]
 ) -> Leaves:
     """The leaves of side `two` from those of side `one`: by rule, by guess, else random."""
+    to = two.trace.side
     found = book.plan(one.trace.leaves, to, two.trace.leaves, partial=True).run(leaves)
     alone = []
     for path in [path for path in two.paths if path not in found]:
-        ids = mate[two.elements(path)]
+        ids = mate[two.trace.numbers[path]]
         found[path] = random_leaves(two)[path]
         if (ids >= 0).any():
             found[path][ids >= 0] = gather(one, leaves, ids[ids >= 0])
@@ -119,7 +119,7 @@ def _carried(
 
 def _different(linen: Side, nnx: Side, ours: Leaves, theirs: Leaves, mate: Array) -> list[str]:
     """The nnx leaves whose bits are not those of their mates."""
-    mates_of = {path: mate[nnx.elements(path)] for path in nnx.paths}
+    mates_of = {path: mate[nnx.trace.numbers[path]] for path in nnx.paths}
     return [
         path
         for path, ids in mates_of.items()
@@ -131,20 +131,17 @@ def _few(texts: Sequence[str]) -> str:
     return ", ".join(texts[:4]) + (f", ... ({len(texts)})" if len(texts) > 4 else "")
 
 
-def _checked(side: Side, leaves: Leaves, name: str) -> Leaves:
-    problems = []
-    for path, leaf in side.trace.leaves.items():
-        there = leaves.get(path)
-        if there is None:
-            problems.append(f"`{path}` is not in it")
-        elif (there.shape, there.dtype) != (leaf.shape, leaf.dtype):
-            problems.append(
-                f"`{path}` is {there.dtype}{list(there.shape)}, the twin's {leaf.dtype}"
-                f"{list(leaf.shape)}"
-            )
+def _check(side: Side, leaves: Mapping[str, Any]) -> None:
+    """Raises `RuleError` with every leaf of the model that a checkpoint lacks or has otherwise."""
+    problems = [
+        f"`{path}` is {spec(leaves[path])}, the twin's {spec(leaf)}"
+        if path in leaves
+        else f"`{path}` is not in it"
+        for path, leaf in side.trace.leaves.items()
+        if spec(leaves.get(path)) != spec(leaf)
+    ]
     if problems:
-        raise RuleError(f"the {name} checkpoint does not fit the twin", problems)
-    return leaves
+        raise RuleError(f"the {side.trace.side} checkpoint does not fit the twin", problems)
 
 
 def _saved(path: str | Path, book: RuleBook) -> tuple[Name, Leaves]:
@@ -154,17 +151,15 @@ def _saved(path: str | Path, book: RuleBook) -> tuple[Name, Leaves]:
     form = Form(side, source.run["stage"] if source.run else None)
     model = read_state(source.leaves, form, book).model
     arrays = dict(zip(model, source.reader.read(list(model.values())), strict=True))
-    linen = {f"{key.collection}/{key.path}": array for key, array in arrays.items()}
-    if form.stage is None and form.side == "nnx":
-        return "nnx", {key.path: array for key, array in arrays.items()}
-    if form.stage is None or all(form.of(half) == "linen" for half in HALVES):
-        return "linen", linen
-    result: Leaves = {}
+    leaves: dict[Name, Leaves] = {"linen": {}, "nnx": {}}
+    for key, array in arrays.items():
+        kind = form.of(key.path.split("/")[0]) if form.stage else form.side
+        leaves[kind][key.path if kind == "nnx" else f"{key.collection}/{key.path}"] = array
+    if not leaves["nnx"]:
+        return "linen", leaves["linen"]
     for half in HALVES:
-        inside = {key: array for key, array in arrays.items() if key.path.split("/")[0] == half}
-        if form.of(half) == "nnx":
-            result |= {key.path: array for key, array in inside.items()}
-        else:
-            names = {f"{key.collection}/{key.path}": array for key, array in inside.items()}
-            result |= book.within(half).to_nnx(names)
-    return "nnx", result
+        inside = {
+            path: leaves["linen"][path] for path in leaves["linen"] if path.split("/")[1] == half
+        }
+        leaves["nnx"] |= book.within(half).to_nnx(inside) if inside else {}
+    return "nnx", leaves["nnx"]

@@ -24,14 +24,13 @@ from linen_nnx.disk.sources import Reader
 from linen_nnx.disk.state import OPTIMIZER, Id, State
 from linen_nnx.disk.store import Leaf
 from linen_nnx.infer.fingerprints import lively
-from linen_nnx.infer.suggest import suggest
-from linen_nnx.infer.trace import trace_linen
-from linen_nnx.infer.twin import Twin, TwinError
+from linen_nnx.infer.suggest import propose
+from linen_nnx.infer.trace import Trace
+from linen_nnx.proof.compare import difference, epsilon, same, spec
 from linen_nnx.proof.subject import Arrays, Subject
 from linen_nnx.proof.verify import Check
 
 Array = np.ndarray
-Named = dict[str, Array]
 _STEP_ULPS = 16  # of an optimizer's step on equal gradients: sums over leaves in another order
 _BLIND = 1e-10  # of the median gradient
 _SHOWN = 8
@@ -39,7 +38,7 @@ _SHOWN = 8
 
 @dataclass(frozen=True)
 class _Route:
-    """What becomes of some leaves of the source."""
+    """What some leaves of the source become."""
 
     sources: tuple[Id | str, ...]
     targets: tuple[Id | str, ...]
@@ -80,7 +79,6 @@ def prove(
     reader: Reader,
     before: Subject,
     after: Subject,
-    twin: Twin | None = None,
 ) -> Iterator[Check]:
     """Compares the models of a conversion's source and result, layer by layer.
 
@@ -89,11 +87,13 @@ def prove(
     Args:
       conversion: how `result` was made.
       result: what was found on disk, and `reader` of its arrays.
-      before, after: the models of source and result.
-      twin: where the two come from, if from one: then a wrong rule is named.
+      before, after: the models of source and result; a wrong rule between the two sides of a
+        twin is named.
     """
     fits = _fits(before, conversion.state) + _fits(after, result)
-    yield Check("leaves, as the models' code has them", not fits, fits)
+    yield Check(
+        "leaves, as the models' code has them", not fits, fits or _random_state(after, result)
+    )
     if fits:
         return
     pair = _Pair(before, after, _routes(conversion, result))
@@ -102,20 +102,19 @@ def prove(
     given = before.trace.inputs
     noisy = [lively(array, seed) for seed, array in enumerate(given)]
     finite = all(np.isfinite(out).all() for out in before.forward(random, noisy)[0].values())
+    inputs = noisy if finite else given
     cases = (
         _Case("the checkpoint's weights", old, new, given),
-        _Case(
-            "randomised weights",
-            random,
-            {**new, **pair.translated(random)},
-            noisy if finite else given,
-        ),
+        _Case("randomised weights", random, {**new, **pair.translated(random)}, inputs),
     )
-    checks = [pair.forward(case) for case in cases]
-    yield from checks
-    if twin is not None and not all(check.passed for check in checks):
-        yield _suspects(twin, conversion.book)
-    blind, sight = _sight(before, random, cases[1].inputs)
+    wrong = False
+    for case in cases:
+        yield (check := pair.forward(case))
+        wrong |= not check.passed
+    traces = {subject.trace.side: subject.trace for subject in (before, after)}
+    if wrong and len(traces) == 2:
+        yield _suspects(traces["linen"], traces["nnx"], conversion.book)
+    blind, sight = _sight(before, random, inputs)
     for case in cases:
         yield pair.gradients(case, blind)
     yield from pair.optimizer(cases[0])
@@ -134,8 +133,8 @@ class _Pair:
         """What the rules make of some of the source's leaves; `lossless`: only such rules."""
         result: Arrays = {}
         for route in self.routes:
-            known = route.sources and all(key in arrays for key in route.sources)
-            if known and route.targets and (route.lossless or not lossless):
+            known = all(key in arrays for key in route.sources)
+            if known and (route.lossless or not lossless):
                 parts = [arrays[key] for key in route.sources]
                 for action in route.actions:
                     parts = action.run(parts)
@@ -145,25 +144,25 @@ class _Pair:
     def forward(self, case: _Case) -> Check:
         """Compares outputs, and the new values of all that either call updates."""
 
-        def both(wide: bool) -> tuple[Named, Named]:
+        def both(wide: bool) -> tuple[Arrays, Arrays]:
             outputs, updates = self.before.forward(case.left, case.inputs, wide)
             theirs, news = self.after.forward(case.right, case.inputs, wide)
             olds = self.translated({**case.left, **updates})
             touched = {*self.translated(updates), *news} & olds.keys()
-            ours = {**outputs, **{_name(key): olds[key] for key in touched}}
-            return ours, theirs | {_name(key): news.get(key, case.right[key]) for key in touched}
+            ours: Arrays = {**outputs, **{key: olds[key] for key in touched}}
+            return ours, {**theirs, **{key: news.get(key, case.right[key]) for key in touched}}
 
         return _judge(f"forward pass, {case.name}", both, self.before.exact, _FORWARD)
 
     def gradients(self, case: _Case, blind: set[Id]) -> Check:
         """Compares the gradients of all leaves but the blind, which have none but rounding."""
 
-        def both(wide: bool) -> tuple[Named, Named]:
+        def both(wide: bool) -> tuple[Arrays, Arrays]:
             slopes = self.before.gradient(case.left, case.inputs, wide)
             ours = self.translated(slopes, lossless=True)
             theirs: Arrays = {**self.after.gradient(case.right, case.inputs, wide)}
             shared = (ours.keys() & theirs.keys()) - unseen
-            return {_name(k): ours[k] for k in shared}, {_name(k): theirs[k] for k in shared}
+            return {key: ours[key] for key in shared}, {key: theirs[key] for key in shared}
 
         all_blind = (route for route in self.routes if {*route.sources} <= blind)
         unseen = {key for route in all_blind for key in route.targets}
@@ -179,7 +178,8 @@ class _Pair:
         slopes = before.gradient(case.left, case.inputs)
         moved = self.translated(slopes, lossless=True)
         params = [id for id, leaf in after.leaves.items() if leaf.collection == "params"]
-        if not all(_has_optimizer(state) for state in (case.left, case.right)):
+        kept = [{str(key).split("/")[0] for key in state} for state in (case.left, case.right)]
+        if not all(OPTIMIZER in names for names in kept):
             yield Check(name, None, ("there is no optimizer's state on both sides",))
             return
         if not moved.keys() >= {*params}:
@@ -191,10 +191,7 @@ class _Pair:
         except RuleError as error:
             yield Check(name, False, error.problems)
             return
-        both = (
-            {_name(key): array for key, array in self.translated(ours).items()},
-            {_name(key): array for key, array in theirs.items()},
-        )
+        both = self.translated(ours), theirs
         yield _judge(name, lambda wide: both, before.exact)
         yield _control(case.left, ours, fresh)
 
@@ -202,8 +199,8 @@ class _Pair:
 def _control(old: Arrays, carried: Arrays, fresh: Arrays) -> Check:
     """Whether the step before says anything of the optimizer's state."""
     name = "a step from a fresh optimizer, which must differ"
-    still = all(_same(old[key], carried[key]) for key in carried if isinstance(key, Id))
-    other = [key for key in carried if key not in fresh or not _same(carried[key], fresh[key])]
+    still = all(same(old[key], carried[key]) for key in carried if isinstance(key, Id))
+    other = [key for key in carried if key not in fresh or not same(carried[key], fresh[key])]
     if any(isinstance(key, Id) for key in other):
         return Check(name, True)
     if still and any(carried[key].ndim for key in other):
@@ -216,10 +213,10 @@ def _fits(subject: Subject, state: State) -> tuple[str, ...]:
     problems = []
     for id, leaf in subject.leaves.items():
         found = state.model.get(id)
-        due = f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
         got = "missing" if found is None or found.zarr is None else str(found.spec)
-        if got != due:
-            problems.append(f"`{_name(id)}` is {got}, the {subject.trace.side} model has {due}")
+        if got != spec(leaf):
+            side = subject.trace.side
+            problems.append(f"`{_name(id)}` is {got}, the {side} model has {spec(leaf)}")
     for id in sorted(state.model.keys() - subject.leaves.keys(), key=_name):
         leaf = state.model[id]
         if leaf.zarr is not None and str(leaf.spec.dtype)[:4] not in ("key<", "uint"):
@@ -227,6 +224,19 @@ def _fits(subject: Subject, state: State) -> tuple[str, ...]:
                 f"`{_name(id)}` is {leaf.spec}, the {subject.trace.side} model has none"
             )
     return tuple(problems)
+
+
+def _random_state(subject: Subject, state: State) -> tuple[str, ...]:
+    """How to restore a state without the keys that the model holds; nothing, if it has them."""
+    missing = [path for path in subject.trace.random if Id("", path) not in state.model]
+    if not missing:
+        return ()
+    holders = ", ".join(dict.fromkeys(f"`{path.rpartition('/')[0]}`" for path in missing))
+    return (
+        f"the model's random state, {holders}, is not in it: restore into "
+        "`nnx.state(model, nnx.Not(nnx.RngState))`, or build the model without (`rngs=False` of "
+        "nnx.RNN, `rngs=` in the calls of nnx.Dropout)",
+    )
 
 
 def _leaves(state: State) -> dict[Id | str, Leaf]:
@@ -240,7 +250,7 @@ def _load(state: State, reader: Reader) -> Arrays:
 
 
 def _routes(conversion: Conversion, result: State) -> list[_Route]:
-    """The conversion's jobs, in the keys of the two states."""
+    """The conversion's jobs from leaves to leaves, in the keys of the two states."""
     old, new = (
         {leaf.path: key for key, leaf in _leaves(state).items()}
         for state in (conversion.state, result)
@@ -252,18 +262,16 @@ def _routes(conversion: Conversion, result: State) -> list[_Route]:
             job.change.actions,
         )
         for job in conversion.jobs
-        if all(leaf.path in old for leaf in job.change.sources)
-        and all(leaf.path in new for leaf in job.targets)
+        if job.change.sources
+        and job.targets
+        and old.keys() >= {leaf.path for leaf in job.change.sources}
+        and new.keys() >= {leaf.path for leaf in job.targets}
     ]
-
-
-def _has_optimizer(state: Arrays) -> bool:
-    return any(isinstance(key, str) and key.split("/")[0] == OPTIMIZER for key in state)
 
 
 def _randomised(subject: Subject, state: Arrays, routes: Sequence[_Route]) -> Arrays:
     """The state with other values in all of the model's leaves of floats that have a target."""
-    moved = {key for route in routes if route.targets for key in route.sources}
+    moved = {key for route in routes for key in route.sources}
     result = dict(state)
     for number, (id, leaf) in enumerate(subject.leaves.items()):
         if id not in moved or not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -286,10 +294,7 @@ def _sight(subject: Subject, state: Arrays, inputs: Sequence[Any]) -> tuple[set[
         random = np.random.default_rng(0)
         other = {id: state[id] * random.uniform(0.5, 1.5, state[id].shape) for id in ids}
         one, two = (subject.forward(s, inputs, wide=True) for s in (state, {**state, **other}))
-        left, right = (
-            {**outs, **{_name(id): updates[id] for id in updates}} for outs, updates in (one, two)
-        )
-        return _gap(left, right, 0.0) > 1e-12
+        return max(_gaps({**one[0], **one[1]}, {**two[0], **two[1]}, 0.0).values()) > 1e-12
 
     try:
         slopes = subject.gradient(state, inputs, wide=True, updates=True)
@@ -306,25 +311,21 @@ def _sight(subject: Subject, state: Arrays, inputs: Sequence[Any]) -> tuple[set[
     return blind, Check(name, None if blind else True, tuple(sorted(details)))
 
 
-def _suspects(twin: Twin, book: RuleBook) -> Check:
+def _suspects(linen: Trace, nnx: Trace, book: RuleBook) -> Check:
     """The rules that the models' own dataflow contradicts."""
     name = "the rule book, against the models' code"
-    leaves = trace_linen(twin).leaves
-    sizes = np.cumsum([0, *(int(np.prod(leaf.shape)) for leaf in leaves.values())])
-    numbers = {
-        path: np.arange(start, start + np.prod(leaf.shape, dtype=int)).reshape(leaf.shape)
-        for (path, leaf), start in zip(leaves.items(), sizes, strict=False)
-    }
+    numbers = linen.numbers
     try:
-        known = suggest(twin)
+        known = propose(linen, nnx)
         ours = RuleBook([r for r in book.rules if r.lossless]).to_nnx(numbers, partial=True)
         theirs = known.to_nnx(numbers, partial=True)
-    except (TwinError, RuleError) as error:
+    except RuleError as error:
         return Check(name, None, (str(error),))
-    names = list(leaves)
+    names = [path for path in numbers if numbers[path].size]
+    starts = [numbers[path].flat[0] for path in names]
 
     def origin(array: Array) -> str:
-        found = np.unique(np.searchsorted(sizes, array.ravel(), side="right") - 1)
+        found = np.unique(np.searchsorted(starts, array.ravel(), side="right") - 1)
         return " + ".join(f"`{names[k]}`" for k in found[:4])
 
     wrong = [
@@ -344,9 +345,12 @@ def _suspects(twin: Twin, book: RuleBook) -> Check:
 
 
 def _judge(
-    name: str, both: Callable[[bool], tuple[Named, Named]], exact: bool, bound: _Bound | None = None
+    name: str,
+    both: Callable[[bool], tuple[Arrays, Arrays]],
+    exact: bool,
+    bound: _Bound | None = None,
 ) -> Check:
-    """Compares named arrays of two sides.
+    """Compares the arrays of two sides.
 
     both: returns the two mappings, in the models' own dtypes or (given True) in float64.
     exact: whether every bit must be equal.
@@ -354,24 +358,24 @@ def _judge(
     """
     left, right = both(False)
     problems = [
-        f"{label}: {_shown(left.get(label))} before, {_shown(right.get(label))} after"
-        for label in {**left, **right}
-        if _shown(left.get(label)) != _shown(right.get(label))
+        f"{_name(key)}: {spec(left.get(key))} before, {spec(right.get(key))} after"
+        for key in {**left, **right}
+        if spec(left.get(key)) != spec(right.get(key))
     ]
     problems += [
-        f"{label}: not finite {when}"
+        f"{_name(key)}: not finite {when}"
         for when, arrays in (("before", left), ("after", right))
-        for label, array in arrays.items()
-        if not _finite(array)
+        for key, array in arrays.items()
+        if not np.isfinite(array).all()
     ]
     if problems:
         return Check(name, False, tuple(problems[:_SHOWN]))
-    other = {label for label in left if not _same(left[label], right[label])}
+    other = [key for key in left if not same(left[key], right[key])]
     if not other:
         return Check(name, True, (f"exact: every bit of {len(left)} arrays",))
-    ulps = _ulps(left, right, bound.floor if bound else 0.0)
-    worst = sorted(other, key=lambda label: -ulps[label])
-    shown = [f"{label} by {ulps[label]:.3g}" for label in worst[:_SHOWN]]
+    ulps = _gaps(left, right, bound.floor if bound else 0.0, ulps=True)
+    worst = sorted(other, key=lambda key: -ulps[key])
+    shown = [f"{_name(key)} by {ulps[key]:.3g}" for key in worst[:_SHOWN]]
     text = f"{len(other)} of {len(left)} arrays differ (ulps of the largest element): "
     text += ", ".join(shown) + (", ..." if len(worst) > _SHOWN else "")
     if exact:
@@ -380,7 +384,7 @@ def _judge(
         close, why = ulps[worst[0]] <= _STEP_ULPS, f"{_STEP_ULPS} ulps are rounding here"
     else:
         try:
-            gap = _gap(*both(True), bound.floor)
+            gap = max(_gaps(*both(True), bound.floor).values())
         except Exception as error:  # the user's own model: whatever it raises is the reason
             return Check(name, False, (text, f"not to be compared in float64: {error!r}"))
         close = gap <= bound.relative
@@ -390,48 +394,22 @@ def _judge(
     )
 
 
-def _shown(array: Array | None) -> str:
-    return "missing" if array is None else f"{array.dtype}[{','.join(map(str, array.shape))}]"
+def _gaps(left: Arrays, right: Arrays, floor: float, ulps: bool = False) -> dict[Any, float]:
+    """The largest difference of each array, relative to its largest element; NaN is infinite.
 
-
-def _finite(array: Array) -> bool:
-    return not jnp.issubdtype(array.dtype, jnp.inexact) or bool(np.isfinite(array).all())
-
-
-def _same(left: Array, right: Array) -> bool:
-    return left.dtype == right.dtype and left.tobytes() == right.tobytes()
-
-
-def _ulps(left: Named, right: Named, floor: float) -> dict[str, float]:
-    """The largest difference of each array, in units in the last place of its largest element."""
-    ulps = {}
-    for label, scale in _scales(left, floor).items():
-        kind = left[label].dtype
-        if jnp.issubdtype(kind, jnp.inexact):
-            unit = float(jnp.finfo(kind).eps) * 2.0 ** math.floor(math.log2(scale))
-            ulps[label] = _distance(left[label], right[label]) / unit
-        else:
-            ulps[label] = np.inf if _distance(left[label], right[label]) else 0.0
-    return ulps
-
-
-def _gap(left: Named, right: Named, floor: float) -> float:
-    """The largest difference, relative to each array's largest element; NaN is infinite."""
-    scales = _scales(left, floor).items()
-    gaps = [_distance(left[label], right[label]) / scale for label, scale in scales]
-    return float(np.nan_to_num(max(gaps), nan=np.inf))
-
-
-def _scales(arrays: Named, floor: float) -> dict[str, float]:
-    """The largest element of each array; at least the share `floor` of that of all."""
-    sizes = {label: float(np.abs(array).max(initial=0)) for label, array in arrays.items()}
+    floor: that element is at least this share of the largest of all arrays; ulps: in units in the
+    last place of that element.
+    """
+    sizes = {key: float(np.abs(array).max(initial=0)) for key, array in left.items()}
     least = max(floor * max(sizes.values(), default=0.0), 1e-30)
-    return {label: max(size, least) for label, size in sizes.items()}
-
-
-def _distance(left: Array, right: Array) -> float:
-    one, two = (np.asarray(array, complex) for array in (left, right))
-    return float(np.abs(one - two).max(initial=0))
+    gaps = {}
+    for key, size in sizes.items():
+        unit = max(size, least)
+        if ulps:
+            unit = epsilon(left[key]) * 2.0 ** math.floor(math.log2(unit))
+        gap = np.nan_to_num(difference(left[key], right[key]).absolute, nan=np.inf)
+        gaps[key] = float(gap / unit if unit else np.inf) if gap else 0.0
+    return gaps
 
 
 def _name(key: Id | str) -> str:

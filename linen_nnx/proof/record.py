@@ -6,19 +6,17 @@ where two models do the same, the bits are the same. It may also be run in float
 
 from collections.abc import Container, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
-from typing import Literal as One
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Literal
 
 from linen_nnx.infer.dataflow import Site
-from linen_nnx.infer.equations import called
+from linen_nnx.infer.equations import called, interpret
 from linen_nnx.infer.evaluate import equation, wide
 
-Mode = One["own", "wide", "nudged"]
+Mode = Literal["own", "wide", "nudged"]
 
 
 class Record(NamedTuple):
@@ -55,31 +53,18 @@ class _Run:
             return value
         return wide(_nudged(value) if self.mode == "nudged" else value)
 
-    def jaxpr(
-        self, jaxpr: Any, args: Sequence[Any], site: Site, steps: tuple[int, ...]
-    ) -> list[Any]:
-        consts, jaxpr = getattr(jaxpr, "consts", ()), getattr(jaxpr, "jaxpr", jaxpr)
-        known = dict(zip(jaxpr.constvars, map(self.constant, consts), strict=True))
-        given = args if self.mode == "own" else map(wide, args)
-        known.update(zip(jaxpr.invars, given, strict=True))
-
-        def read(atom: Any) -> Any:
-            if isinstance(atom, Literal):
-                aval: Any = atom.aval
-                return self.constant(np.asarray(atom.val, aval.dtype))
-            return known[atom]
-
-        for number, eqn in enumerate(jaxpr.eqns):
-            given, here = [read(atom) for atom in eqn.invars], (*site, number)
+    def jaxpr(self, jaxpr: Any, args: Sequence[Any], site: Site, steps: Site) -> list[Any]:
+        def equation(number: int, eqn: Any, given: list[Any]) -> Sequence[Any]:
+            here = (*site, number)
             outs = self.equation(eqn, given, here, steps)
-            known.update(zip(eqn.outvars, outs, strict=True))
             if here in self.sites and here not in self.found:
                 self.found[here] = Record(list(outs), given, steps)
-        return [read(atom) for atom in jaxpr.outvars]
+            return outs
 
-    def equation(
-        self, eqn: Any, args: list[Any], site: Site, steps: tuple[int, ...]
-    ) -> Sequence[Any]:
+        given = args if self.mode == "own" else map(wide, args)
+        return interpret(jaxpr, given, self.constant, equation)
+
+    def equation(self, eqn: Any, args: list[Any], site: Site, steps: Site) -> Sequence[Any]:
         match eqn.primitive.name:
             case "scan":
                 return self.scan(eqn.params, args, site, steps)
@@ -95,9 +80,7 @@ class _Run:
         outs = eqn.primitive.bind(*args, **eqn.params)
         return outs if eqn.primitive.multiple_results else [outs]
 
-    def scan(
-        self, params: Any, args: list[Any], site: Site, steps: tuple[int, ...]
-    ) -> Sequence[Any]:
+    def scan(self, params: Any, args: list[Any], site: Site, steps: Site) -> Sequence[Any]:
         fixed = params["num_consts"]
         carried = fixed + params["num_carry"]
         carry, rows = args[fixed:carried], args[carried:]
@@ -110,9 +93,7 @@ class _Run:
         each = zip(*(collected[step] for step in order), strict=True)
         return [*carry, *map(jnp.stack, each)]
 
-    def loop(
-        self, params: Any, args: list[Any], site: Site, steps: tuple[int, ...]
-    ) -> Sequence[Any]:
+    def loop(self, params: Any, args: list[Any], site: Site, steps: Site) -> Sequence[Any]:
         tests, bodies = params["cond_nconsts"], params["body_nconsts"]
         test, body, carry = args[:tests], args[tests : tests + bodies], args[tests + bodies :]
         while self.jaxpr(params["cond_jaxpr"], [*test, *carry], (*site, 0), steps)[0]:

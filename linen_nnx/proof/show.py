@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,14 @@ def table(found: Bisection) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [_HEAD]
     last = -1
     for number in [*shown, len(lines)]:
-        skipped = Counter(line.verdict for line in lines[last + 1 : number])
-        if skipped:
+        if skipped := Counter(line.verdict for line in lines[last + 1 : number]):
             text = ", ".join(f"{count} {verdict}" for verdict, count in skipped.items())
             rows.append(("...", f"({text})", "", "", "", "", ""))
         if number < len(lines):
-            rows.append(_row(lines[number], lines[number] is found.first))
+            line = lines[number]
+            mark = "->" if line is found.first else ""
+            errors = _amount(line.before), _amount(line.after)
+            rows.append((mark, line.linen, line.nnx, line.shape, *errors, line.verdict))
         last = number
     return rows
 
@@ -70,11 +72,13 @@ def conclusion(found: Bisection) -> Iterator[str]:
 
 def content(found: Bisection) -> dict[str, Any]:
     """The bisection in plain JSON values; infinities and NaN as text."""
-    layers = [_plain(line) for line in found.layers]
+    layers = [
+        {**vars(line), "before": _numbers(line.before), "after": _numbers(line.after)}
+        for line in found.layers
+    ]
     first = None if found.first is None else found.layers.index(found.first)
-    diverged = found.first is not None
     texts = {"findings": list(found.findings), "notes": list(found.notes)}
-    return {"diverged": diverged, "first": first, "layers": layers, **texts}
+    return {"diverged": found.first is not None, "first": first, "layers": layers, **texts}
 
 
 def plot(found: Bisection, path: str | Path) -> None:
@@ -93,17 +97,14 @@ def plot(found: Bisection, path: str | Path) -> None:
     axes = figure.subplots()
     axes.plot(heights, color="#c8c8c8", linewidth=1, zorder=1)
     for verdict, color in _COLORS.items():
-        places = [k for k, line in enumerate(lines) if line.verdict == verdict]
-        if places:
+        if places := [k for k, line in enumerate(lines) if line.verdict == verdict]:
             given = [heights[k] for k in places]
             axes.scatter(places, given, 28, color, label=f"{verdict} ({len(places)})", zorder=2)
     if found.first is not None and found.first in lines:
         place = lines.index(found.first)
         axes.axvline(place, color=_COLORS["DIVERGES"], linewidth=1, linestyle=":", zorder=0)
-        right = place < len(lines) / 2
         text = "first divergence: " + _name(found.first, between="\n")
-        side = "left" if right else "right"
-        offset = (8 if right else -8, -4)
+        side, offset = ("left", (8, -4)) if place < len(lines) / 2 else ("right", (-8, -4))
         axes.annotate(
             text, (place, 0.98), offset, xycoords=("data", "axes fraction"), ha=side, va="top",
             textcoords="offset points", fontsize=9,
@@ -125,12 +126,6 @@ def plot(found: Bisection, path: str | Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _row(line: Layer, is_first: bool) -> tuple[str, ...]:
-    mark = "->" if is_first else ""
-    errors = _amount(line.before), _amount(line.after)
-    return (mark, line.linen, line.nnx, line.shape, *errors, line.verdict)
-
-
 def _name(line: Layer, between: str = " ") -> str:
     return line.linen if line.linen == line.nnx else f"{line.linen}{between}(nnx {line.nnx})"
 
@@ -145,13 +140,8 @@ def _amount(error: Error | None) -> str:
     return "0" if error.exact else f"{error.relative:.1e} ({error.ulps:.3g} ulp)"
 
 
-def _plain(line: Layer) -> dict[str, Any]:
-    errors = {name: _numbers(getattr(line, name)) for name in ("before", "after")}
-    return {**vars(line), **errors}
-
-
 def _numbers(error: Error | None) -> dict[str, Any] | None:
     if error is None:
         return None
-    pairs: Sequence[tuple[str, Any]] = list(error._asdict().items())
-    return {name: value if math.isfinite(value) else str(value) for name, value in pairs}
+    numbers = error._asdict().items()
+    return {name: value if math.isfinite(value) else str(value) for name, value in numbers}

@@ -5,7 +5,7 @@ or from whoever knows how to build the model of a saved run.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -19,10 +19,10 @@ from linen_nnx.book.ops import Side
 from linen_nnx.book.plan import RuleError
 from linen_nnx.book.tree import unflatten
 from linen_nnx.disk.state import OPTIMIZER, Id
-from linen_nnx.infer.evaluate import widen
-from linen_nnx.infer.fingerprints import normal
-from linen_nnx.infer.trace import Leaf, Trace, trace_linen, trace_nnx
+from linen_nnx.infer.evaluate import pulled
+from linen_nnx.infer.trace import Leaf, Trace, named, trace_linen, trace_nnx
 from linen_nnx.infer.twin import Twin
+from linen_nnx.proof.compare import spec
 
 Array = np.ndarray
 Arrays = dict[Id | str, Array]
@@ -60,12 +60,13 @@ class Subject:
         self, state: Arrays, inputs: Sequence[Any], wide: bool = False
     ) -> tuple[dict[str, Array], Arrays]:
         """The outputs, and the new values of the leaves that the call updates; `wide`: float64."""
+        count = self.trace.count
         with jax.enable_x64(wide):
-            call = self._wide if wide else self._jitted
+            call = self.trace.run_wide if wide else self._jitted
             outs = [np.asarray(out) for out in call(*self._arguments(state, inputs, wide))]
         ids = dict(zip(self.trace.leaves, self.leaves, strict=True))
-        updates = zip((ids[path] for path in self.trace.updates), outs[self._count :], strict=True)
-        return {f"output {k}": out for k, out in enumerate(outs[: self._count])}, dict(updates)
+        updates = zip((ids[path] for path in self.trace.updates), outs[count:], strict=True)
+        return {f"output {k}": out for k, out in enumerate(outs[:count])}, dict(updates)
 
     def gradient(
         self, state: Arrays, inputs: Sequence[Any], wide: bool = False, updates: bool = False
@@ -74,27 +75,14 @@ class Subject:
 
         `wide`: in float64; `updates`: as if what the call updates were outputs, too.
         """
+        count = len(self.trace.jaxpr.out_avals) if updates else self.trace.count
         with jax.enable_x64(wide):
             values = self._arguments(state, inputs, wide)
-            moved = [k for k, id in enumerate(self.leaves) if _is_float(values[k])]
-            pull = partial(self._pull, self._wide) if wide else self._jitted_pull
-            slopes = pull(values, [values[k] for k in moved], updates)
-            ids = list(self.leaves)
-            return {ids[k]: np.asarray(slope) for k, slope in zip(moved, slopes, strict=True)}
-
-    def _pull(
-        self, call: Callable[..., list[Any]], values: list[Any], floats: list[Any], updates: bool
-    ) -> list[Any]:
-        def outputs(floats: list[Any]) -> list[Any]:
-            given = iter(floats)
-            leaves = [
-                next(given) if _is_float(value) else value for value in values[: self._leaves]
-            ]
-            outs = call(*leaves, *values[self._leaves :])
-            return [out for out in outs[: None if updates else self._count] if _is_float(out)]
-
-        outs, pull = jax.vjp(outputs, floats)
-        return pull([jnp.asarray(normal(o.shape, k), o.dtype) for k, o in enumerate(outs)])[0]
+            leaves, given = values[: len(self.leaves)], values[len(self.leaves) :]
+            pull = self.trace.pull_wide if wide else self._jitted_pull
+            _, slopes = pull(leaves, given, count)
+            found = zip(self.leaves, leaves, slopes, strict=True)
+            return {id: np.asarray(slope) for id, leaf, slope in found if _is_float(leaf)}
 
     def _arguments(self, state: Arrays, inputs: Sequence[Any], wide: bool) -> list[Any]:
         """Leaves and inputs as arrays of the dtypes that the traced function takes."""
@@ -106,72 +94,51 @@ class Subject:
         ]
 
     @cached_property
-    def _count(self) -> int:
-        """The number of outputs."""
-        return len(self.trace.jaxpr.out_avals) - len(self.trace.updates)
-
-    @cached_property
-    def _leaves(self) -> int:
-        return len(self.trace.leaves)
-
-    @cached_property
     def _jitted(self) -> Callable[..., list[Any]]:
         return jax.jit(jaxpr_as_fun(self.trace.jaxpr))
 
     @cached_property
     def _jitted_pull(self) -> Callable[..., list[Any]]:
-        return jax.jit(partial(self._pull, jaxpr_as_fun(self.trace.jaxpr)), static_argnums=2)
-
-    @cached_property
-    def _wide(self) -> Callable[..., list[Any]]:
-        return jaxpr_as_fun(widen(self.trace.jaxpr))
+        return jax.jit(partial(pulled, jaxpr_as_fun(self.trace.jaxpr)), static_argnums=2)
 
 
 def of_twin(twin: Twin, side: Side) -> Subject:
     """One side of a twin. Raises `TwinError` naming the part of the twin that failed."""
     trace = trace_linen(twin) if side == "linen" else trace_nnx(twin)
-    step = None if twin.optimizer is None else partial(_step, twin.optimizer, trace, side)
-    return Subject(trace, side == "linen", step)
+    subject = Subject(trace, side == "linen")
+    if twin.optimizer is None:
+        return subject
+    return replace(subject, step=partial(_step, subject, twin.optimizer))
 
 
 def _step(
-    tx: Any,
-    trace: Trace,
-    side: Side,
-    state: Arrays,
-    gradients: Mapping[Any, Array],
-    fresh: bool,
+    subject: Subject, tx: Any, state: Arrays, gradients: Mapping[Any, Array], fresh: bool
 ) -> Arrays:
     """One update as `TrainState` or `nnx.Optimizer` does it, of the tree that they have."""
     import optax
 
-    flat = side == "linen"
-    paths = [path for path, leaf in trace.leaves.items() if leaf.collection == "params"]
-    ids = [Id(*path.split("/", 1)) if flat else Id("", path) for path in paths]
+    leaves = subject.leaves.items()
+    by_path = {id.path: id for id, leaf in leaves if leaf.collection == "params"}
 
     def tree(arrays: Mapping[Any, Array]) -> Any:
-        if flat:
-            return unflatten({id.path: jnp.asarray(arrays[id]) for id in ids})
-        return nnx.from_flat_state(
-            [(_keys(id.path), nnx.Param(jnp.asarray(arrays[id]))) for id in ids]
-        )
+        params = {path: jnp.asarray(arrays[id]) for path, id in by_path.items()}
+        if subject.flat:
+            return unflatten(params)
+        return nnx.from_flat_state([(_keys(path), nnx.Param(x)) for path, x in params.items()])
 
-    def named(tree: Any) -> dict[str, Any]:
-        found, _ = jax.tree_util.tree_flatten_with_path(tree)
-        box = "" if flat else "/value"
-        return {
-            jax.tree_util.keystr(path, simple=True, separator="/").removesuffix(box): leaf
-            for path, leaf in found
-        }
+    def flatten(tree: Any) -> dict[str, Any]:
+        box = "" if subject.flat else "/value"
+        return {path.removesuffix(box): leaf for path, leaf in named(tree).items()}
 
     params = tree(state)
     start = jax.jit(tx.init)(params)
     if not fresh:
-        new = {path: state.get(f"{OPTIMIZER}/{path}") for path in named(start)}
+        due = flatten(start)
+        new = {path: state.get(f"{OPTIMIZER}/{path}") for path in due}
         problems = [
-            f"`{OPTIMIZER}/{path}` is {_spec(new[path])}, the optimizer wants {_spec(leaf)}"
-            for path, leaf in named(start).items()
-            if _spec(new[path]) != _spec(leaf)
+            f"`{OPTIMIZER}/{path}` is {spec(new[path])}, the optimizer wants {spec(leaf)}"
+            for path, leaf in due.items()
+            if spec(new[path]) != spec(leaf)
         ]
         if problems:
             raise RuleError("The state is not that of the twin's optimizer", problems)
@@ -182,20 +149,14 @@ def _step(
         return optax.apply_updates(params, updates), after
 
     moved, after = jax.jit(update)(tree(gradients), start, params)
-    prefix = "params/" if flat else ""
-    by_path = dict(zip(paths, ids, strict=True))
     return {
-        **{by_path[f"{prefix}{path}"]: np.asarray(leaf) for path, leaf in named(moved).items()},
-        **{f"{OPTIMIZER}/{path}": np.asarray(leaf) for path, leaf in named(after).items()},
+        **{by_path[path]: np.asarray(leaf) for path, leaf in flatten(moved).items()},
+        **{f"{OPTIMIZER}/{path}": np.asarray(leaf) for path, leaf in flatten(after).items()},
     }
 
 
 def _keys(path: str) -> tuple[str | int, ...]:
     return tuple(int(name) if name.isdigit() else name for name in path.split("/"))
-
-
-def _spec(leaf: Any) -> str:
-    return "missing" if leaf is None else f"{leaf.dtype}{list(leaf.shape)}"
 
 
 def _is_float(value: Any) -> bool:

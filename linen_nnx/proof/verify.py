@@ -4,10 +4,11 @@ The bytes are compared leaf by leaf through the rule book. Whether the rule book
 models can tell: given a twin, or the code of this template's own runs, `prove.py` runs both.
 """
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:  # jax, which comparing bytes does not need
 OwnRuns = Callable[[Mapping[str, Any]], "Subject"]
 """The model of a run of this template, from what its checkpoint says of it (`run`)."""
 
-_BATCH = 32 << 20  # bytes of arrays compared at once, if no single leaf is larger
+_BATCH = 32 << 20  # bytes of arrays compared at once, beside a single leaf that may be larger
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ def verify(
     out: str | Path,
     to: str | None = None,
     progress: Callable[[str], None] = lambda text: None,
+    report: Callable[[Check], None] = lambda check: None,
     twin: "Twin | None" = None,
     own_runs: OwnRuns | None = None,
     **options: Any,
@@ -59,7 +61,7 @@ def verify(
     Args:
       path: the source, and `out`: the result.
       to: the target that `out` was made for, if its report does not say so.
-      progress: is told what is being done.
+      progress: is told what is being done; `report`: each check, as soon as it is known.
       twin: the code of both models. Its own rule book is used where there is no other.
       own_runs: how to build the models of this template's own runs, which need no twin.
       options: as in `planning.plan_conversion`; the rule book is the one beside `out`, if none
@@ -79,21 +81,17 @@ def verify(
         step = chosen.get("step") if out.is_dir() and not (out / "_METADATA").exists() else None
         result = find(out, step, part=part)
         target, reset = _asked(result, to)
-        found = partial(_verify_one, path, result, target, reset, part, progress, chosen)
-        for check in found(twin, build):
+        chosen = {"reset_optimizer": reset, **chosen, "like": result.folder, "part": part}
+        for check in _verify_one(path, result, target, chosen, progress, twin, build):
             checks.append(replace(check, name=label + check.name))
+            report(checks[-1])
     return checks
 
 
 def _once(own_runs: OwnRuns) -> OwnRuns:
     """The same with a memory: a run's latest and best checkpoint share their compiled model."""
-    known: dict[str, Subject] = {}
-
-    def build(run: Mapping[str, Any]) -> "Subject":
-        key = json.dumps(run, sort_keys=True)
-        return known.get(key) or known.setdefault(key, own_runs(run))
-
-    return build
+    known = cache(lambda run: own_runs(json.loads(run)))
+    return lambda run: known(json.dumps(run, sort_keys=True))
 
 
 def _asked(result: Source, to: str | None) -> tuple[str, bool]:
@@ -111,43 +109,46 @@ def _verify_one(
     path: Path,
     result: Source,
     to: str,
-    reset: bool,
-    part: str,
-    progress: Callable[[str], None],
     options: dict[str, Any],
+    progress: Callable[[str], None],
     twin: "Twin | None",
     own_runs: OwnRuns | None,
 ) -> Iterator[Check]:
     progress("digests")
-    source = find(path, options.get("step"), options.get("item"), part)
-    for name, folder in (("digests of the source", source.folder), ("digests", result.folder)):
-        yield _digests(name, folder)
+    source = find(path, options.get("step"), options.get("item"), options["part"])
+    yield _digests("digests of the source", source.folder)
+    yield _digests("digests", result.folder)
     progress("coverage, shapes, dtypes")
-    if options.get("rules") is None and (result.folder / RULES).is_file():
-        options = {**options, "rules": result.folder / RULES}
-    if twin is not None and options.get("rules") is None:
-        from linen_nnx.infer.suggest import suggest
-
-        options = {**options, "rules": suggest(twin)}
-    options = {"reset_optimizer": reset, **options, "like": result.folder, "part": part}
+    if options.get("rules") is None:
+        options = {**options, "rules": _rules(result, twin)}
     model_only = result.folder.suffix in SUFFIXES
     try:
         conversion = plan_conversion(path, to, model_only=model_only, **options)
         leaves = result.leaves
     except (RuleError, StoreError) as error:
-        details = error.problems if isinstance(error, RuleError) else (str(error),)
-        yield Check("coverage, shapes, dtypes", False, details)
+        yield Check("coverage, shapes, dtypes", False, getattr(error, "problems", (str(error),)))
         return
     yield Check("coverage, shapes, dtypes", True, (f"{len(leaves)} leaves",))
     different = list(_different(conversion, result, progress))
     yield Check("every bit, through the rule book", not different, tuple(different))
     progress("the way back")
-    yield _inverse(conversion, result, part, intact=not different)
+    yield _inverse(conversion, result, options["part"], intact=not different)
     if twin is None and (own_runs is None or source.run is None):
         return
     progress("running both models")
     state = read_state(leaves, conversion.to, conversion.book)
     yield from _meaning(conversion, result, state, twin, own_runs)
+
+
+def _rules(result: Source, twin: "Twin | None") -> Any:
+    """The rule book beside a result; else what the twin suggests, if there is one."""
+    if (beside := result.folder / RULES).is_file():
+        return beside
+    if twin is None:
+        return None
+    from linen_nnx.infer.suggest import suggest
+
+    return suggest(twin)
 
 
 def _inverse(conversion: Conversion, result: Source, part: str, intact: bool) -> Check:
@@ -174,7 +175,7 @@ def _inverse(conversion: Conversion, result: Source, part: str, intact: bool) ->
     moved = [_paths(job.targets, job.change.sources) for job in back.jobs if job.change.sources]
     wrong = [f"{new} leads back to {old}" for old, new in moved if (old, new) not in there]
     changed = replace(back, jobs=tuple(job for job in back.jobs if job.change.actions))
-    wrong += _different(changed, source, lambda text: None)
+    wrong += _different(changed, source)
     return Check(name, intact and not wrong, tuple(wrong))
 
 
@@ -193,18 +194,17 @@ def _meaning(
     from linen_nnx.proof.prove import prove
     from linen_nnx.proof.subject import of_twin
 
-    runs = conversion.source.run, result.run
-    if twin is not None and (conversion.state.form.stage or conversion.to.stage):
+    forms = conversion.state.form, conversion.to
+    if twin is not None and any(form.stage for form in forms):
         yield Check("the models", False, ("a run of this template has its own: leave out --twin",))
-        return
-    if twin is not None:
-        before, after = of_twin(twin, conversion.state.form.side), of_twin(twin, conversion.to.side)
-    elif own_runs is None or runs[0] is None or runs[1] is None:
+    elif twin is not None:
+        before, after = (of_twin(twin, form.side) for form in forms)
+        yield from prove(conversion, state, result.reader, before, after)
+    elif own_runs is None or conversion.source.run is None or result.run is None:
         yield Check("the models", None, ("a stage is compared with a stage, not a stock layout",))
-        return
     else:
-        before, after = own_runs(runs[0]), own_runs(runs[1])
-    yield from prove(conversion, state, result.reader, before, after, twin)
+        before, after = own_runs(conversion.source.run), own_runs(result.run)
+        yield from prove(conversion, state, result.reader, before, after)
 
 
 def _digests(name: str, folder: Path) -> Check:
@@ -212,28 +212,22 @@ def _digests(name: str, folder: Path) -> Check:
         there = folder.is_dir() and digests.check(folder)
     except digests.DigestError as error:
         return Check(name, False, (str(error),))
-    return Check(name, True if there else None, () if there else ("it has none",))
+    return Check(name, True) if there else Check(name, None, ("it has none",))
 
 
 def _different(
-    conversion: Conversion,
-    result: Source,
-    progress: Callable[[str], None],
+    conversion: Conversion, result: Source, progress: Callable[[str], None] = lambda text: None
 ) -> Iterator[str]:
     """Every target leaf whose bits differ from what its sources give."""
-    found = {tuple(key.name for key in leaf.keys): leaf for leaf in result.leaves}
+    found = {_names(leaf): leaf for leaf in result.leaves}
     jobs = [job for job in conversion.jobs if job.targets and job.targets[0].zarr is not None]
     done, total = 0, sum(job.nbytes for job in jobs) or 1
     for batch in _batches(jobs):
         sources = [leaf for job in batch for leaf in job.change.sources]
-        targets = [
-            found[tuple(key.name for key in leaf.keys)] for job in batch for leaf in job.targets
-        ]
+        targets = [found[_names(leaf)] for job in batch for leaf in job.targets]
         try:
-            old, new = (
-                iter(s.reader.read(of))
-                for s, of in ((conversion.source, sources), (result, targets))
-            )
+            old = iter(conversion.source.reader.read(sources))
+            new = iter(result.reader.read(targets))
         except ValueError as error:
             yield f"{', '.join(leaf.path for leaf in targets[:3])}: cannot be read: {error}"
             continue
@@ -250,14 +244,12 @@ def _different(
         progress(f"comparing bits: {done * 100 // total} %")
 
 
+def _names(leaf: Leaf) -> tuple[Any, ...]:
+    return tuple(key.name for key in leaf.keys)
+
+
 def _batches(jobs: Sequence[Job]) -> Iterator[list[Job]]:
-    batch: list[Job] = []
-    size = 0
-    for job in jobs:
-        if batch and size + job.nbytes > _BATCH:
-            yield batch
-            batch, size = [], 0
-        batch.append(job)
-        size += job.nbytes
-    if batch:
-        yield batch
+    ends = itertools.accumulate(job.nbytes for job in jobs)
+    pairs = zip(jobs, ends, strict=True)
+    for _, batch in itertools.groupby(pairs, lambda pair: pair[1] // _BATCH):
+        yield [job for job, _ in batch]
