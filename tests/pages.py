@@ -84,7 +84,7 @@ class Shell:
 
     def run(self, command: str) -> str:
         """What a command prints; it has to end well."""
-        return self._printed(["bash", "-c", command], command)
+        return self._printed(["bash", "-o", "pipefail", "-c", command], command)
 
     def python(self, code: str) -> str:
         """What a piece of Python prints; it has to end well."""

@@ -39,49 +39,46 @@ SMALL = {
 }
 
 DEVICES = "XLA_FLAGS=--xla_force_host_platform_device_count={}"
-LM, SWEEP = f"{DEVICES.format(8)} python train.py", "python train.py --multirun experiment=sweep"
-SHORT = "seed=0 steps=6 eval.every=2"
 PIP = "python -m pip install -q --no-index --no-deps --no-build-isolation"
+SHORT = "seed=0 steps=4 eval.every=2"
+SWEEP = "python train.py --multirun experiment=sweep"
+JOBLIB = f"{SWEEP} hydra/launcher=joblib hydra.launcher.n_jobs=2"
+SLURM = f"{SWEEP} hydra/launcher=submitit_slurm hydra.launcher.partition=NAME"
+OPTUNA = (
+    "python train.py --multirun experiment=diabetes hydra/sweeper=optuna hydra.sweeper.n_trials=20"
+    " hydra.sweeper.n_jobs=1 'optimizer.lr=tag(log, interval(1e-4, 1e-1))'"
+    " 'run_dir=runs/optuna/lr${optimizer.lr}'"
+)
 
 # In blocks: command -> what is run instead. A run that is cut short is gone on with by the next.
 INSTEAD = {
-    # Stops at once where the models agree; here one setting of the nnx twin is wrong.
+    # Its exit code is 1 where the twins diverge: here one setting of the nnx twin is wrong.
     "python convert.py bisect models.py:twin --png errors.png": (
         "sed -i 's/net()/net(at=7, epsilon=1e-5)/' models.py; "
         "python convert.py bisect models.py:twin --png errors.png; test $? = 1"
     ),
-    "python train.py mesh.data=-1": f"{LM} mesh.data=-1 stop_at=2",
-    "python train.py mesh.data=-1 mesh.fsdp=4": f"{LM} mesh.data=-1 mesh.fsdp=4 stop_at=4",
-    # `srun`: see SRUN.
-    "srun python train.py mesh.data=-1 mesh.fsdp=4": (
-        f"{DEVICES.format(4)} srun python train.py mesh.data=-1 mesh.fsdp=4 stop_at=6"
-    ),
-    SWEEP: f"{SWEEP} {SHORT} stop_at=2",
+    **{
+        command: f"{DEVICES.format(count)} {command} stop_at={stop}"
+        for command, count, stop in (
+            ("python train.py mesh.data=-1", 8, 2),
+            ("python train.py mesh.data=-1 mesh.fsdp=4", 8, 4),
+            ("srun python train.py mesh.data=-1 mesh.fsdp=4", 4, 6),  # two processes: see SRUN
+        )
+    },
+    SWEEP: f"{SWEEP} {SHORT}",
     "pip install .": f"cd ../clone && {PIP} --target ../site .",
 }
 
 # Commands that need an extra, the module that it brings, and what is run instead.
 EXTRAS = {
-    f"{SWEEP} hydra/launcher=joblib hydra.launcher.n_jobs=2": (
-        "hydra_joblib_launcher",
-        f"{SWEEP} hydra/launcher=joblib hydra.launcher.n_jobs=2 {SHORT} stop_at=4",
-    ),
+    JOBLIB: ("hydra_joblib_launcher", f"{JOBLIB} {SHORT}"),
     # submitit's other launcher starts the same jobs without a cluster.
-    f"{SWEEP} hydra/launcher=submitit_slurm hydra.launcher.partition=NAME": (
+    SLURM: (
         "hydra_submitit_launcher",
-        "python train.py experiment=sweep hydra/launcher=submitit_slurm"
-        " hydra.launcher.partition=NAME --cfg hydra | grep 'partition: NAME' && "
-        f"{SWEEP} hydra/launcher=submitit_local {SHORT} stop_at=6",
+        f"{SLURM.replace('--multirun ', '')} --cfg hydra | grep 'partition: NAME' && "
+        f"{SWEEP} hydra/launcher=submitit_local {SHORT}",
     ),
-    "python train.py --multirun experiment=diabetes hydra/sweeper=optuna hydra.sweeper.n_trials=20"
-    " hydra.sweeper.n_jobs=1 'optimizer.lr=tag(log, interval(1e-4, 1e-1))'"
-    " 'run_dir=runs/optuna/lr${optimizer.lr}'": (
-        "hydra_optuna_sweeper",
-        "python train.py --multirun experiment=diabetes hydra/sweeper=optuna"
-        " hydra.sweeper.n_trials=2 hydra.sweeper.n_jobs=1"
-        " 'optimizer.lr=tag(log, interval(1e-4, 1e-1))' 'run_dir=runs/optuna/lr${optimizer.lr}'"
-        " steps=4",
-    ),
+    OPTUNA: ("hydra_optuna_sweeper", f"{OPTUNA.replace('=20', '=2')} steps=4"),
 }
 
 # In the text: command -> what is run instead.
@@ -93,7 +90,7 @@ INLINE = {
     ),
     "make train": "make -n train",  # in a block, too
     "make test": "make -n test",
-    "make lint": "make -n lint | sed 's/pyrefly check/& --help/; s/ruff .*/& --help/' | sh",
+    "make lint": "make -n lint | sed 's/pyrefly check/& --help/; s/ruff .*/& --help/' | sh -e",
     "make bench": "make -n bench && python -m benchmarks --help",
     **{
         f"make bench ARGS={name}": f"make bench ARGS=--help | grep -w '  {name}' &&"
