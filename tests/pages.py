@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
+EXAMPLES = sorted((ROOT / "examples").glob("*/README.md"))
 SHELL = ("sh", "bash")
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _FILE = re.compile(r"`([\w/.]+)`:\n\n\Z")
@@ -55,6 +58,19 @@ def spans(page: Path) -> list[str]:
     """What stands in single backticks outside of blocks, each once."""
     text = _BLOCK.sub("", page.read_text())
     return [*dict.fromkeys(" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text))]
+
+
+def inline() -> list[str]:
+    """Every command that stands in a line of text, on any page, each once."""
+    found = [span for page in (*PAGES, *EXAMPLES) for span in spans(page) if _is_command(span)]
+    return [*dict.fromkeys(found)]
+
+
+def _is_command(span: str) -> bool:
+    """Whether a text in backticks is a program, or several words that are no piece of code."""
+    first, *rest = span.split()
+    named = rest and re.fullmatch(r"(--)?[a-z./][\w./-]*", first)
+    return bool(named) or ((ROOT / span).is_file() and os.access(ROOT / span, os.X_OK))
 
 
 def project(folder: Path) -> Path:
