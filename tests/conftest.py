@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -37,6 +38,10 @@ SMALL = {
     "digits": ("experiment=digits", "model.width=8", "data.batch=16", "log.samples=0"),
     "diabetes": ("experiment=diabetes", "data.batch=16"),
 }  # fmt: skip
+# Older ones, which an environment not made by `make` may have, do not read pyproject.toml.
+needs_setuptools = pytest.mark.skipif(
+    int(version("setuptools").split(".")[0]) < 77, reason="needs make's setuptools"
+)
 QUIET = ("log.tensorboard=false", "log.progress=false", "log_every=1")
 
 

@@ -6,10 +6,11 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from importlib.metadata import requires, version
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
+from conftest import needs_setuptools
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -140,7 +141,7 @@ def test_whatever_is_installed_is_pinned():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(int(version("setuptools").split(".")[0]) < 77, reason="needs make's setuptools")
+@needs_setuptools
 def test_the_package_holds_the_library_alone(tmp_path):
     for folder in ("linen_nnx/inner", "linen_nnx", "model", "training", "configs", "tests"):
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)

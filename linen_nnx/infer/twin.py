@@ -85,8 +85,9 @@ def _module(source: str) -> ModuleType:
     is_file = path.suffix == ".py"
     if is_file and not path.is_file():
         raise TwinError(f"there is no file {source}")
-    # As `python file.py` and `python -m module` would find the neighbours.
-    sys.path.insert(0, str(path.resolve().parent if is_file else Path.cwd()))
+    # It finds what it imports as under `python -m module` and, from a file, `python file.py`.
+    folders = [str(path.resolve().parent)] * is_file + [str(Path.cwd())]
+    sys.path[:0] = folders
     try:
         if not is_file:
             return attempt(f"import of the module `{source}`", importlib.import_module, source)
@@ -97,4 +98,5 @@ def _module(source: str) -> ModuleType:
         attempt(f"import of the file {source}", spec.loader.exec_module, module)
         return module
     finally:
-        sys.path.pop(0)
+        for folder in folders:
+            sys.path.remove(folder)

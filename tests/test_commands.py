@@ -1,0 +1,312 @@
+"""Each command of README.md, CONTRIBUTING.md and docs/ is run, and prints what the page quotes.
+
+What a page shows runs as it is written, in a copy of the project whose models are smaller. The few
+commands that cannot, stand in a table here beside what is run instead; any other that fails, or
+does not exist, fails its test.
+"""
+
+import math
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import orbax.checkpoint as ocp
+import pytest
+from conftest import needs_setuptools
+from convert_helpers import bits
+from pages import EXAMPLES, PAGES, ROOT, SHELL, Block, Shell, blocks, follow, inline, project
+
+README, DOCS = ROOT / "README.md", ROOT / "docs"
+
+# Sizes alone: steps, depth and settings stay as they are.
+SMALL = {
+    "config.yaml": {"batches": 5, "samples": 20},
+    "model/transformer.yaml": {"width": 16},
+    "model/convnet.yaml": {"width": 8},
+    "data/text.yaml": {"batch": 8},
+    "data/digits.yaml": {"batch": 16},
+}
+
+DEVICES = "XLA_FLAGS=--xla_force_host_platform_device_count={}"
+PIP = "python -m pip install -q --no-index --no-deps --no-build-isolation"
+SHORT = "seed=0 steps=4 eval.every=2"
+SWEEP = "python train.py --multirun experiment=sweep"
+JOBLIB = f"{SWEEP} hydra/launcher=joblib hydra.launcher.n_jobs=2"
+SLURM = f"{SWEEP} hydra/launcher=submitit_slurm hydra.launcher.partition=NAME"
+OPTUNA = (
+    "python train.py --multirun experiment=diabetes hydra/sweeper=optuna hydra.sweeper.n_trials=20"
+    " hydra.sweeper.n_jobs=1 'optimizer.lr=tag(log, interval(1e-4, 1e-1))'"
+    " 'run_dir=runs/optuna/lr${optimizer.lr}'"
+)
+
+# In blocks: command -> what is run instead. A run that is cut short is gone on with by the next.
+INSTEAD = {
+    # Its exit code is 1 where the twins diverge: here one setting of the nnx twin is wrong.
+    "python convert.py bisect models.py:twin --png errors.png": (
+        "sed -i 's/net()/net(at=7, epsilon=1e-5)/' models.py; "
+        "python convert.py bisect models.py:twin --png errors.png; test $? = 1"
+    ),
+    **{
+        command: f"{DEVICES.format(count)} {command} stop_at={stop}"
+        for command, count, stop in (
+            ("python train.py mesh.data=-1", 8, 2),
+            ("python train.py mesh.data=-1 mesh.fsdp=4", 8, 4),
+            ("srun python train.py mesh.data=-1 mesh.fsdp=4", 4, 6),  # two processes: see SRUN
+        )
+    },
+    SWEEP: f"{SWEEP} {SHORT}",
+    "pip install .": f"cd ../clone && {PIP} --target ../site .",
+}
+
+# Commands that need an extra, the module that it brings, and what is run instead.
+EXTRAS = {
+    JOBLIB: ("hydra_joblib_launcher", f"{JOBLIB} {SHORT}"),
+    # submitit's other launcher starts the same jobs without a cluster.
+    SLURM: (
+        "hydra_submitit_launcher",
+        f"{SLURM.replace('--multirun ', '')} --cfg hydra | grep 'partition: NAME' && "
+        f"{SWEEP} hydra/launcher=submitit_local {SHORT}",
+    ),
+    OPTUNA: ("hydra_optuna_sweeper", f"{OPTUNA.replace('=20', '=2')} steps=4"),
+}
+
+# In the text: command -> what is run instead.
+INLINE = {
+    "python -m benchmarks.curve": "python -m benchmarks.curve --help",  # whole: a long test
+    ".venv/bin/tensorboard --logdir runs": (
+        "python train.py experiment=diabetes debug=one_step && test -x .venv/bin/tensorboard &&"
+        " python -m tensorboard.main --logdir runs --inspect | grep final/eval_loss"
+    ),
+    "make train": "make -n train",  # in a block, too
+    "make test": "make -n test",
+    "make lint": "make -n lint | sed 's/pyrefly check/& --help/; s/ruff .*/& --help/' | sh -e",
+    "make bench": "make -n bench && python -m benchmarks --help",
+    **{
+        f"make bench ARGS={name}": f"make bench ARGS=--help | grep -w '  {name}' &&"
+        f" python -m benchmarks.{name} --help"
+        for name in ("convert", "steps", "loop")
+    },
+    "make parity": 'make parity ARGS="--only dense"',
+    ".ci/run": "bash -n .ci/run && test -x .ci/run",
+    "cp -r": "cp -r docs copied",
+    # What it would install is on no list of ours; its hooks are the commands of `make lint`.
+    "pip install pre-commit && pre-commit install": "make -n lint | sed 's/ [.]$//' |"
+    ' while read hook; do grep -F "entry: $hook" .pre-commit-config.yaml || exit 1; done',
+    "python convert.py inspect CKPT": "python convert.py inspect --help | grep CKPT",
+    **{
+        f"convert.py {name}": f"python convert.py {name} --help"
+        for name in ("suggest", "verify", "bisect")
+    },
+    # test_examples.py holds what it suggests together with the rule book of the example.
+    "python convert.py suggest examples/bert/twin.py:twin": (
+        "python convert.py suggest --help && test -f examples/bert/twin.py"
+    ),
+    "linen-nnx run": "python convert.py run --help",
+    "verify --twin": "python convert.py verify --help | grep -e --twin",
+    "--to nnx": "python convert.py run --help | grep -e '--to '",
+    "--to linen": "python convert.py run --help | grep -e '--to '",
+    "not proved": "grep 'not proved' linen_nnx/cli.py",  # no command, but what one prints
+    "digests of the source": "grep -r 'digests of the source' linen_nnx/proof",
+}
+
+# Starts two processes and tells each who it is, as SLURM's does.
+SRUN = """#!/bin/sh
+export SLURM_JOB_ID=$$ SLURM_STEP_NODELIST=localhost SLURM_NTASKS=2
+SLURM_PROCID=1 SLURM_LOCALID=1 "$@" >/dev/null &
+SLURM_PROCID=0 SLURM_LOCALID=0 "$@" && wait $!
+"""
+
+# What the pages leave to their reader.
+MODELS = """from faults import net
+twin = net()
+"""
+CHECKPOINT = """
+from pathlib import Path
+import jax, orbax.checkpoint as ocp
+from models import twin
+
+variables = twin.linen().init(jax.random.key(1), *twin.inputs())
+with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(Path("linen").absolute(), variables)
+"""
+MINE = {
+    "mine/linen_model.py": """
+import flax.linen as nn
+
+class MyLinen(nn.Module):
+    width: int
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(1)(nn.relu(nn.Dense(self.width, name="hidden")(x)))
+""",
+    "mine/nnx_model.py": """
+from flax import nnx
+
+class MyNnx(nnx.Module):
+    def __init__(self, width, rngs):
+        self.first = nnx.Linear(16, width, rngs=rngs)
+        self.last = nnx.Linear(width, 1, rngs=rngs)
+
+    def __call__(self, x):
+        return self.last(nnx.relu(self.first(x)))
+""",
+    "mine/train.py": """
+from pathlib import Path
+import jax, jax.numpy as jnp, optax, orbax.checkpoint as ocp
+from flax.training.train_state import TrainState
+from mine.linen_model import MyLinen
+
+TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+
+if __name__ == "__main__":
+    model, x = MyLinen(width=64), jnp.ones((2, 16))
+    state = TrainState.create(
+        apply_fn=model.apply, params=model.init(jax.random.key(0), x)["params"], tx=TX
+    )
+    for _ in range(3):
+        grads = jax.grad(lambda p: (model.apply({"params": p}, x) ** 2).sum())(state.params)
+        state = state.apply_gradients(grads=grads)
+    with ocp.CheckpointManager(Path("checkpoints").absolute()) as manager:
+        manager.save(3, args=ocp.args.StandardSave(state))
+""",
+}
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Shell:
+    """A shell in a copy of the project: small models, a single test file, a stand-in for srun."""
+    folder = project(tmp_path / "clone")
+    for name, values in SMALL.items():
+        path = folder / "configs" / name
+        text = path.read_text()
+        for key, value in values.items():
+            text, count = re.subn(rf"(?m)^( *{key}): \d+", rf"\1: {value}", text)
+            assert count == 1
+        path.write_text(text)
+    for path in (folder / "tests").glob("test_*.py"):
+        if path.name != "test_modules.py":
+            path.unlink()
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "srun").write_text(SRUN)
+    (programs / "srun").chmod(0o755)
+    return Shell(folder, programs)
+
+
+def sections(page: Path, *names: str) -> list[Block]:
+    found = [block for block in blocks(page) if block.section in names]
+    assert {block.section for block in found} == set(names)
+    return found
+
+
+def in_blocks() -> set[str]:
+    """Every command that stands in a block, on any page."""
+    found = [block for page in (*PAGES, *EXAMPLES) for block in blocks(page)]
+    return {command for block in found if block.language in SHELL for command in block.commands}
+
+
+@pytest.mark.slow
+def test_the_two_commands_of_the_readme_and_those_of_training(shell: Shell) -> None:
+    follow(sections(README, "Two commands"), shell, tolerance=math.inf)
+    follow(sections(README, "Commands", "Changing stage"), shell)
+
+
+@pytest.mark.long
+def test_make_train_ends_as_the_readme_quotes(tmp_path: Path) -> None:
+    shell = Shell(project(tmp_path))
+    follow(sections(README, "Two commands"), shell, {"make test": "make -n test"})
+
+
+@pytest.mark.slow
+def test_the_commands_of_converting(shell: Shell) -> None:
+    shell.run("python train.py experiment=digits stop_at=20 && python train.py stop_at=2")
+    (shell.folder / "models.py").write_text(MODELS)
+    (shell.folder / "tests" / "faults.py").rename(shell.folder / "faults.py")
+    shell.python(CHECKPOINT)
+    follow(sections(README, "Converting checkpoints"), shell, INSTEAD)
+    assert (shell.folder / "errors.png").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_the_commands_of_scale(shell: Shell) -> None:
+    instead = INSTEAD | dict.fromkeys(EXTRAS, "true")
+    follow(sections(README, "Scale"), shell, instead)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", EXTRAS, ids=[module for module, _ in EXTRAS.values()])
+def test_the_commands_of_an_extra(shell: Shell, command: str) -> None:
+    module, run = EXTRAS[command]
+    if find_spec("hydra_plugins") is None or find_spec(f"hydra_plugins.{module}") is None:
+        pytest.skip(f"{module} is not installed")
+    shell.run(run)
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_migration_page(shell: Shell) -> None:
+    follow(blocks(DOCS / "migrate.md"), shell)
+
+
+@pytest.mark.slow
+@needs_setuptools
+def test_the_library_alone_takes_a_strangers_checkpoint_to_nnx_and_back(shell: Shell) -> None:
+    mine, site = shell.folder.parent / "mine", shell.folder.parent / "site"
+    for name, content in MINE.items():
+        (mine / name).parent.mkdir(parents=True, exist_ok=True)
+        (mine / name).write_text(content)
+    stranger = Shell(mine, site / "bin")
+    stranger.env["PYTHONPATH"] = str(site)
+    stranger.run("python -m mine.train")
+    before = "from mine.nnx_model import MyNnx\nfrom mine.train import TX as tx\n"
+    page = [
+        Block(b.section, b.language, b.text.replace("/absolute/path", str(mine)), b.file)
+        for b in blocks(DOCS / "library.md")
+    ]
+
+    follow(page, stranger, INSTEAD, before=before)
+
+    trees = []
+    for name in ("checkpoints", "back"):
+        with ocp.CheckpointManager(mine / name) as manager:
+            trees.append(bits(manager.restore(3, args=ocp.args.StandardRestore())))
+    assert trees[0] == trees[1]
+
+
+def test_the_example_of_the_rules_page() -> None:
+    follow(blocks(DOCS / "rules.md"), Shell(ROOT))
+
+
+@pytest.mark.slow
+def test_commands_in_the_text_do_what_they_say(shell: Shell) -> None:
+    known = in_blocks() - set(INLINE)
+    for command in inline():
+        if command not in known and not is_installation(command):
+            shell.run(INLINE.get(command, command))
+
+
+def is_installation(command: str) -> bool:
+    return command.startswith("pip install") and command not in INLINE
+
+
+@pytest.mark.long
+def test_the_curve_of_the_readme_is_drawn_as_its_caption_says(shell: Shell) -> None:
+    printed = shell.run("python -m benchmarks.curve")
+    quoted = re.search(r"(\d+ of \d+) rows of `metrics.jsonl` are equal", README.read_text())
+    assert quoted is not None and printed.startswith(quoted[1])
+
+
+def test_no_block_is_left_out_and_no_table_names_what_no_page_shows() -> None:
+    followed = {"Two commands", "Commands", "Changing stage", "Converting checkpoints", "Scale"}
+    assert {block.section for block in blocks(README)} == followed | {"Layout"}
+    others = {page.name for page in PAGES if blocks(page)} - {"README.md"}
+    assert others == {"family.md", "library.md", "migrate.md", "rules.md"}  # family: test_docs.py
+    assert {*INSTEAD, *EXTRAS} <= in_blocks()
+    assert {*INLINE} <= {*inline()}
+
+
+@pytest.mark.slow
+@needs_setuptools
+def test_pip_would_install_what_the_text_says(shell: Shell) -> None:
+    for command in filter(is_installation, inline()):
+        shell.run(command.replace("pip install", f"{PIP} --dry-run"))
