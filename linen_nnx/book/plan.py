@@ -117,14 +117,15 @@ class _Attempt:
         groups: dict[tuple[int, tuple[tuple[str, str], ...]], dict[tuple[int, ...], str]] = {}
         for path, spec in self.source.items():
             hits = self.hits(self.side, path)
-            self.used.update([hit.rule for hit in hits])
             if not hits:
                 self.unmatched.append(path)
             elif len(hits) > 1:
+                self.used.update(hit.rule for hit in hits)
                 self._note_ambiguous(self.side, path, hits)
             else:
                 number, part, captures = hits[0]
                 rule = self.rules[number]
+                self.used.add(number)
                 if not rule.ops:  # a plain rename, which is most leaves of most books
                     target = rule.side(self.to)[0].format(captures)
                     self.steps.append(Step(rule, (path,), (target,), (), (spec,)))
