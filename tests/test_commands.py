@@ -75,7 +75,7 @@ INLINE = {
     "python -m benchmarks.curve": "python -m benchmarks.curve --help",  # whole: a long test
     ".venv/bin/tensorboard --logdir runs": (
         "python train.py experiment=diabetes debug=one_step && test -x .venv/bin/tensorboard &&"
-        " python -m tensorboard.main --logdir runs --inspect | grep final/eval_loss"
+        " python -m tensorboard.main --logdir runs --inspect | grep eval/loss"
     ),
     "make train": "make -n train",  # in a block, too
     "make test": "make -n test",
