@@ -14,7 +14,7 @@ setup: $(READY)  ## create .venv and install the pinned versions (the other targ
 train: $(READY)  ## train the default experiment; ARGS="experiment=digits stage=nnx"
 	$(PY) train.py $(ARGS)
 
-test: $(READY)  ## run the tests; ARGS="-m long" those of a minute and more; ARGS="tests/test_config.py"
+test: $(READY)  ## run the tests; ARGS="-m long" those of half a minute and more; ARGS="tests/test_config.py"
 	$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: $(READY)  ## check style, layout and types

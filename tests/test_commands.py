@@ -206,7 +206,7 @@ def in_blocks() -> set[str]:
     return {command for block in found if block.language in SHELL for command in block.commands}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_two_commands_of_the_readme_and_those_of_training(shell: Shell) -> None:
     follow(sections(README, "Two commands"), shell, tolerance=math.inf)
     follow(sections(README, "Commands", "Changing stage"), shell)
@@ -218,7 +218,7 @@ def test_make_train_ends_as_the_readme_quotes(tmp_path: Path) -> None:
     follow(sections(README, "Two commands"), shell, {"make test": "make -n test"})
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_commands_of_converting(shell: Shell) -> None:
     shell.run("python train.py experiment=digits stop_at=20 && python train.py stop_at=2")
     (shell.folder / "models.py").write_text(MODELS)
@@ -228,7 +228,7 @@ def test_the_commands_of_converting(shell: Shell) -> None:
     assert (shell.folder / "errors.png").stat().st_size > 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_commands_of_scale(shell: Shell) -> None:
     instead = INSTEAD | dict.fromkeys(EXTRAS, "true")
     follow(sections(README, "Scale"), shell, instead)

@@ -22,7 +22,9 @@ def shell(tmp_path: Path) -> Shell:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["vit", pytest.param("seq2seq", marks=pytest.mark.long), "bert"])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long) for name in ("vit", "seq2seq")] + ["bert"]
+)
 def test_an_example_works_from_its_own_readme_lines(shell, name):
     follow(blocks(EXAMPLES / name / "README.md"), shell)
 

@@ -44,7 +44,10 @@ def wait_for_rows(process: subprocess.Popen[str], run_dir: Path, rows: int) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    "stage",
+    [pytest.param(s, marks=[pytest.mark.long] * (s != "nnx_in_linen")) for s in STAGES],
+)
 def test_a_killed_run_continues_as_if_nothing_had_happened(
     train: Train, tmp_path: Path, stage: str
 ) -> None:

@@ -67,9 +67,10 @@ def host(state: State) -> list[bytes]:
     ("experiment", "grid", "options"),
     [
         ("lm", "mesh.data=8", ()),
-        ("lm", "mesh.fsdp=8", ()),
-        ("lm", "mesh.data=2 mesh.fsdp=4",
-         ("model.scan=true", "optimizer.ema=0.9", "optimizer.accumulate=2")),
+        pytest.param("lm", "mesh.fsdp=8", (), marks=pytest.mark.long),
+        pytest.param("lm", "mesh.data=2 mesh.fsdp=4",
+         ("model.scan=true", "optimizer.ema=0.9", "optimizer.accumulate=2"),
+         marks=pytest.mark.long),
         ("digits", "mesh.data=2 mesh.fsdp=4", ()),
         ("diabetes", "mesh.fsdp=8", ("optimizer=lion",)),
     ],
@@ -231,7 +232,11 @@ class Pair:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("experiment", "grid"),
-    [("digits", "mesh.data=-1 mesh.fsdp=2"), ("diabetes", "mesh.data=4"), ("lm", "mesh.fsdp=4")],
+    [
+        pytest.param("digits", "mesh.data=-1 mesh.fsdp=2", marks=pytest.mark.long),
+        ("diabetes", "mesh.data=-1 mesh.fsdp=2"),
+        pytest.param("lm", "mesh.fsdp=4", marks=pytest.mark.long),
+    ],
 )
 def test_two_processes_draw_the_curve_of_one(
     train: Train, tmp_path: Path, experiment: str, grid: str

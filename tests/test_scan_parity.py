@@ -22,7 +22,7 @@ def distance(one: Path, other: Path) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
 def test_scanned_blocks_draw_the_same_curve_at_all_stages(train: Train, dtype: str) -> None:
     settings = ("model.scan=true", "steps=50", f"model.dtype={dtype}")
     curves = {curve(train("lm", f"stage={stage}", *settings)) for stage in STAGES}

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import SMALL, STAGES, Train
+from conftest import STAGES, Train
 
 from linen_nnx import convert
 
@@ -34,7 +34,9 @@ def test_a_change_of_stage_in_mid_run_does_not_move_the_curve(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("experiment", SMALL)
+@pytest.mark.parametrize(
+    "experiment", [pytest.param("lm", marks=pytest.mark.long), "digits", "diabetes"]
+)
 def test_one_run_climbs_all_four_rungs(train: Train, tmp_path: Path, experiment: str) -> None:
     """The first two changes through `init_from`, the last by converting the run directory."""
     whole = train(experiment, *OPTIONS, "stage=linen")

@@ -23,7 +23,7 @@ def proof(capsys, *arguments):
 @pytest.mark.parametrize(
     ("experiment", "before", "after", "settings"),
     [
-        ("lm", "linen", "nnx", LM),
+        pytest.param("lm", "linen", "nnx", LM, marks=pytest.mark.long),
         ("digits", "nnx", "linen", ("optimizer=lion", "optimizer.lr=1e-3")),
         ("diabetes", "linen_in_nnx", "linen", ("optimizer.encoder.freeze=true",)),
     ],
@@ -44,7 +44,7 @@ def test_a_runs_change_of_stage_is_proved_in_every_bit(
 
 
 def test_a_wrong_rule_book_of_a_run_is_found_by_running_it(train: Train, tmp_path, capsys):
-    run = train("lm", "stage=linen", "steps=2")
+    run = train("lm", "stage=linen", "steps=2", "model.depth=1")
     rules = RuleBook.load(run / "rules.yaml").to_dict()
     norms = [rule for rule in rules["rules"] if rule["nnx"].endswith("_norm/{leaf}")]
     norms[0]["nnx"], norms[1]["nnx"] = norms[1]["nnx"], norms[0]["nnx"]
