@@ -84,7 +84,7 @@ INLINE = {
     **{
         f"make bench ARGS={name}": f"make bench ARGS=--help | grep -w '  {name}' &&"
         f" python -m benchmarks.{name} --help"
-        for name in ("convert", "steps", "loop")
+        for name in ("convert", "steps", "loop", "growth")
     },
     "make parity": 'make parity ARGS="--only dense"',
     ".ci/run": "bash -n .ci/run && test -x .ci/run",

@@ -105,7 +105,10 @@ def test_a_signal_ends_a_multirun_with_the_run_at_hand(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    "stage",
+    [pytest.param(s, marks=[pytest.mark.long] * (s != "nnx_in_linen")) for s in STAGES],
+)
 def test_stop_at_leaves_the_schedules_and_the_curve_as_they_are(train: Train, stage: str) -> None:
     options = (f"stage={stage}", "steps=12", "eval.every=5", "optimizer.ema=0.9",
                "optimizer.accumulate=2", "optimizer.warmup=2")  # fmt: skip

@@ -66,7 +66,7 @@ def host(state: State) -> list[bytes]:
 @pytest.mark.parametrize(
     ("experiment", "grid", "options"),
     [
-        ("lm", "mesh.data=8", ()),
+        pytest.param("lm", "mesh.data=8", (), marks=pytest.mark.long),
         pytest.param("lm", "mesh.fsdp=8", (), marks=pytest.mark.long),
         pytest.param("lm", "mesh.data=2 mesh.fsdp=4",
          ("model.scan=true", "optimizer.ema=0.9", "optimizer.accumulate=2"),

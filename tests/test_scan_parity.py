@@ -36,7 +36,7 @@ def test_scanned_blocks_draw_the_same_curve_at_all_stages(train: Train, dtype: s
     "options",
     [
         ("model.depth=1",),  # XLA dissolves a loop of one turn
-        ("model.remat=true", "optimizer.accumulate=2"),
+        pytest.param(("model.remat=true", "optimizer.accumulate=2"), marks=pytest.mark.long),
     ],
     ids=lambda options: options[0],
 )
