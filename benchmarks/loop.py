@@ -52,6 +52,7 @@ def watched() -> Iterator[tuple[list[float], list[float]]]:
             steps.append(time.perf_counter())
             return inner(state, batch)
 
+        train_step.lower = inner.lower  # pyrefly: ignore
         self.train_step = train_step  # pyrefly: ignore
 
     def following(self: data.TrainIterator) -> Any:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import QUIET, SMALL, STAGES, Train
@@ -232,6 +233,25 @@ def test_a_run_directory_of_another_experiment_is_refused(train: Train) -> None:
         train("digits", "steps=2", f"run_dir={run_dir}")
     with pytest.raises(Refused, match="a run of the model `mlp`, and this run's is `convnet`"):
         train("digits", "steps=4", f"init_from={run_dir}")
+
+
+def test_what_another_process_has_trained_meanwhile_is_kept(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = train("diabetes", "steps=9", "stop_at=2")
+    begin, again = start.begin, ("diabetes", "steps=9", f"run_dir={run_dir}")
+
+    def late(*arguments: Any) -> Any:
+        monkeypatch.setattr(start, "begin", begin)
+        train(*again)
+        return begin(*arguments)
+
+    monkeypatch.setattr(start, "begin", late)
+    with pytest.raises(Refused, match=r"has trained in .* meanwhile, to step 9\. Repeat"):
+        train(*again)
+
+    assert curve(run_dir).count(b'"train"') == 9
+    assert (run_dir / "checkpoints" / "9").is_dir()
 
 
 def test_two_processes_do_not_train_in_one_run_directory(train: Train) -> None:

@@ -193,6 +193,17 @@ def test_a_debug_run_that_has_ended_begins_anew(
     assert len(list(run_dir.glob("plugins/profile/*"))) == (2 if mode == "profile" else 0)
 
 
+def test_a_debug_run_begins_anew_at_its_end_alone(train: Train, tmp_path: Path) -> None:
+    options = ("debug=nans", f"run_dir={tmp_path / 'run'}", "steps=8")
+    run_dir = train("diabetes", *options)
+    before = (run_dir / "metrics.jsonl").read_bytes()
+
+    train("diabetes", *options, "stop_at=4")
+
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
+    assert (run_dir / "checkpoints" / "8").is_dir()
+
+
 def rows_of(run_dir: Path) -> int:
     return rows(run_dir, "train")[-1]["step"]
 
@@ -328,6 +339,23 @@ def test_a_warm_up_longer_than_the_run_is_said(
     train("diabetes", "steps=4", f"optimizer.warmup={warmup}", f"optimizer.accumulate={accumulate}")
     text = f"optimizer.warmup is {warmup} updates, and the run has {4 // accumulate}: the learning"
     assert capsys.readouterr().out.count(text) == said
+
+
+@pytest.mark.parametrize("options", [(), ("mesh.data=2",), ("debug=nans",)], ids=str)
+def test_the_step_is_compiled_once_however_a_run_begins(
+    train: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture, options: tuple[str, ...]
+) -> None:
+    first = ("steps=4", "stop_at=2", f"run_dir={tmp_path / 'run'}", *options)
+    jax.config.update("jax_log_compiles", True)  # in every thread
+    try:
+        train("diabetes", *first)
+        train("diabetes", *first, "stop_at=3")
+        train("diabetes", "steps=4", "stage=linen", f"init_from={tmp_path / 'run'}", *options)
+    finally:
+        jax.config.update("jax_log_compiles", False)
+
+    compiled = [text for text in caplog.messages if "XLA compilation of jit(_train_step)" in text]
+    assert len(compiled) == 3
 
 
 def test_debug_nans_names_the_operation(train: Train) -> None:

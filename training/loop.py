@@ -42,22 +42,23 @@ def train(cfg: Config) -> bool:
 
     # Start: resume, init_from or scratch. From here on the run directory is this run's.
     saved = start.find(cfg)
-    pool = ThreadPoolExecutor(1)  # compiles while the state is drawn or read
-    compiling = pool.submit(_compile, cfg, program, example)
-    pool.shutdown(wait=False)
-    state = start.begin(cfg, program, batches, saved)
-    step = first = int(state.step)
+    step = first = 0 if saved is None else saved.step
     last = cfg.stop_at or cfg.steps
     if cfg.debug.mode == "profile" and last - first <= PROFILED.start:
         raise Refused(
             f"debug=profile records what follows the first {PROFILED.start} steps; this run would "
             f"go from step {first} to {last}. Give more steps, or another run_dir."
         )
+    pool = ThreadPoolExecutor(1)  # compiles while the state is drawn or read
+    compiling = pool.submit(_compile, cfg, program, example)
+    pool.shutdown(wait=False)
+    state = start.begin(cfg, program, batches, saved)
+    say(summary.opening(cfg, dataset, program, first))
     compiling.result()
     with _checks(cfg):  # what cannot be traced, from this very state, writes nothing
         jax.eval_shape(program.train_step, state, example)
     with processes.together():
-        lock = start.write_run(cfg, program.rules)
+        lock = start.write_run(cfg, program.rules, first)
     writes = processes.first()
     run_dir = Path(cfg.run_dir)
     metrics = Metrics(run_dir, first, write=writes)
@@ -65,7 +66,6 @@ def train(cfg: Config) -> bool:
     checkpoints.forget_after(first)
     board = Board(run_dir, first, dataclasses.asdict(cfg), on=cfg.log.tensorboard and writes)
     terminal = Terminal(last, first, cfg.data.batch, progress=cfg.log.progress)
-    say(summary.opening(cfg, dataset, program, first))
     recorder = Recorder(metrics, board, terminal, cfg.log_every)
 
     # Steps. What is due after step k is done before batch k + 1 is drawn.

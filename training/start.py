@@ -1,7 +1,7 @@
 """Where a run starts: the one place that decides between resume, init_from and scratch.
 
     1. its own run directory holds a checkpoint: go on from it (resume=auto or must), unless it is
-       a debug run that has ended, which begins anew (resume=auto);
+       a debug run that has come to its last step, which begins anew (resume=auto);
     2. else `init_from`: take the whole state of another run, at whatever stage, and go on from it;
     3. else scratch.
 
@@ -63,11 +63,17 @@ def find(cfg: Config) -> checkpoints.Saved | None:
     """The checkpoint that the run goes on from; None to start from scratch.
 
     Raises:
-        Refused: when the run directory belongs to another run, or what was asked for is missing.
+        Refused: when the run directory belongs to another run, or what was asked for is missing or
+            damaged.
     """
     with processes.together():
         saved = _own(cfg, Path(cfg.run_dir))
-        return saved or (None if cfg.init_from is None else _foreign(cfg, Path(cfg.init_from)))
+        if saved is None and cfg.init_from is not None:
+            saved = _foreign(cfg, Path(cfg.init_from))
+        # One process reads every byte, for all of them.
+        if saved and cfg.checkpoint.verify and processes.first() and not saved.verify():
+            say(f"{saved.path} has no digests to verify it with; its arrays are taken as they are.")
+        return saved
 
 
 def begin(
@@ -76,15 +82,10 @@ def begin(
     """The state the run starts from, with the data iterator moved to the same step.
 
     Raises:
-        Refused: when `saved` is damaged.
-        VariablesError, RuleError: when it does not fit the run.
+        Refused, VariablesError, RuleError: when `saved` does not fit the run.
     """
     if saved is None:
         return program.init()
-    with processes.together():
-        # One process reads every byte, for all of them.
-        if cfg.checkpoint.verify and processes.first() and not saved.verify():
-            say(f"{saved.path} has no digests to verify it with; its arrays are taken as they are.")
     own = saved.path.parent == Path(cfg.run_dir).absolute() / "checkpoints"
     state = saved.restore(program.abstract()) if own else _translated(cfg, program, saved)
     if cfg.debug.mode != "overfit":  # which stays at the first batch
@@ -101,15 +102,20 @@ def run_item(cfg: Config, rules: RuleBook | None) -> dict[str, Any]:
     }
 
 
-def write_run(cfg: Config, rules: RuleBook | None) -> int | None:
+def write_run(cfg: Config, rules: RuleBook | None, step: int) -> int | None:
     """Creates the run directory with `config.yaml` and `rules.yaml`, or brings them up to date.
+
+    Args:
+        cfg, rules: what is written.
+        step: what the run goes on from.
 
     Returns:
         A descriptor that holds the directory for this process until it is closed; None in a
         process that leaves the writing to the first one.
 
     Raises:
-        Refused: when it cannot be created, or another process holds it.
+        Refused: when it cannot be created, another process holds it, or has trained in it since
+            `find` looked.
     """
     run_dir = Path(cfg.run_dir)
     if not processes.first():
@@ -126,6 +132,13 @@ def write_run(cfg: Config, rules: RuleBook | None) -> int | None:
         raise Refused(
             f"Another process is training in {run_dir}. Wait for it, or choose another run_dir."
         ) from None
+    newest = checkpoints.latest(run_dir / "checkpoints")
+    if newest is not None and newest.step != step and not _begins_anew(cfg, newest):
+        os.close(lock)
+        raise Refused(
+            f"Another process has trained in {run_dir} meanwhile, to step {newest.step}. Repeat "
+            "the command to go on from there."
+        )
     text = yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False)
     part = run_dir / CONFIG_PART
     part.write_text(text)
@@ -156,11 +169,16 @@ def _own(cfg: Config, run_dir: Path) -> checkpoints.Saved | None:
     saved = checkpoints.latest(run_dir / "checkpoints")
     if saved is None and cfg.resume == "must":
         raise Refused(f"resume=must, but the run in {run_dir} has not saved a checkpoint yet.")
-    again = cfg.debug.mode != "none" and cfg.resume == "auto"
-    if again and saved and saved.step >= (cfg.stop_at or cfg.steps):
+    if saved is not None and _begins_anew(cfg, saved):
         say(f"debug={cfg.debug.mode}: the run in {run_dir} has ended, and begins anew.")
         return None
     return saved
+
+
+def _begins_anew(cfg: Config, saved: checkpoints.Saved) -> bool:
+    """Whether the run is for debugging alone, and has come to its end."""
+    is_debug = cfg.debug.mode != "none" and cfg.resume == "auto"
+    return is_debug and saved.step == (cfg.stop_at or cfg.steps)
 
 
 def _foreign(cfg: Config, path: Path) -> checkpoints.Saved:

@@ -15,6 +15,8 @@ from training.datasets import Dataset
 from training.metrics import Metrics
 from training.state import Program
 
+FAR = 5  # a learning rate so many times another is worth a word
+
 
 def opening(cfg: Config, dataset: Dataset, program: Program, step: int) -> str:
     """What is trained, on what, from where, on which devices if on several."""
@@ -46,9 +48,9 @@ def _learning_rate(cfg: Optimizer, steps: int) -> Iterator[str]:
     file = CONFIGS / "optimizer" / f"{cfg.name}.yaml"
     options = OmegaConf.load(file) if file.exists() else OmegaConf.create()
     own = OmegaConf.select(options, "lr", throw_on_resolution_failure=False)
-    known = isinstance(own, float) and own != cfg.lr
+    is_far = isinstance(own, float) and not own / FAR < cfg.lr < own * FAR
     yield f"optimizer: {cfg.name}, lr {cfg.lr:g}" + (
-        f", {cfg.lr / own:.3g} times the {own:g} of optimizer={cfg.name}" if known else ""
+        f", {cfg.lr / own:.3g} times the {own:g} of optimizer={cfg.name}" if is_far else ""
     )
     updates = steps // cfg.accumulate
     if cfg.warmup >= updates:

@@ -36,7 +36,7 @@ class Terminal:
                 TimeRemainingColumn(),
                 console=CONSOLE,
             )
-            self._task = self._bar.add_task("", total=steps, completed=start, text="compiling")
+            self._task = self._bar.add_task("", total=steps, completed=start, text="")
 
     def __enter__(self) -> "Terminal":
         if self._bar is not None:
@@ -51,7 +51,7 @@ class Terminal:
         """Shows the loss of a step whose metrics have arrived.
 
         Returns:
-            Examples per second since the last call; None at the first, which includes compiling.
+            Examples per second since the last call; None at the first.
         """
         now = time.perf_counter()
         before, self._clock = self._clock, (step, now)
