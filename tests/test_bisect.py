@@ -347,6 +347,27 @@ def test_an_even_input_gets_noise_and_says_so():
     assert found.notes == ("input 0 was all one value, which hides much: it got noise",)
 
 
+def test_a_key_among_the_inputs_and_a_leaf_without_elements_are_taken_as_they_are():
+    class Linen(nn.Module):
+        @nn.compact
+        def __call__(self, x, key):
+            self.param("none", nn.initializers.zeros, (0, 4))
+            return nn.Dense(3, name="out")(nn.Dropout(0.5)(x, deterministic=False, rng=key))
+
+    class Nnx(nnx.Module):
+        def __init__(self, rngs):
+            self.none, self.dropout = nnx.Param(jnp.zeros((0, 4))), nnx.Dropout(0.5)
+            self.out = nnx.Linear(4, 3, rngs=rngs)
+
+        def __call__(self, x, key):
+            return self.out(self.dropout(x, deterministic=False, rngs=key))
+
+    inputs = jnp.arange(8.0).reshape(2, 4), jax.random.key(0)
+    found = bisect(Twin(Linen, lambda rngs: Nnx(rngs), lambda: inputs))
+
+    assert verdicts(found) == {"exact": 3} and not found.notes
+
+
 # Comparing
 
 

@@ -363,6 +363,11 @@ def test_the_memory_that_a_plan_foretells_for_a_file_is_what_it_takes(tmp_path, 
     found = peak("run", *arguments, "--rules", tmp_path / "rules.yaml")
     assert 0.8 * plan.peak_memory / 2**20 < found < 1.2 * plan.peak_memory / 2**20
 
+    written = convert(tmp_path / "nnx", tmp_path / f"back{suffix}", "linen")
+    found = peak("run", tmp_path / "nnx", tmp_path / f"again{suffix}", "--to", "linen")
+    foretold = written.reports[0]["peak_memory"] / 2**20
+    assert 0.8 * foretold < found < 1.2 * foretold
+
 
 # Rules that change more than names
 

@@ -479,3 +479,21 @@ def test_complex_outputs_tell_equal_shapes_apart():
 def test_importing_the_library_imports_no_jax():
     code = "import sys, linen_nnx; assert 'jax' not in sys.modules; assert linen_nnx.suggest"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_model_that_noise_breaks_is_run_on_its_own_inputs():
+    class Linen(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(4, name="a")(jnp.sqrt(-x) + 1 + jnp.arange(4.0))
+
+    class Nnx(nnx.Module):
+        def __init__(self, rngs):
+            self.b = nnx.Linear(4, 4, rngs=rngs)
+
+        def __call__(self, x):
+            return self.b(jnp.sqrt(-x) + 1 + jnp.arange(4.0))
+
+    book = suggest(Twin(Linen, lambda rngs: Nnx(rngs), lambda: (jnp.zeros((2, 4)),)))
+
+    assert not book.unassigned and book.rules[0].linen[0].text == "params/a/{leaf}"

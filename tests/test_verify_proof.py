@@ -18,7 +18,8 @@ from verify_helpers import TX, book, trained, twin
 
 from linen_nnx import Twin, suggest, verify
 from linen_nnx.disk.convert import convert
-from linen_nnx.infer.evaluate import widen
+from linen_nnx.infer.evaluate import pulled, widen
+from linen_nnx.proof.prove import _gaps
 
 RUN = ("forward pass", "gradients")
 STEP, CONTROL = "one optimizer step from the carried state", "a step from a fresh optimizer"
@@ -164,3 +165,19 @@ def test_products_asked_for_in_bfloat16_are_taken_in_float64():
     expected = np.einsum("bhqk,bkhd->bqhd", weights, value)
 
     assert np.abs(wide - expected).max() < 1e-6
+
+
+def test_an_infinite_slope_of_a_statistic_leaves_the_gradient_of_the_outputs_as_it_is():
+    def model(x):
+        return [x * x, jnp.sqrt(x)]
+
+    _, (slope,) = pulled(model, [jnp.zeros(3)], [], 1)
+
+    assert np.isfinite(slope).all()
+
+
+def test_nan_is_an_infinite_difference_wherever_it_stands():
+    nan, one = np.array([np.nan, 2.0]), np.array([1.0, 2.0])
+    for left, right in ((nan, one), (one, nan), (nan, nan)):
+        gaps = _gaps({"first": one, "second": left}, {"first": one, "second": right}, 1e-3)
+        assert gaps == {"first": 0.0, "second": np.inf}

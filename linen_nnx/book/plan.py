@@ -16,7 +16,7 @@ from linen_nnx.book.grammar import Rule, did_you_mean
 from linen_nnx.book.ops import PART, Action, Block, Drop, Fill, Init, Mismatch, Side, Spec, Stack
 from linen_nnx.book.patterns import Hit
 
-_SHOWN = 100  # problems in one message; the rest is counted, and all are in `.problems`
+_SHOWN = 100  # problems in one message; the rest is counted, and is in `.problems`
 _EXAMPLES = 3  # leaves shown of those that the same rules match
 _HINTED = 20  # problems of one kind that get a suggestion: difflib is slow on long lists
 

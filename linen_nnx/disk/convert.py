@@ -11,7 +11,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ def convert(
     for part in ("checkpoints",) if to_file else parts(path):
         chosen = options if part == "checkpoints" else {**options, "step": None}
         one = plan_conversion(path, to, part=part, model_only=to_file, **chosen)
-        conversions[_relative(one, part)] = one
+        conversions[_relative(one, part)] = replace(one, suffix=out.suffix) if to_file else one
     if out.exists():
         return _existing(out, conversions)
     _check_target(path, out, list(conversions.values()), link)

@@ -42,6 +42,8 @@ class Conversion:
     reset_optimizer: bool
     notes: tuple[str, ...]
     """What a person should know."""
+    suffix: str = ""
+    """Of the file to be written, if it is one."""
 
     @property
     def dropped(self) -> list[str]:
@@ -80,6 +82,10 @@ class Conversion:
             size = self.source.folder.stat().st_size
             more = max(2 * size + largest, size + more - 2 * largest)
             more += _JAX_MEMORY * (self.source.folder.suffix == ".msgpack")
+        if self.suffix:  # held whole; msgpack is put together in memory
+            held = sum(job.nbytes for job in self.jobs)
+            is_msgpack = self.suffix == ".msgpack"
+            more = max(more, _STREAM_MEMORY) + (3 * held + _JAX_MEMORY if is_msgpack else held)
         return _BASE_MEMORY + _LEAF_MEMORY * len(self.jobs) + more
 
     @cached_property

@@ -34,19 +34,23 @@ def pulled(
 
     The gradient is by every leaf, 0 by those that are no floats.
     """
-    outs, pull = jax.vjp(lambda *leaves: function(*leaves, *inputs), *leaves)
+
+    def split(*leaves: Any) -> tuple[list[Any], list[Any]]:
+        outs = function(*leaves, *inputs)
+        return outs[:count], outs[count:]
+
+    # The others are left out: even with a weight of 0, an infinite slope of one gives NaN.
+    outs, pull, others = jax.vjp(split, *leaves, has_aux=True)
     weights = []
     for number, out in enumerate(outs):
-        weight = np.zeros(out.shape)
-        if number < count:
-            weight = np.random.default_rng([number, *out.shape]).normal(size=out.shape)
+        weight = np.random.default_rng([number, *out.shape]).normal(size=out.shape)
         is_smooth = jnp.issubdtype(out.dtype, jnp.inexact)
         weights.append(weight.astype(out.dtype) if is_smooth else np.zeros(out.shape, float0))
     slopes = [
         jnp.zeros(leaf.shape) if slope.dtype == float0 else slope
         for leaf, slope in zip(leaves, pull(weights), strict=True)
     ]
-    return outs, slopes
+    return [*outs, *others], slopes
 
 
 def quick(function: Callable[..., Any], jaxpr: Any, **options: Any) -> Callable[..., Any]:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from linen_nnx.infer.evaluate import wide
 from linen_nnx.infer.sides import Form, Side
 
 Array = np.ndarray
@@ -149,6 +150,7 @@ def run(side: Side, inputs: Sequence[Any], values: Array, gradient: bool = False
         kinds = [aval.dtype for aval in trace.wide.in_avals]
         numbers = zip(trace.numbers.values(), kinds, strict=False)
         leaves = [jnp.asarray(values[each], kind) for each, kind in numbers]
+        inputs = list(map(wide, inputs))
         if gradient:
             outs, slopes = trace.pull_wide(leaves, inputs, trace.count)
             flat = np.concatenate([np.ravel(slope) for slope in slopes])

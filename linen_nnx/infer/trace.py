@@ -69,8 +69,9 @@ class Trace:
     def numbers(self) -> dict[str, np.ndarray]:
         """For each leaf the numbers of its elements, counted through all leaves in their order."""
         ends = np.cumsum([0, *(int(np.prod(leaf.shape)) for leaf in self.leaves.values())])
+        kind = np.int32 if ends[-1] < 2**31 else np.int64
         return {
-            path: np.arange(start, end, dtype=np.int32).reshape(leaf.shape)
+            path: np.arange(start, end, dtype=kind).reshape(leaf.shape)
             for (path, leaf), start, end in zip(self.leaves.items(), ends, ends[1:], strict=False)
         }
 

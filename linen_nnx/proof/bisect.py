@@ -97,8 +97,8 @@ def bisect(
     *leaves, more = weights(linen, nnx, book, mate, checkpoints)
     inputs = []
     for number, array in enumerate(linen.trace.inputs):
-        given = np.asarray(array)
-        even = given.size > 1 and given.dtype.kind in "fiu" and bool((given == given.flat[0]).all())
+        is_plain = array.size > 1 and getattr(array.dtype, "kind", "key") in ("f", "i", "u")
+        even = is_plain and len(np.unique(array)) == 1
         inputs.append(jnp.asarray(lively(array, number), array.dtype) if even else array)
         notes += [f"input {number} was all one value, which hides much: it got noise"] * even
     both = Half(linen, leaves[0], inputs), Half(nnx, leaves[1], inputs)
@@ -219,7 +219,7 @@ class _Comparison:
         before = max(last, key=_amount, default=None)
         for path in two.side.paths:
             ids = self.mate[two.side.trace.numbers[path]]
-            if (ids < 0).any():
+            if not ids.size or (ids < 0).any():
                 continue
             sources = one.side.leaves_of(ids)
             if path in two.updated or one.updated & set(sources):

@@ -54,7 +54,8 @@ def mates(linen: Side, nnx: Side, book: RuleBook) -> tuple[Array, list[str]]:
     if guessed:
         notes.append(f"{len(guessed)} uses have no rule and were paired by order: {_few(guessed)}")
     taken[mate[mate >= 0]] = True
-    if alone := [path for path in linen.paths if not taken[linen.trace.numbers[path]].any()]:
+    numbers = linen.trace.numbers
+    if alone := [p for p in linen.paths if numbers[p].size and not taken[numbers[p]].any()]:
         notes.append(f"Linen leaves without a mate in nnx: {_few(alone)}")
     return mate, notes
 

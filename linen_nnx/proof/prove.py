@@ -161,7 +161,7 @@ class _Pair:
             slopes = self.before.gradient(case.left, case.inputs, wide)
             ours = self.translated(slopes, lossless=True)
             theirs: Arrays = {**self.after.gradient(case.right, case.inputs, wide)}
-            shared = (ours.keys() & theirs.keys()) - unseen
+            shared = [key for key in ours if key in theirs and key not in unseen]
             return {key: ours[key] for key in shared}, {key: theirs[key] for key in shared}
 
         all_blind = (route for route in self.routes if {*route.sources} <= blind)
@@ -395,20 +395,24 @@ def _judge(
 
 
 def _gaps(left: Arrays, right: Arrays, floor: float, ulps: bool = False) -> dict[Any, float]:
-    """The largest difference of each array, relative to its largest element; NaN is infinite.
+    """The largest difference of each array, relative to its largest finite element.
 
-    floor: that element is at least this share of the largest of all arrays; ulps: in units in the
-    last place of that element.
+    NaN is an infinite one. floor: that element is at least this share of the largest of all arrays;
+    ulps: in units in the last place of that element.
     """
-    sizes = {key: float(np.abs(array).max(initial=0)) for key, array in left.items()}
+    sizes = {
+        key: float(np.abs(array[np.isfinite(array)]).max(initial=0)) for key, array in left.items()
+    }
     least = max(floor * max(sizes.values(), default=0.0), 1e-30)
     gaps = {}
     for key, size in sizes.items():
         unit = max(size, least)
         if ulps:
             unit = epsilon(left[key]) * 2.0 ** math.floor(math.log2(unit))
-        gap = np.nan_to_num(difference(left[key], right[key]).absolute, nan=np.inf)
-        gaps[key] = float(gap / unit if unit else np.inf) if gap else 0.0
+        gap = difference(left[key], right[key]).absolute
+        gaps[key] = 0.0
+        if gap:
+            gaps[key] = float(gap / unit) if unit and not math.isnan(gap) else np.inf
     return gaps
 
 
