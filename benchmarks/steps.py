@@ -241,7 +241,7 @@ def trace_cost(rounds: int) -> dict[str, Any]:
 
     def measure(stage: str, compiles: bool) -> Callable[[], float]:
         cfg, made, batch = program(DEEP, stage)
-        state = made.abstract()
+        state = made.abstract
 
         def run() -> float:
             again = Program(cfg, made.stage, made.rules)  # a function that jit has not seen

@@ -1,5 +1,6 @@
 """Translates parameters and checkpoints between Flax Linen and Flax NNX, bit for bit.
 
+    errors   what is refused
     book     rule books: their grammar, and what they make of shapes and arrays
     disk     checkpoints: every layout read, converted, written
     infer    twins: two models traced, and a rule book proposed
@@ -15,16 +16,19 @@ if TYPE_CHECKING:
     from linen_nnx.book.plan import RuleError
     from linen_nnx.book.rules import RuleBook
     from linen_nnx.disk.convert import convert
+    from linen_nnx.errors import Refusal
     from linen_nnx.infer.suggest import suggest
     from linen_nnx.infer.twin import Twin, TwinError
     from linen_nnx.proof.bisect import bisect
     from linen_nnx.proof.verify import verify
 
 __all__ = [
-    "RuleBook", "RuleError", "Twin", "TwinError", "bisect", "convert", "suggest", "verify",
+    "Refusal", "RuleBook", "RuleError", "Twin", "TwinError", "bisect", "convert", "suggest",
+    "verify",
 ]  # fmt: skip
 
 _HOMES = {
+    "Refusal": "errors",
     "RuleBook": "book.rules",
     "RuleError": "book.plan",
     "Twin": "infer.twin",

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
-_REFUSALS = ("RuleError", "StoreError", "TargetError", "DigestError", "Mismatch", "TwinError")
+from linen_nnx.errors import Refusal
+
 _HELP = {
     "twin": "path/to/file.py:NAME or package.module:NAME",
     "ckpt": "a run directory, a CheckpointManager's root or step, an Orbax directory, or a file",
@@ -40,9 +41,7 @@ def main(arguments: Sequence[str] | None = None, own_runs: str | None = None) ->
         return command(**options)
     except OSError as error:  # of whose own text the number is left out
         reason = str(error) if error.filename is None else f"{error.filename}: {error.strerror}"
-    except ValueError as error:
-        if type(error).__name__ not in _REFUSALS:
-            raise
+    except Refusal as error:
         reason = str(error)
     print(f"refused: {reason}", file=sys.stderr)
     return 1

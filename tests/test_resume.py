@@ -21,6 +21,12 @@ ROOT = Path(__file__).parent.parent
 SAVING = ("checkpoint.every=4", "eval.every=10", "steps=30", "checkpoint.best=true")
 
 
+each_stage = pytest.mark.parametrize(
+    "stage",
+    [pytest.param(s, marks=[pytest.mark.long] * (s != "nnx_in_linen")) for s in STAGES],
+)
+
+
 def curve(run_dir: Path) -> bytes:
     return (run_dir / "metrics.jsonl").read_bytes()
 
@@ -45,10 +51,7 @@ def wait_for_rows(process: subprocess.Popen[str], run_dir: Path, rows: int) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "stage",
-    [pytest.param(s, marks=[pytest.mark.long] * (s != "nnx_in_linen")) for s in STAGES],
-)
+@each_stage
 def test_a_killed_run_continues_as_if_nothing_had_happened(
     train: Train, tmp_path: Path, stage: str
 ) -> None:
@@ -106,10 +109,7 @@ def test_a_signal_ends_a_multirun_with_the_run_at_hand(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "stage",
-    [pytest.param(s, marks=[pytest.mark.long] * (s != "nnx_in_linen")) for s in STAGES],
-)
+@each_stage
 def test_stop_at_leaves_the_schedules_and_the_curve_as_they_are(train: Train, stage: str) -> None:
     options = (f"stage={stage}", "steps=12", "eval.every=5", "optimizer.ema=0.9",
                "optimizer.accumulate=2", "optimizer.warmup=2")  # fmt: skip

@@ -115,7 +115,7 @@ def test_a_mesh_starts_from_the_same_bits(experiment: str) -> None:
 def test_a_stack_of_layers_lies_as_its_layers_do() -> None:
     """Were it cut between layers instead, its gradient's norm would round differently."""
     made = program("lm", "stage=linen", "model.scan=true", "model.depth=8", "mesh.fsdp=8")
-    params = made.abstract().variables["params"]["encoder"]["ScanBlock"]
+    params = made.abstract.variables["params"]["encoder"]["ScanBlock"]
     for leaf in jax.tree.leaves(params):
         assert leaf.shape[0] == 8
         assert leaf.sharding.shard_shape(leaf.shape)[0] == 8

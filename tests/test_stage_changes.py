@@ -12,15 +12,18 @@ OPTIONS = (f"steps={2 * HALF}", "eval.every=50", "optimizer.warmup=20", "optimiz
            "optimizer.accumulate=2", "model.dropout=0.1")  # fmt: skip
 
 
+each_experiment = pytest.mark.parametrize(
+    "experiment", [pytest.param("lm", marks=pytest.mark.long), "digits", "diabetes"]
+)
+
+
 def rows(run_dir: Path) -> list[bytes]:
     return (run_dir / "metrics.jsonl").read_bytes().splitlines()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("before", STAGES)
-@pytest.mark.parametrize(
-    "experiment", [pytest.param("lm", marks=pytest.mark.long), "digits", "diabetes"]
-)
+@each_experiment
 def test_a_change_of_stage_in_mid_run_does_not_move_the_curve(
     train: Train, experiment: str, before: str
 ) -> None:
@@ -34,9 +37,7 @@ def test_a_change_of_stage_in_mid_run_does_not_move_the_curve(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "experiment", [pytest.param("lm", marks=pytest.mark.long), "digits", "diabetes"]
-)
+@each_experiment
 def test_one_run_climbs_all_four_rungs(train: Train, tmp_path: Path, experiment: str) -> None:
     """The first two changes through `init_from`, the last by converting the run directory."""
     whole = train(experiment, *OPTIONS, "stage=linen")

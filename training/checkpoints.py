@@ -42,7 +42,7 @@ class Saved:
         try:
             return digests.check(self.path)
         except digests.DigestError as error:
-            others = [step for step in _steps(self.path.parent) if step != self.step]
+            others = [step for step in steps_of(self.path.parent) if step != self.step]
             raise Refused(
                 f"{error}\nRemove {self.path} to go on from an earlier step "
                 f"({', '.join(map(str, others)) or 'there is none'})."
@@ -67,7 +67,7 @@ def latest(root: Path) -> Saved | None:
     Raises:
         Refused: when it is there and cannot be read.
     """
-    steps = _steps(root)
+    steps = steps_of(root)
     return _saved(root / str(steps[-1])) if steps else None
 
 
@@ -169,7 +169,7 @@ def _manager(root: Path, keep: int) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(root.absolute(), options=options)
 
 
-def _steps(root: Path) -> list[int]:
+def steps_of(root: Path) -> list[int]:
     """The committed steps below a checkpoint root; half-written ones have another name."""
     if not root.is_dir():
         return []

@@ -49,7 +49,7 @@ def report(cfg: Config) -> None:
         dataset, program, _ = prepared[1]
         if cfg.checkpoint.verify:
             saved.verify()
-        state = saved.restore(program.abstract())
+        state = saved.restore(program.abstract)
         values = evaluate(run, program, dataset, state)
         text = "  ".join(f"{name} {value:.6f}" for name, value in values.items())
         say(f"{saved.path.parent.name}, step {saved.step}, stage {run.stage}: validation {text}")

@@ -96,9 +96,11 @@ def train(cfg: Config) -> bool:
                         checkpoints.save(state, batches.get_state(), best=True)
                     if cfg.log.tensorboard:
                         sample = samples.show(cfg, program, dataset, state, board)
-                if _due(step, cfg.log.histograms_every):
+                if cfg.log.tensorboard and _due(step, cfg.log.histograms_every):
                     leaves = program.view.leaves(state.variables["params"])
-                    board.histograms(step, program.fetch(leaves))
+                    fetched = program.fetch(leaves)  # by every process
+                    if writes:
+                        board.histograms(step, fetched)
                 stopped = stop(step)
                 ended = step == last or stopped or _patience_lost(cfg, metrics)
                 if _due(step, cfg.checkpoint.every) or ended:
@@ -132,7 +134,7 @@ def train(cfg: Config) -> bool:
 def _compile(cfg: Config, program: Program, example: dict[str, Any]) -> None:
     """Compiles the train step, which its first call then finds."""
     with _checks(cfg):
-        program.train_step.lower(program.abstract(), example).compile()
+        program.train_step.lower(program.abstract, example).compile()
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -62,9 +62,9 @@ def subject(run: Mapping[str, Any]) -> Subject:
     def step(state: Arrays, gradients: Mapping[Any, Any], fresh: bool) -> Arrays:
         """As many batches as one update takes, each this one; `gradients` are the run's own."""
         keys = {"/".join(key) if isinstance(key, Id) else key: key for key in state}
-        like = named(program.abstract().tree())
+        like = named(program.abstract.tree())
         leaves = [jnp.array(state[keys[path]]) for path in like]
-        shape = jax.tree.structure(program.abstract().tree())
+        shape = jax.tree.structure(program.abstract.tree())
         now = State.from_tree(jax.tree.unflatten(shape, leaves))
         if fresh:
             start = jax.jit(program.optimizer.init)(now.variables["params"])

@@ -87,7 +87,7 @@ def begin(
     if saved is None:
         return program.init()
     own = saved.path.parent == Path(cfg.run_dir).absolute() / "checkpoints"
-    state = saved.restore(program.abstract()) if own else _translated(cfg, program, saved)
+    state = saved.restore(program.abstract) if own else _translated(cfg, program, saved)
     if cfg.debug.mode != "overfit":  # which stays at the first batch
         batches.set_state(saved.data)
     return state
@@ -132,11 +132,11 @@ def write_run(cfg: Config, rules: RuleBook | None, step: int) -> int | None:
         raise Refused(
             f"Another process is training in {run_dir}. Wait for it, or choose another run_dir."
         ) from None
-    newest = checkpoints.latest(run_dir / "checkpoints")
-    if newest is not None and newest.step != step and not _begins_anew(cfg, newest):
+    newest = max(checkpoints.steps_of(run_dir / "checkpoints"), default=step)
+    if newest != step and not _begins_anew(cfg, newest):
         os.close(lock)
         raise Refused(
-            f"Another process has trained in {run_dir} meanwhile, to step {newest.step}. Repeat "
+            f"Another process has trained in {run_dir} meanwhile, to step {newest}. Repeat "
             "the command to go on from there."
         )
     text = yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False)
@@ -169,16 +169,16 @@ def _own(cfg: Config, run_dir: Path) -> checkpoints.Saved | None:
     saved = checkpoints.latest(run_dir / "checkpoints")
     if saved is None and cfg.resume == "must":
         raise Refused(f"resume=must, but the run in {run_dir} has not saved a checkpoint yet.")
-    if saved is not None and _begins_anew(cfg, saved):
+    if saved is not None and _begins_anew(cfg, saved.step):
         say(f"debug={cfg.debug.mode}: the run in {run_dir} has ended, and begins anew.")
         return None
     return saved
 
 
-def _begins_anew(cfg: Config, saved: checkpoints.Saved) -> bool:
-    """Whether the run is for debugging alone, and has come to its end."""
+def _begins_anew(cfg: Config, step: int) -> bool:
+    """Whether the run is for debugging alone, and has come to its end with this step."""
     is_debug = cfg.debug.mode != "none" and cfg.resume == "auto"
-    return is_debug and saved.step == (cfg.stop_at or cfg.steps)
+    return is_debug and step == (cfg.stop_at or cfg.steps)
 
 
 def _foreign(cfg: Config, path: Path) -> checkpoints.Saved:
@@ -225,7 +225,7 @@ def _translated(cfg: Config, program: Program, saved: checkpoints.Saved) -> Stat
     book = saved.run["rules"]
     source_rules = None if book is None else RuleBook.from_dict(book, f"the rules in {saved.path}")
     source = Program(source_cfg, stage, source_rules, program.layout)
-    state = saved.restore(source.abstract())
+    state = saved.restore(source.abstract)
     # By way of nnx, since the two runs may store their Linen layers differently (loop and scan).
     for rules, here, there in (
         (source_rules, source_cfg.stage, "nnx"),
@@ -235,7 +235,7 @@ def _translated(cfg: Config, program: Program, saved: checkpoints.Saved) -> Stat
             if rules is None:
                 raise Refused(f"To go from stage {here} to {there} takes a rule book; none found.")
             state = translate_state(state, rules, here, there)
-    expected = program.abstract()
+    expected = program.abstract
     where = f"this run, translated from {saved.path}"
     check(named(state.tree()), named(expected.tree()), where)
     return jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, expected))

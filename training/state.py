@@ -66,6 +66,7 @@ class Program:
         view: the stage-independent view of its parameters.
         rules: the family's rule book; None at stage `nnx` without a Linen twin.
         layout: where the arrays lie; None for one device.
+        abstract: the state's shapes, dtypes and shardings.
         train_step: `(state, batch) -> (state, metrics)`, jitted, donating `state`; metrics are
             float32 scalars: the batch means of the family's losses, `lr`, and `grad_norm_<half>`.
         eval_step: `(state, batch) -> {metric: sum, "weight": sum}`, jitted; uses the EMA if kept.
@@ -85,7 +86,8 @@ class Program:
         self.view = View(stage, rules)
         self.optimizer = optimizer.create(cfg.optimizer, cfg.steps, self.view)
         self._schedule = optimizer.schedule(cfg.optimizer, cfg.steps)
-        self._places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract())
+        self.abstract = self._shapes()
+        self._places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
         if layout is None:
             self.train_step = jax.jit(self._train_step, donate_argnums=0)
             self.eval_step = jax.jit(self._eval_step)
@@ -112,8 +114,7 @@ class Program:
         opt_state = jax.jit(self.optimizer.init)(params)
         return State(jnp.zeros((), jnp.int32), variables, opt_state, ema)
 
-    def abstract(self) -> State:
-        """The state's shapes, dtypes and shardings, without computing anything."""
+    def _shapes(self) -> State:
         shapes = jax.eval_shape(self.start, unflatten(self.stage.abstract))
         if self.layout is not None:
             return self.layout.state(shapes, self.view.ranks())

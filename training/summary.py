@@ -35,7 +35,7 @@ def opening(cfg: Config, dataset: Dataset, program: Program, step: int) -> str:
         *_learning_rate(cfg.optimizer, cfg.steps),
     ]
     if program.layout is not None:
-        lines.append(f"mesh: {program.layout.describe(program.abstract())}")
+        lines.append(f"mesh: {program.layout.describe(program.abstract)}")
     elif jax.device_count() > 1:
         lines.append(f"mesh: 1 device of {jax.device_count()}; mesh.data=-1 uses all")
     if not step:

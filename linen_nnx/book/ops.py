@@ -16,13 +16,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from linen_nnx.errors import Refusal
+
 PART = "part"
 """The coordinate of the parts of a concat; too long to collide with an integer capture."""
 
 Side = Literal["linen", "nnx"]
 
 
-class Mismatch(ValueError):
+class Mismatch(Refusal):
     """Arrays that an op cannot take; the planner adds the rule and the paths."""
 
 

@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 from linen_nnx.book.grammar import Rule, did_you_mean
 from linen_nnx.book.ops import PART, Action, Block, Drop, Fill, Init, Mismatch, Side, Spec, Stack
 from linen_nnx.book.patterns import Hit
+from linen_nnx.errors import Refusal
 
 _SHOWN = 100  # problems in one message; the rest is counted, and is in `.problems`
 _EXAMPLES = 3  # leaves shown of those that the same rules match
 _HINTED = 20  # problems of one kind that get a suggestion: difflib is slow on long lists
 
 
-class RuleError(ValueError):
+class RuleError(Refusal):
     """A book that does not fit a tree, or cannot be read; `problems` lists every reason."""
 
     def __init__(self, headline: str, problems: Sequence[str]) -> None:

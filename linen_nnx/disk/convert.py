@@ -11,7 +11,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,14 @@ from linen_nnx.disk.planning import REPORT, RULES, Conversion, plan_conversion
 from linen_nnx.disk.rekey import Placer, write_store
 from linen_nnx.disk.sources import SUFFIXES, Source, parts
 from linen_nnx.disk.store import StoreError, write_side_files
+from linen_nnx.errors import Refusal
 
 _SPARE = 16 << 20  # bytes of room for the new tree and the side files
 _METRICS = "metrics.jsonl"  # which a run directory takes along as it is
 _ORBAX_META = "_CHECKPOINT_METADATA"
 
 
-class TargetError(ValueError):
+class TargetError(Refusal):
     """A target that cannot be written: it exists and differs, or there is no room for it."""
 
 
@@ -69,8 +70,8 @@ def convert(
     conversions = {}
     for part in ("checkpoints",) if to_file else parts(path):
         chosen = options if part == "checkpoints" else {**options, "step": None}
-        one = plan_conversion(path, to, part=part, model_only=to_file, **chosen)
-        conversions[_relative(one, part)] = replace(one, suffix=out.suffix) if to_file else one
+        one = plan_conversion(path, to, part=part, suffix=out.suffix * to_file, **chosen)
+        conversions[_relative(one, part)] = one
     if out.exists():
         return _existing(out, conversions)
     _check_target(path, out, list(conversions.values()), link)

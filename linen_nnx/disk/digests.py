@@ -13,6 +13,8 @@ from types import MappingProxyType
 
 import xxhash
 
+from linen_nnx.errors import Refusal
+
 NAME = "digests.json"
 _ALGORITHM = "xxh3_128"
 _BLOCK = 1 << 20  # fits the processor's cache, which makes hashing faster than larger blocks
@@ -24,7 +26,7 @@ Digests = dict[str, Digest]
 """By the file's path relative to the directory."""
 
 
-class DigestError(ValueError):
+class DigestError(Refusal):
     """Files that differ from their digests; the message names every one of them."""
 
 

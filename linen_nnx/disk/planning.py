@@ -42,8 +42,8 @@ class Conversion:
     reset_optimizer: bool
     notes: tuple[str, ...]
     """What a person should know."""
-    suffix: str = ""
-    """Of the file to be written, if it is one."""
+    suffix: str
+    """Of the file to be written; empty if it is none."""
 
     @property
     def dropped(self) -> list[str]:
@@ -155,7 +155,7 @@ def plan_conversion(
     item: str | None = None,
     like: str | Path | None = None,
     reset_optimizer: bool = False,
-    model_only: bool = False,
+    suffix: str = "",
     part: str = "checkpoints",
 ) -> Conversion:
     """Plans the conversion of the checkpoint at `path`.
@@ -169,7 +169,7 @@ def plan_conversion(
       item: which item of a step holds the state, if several may.
       like: a checkpoint that the result must equal in all but values.
       reset_optimizer: leave the optimizer's state out.
-      model_only: leave out all but parameters and collections.
+      suffix: of the file to be written, if it is one: all but the model is left out then.
       part: the folder of a run directory, `checkpoints` or `best`.
 
     Raises:
@@ -186,7 +186,7 @@ def plan_conversion(
         form = Form(side)
     state = read_state(source.leaves, form, book)
     notes = []
-    if model_only or source.kind == "file":
+    if suffix or source.kind == "file":
         if state.rest:
             notes.append(f"files hold the model alone: {len(state.rest)} other leaves are left out")
         state = State(state.form, f"{state.layout} (the model alone)", state.model)
@@ -204,7 +204,7 @@ def plan_conversion(
     items = source.items
     zarr3 = bool(items) and items[0].zarr3
     jobs = tuple(choose(change, zarr3, readable_only=not items) for change in changes)
-    return Conversion(source, state, target, book, jobs, to, reset_optimizer, tuple(notes))
+    return Conversion(source, state, target, book, jobs, to, reset_optimizer, tuple(notes), suffix)
 
 
 def _forms(source: Source, to: str) -> tuple[Form | None, Form]:

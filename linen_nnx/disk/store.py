@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from linen_nnx.book.ops import Spec
 from linen_nnx.disk import ocdbt
+from linen_nnx.errors import Refusal
 
 SEQUENCE, DICT = 1, 2
 EMPTY_TYPES = ("None", "Dict", "List", "Tuple", "NamedTuple")
@@ -27,7 +28,7 @@ _CODES |= {f"{k}{8 * n}": f"<{k[0]}{n}" for k, sizes in _SIZES.items() for n in 
 _NAMES = {code: name for name, code in _CODES.items()}
 
 
-class StoreError(ValueError):
+class StoreError(Refusal):
     """A directory that is no readable Orbax item, with what was seen."""
 
 

@@ -18,8 +18,10 @@ from typing import Any
 
 from flax import nnx
 
+from linen_nnx.errors import Refusal
 
-class TwinError(ValueError):
+
+class TwinError(Refusal):
     """A twin that cannot be loaded, built or traced; the message says which part and why."""
 
 

@@ -105,10 +105,11 @@ def _carried(
     """The leaves of side `two` from those of side `one`: by rule, by guess, else random."""
     to = two.trace.side
     found = book.plan(one.trace.leaves, to, two.trace.leaves, partial=True).run(leaves)
-    alone = []
-    for path in [path for path in two.paths if path not in found]:
+    alone, open_ = [], [path for path in two.paths if path not in found]
+    fresh = random_leaves(two) if open_ else {}
+    for path in open_:
         ids = mate[two.trace.numbers[path]]
-        found[path] = random_leaves(two)[path]
+        found[path] = fresh[path]
         if (ids >= 0).any():
             found[path][ids >= 0] = gather(one, leaves, ids[ids >= 0])
         if (ids < 0).any():

@@ -121,9 +121,9 @@ def _verify_one(
     progress("coverage, shapes, dtypes")
     if options.get("rules") is None:
         options = {**options, "rules": _rules(result, twin)}
-    model_only = result.folder.suffix in SUFFIXES
+    suffix = result.folder.suffix * (result.folder.suffix in SUFFIXES)
     try:
-        conversion = plan_conversion(path, to, model_only=model_only, **options)
+        conversion = plan_conversion(path, to, suffix=suffix, **options)
         leaves = result.leaves
     except (RuleError, StoreError) as error:
         yield Check("coverage, shapes, dtypes", False, getattr(error, "problems", (str(error),)))

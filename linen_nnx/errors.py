@@ -1,0 +1,19 @@
+"""The error that everything refused has in common."""
+
+
+class Refusal(ValueError):
+    """Something that this library will not do: the message says what, where, and what to do.
+
+    Its kinds: `RuleError` and `Mismatch` (a rule book that does not fit), `StoreError` (a
+    checkpoint that cannot be read), `DigestError` (files that differ from their digests),
+    `TargetError` (a target that cannot be written), `TwinError` (models that cannot be run). On a
+    command line each is one message and exit code 1.
+
+    Example:
+      >>> from linen_nnx import Refusal, RuleBook
+      >>> try:
+      ...     RuleBook.from_dict({"version": 1, "rules": [{"linen": "params/{", "nnx": "a"}]})
+      ... except Refusal as refusal:
+      ...     print(type(refusal).__name__)
+      RuleError
+    """
