@@ -112,7 +112,7 @@ def test_every_flipped_bit_and_every_cut_of_a_tree_is_found(written):
                 ocdbt.read(written)
         for length in range(len(intact)):
             path.write_bytes(intact[:length])
-            with pytest.raises(ValueError, match=r"manifest\.ocdbt|a node|ends before"):
+            with pytest.raises(ValueError, match=r"manifest\.ocdbt|a node|ends before byte"):
                 ocdbt.read(written)
         path.write_bytes(intact)
     assert len(ocdbt.read(written)) == 9
@@ -128,9 +128,19 @@ def test_what_is_not_known_is_named(written):
         with pytest.raises(ValueError, match=seen):
             ocdbt.read(written)
     ocdbt.write(written, {"a": {"0": ocdbt.Ref("d/../../x", 0, 1)}})
-    with pytest.raises(ValueError, match=r"`d/../../x`, which lies outside of the store"):
+    with pytest.raises(ValueError, match=r"'d/../../x', which lies outside of the store"):
         ocdbt.read(written)
     numbered = {"manifest_kind": "numbered"}
     open_store(written / "numbered", ts.Context(), numbered).write("a", b"x").result()
     with pytest.raises(ValueError, match=r"manifest_kind 1, expected 0"):
         ocdbt.read(written / "numbered")
+
+
+def test_a_tree_of_many_values_is_cut_into_nodes_that_are_not_too_large(tmp_path, monkeypatch):
+    monkeypatch.setattr(ocdbt, "_FULL", 500)
+    tree = {f"a{n}": {".zarray": bytes(100), "0": ocdbt.Ref("d/x", n, 1)} for n in range(100)}
+    ocdbt.write(tmp_path, tree)
+    assert ocdbt.read(tmp_path) == tree
+    (version,) = ts.ocdbt.dump(ts.KvStore.open(f"file://{tmp_path}/").result()).result()["versions"]
+    assert version["root_height"] > 0
+    assert version["root"]["statistics"]["num_keys"] == 200

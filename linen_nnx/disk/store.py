@@ -9,27 +9,27 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from linen_nnx.book.ops import Spec
-from linen_nnx.disk import ocdbt
-from linen_nnx.errors import Refusal
+from linen_nnx.book.reading import parse_json, read_json
+from linen_nnx.disk import checked, ocdbt
+from linen_nnx.disk.checked import StoreError
 
 SEQUENCE, DICT = 1, 2
 EMPTY_TYPES = ("None", "Dict", "List", "Tuple", "NamedTuple")
 _REPLICATED = {"partition_spec": []}
+_Read = TypeVar("_Read")
+_INDEX = 1 << 31  # of a list: more elements than any tree has
+_PROBLEMS = 10  # entries of one file whose faults a message shows
 _CODES = {"bool": "|b1", "int8": "|i1", "uint8": "|u1"}  # what zarr2 calls numpy's own dtypes
 _SIZES = {"int": (2, 4, 8), "uint": (2, 4, 8), "float": (2, 4, 8), "complex": (8, 16)}
 _CODES |= {f"{k}{8 * n}": f"<{k[0]}{n}" for k, sizes in _SIZES.items() for n in sizes}
 _NAMES = {code: name for name, code in _CODES.items()}
-
-
-class StoreError(Refusal):
-    """A directory that is no readable Orbax item, with what was seen."""
 
 
 class Key(NamedTuple):
@@ -175,72 +175,155 @@ def is_item(path: Path) -> bool:
     return (path / "_METADATA").is_file()
 
 
+class _Entry(NamedTuple):
+    """A leaf as `_METADATA` has it."""
+
+    name: str
+    keys: tuple[Key, ...]
+    value_type: str
+    write_shape: tuple[int, ...] | None
+
+
 def read_item(path: Path, number: int = 0) -> Item:
     """Reads an item's tree. Raises `StoreError` for what is missing, damaged or ambiguous."""
-    try:
-        header = json.loads((path / "_METADATA").read_text())
-        tree = header.pop("tree_metadata")
-        entries = []
-        for entry in tree.values():
-            keys = tuple([make_key(str(k["key"]), k["key_type"]) for k in entry["key_metadata"]])
-            entries.append((".".join([key[0] for key in keys]), keys, entry["value_metadata"]))
-        shardings = _read_json(path / "_sharding").items()
-        sharding = {base64.b64decode(name).decode(): text for name, text in shardings}
-        arrays = _read_array_metadatas(path)
-        strings = _read_json(path / "_strings.json")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        missing = isinstance(error, KeyError)  # whose text is the key alone
-        what = f"its side files lack {error}: damaged, or not by Orbax" if missing else str(error)
-        raise StoreError(f"{path} cannot be read as an Orbax item: {what}") from None
+    header, entries = _read_header(path / "_METADATA")
+    sharding = dict(_read_entries(path / "_sharding", _sharding))
+    strings = dict(_read_entries(path / "_strings.json", _string))
+    arrays = _read_array_metadatas(path)
     manifest = (path / ocdbt.MANIFEST).is_file()
     if header.setdefault("use_ocdbt", manifest) and not manifest:
         raise StoreError(f"{path} has no manifest.ocdbt: the save was cut off, or files were lost")
     _refuse_collisions(path, entries)
     bare = (*EMPTY_TYPES, "string")
-    held = [name for name, _, value in entries if value["value_type"] not in bare]
+    held = [entry.name for entry in entries if entry.value_type not in bare]
     stored = _read_tree(path) if header["use_ocdbt"] else None
     zarr = _read_zarr(path, bool(header.get("use_zarr3")), held, stored)
+    nothing = _Array(None, None)
     leaves = tuple(
         Leaf(
-            keys=keys,
-            value_type=value["value_type"],
-            zarr=zarr.get(name),
-            extension=arrays.get(name, {}).get("ext_metadata"),
-            sharding=sharding.get(name),
-            write_shape=_tuple(arrays.get(name, value).get("write_shape")),
-            string=strings.get(name),
+            keys=entry.keys,
+            value_type=entry.value_type,
+            zarr=zarr.get(entry.name),
+            extension=arrays.get(entry.name, nothing).extension,
+            sharding=sharding.get(entry.name),
+            write_shape=arrays.get(entry.name, entry).write_shape,
+            string=strings.get(entry.name),
             item=number,
-            stored=name,
+            stored=entry.name,
         )
-        for name, keys, value in entries
+        for entry in entries
     )
     return Item(path, leaves, header, stored)
 
 
-def _tuple(shape: Sequence[int] | None) -> tuple[int, ...] | None:
-    return None if shape is None else tuple(shape)
+def _read_header(path: Path) -> tuple[dict[str, Any], list[_Entry]]:
+    """All of `_METADATA` but its tree, and the leaves of the tree."""
+    try:
+        header = checked.mapping(read_json(path))
+        tree = checked.mapping(checked.field(header, "tree_metadata"))
+        del header["tree_metadata"]
+        for flag in ("use_ocdbt", "use_zarr3"):
+            if not isinstance(header.get(flag), bool | None):
+                found = checked.shown(header[flag])
+                raise ValueError(f"`{flag}` is {found}, expected true or false")
+        checked.plain(header)
+    except (OSError, ValueError) as error:
+        raise _refused(path, [str(error)]) from None
+    return header, _each(path, tree, _leaf)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}
+def _leaf(_: str, entry: Any) -> _Entry:
+    keys = tuple([_key(key) for key in checked.sequence(checked.field(entry, "key_metadata"))])
+    if not keys:
+        raise ValueError("it has no key: the checkpoint is a bare array, not a tree of them")
+    value = checked.field(entry, "value_metadata")
+    kind = checked.text(checked.field(value, "value_type"))
+    return _Entry(".".join([key[0] for key in keys]), keys, kind, _write_shape(value))
 
 
-def _read_array_metadatas(path: Path) -> dict[str, dict[str, Any]]:
-    found = {}
-    for file in sorted((path / "array_metadatas").glob("process_*")):
-        for entry in json.loads(file.read_text())["array_metadatas"]:
-            array = entry["array_metadata"]
-            found[array["param_name"]] = array
+def _key(entry: Any) -> Key:
+    key, kind = checked.field(entry, "key"), checked.field(entry, "key_type")
+    text = str(checked.integer(key, 0, _INDEX)) if type(key) is int else checked.name(key)
+    return make_key(text, checked.integer(kind, SEQUENCE, DICT))
+
+
+def _write_shape(entry: dict[str, Any]) -> tuple[int, ...] | None:
+    sizes = entry.get("write_shape")
+    return None if sizes is None else tuple(checked.shape(sizes))
+
+
+def _sharding(name: str, text: Any) -> tuple[str, str]:
+    return base64.b64decode(name).decode(), checked.text(text)
+
+
+def _string(name: str, text: Any) -> tuple[str, str]:
+    return name, checked.text(text)
+
+
+def _read_entries(path: Path, read: Callable[[str, Any], _Read]) -> list[_Read]:
+    """What a side file says of each name; nothing if it is not there."""
+    if not path.is_file():
+        return []
+    try:
+        content = checked.mapping(read_json(path))
+    except ValueError as error:
+        raise _refused(path, [str(error)]) from None
+    return _each(path, content, read)
+
+
+def _each(path: Path, content: dict[str, Any], read: Callable[[str, Any], _Read]) -> list[_Read]:
+    """Every entry of a mapping, read; raises `StoreError` that names each one with a fault."""
+    found, problems = [], []
+    for name, value in content.items():
+        try:
+            found.append(read(name, value))
+        except ValueError as error:
+            problems.append(f"{checked.shown(name)}: {error}")
+    if problems:
+        raise _refused(path, problems)
     return found
 
 
-def _refuse_collisions(path: Path, entries: Sequence[tuple[str, tuple[Key, ...], Any]]) -> None:
+def _refused(path: Path, problems: Sequence[str]) -> StoreError:
+    more = f"; and {len(problems) - _PROBLEMS} more" * (len(problems) > _PROBLEMS)
+    what = "; ".join(problems[:_PROBLEMS]) + more
+    return StoreError(f"{path.parent} cannot be read as an Orbax item: {path.name}: {what}")
+
+
+class _Array(NamedTuple):
+    """What `array_metadatas` says of an array."""
+
+    write_shape: tuple[int, ...] | None
+    extension: dict[str, Any] | None
+
+
+def _read_array_metadatas(path: Path) -> dict[str, _Array]:
+    found = {}
+    for file in sorted((path / "array_metadatas").glob("process_*")):
+        try:
+            entries = checked.sequence(checked.field(read_json(file), "array_metadatas"))
+        except ValueError as error:
+            raise _refused(file, [str(error)]) from None
+        numbered = {f"entry {number}": entry for number, entry in enumerate(entries)}
+        found |= dict(_each(file, numbered, _array))
+    return found
+
+
+def _array(_: str, entry: Any) -> tuple[str, _Array]:
+    array = checked.field(entry, "array_metadata")
+    name = checked.text(checked.field(array, "param_name"))
+    extension = array.get("ext_metadata")
+    if extension is not None:
+        # Of a typed PRNG key: nothing else is known to stand here.
+        checked.text(checked.field(checked.plain(extension), "random_key_impl"))
+    return name, _Array(_write_shape(array), extension)
+
+
+def _refuse_collisions(path: Path, entries: Sequence[_Entry]) -> None:
     """Orbax saves `{"a.b": x, "a": {"b": y}}` without error, and keeps one of the two."""
-    names = [name for name, _, _ in entries]
-    problems = [f"`{name}` names {n} leaves in the store" for name, n in repeated(names)]
-    keys = {key.name for _, keys, _ in entries for key in keys}
-    problems += [f"key `{key}` holds a `/`" for key in sorted(keys) if "/" in key]
-    if problems:
+    twice = repeated([entry.name for entry in entries])
+    if twice:
+        problems = (f"`{name}` names {n} leaves in the store" for name, n in twice)
         raise StoreError(f"{path} is ambiguous: {'; '.join(problems)}")
 
 
@@ -263,15 +346,33 @@ def _read_zarr(
     key = metadata_name(zarr3)
     if tree is None:
         files = {name: path / name / key for name in names}
-        found = {name: file.read_bytes() for name, file in files.items() if file.is_file()}
+        found = {name: checked.read(file) for name, file in files.items() if file.is_file()}
     else:
         values = {name: tree[name][key] for name in names if key in tree.get(name, ())}
-        found = {name: ocdbt.fetch(path, value) for name, value in values.items()}
+        found = {name: _fetch(path, value) for name, value in values.items()}
     if missing := [name for name in names if name not in found]:
         shown = ", ".join(f"`{name}`" for name in missing[:10])
         raise StoreError(f"{path} lacks {len(missing)} of its arrays in the store: {shown}")
-    parsed = {value: json.loads(value) for value in set(found.values())}  # most are equal
+    # Most are equal, and each is parsed once.
+    examples = {value: name for name, value in found.items()}
+    problems, parsed = [], {}
+    for value, name in examples.items():
+        try:
+            parsed[value] = checked.array_metadata(value, zarr3)
+        except ValueError as error:
+            problems.append(f"`{name}`: {error}")
+    if problems:
+        more = f"; and {len(problems) - _PROBLEMS} more" * (len(problems) > _PROBLEMS)
+        what = "; ".join(problems[:_PROBLEMS]) + more
+        raise StoreError(f"{path}: the arrays' {key} cannot be read: {what}")
     return {name: parsed[value] for name, value in found.items()}
+
+
+def _fetch(path: Path, value: ocdbt.Value) -> bytes:
+    try:
+        return ocdbt.fetch(path, value, checked.METADATA_LIMIT)
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path}: the metadata of an array cannot be read: {error}") from None
 
 
 def write_side_files(path: Path, leaves: Sequence[Leaf], header: dict[str, Any]) -> None:
@@ -341,4 +442,11 @@ def common_sharding(leaves: Sequence[Leaf]) -> str | None:
     text = leaves[0].sharding if leaves else None
     if text is None:
         return None
-    return json.dumps({**json.loads(text), **_REPLICATED}) if "partition_spec" in text else text
+    if "partition_spec" not in text:
+        return text
+    try:
+        content = checked.mapping(checked.plain(parse_json(text)))
+    except ValueError as error:
+        what = f"the sharding of `{leaves[0].path}` cannot be read"
+        raise StoreError(f"{what}: {error}") from None
+    return json.dumps({**content, **_REPLICATED})
