@@ -18,10 +18,17 @@ from linen_nnx.infer.equations import (
     Axes,
     Move,
     broadcast,
-    called,
-    interpret,
     movements,
     product_axes,
+)
+from linen_nnx.infer.jaxprs import (
+    bind,
+    branches,
+    called,
+    interpret,
+    param,
+    scan_parts,
+    while_parts,
 )
 from linen_nnx.infer.trace import Trace
 
@@ -125,10 +132,10 @@ class _Walk:
         return interpret(jaxpr, args, _constant, equation)
 
     def equation(self, eqn: Any, args: list[_Value], site: Site) -> Sequence[_Value]:
-        name, params = eqn.primitive.name, eqn.params
+        name = eqn.primitive.name
         self.inputs = tuple(number for number, arg in enumerate(args) if arg.active)
         if control := {"scan": self.scan, "while": self.loop, "cond": self.branches}.get(name):
-            return control(params, args, site)
+            return control(eqn, args, site)
         if (inner := called(eqn)) is not None:
             return self.run(inner, args, site)
         if all(arg.const is not None for arg in args) and (folded := _fold(eqn, args)):
@@ -149,36 +156,34 @@ class _Walk:
 
     # Control flow
 
-    def scan(self, params: Any, args: list[_Value], site: Site) -> list[_Value]:
+    def scan(self, eqn: Any, args: list[_Value], site: Site) -> list[_Value]:
         """Runs the body once; once per step where that shows which elements a step uses."""
-        fixed = params["num_consts"]
-        carried = fixed + params["num_carry"]
-        consts, carry, rows = args[:fixed], args[fixed:carried], args[carried:]
+        scan = scan_parts(eqn)
+        fixed, carry, rows = scan.operands(args)
         counts = any(value.const is not None and value.const.ndim == 0 for value in carry)
         every = any(row.views or row.tags for row in rows) or (
-            counts and any(value.views for value in consts)
+            counts and any(value.views for value in fixed)
         )
         collected = []
-        steps = range(params["length"] if every else 1)
-        for step in reversed(steps) if params["reverse"] else steps:
+        for step in scan.steps() if every else (0,):
             now = [_row(self, row, step) for row in rows]
-            outs = self.run(params["jaxpr"], [*consts, *carry, *now], (*site, step))
-            carry = outs[: params["num_carry"]]
-            collected.append(outs[params["num_carry"] :])
+            outs = self.run(scan.body, [*fixed, *carry, *now], (*site, step))
+            carry = outs[: scan.carried]
+            collected.append(outs[scan.carried :])
         return [*carry, *(self.mixed(each, site) for each in zip(*collected, strict=True))]
 
-    def loop(self, params: Any, args: list[_Value], site: Site) -> list[_Value]:
-        tests, bodies = params["cond_nconsts"], params["body_nconsts"]
-        carry = [arg._replace(const=None) for arg in args[tests + bodies :]]  # it may be counted up
-        test = self.run(params["cond_jaxpr"], [*args[:tests], *carry], (*site, 0))
+    def loop(self, eqn: Any, args: list[_Value], site: Site) -> list[_Value]:
+        loop = while_parts(eqn)
+        of_test, of_body, carry = loop.operands(args)
+        carry = [value._replace(const=None) for value in carry]  # it may be counted up
+        test = self.run(loop.test, [*of_test, *carry], (*site, 0))
         self.flush(test, site)
-        given = [*args[tests : tests + bodies], *carry]
-        return self.run(params["body_jaxpr"], given, (*site, 1))
+        return self.run(loop.body, [*of_body, *carry], (*site, 1))
 
-    def branches(self, params: Any, args: list[_Value], site: Site) -> list[_Value]:
+    def branches(self, eqn: Any, args: list[_Value], site: Site) -> list[_Value]:
         outs = [
             self.run(branch, args[1:], (*site, number))
-            for number, branch in enumerate(params["branches"])
+            for number, branch in enumerate(branches(eqn))
         ]
         self.flush(args[:1], site)
         return [self.mixed(each, site) for each in zip(*outs, strict=True)]
@@ -237,7 +242,7 @@ class _Walk:
     def joined(self, eqn: Any, args: list[_Value], site: Site) -> _Value:
         """A concatenation or stack of values of any kind."""
         stack, shape = eqn.primitive.name == "stack", eqn.outvars[0].aval.shape
-        axis = eqn.params["axis" if stack else "dimension"]
+        axis = param(eqn, "axis" if stack else "dimension")
         ends = np.cumsum([1 if stack else atom.aval.shape[axis] for atom in eqn.invars])
 
         def place(array: Array, end: int) -> Array:
@@ -336,8 +341,7 @@ def _fold(eqn: Any, args: list[_Value]) -> list[_Value] | None:
     for out in eqn.outvars:
         if out.aval.size > _FOLD or getattr(out.aval.dtype, "kind", "?") not in "iub":
             return None
-    outs = eqn.primitive.bind(*(arg.const for arg in args), **eqn.params)
-    return [_constant(out) for out in (outs if eqn.primitive.multiple_results else [outs])]
+    return [_constant(out) for out in bind(eqn, [arg.const for arg in args])]
 
 
 def _constant(value: Any) -> _Value:

@@ -1,14 +1,15 @@
-"""Walks the equations of a jaxpr; what single ones do to an operand's elements: move, sum products.
+"""What single equations do to the elements of an operand: move them, or sum products with them.
 
 `dataflow.py` follows leaf elements through a model with these. Shapes and numbers only: nothing
 here computes a value of the model.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jax.extend.core import Literal
+
+from linen_nnx.infer.jaxprs import bind, param
 
 Array = np.ndarray
 Move = Callable[[Array], Array]
@@ -21,39 +22,6 @@ _EACH_ALONE = (
 )
 ELEMENTWISE = frozenset(_EACH_ALONE.split())
 """The primitives that keep every element in its place."""
-_CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
-
-
-def interpret(
-    jaxpr: Any,
-    args: Iterable[Any],
-    constant: Callable[[Any], Any],
-    equation: Callable[[int, Any, list[Any]], Sequence[Any]],
-) -> list[Any]:
-    """What a jaxpr, open or closed, returns, whatever stands for the values in it.
-
-    `constant` makes such a thing of a constant's value; `equation(number, eqn, args)` those that
-    one equation gives.
-    """
-    consts, jaxpr = getattr(jaxpr, "consts", ()), getattr(jaxpr, "jaxpr", jaxpr)
-    known = dict(zip(jaxpr.constvars, map(constant, consts), strict=True))
-    known.update(zip(jaxpr.invars, args, strict=True))
-
-    def read(atom: Any) -> Any:
-        if isinstance(atom, Literal):
-            aval: Any = atom.aval
-            return constant(np.asarray(atom.val, aval.dtype))
-        return known[atom]
-
-    for number, eqn in enumerate(jaxpr.eqns):
-        outs = equation(number, eqn, [read(atom) for atom in eqn.invars])
-        known.update(zip(eqn.outvars, outs, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
-
-
-def called(eqn: Any) -> Any:
-    """The jaxpr that a jit, remat or custom derivative calls; None for other equations."""
-    return next((eqn.params[key] for key in _CALLS if key in eqn.params), None)
 
 
 class Axes(NamedTuple):
@@ -67,10 +35,10 @@ class Axes(NamedTuple):
 
 def product_axes(eqn: Any, weight: int) -> Axes | None:
     """How an equation sums over products with its operand `weight`, if it does."""
-    params, operand = eqn.params, eqn.invars[weight].aval
+    operand = eqn.invars[weight].aval
     match eqn.primitive.name:
         case "dot_general":
-            contract, batches = params["dimension_numbers"]
+            contract, batches = param(eqn, "dimension_numbers")
             pairs = zip(contract[1 - weight], contract[weight], strict=True)
             summed = [axis for _, axis in sorted(pairs)]  # in the order of a reshape of the other
             batch = list(batches[weight])
@@ -80,10 +48,10 @@ def product_axes(eqn: Any, weight: int) -> Axes | None:
             places = [*range(len(batch)), *range(before, before + len(free))]
             return Axes(batch, free, summed, places)
         case "conv_general_dilated" if weight == 1:
-            out, into, *window = params["dimension_numbers"].rhs_spec
-            return Axes([], [out], [*window, into], [params["dimension_numbers"].out_spec[1]])
+            out, into, *window = param(eqn, "dimension_numbers").rhs_spec
+            return Axes([], [out], [*window, into], [param(eqn, "dimension_numbers").out_spec[1]])
         case "gather" if weight == 0:  # looked up by index: a product with one-hot rows
-            numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
+            numbers, sizes = param(eqn, "dimension_numbers"), param(eqn, "slice_sizes")
             indexed = list(numbers.collapsed_slice_dims)
             free = [axis for axis in range(operand.ndim) if axis not in indexed]
             whole = all(sizes[axis] == operand.shape[axis] for axis in free)
@@ -97,29 +65,29 @@ def movements(eqn: Any, rest: Sequence[Array | None]) -> list[Move] | None:
 
     rest: the values of its other operands where they are constants. None if it keeps no element.
     """
-    params, shape = eqn.params, eqn.outvars[0].aval.shape
+    shape = eqn.outvars[0].aval.shape
     match eqn.primitive.name:
         case "squeeze" | "expand_dims":
             return [lambda a: a.reshape(shape)]
-        case "reshape" if params["dimensions"] is None:
+        case "reshape" if param(eqn, "dimensions") is None:
             return [lambda a: a.reshape(shape)]
         case "transpose":
-            return [lambda a: a.transpose(params["permutation"])]
+            return [lambda a: a.transpose(param(eqn, "permutation"))]
         case "broadcast_in_dim":
-            return [lambda a: broadcast(a, shape, params["broadcast_dimensions"])]
+            return [lambda a: broadcast(a, shape, param(eqn, "broadcast_dimensions"))]
         case "rev":
-            return [lambda a: np.flip(a, params["dimensions"])]
+            return [lambda a: np.flip(a, param(eqn, "dimensions"))]
         case "slice":
-            steps = params["strides"] or (1,) * len(shape)
-            cut = tuple(map(slice, params["start_indices"], params["limit_indices"], steps))
+            steps = param(eqn, "strides") or (1,) * len(shape)
+            cut = tuple(map(slice, param(eqn, "start_indices"), param(eqn, "limit_indices"), steps))
             return [lambda a: a[cut]]
         case "split":
-            ends = np.cumsum(params["sizes"])[:-1]
-            axis = params["axis"]
+            ends = np.cumsum(param(eqn, "sizes"))[:-1]
+            axis = param(eqn, "axis")
             return [lambda a, k=k: np.split(a, ends, axis)[k] for k in range(len(ends) + 1)]
         case "gather" | "dynamic_slice" if all(value is not None for value in rest):
-            params = {**params, "fill_value": -1} if "fill_value" in params else params
-            return [lambda a: np.asarray(eqn.primitive.bind(np.int32(a), *rest, **params))]
+            missing = {"fill_value": -1} if "fill_value" in eqn.params else {}
+            return [lambda a: np.asarray(bind(eqn, [np.int32(a), *rest], **missing)[0])]
     return None
 
 

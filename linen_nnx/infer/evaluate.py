@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jax.dtypes import float0
 
-from linen_nnx.infer.equations import called, interpret
+from linen_nnx.infer.jaxprs import bind, branches, called, interpret, scan_parts, while_parts
 
 _SMALL = 1000  # equations: ten blocks of a transformer
 
@@ -70,42 +70,41 @@ def _evaluate(jaxpr: Any, args: Sequence[Any]) -> list[Any]:
 
 def equation(eqn: Any, args: list[Any]) -> Sequence[Any]:
     """The outputs of one equation with every float widened."""
-    name, params = eqn.primitive.name, eqn.params
+    name = eqn.primitive.name
     if name == "scan":
-        return _scan(params, args)
+        return _scan(eqn, args)
     if name == "while":
-        tests, bodies = params["cond_nconsts"], params["body_nconsts"]
-        test = _function(params["cond_jaxpr"], args[:tests])
-        body = _function(params["body_jaxpr"], args[tests : tests + bodies])
-        start = tuple(args[tests + bodies :])
-        return lax.while_loop(lambda c: test(*c)[0], lambda c: tuple(body(*c)), start)
+        loop = while_parts(eqn)
+        of_test, of_body, carry = loop.operands(args)
+        test, body = _function(loop.test, of_test), _function(loop.body, of_body)
+        return lax.while_loop(lambda c: test(*c)[0], lambda c: tuple(body(*c)), tuple(carry))
     if name == "cond":
-        branches = [_function(branch, []) for branch in params["branches"]]
-        return lax.switch(args[0], branches, *args[1:])
+        ways = [_function(branch, []) for branch in branches(eqn)]
+        return lax.switch(args[0], ways, *args[1:])
     if (inner := called(eqn)) is not None:
         return _evaluate(inner, args)
     if name == "reduce_precision":
         return args
     if name == "bitcast_convert_type":  # the bits of the original dtype are what counts
-        args = [lax.convert_element_type(args[0], eqn.invars[0].aval.dtype)]
+        outs = bind(eqn, [lax.convert_element_type(args[0], eqn.invars[0].aval.dtype)])
     else:
-        params = {key: _wide_dtype(value) for key, value in params.items()}
+        changed = {key: _wide_dtype(value) for key, value in eqn.params.items()}
         if name in ("dot_general", "conv_general_dilated"):
-            params["precision"] = None  # else it may ask for products of bfloat16
-    outs = eqn.primitive.bind(*args, **params)
-    return [wide(out) for out in (outs if eqn.primitive.multiple_results else [outs])]
+            changed["precision"] = None  # else it may ask for products of bfloat16
+        outs = bind(eqn, args, **changed)
+    return [wide(out) for out in outs]
 
 
-def _scan(params: Any, args: list[Any]) -> Sequence[Any]:
-    fixed, count = params["num_consts"], params["num_carry"]
-    body = _function(params["jaxpr"], args[:fixed])
+def _scan(eqn: Any, args: list[Any]) -> Sequence[Any]:
+    scan = scan_parts(eqn)
+    fixed, carry, rows = scan.operands(args)
+    body = _function(scan.body, fixed)
 
     def step(carry: list[Any], rows: list[Any]) -> tuple[list[Any], list[Any]]:
         outs = body(*carry, *rows)
-        return outs[:count], outs[count:]
+        return outs[: scan.carried], outs[scan.carried :]
 
-    carry, rows = args[fixed : fixed + count], args[fixed + count :]
-    carry, stacked = lax.scan(step, carry, rows, length=params["length"], reverse=params["reverse"])
+    carry, stacked = lax.scan(step, carry, rows, length=scan.length, reverse=scan.reverse)
     return [*carry, *stacked]
 
 

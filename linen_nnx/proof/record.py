@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from linen_nnx.infer.dataflow import Site
-from linen_nnx.infer.equations import called, interpret
 from linen_nnx.infer.evaluate import equation, wide
+from linen_nnx.infer.jaxprs import bind, branches, called, interpret, scan_parts, while_parts
 
 Mode = Literal["own", "wide", "nudged"]
 
@@ -67,37 +67,33 @@ class _Run:
     def equation(self, eqn: Any, args: list[Any], site: Site, steps: Site) -> Sequence[Any]:
         match eqn.primitive.name:
             case "scan":
-                return self.scan(eqn.params, args, site, steps)
+                return self.scan(eqn, args, site, steps)
             case "while":
-                return self.loop(eqn.params, args, site, steps)
+                return self.loop(eqn, args, site, steps)
             case "cond":
-                number = int(np.clip(args[0], 0, len(eqn.params["branches"]) - 1))
-                return self.jaxpr(eqn.params["branches"][number], args[1:], (*site, number), steps)
+                ways = branches(eqn)
+                number = int(np.clip(args[0], 0, len(ways) - 1))
+                return self.jaxpr(ways[number], args[1:], (*site, number), steps)
         if (inner := called(eqn)) is not None:
             return self.jaxpr(inner, args, site, steps)
-        if self.mode != "own":
-            return equation(eqn, args)
-        outs = eqn.primitive.bind(*args, **eqn.params)
-        return outs if eqn.primitive.multiple_results else [outs]
+        return bind(eqn, args) if self.mode == "own" else equation(eqn, args)
 
-    def scan(self, params: Any, args: list[Any], site: Site, steps: Site) -> Sequence[Any]:
-        fixed = params["num_consts"]
-        carried = fixed + params["num_carry"]
-        carry, rows = args[fixed:carried], args[carried:]
-        order = range(params["length"])
+    def scan(self, eqn: Any, args: list[Any], site: Site, steps: Site) -> Sequence[Any]:
+        scan = scan_parts(eqn)
+        fixed, carry, rows = scan.operands(args)
         collected = {}
-        for step in reversed(order) if params["reverse"] else order:
-            given = [*args[:fixed], *carry, *(row[step] for row in rows)]
-            outs = self.jaxpr(params["jaxpr"], given, (*site, step), (*steps, step))
-            carry, collected[step] = outs[: len(carry)], outs[len(carry) :]
-        each = zip(*(collected[step] for step in order), strict=True)
+        for step in scan.steps():
+            given = [*fixed, *carry, *(row[step] for row in rows)]
+            outs = self.jaxpr(scan.body, given, (*site, step), (*steps, step))
+            carry, collected[step] = outs[: scan.carried], outs[scan.carried :]
+        each = zip(*(collected[step] for step in range(scan.length)), strict=True)
         return [*carry, *map(jnp.stack, each)]
 
-    def loop(self, params: Any, args: list[Any], site: Site, steps: Site) -> Sequence[Any]:
-        tests, bodies = params["cond_nconsts"], params["body_nconsts"]
-        test, body, carry = args[:tests], args[tests : tests + bodies], args[tests + bodies :]
-        while self.jaxpr(params["cond_jaxpr"], [*test, *carry], (*site, 0), steps)[0]:
-            carry = self.jaxpr(params["body_jaxpr"], [*body, *carry], (*site, 1), steps)
+    def loop(self, eqn: Any, args: list[Any], site: Site, steps: Site) -> Sequence[Any]:
+        loop = while_parts(eqn)
+        test, body, carry = loop.operands(args)
+        while self.jaxpr(loop.test, [*test, *carry], (*site, 0), steps)[0]:
+            carry = self.jaxpr(loop.body, [*body, *carry], (*site, 1), steps)
         return carry
 
 
