@@ -76,6 +76,8 @@ def _parser(own_runs: str | None, words: Sequence[str]) -> argparse.ArgumentPars
         if "ckpt" in names:
             sub.add_argument("--step", type=int, help="which step of a root (default: the latest)")
             sub.add_argument("--item", help="which item of a step holds the state, if several may")
+            text = "which series of steps, as `model-` of `model-100`; repeated: together one state"
+            sub.add_argument("--prefix", action="append", default=[], help=text)
         return sub
 
     def add_rules(sub: Any, twin: str, both: bool = False) -> None:
@@ -141,12 +143,14 @@ def _twin(text: str) -> str:
     return text
 
 
-def _inspect(ckpt: str, as_json: bool, step: int | None, item: str | None) -> int:
+def _inspect(
+    ckpt: str, as_json: bool, step: int | None, item: str | None, prefix: list[str]
+) -> int:
     from linen_nnx.book.rules import RuleBook
     from linen_nnx.disk.sources import find
     from linen_nnx.disk.state import Form, guess_side, read_state
 
-    source = find(ckpt, step, item)
+    source = find(ckpt, step, item, prefix=prefix)
     leaves, book = source.leaves, RuleBook([])
     form = Form("linen", source.run["stage"]) if source.run else Form(guess_side(leaves, book))
     layout = read_state(leaves, form, book).layout
@@ -155,10 +159,13 @@ def _inspect(ckpt: str, as_json: bool, step: int | None, item: str | None) -> in
             {"path": leaf.path, "spec": _spec(leaf), "bytes": leaf.nbytes, "type": leaf.value_type}
             for leaf in leaves
         ]
-        return _print_json({"found": str(source), "layout": layout, "leaves": content})
+        found = {"found": str(source), "layout": layout, "notes": source.notes}
+        return _print_json({**found, "leaves": content})
     _table([(leaf.path, _spec(leaf), _bytes(leaf.nbytes)) for leaf in leaves])
     total = sum(leaf.nbytes for leaf in leaves)
     print(f"\n{source}: {layout}\n{len(leaves)} leaves, {_bytes(total)}")
+    for note in source.notes:
+        print(f"note     {note}")
     return 0
 
 

@@ -354,9 +354,9 @@ def test_a_directory_without_a_checkpoint_says_what_it_saw(tmp_path):
         find(tmp_path)
     with pytest.raises(StoreError, match="does not exist"):
         find(tmp_path / "missing")
-    (tmp_path / "model.bin").write_bytes(b"")
-    with pytest.raises(StoreError, match=r"neither \.msgpack nor \.safetensors"):
-        find(tmp_path / "model.bin")
+    (tmp_path / "model.txt").write_bytes(b"")
+    with pytest.raises(StoreError, match=r"none of \.msgpack, \.safetensors, \.npz, nor of Flax"):
+        find(tmp_path / "model.txt")
 
 
 def test_a_pytree_with_several_candidate_items_asks(tmp_path):

@@ -16,15 +16,17 @@ import numpy as np
 import optax
 import pytest
 from convert_helpers import RENAMES, STACKS, bits, linen_state, linen_train, restore, save
+from flax.serialization import msgpack_serialize
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import save_file
 
 from linen_nnx import RuleBook, RuleError
-from linen_nnx.book.tree import flatten
 from linen_nnx.cli import main
 from linen_nnx.disk import digests
 from linen_nnx.disk.convert import TargetError, convert
 from linen_nnx.disk.digests import DigestError
-from linen_nnx.disk.files import write_file
 from linen_nnx.disk.planning import plan_conversion
+from linen_nnx.disk.sources import SUFFIXES
 from linen_nnx.disk.store import StoreError
 from linen_nnx.proof.verify import verify
 
@@ -350,11 +352,18 @@ def test_memory_stays_small_whatever_the_size(tmp_path):
         assert 10 < peak("run", *arguments, "--rules", tmp_path / name) < limit
 
 
-@pytest.mark.parametrize("suffix", [".msgpack", ".safetensors"])
+FILES = {  # as those libraries write them whose formats they are
+    ".msgpack": lambda path, tree: path.write_bytes(msgpack_serialize(tree)),
+    ".safetensors": lambda path, tree: save_file(flatten_dict(tree, sep="."), path),
+    ".npz": lambda path, tree: np.savez(path, **flatten_dict(tree, sep="/")),
+}
+
+
+@pytest.mark.parametrize("suffix", FILES)
 def test_the_memory_that_a_plan_foretells_for_a_file_is_what_it_takes(tmp_path, suffix):
     leaf = np.random.default_rng(0).standard_normal((1024, 1024), np.float32)
     tree = {"params": {f"blk_{i}": {"kernel": leaf} for i in range(32)}}
-    write_file(tmp_path / f"a{suffix}", {tuple(k.split("/")): v for k, v in flatten(tree).items()})
+    FILES[suffix](tmp_path / f"a{suffix}", tree)
     rule = {"linen": "params/blk_{i}/kernel", "nnx": "blocks/{i}/kernel"}
     book = RuleBook.from_dict({"version": 1, "rules": [rule]})
     plan = plan_conversion(tmp_path / f"a{suffix}", "nnx", book)
@@ -362,6 +371,8 @@ def test_the_memory_that_a_plan_foretells_for_a_file_is_what_it_takes(tmp_path, 
     arguments = [tmp_path / f"a{suffix}", tmp_path / "nnx", "--to", "nnx"]
     found = peak("run", *arguments, "--rules", tmp_path / "rules.yaml")
     assert 0.8 * plan.peak_memory / 2**20 < found < 1.2 * plan.peak_memory / 2**20
+    if suffix not in SUFFIXES:
+        return
 
     written = convert(tmp_path / "nnx", tmp_path / f"back{suffix}", "linen")
     found = peak("run", tmp_path / "nnx", tmp_path / f"again{suffix}", "--to", "linen")

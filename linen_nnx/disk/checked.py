@@ -97,8 +97,11 @@ def name(value: Any) -> str:
     """A name of a leaf or of a file that is one element of a path, in a store as on disk."""
     if not text(value):
         raise ValueError("a name is empty")
-    if value in (".", "..") or "/" in value or "\0" in value:
-        raise ValueError(f"the name {shown(value)} is `.` or `..`, or holds a `/` or a NUL")
+    if value in (".", ".."):
+        raise ValueError(f"the name {value!r} stands for a directory, and can name nothing in one")
+    for character, called in (("/", "a `/`"), ("\0", "a NUL")):
+        if character in value:
+            raise ValueError(f"the name {shown(value)} holds {called}, and is no element of a path")
     return value
 
 

@@ -19,7 +19,7 @@ from linen_nnx.disk import digests
 from linen_nnx.disk.planning import REPORT, RULES, Conversion, plan_conversion
 from linen_nnx.disk.rekey import Placer, write_store
 from linen_nnx.disk.sources import SUFFIXES, Source, parts
-from linen_nnx.disk.store import StoreError, write_side_files
+from linen_nnx.disk.store import OF_THE_TREE, StoreError, write_side_files
 from linen_nnx.errors import Refusal
 
 _SPARE = 16 << 20  # bytes of room for the new tree and the side files
@@ -98,8 +98,10 @@ def convert(
 
 def _relative(conversion: Conversion, part: str) -> str:
     """Where a converted checkpoint lies in the output."""
-    name = conversion.source.folder.name
-    return {"run": f"{part}/{name}", "root": name}.get(conversion.source.kind, "")
+    source = conversion.source
+    if source.kind == "run":
+        return f"{part}/{source.folder.name}"
+    return source.step.name if source.step is not None else ""
 
 
 def _existing(out: Path, conversions: dict[str, Conversion]) -> Result:
@@ -126,7 +128,7 @@ def _check_target(path: Path, out: Path, conversions: list[Conversion], link: bo
     if not parent.is_dir():
         raise TargetError(f"{parent} is no directory: make it first")
     inside = {conversion.source.folder.resolve() for conversion in conversions}
-    inside |= {path.resolve()} if conversions[0].source.kind != "file" else set()
+    inside |= {path.resolve()} if path.is_dir() else set()
     if any(folder in (parent.resolve(), *parent.resolve().parents) for folder in inside):
         raise TargetError(f"{out} lies inside the source, which stays as it is: choose another")
     copied = 0 if link else sum(conversion.bytes_stored for conversion in conversions)
@@ -185,7 +187,7 @@ def _seal(
     Raises `DigestError` if a copy differs from the source's own digests.
     """
     source = conversion.source
-    known = (digests.read(source.folder) if source.kind != "file" else None) or {}
+    known = (digests.read(source.folder) if source.folder.is_dir() else None) or {}
     placed = {new: old for new, old in placer.placed.items() if folder in new.parents}
     found = {new: hashed[new] for new in placed if new in hashed}
     carried = {
@@ -233,17 +235,13 @@ _HEADER: dict[str, Any] = {
 def _carry_along(conversion: Conversion, folder: Path, item: Path, placer: Placer) -> None:
     """Takes over what else a step holds: other items, Orbax's own files, the run's config."""
     source, stage = conversion.source, conversion.to.stage
-    if source.kind == "file":
-        return
     ours = (REPORT, RULES, digests.NAME)
     for original in source.paths:
-        for file in (p for p in sorted(original.iterdir()) if p.is_file() and p.name not in ours):
-            if not (item / file.name).exists() and file.name != "_strings.json":
+        for file in (p for p in sorted(original.iterdir()) if p.is_file()):
+            if not (item / file.name).exists() and file.name not in (*ours, *OF_THE_TREE):
                 shutil.copyfile(file, item / file.name)
-    if item == folder:
-        return
-    for child in sorted(source.folder.iterdir()):
-        if child in source.paths or child.name in ours or (source.run and child.name == "run"):
+    for child in source.beside:
+        if child.name in ours or (source.run and child.name == "run"):
             continue
         if child.is_file():
             shutil.copyfile(child, folder / child.name)
@@ -291,15 +289,19 @@ def _write_run(path: Path, partial: Path, conversion: Conversion) -> None:
 def _write_file(conversion: Conversion, path: Path) -> None:
     from linen_nnx.disk.files import write_file  # needs numpy
 
-    arrays = {}
+    leaves = []
     for job in conversion.jobs:
-        results = conversion.source.reader.read(job.change.sources) if job.targets else []
-        for action in job.change.actions:
-            results = action.run(results)
-        for leaf, array in zip(job.targets, results, strict=True):
-            names = tuple(key.name for key in leaf.keys)
-            arrays[names if conversion.to.flat else names[:-1]] = array
-    write_file(path, arrays)
+        arrays: list[Any] = []
+        if job.targets and job.targets[0].zarr is not None:
+            arrays = conversion.source.reader.read(job.change.sources)
+            for action in job.change.actions:
+                arrays = action.run(arrays)
+        for number, leaf in enumerate(job.targets):
+            # The level of `nnx.State` that holds a variable's value means nothing in a file.
+            boxed = not conversion.to.flat and leaf.keys[-1].name == "value"
+            keys = leaf.keys[:-1] if boxed else leaf.keys
+            leaves.append((keys, leaf, arrays[number] if arrays else None))
+    write_file(path, leaves)
 
 
 def _sync_all(partial: Path, placer: Placer) -> None:

@@ -1,94 +1,173 @@
-"""Flax msgpack and safetensors files: parameters and collections, without a training state.
+"""Checkpoints that are files: Flax's msgpack, safetensors, npz; whole, or in shards with an index.
 
-A msgpack file holds the tree as `flax.serialization` does. A safetensors file is flat: its names
-are the paths joined by dots (or by slashes, as some writers do).
+A msgpack file holds a whole tree, be it parameters alone or a training state. The other formats
+hold arrays under flat names. Nothing is read but headers before an array is asked for; then one
+at a time.
 """
 
-from collections.abc import Mapping, Sequence
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (teaches numpy the names bfloat16, float8_*)
 import numpy as np
 
-from linen_nnx.book.ops import Spec
-from linen_nnx.book.tree import unflatten
-from linen_nnx.disk.store import DICT, Key, Leaf, StoreError, fresh_metadata
+from linen_nnx.disk import flat_files, msgpack_tree
+from linen_nnx.disk.loose import Keys, kind, listed, make_leaf, read_value, refuse_unknown, walk
+from linen_nnx.disk.ranges import Array
+from linen_nnx.disk.store import DICT, Leaf, StoreError, make_key, refuse_collisions
 
-Array = np.ndarray[Any, Any]
-_NAMES = {"BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
-_NAMES |= {"BOOL": "bool", "C64": "complex64"}
-_KINDS = {"F": "float", "I": "int", "U": "uint"}
+Entries = dict[Keys, Any]
+"""What a file holds by key path: arrays in files, numbers, strings, None, `{}`, `[]`."""
+
+INDEX_SUFFIX = ".index.json"
+_SHARD = re.compile(r".*-\d+-of-(\d+)\.\w+")
 
 
 class FileReader:
-    """A file, read whole: its `leaves`, and their arrays."""
+    """The leaves of a file (or of several, each below its name), and their arrays."""
 
-    def __init__(self, path: Path) -> None:
-        try:
-            arrays = _msgpack(path) if path.suffix == ".msgpack" else _safetensors(path)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StoreError(f"{path} cannot be read: {error!r}") from None
-        self._arrays = {"/".join(names): array for names, array in arrays.items()}
-        self.leaves = [
-            Leaf(
-                tuple(Key(name, DICT) for name in names),
-                "np.ndarray",
-                zarr=fresh_metadata(Spec.of(array), zarr3=False),
-                stored="/".join(names),
-            )
-            for names, array in arrays.items()
-        ]
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self._values: dict[str, Any] = {}
+        self.leaves: list[Leaf] = []
+        for name, path in files.items():
+            above = (make_key(name, DICT),) if len(files) > 1 else ()
+            for keys, value in _entries(path).items():
+                leaf = make_leaf((*above, *keys), value)
+                self._values[leaf.stored] = value
+                self.leaves.append(leaf)
 
     def read(self, leaves: Sequence[Leaf]) -> list[Array]:
-        return [self._arrays[leaf.stored] for leaf in leaves]
+        """The arrays of some leaves. Raises `ValueError` where a file has changed meanwhile."""
+        return [read_value(self._values[leaf.stored]) for leaf in leaves]
 
 
-def _msgpack(path: Path) -> dict[tuple[str, ...], Array]:
-    from flax.serialization import msgpack_restore  # imports jax
-
-    arrays = {}
-
-    def walk(node: Any, names: tuple[str, ...]) -> None:
-        if isinstance(node, dict):
-            for key, value in node.items():
-                walk(value, (*names, str(key)))
-        elif node is not None:
-            arrays[names] = np.asarray(node)
-
-    walk(msgpack_restore(path.read_bytes()), ())
-    return arrays
+def files_of(path: Path) -> list[Path]:
+    """All files that hold a checkpoint's bytes: the file itself, and the shards that it lists."""
+    return [path, *_weights(path)[1]] if path.name.endswith(INDEX_SUFFIX) else [path]
 
 
-def _safetensors(path: Path) -> dict[tuple[str, ...], Array]:
-    from safetensors import SafetensorError, deserialize
+def _entries(path: Path) -> Entries:
+    """What a file holds. Raises `StoreError` for what cannot be read or expressed."""
+    if path.name.endswith(INDEX_SUFFIX):
+        entries = _sharded(path)
+    else:
+        if (match := _SHARD.fullmatch(path.name)) is not None:
+            raise StoreError(
+                f"{path} is one of {int(match[1])} shards and no whole checkpoint: name its "
+                f"folder, or its index `*{INDEX_SUFFIX}`"
+            )
+        entries = _whole(path)
+    refuse_collisions(path, [".".join(key.name for key in keys) for keys in entries])
+    refuse_unknown(path, entries)
+    return entries
 
+
+def _whole(path: Path) -> Entries:
+    """What a file holds that is no index."""
+    if path.suffix == ".safetensors":
+        return _flat(flat_files.read_safetensors(path))
+    if path.suffix == ".npz":
+        return _flat(flat_files.read_npz(path))
+    tree = msgpack_tree.read(path)
+    if not isinstance(tree, (dict, list)) or not tree:
+        raise StoreError(f"{path} holds {kind(tree)}, expected a tree of arrays")
+    return dict(walk(tree))
+
+
+def _flat(arrays: Mapping[str, Any], separator: str | None = None) -> Entries:
+    entries = {}
+    for names, value in flat_files.split(arrays, separator).items():
+        entries[tuple([make_key(name, DICT) for name in names])] = value
+    return entries
+
+
+def _sharded(path: Path) -> Entries:
+    """What the shards hold that an index lists. Raises `StoreError` for all that do not agree."""
+    places, shards = _weights(path)
+    found = {shard.name: _shard_arrays(shard) for shard in shards}
+    problems = []
+    for name, shard in places.items():
+        if name not in found[shard]:
+            problems.append(f"`{name}` is not in {shard}, where the index has it")
+    for shard, arrays in found.items():
+        unlisted = (name for name in arrays if places.get(name) != shard)
+        problems += [f"`{name}` in {shard} is not listed by the index" for name in unlisted]
+    if problems:
+        raise StoreError(f"{path} and its shards differ: {listed(problems)}")
+    # Shards of msgpack hold trees, whose names were joined by slashes just now.
+    separator = None if shards[0].suffix == ".safetensors" else "/"
+    return _flat({name: found[shard][name] for name, shard in places.items()}, separator)
+
+
+def _shard_arrays(shard: Path) -> Mapping[str, Any]:
+    """What a shard holds by the names that an index uses."""
+    if shard.suffix == ".safetensors":
+        return flat_files.read_safetensors(shard)
+    tree = msgpack_tree.read(shard)
+    return {"/".join(key.name for key in keys): value for keys, value in walk(tree)}
+
+
+def _weights(path: Path) -> tuple[dict[str, str], list[Path]]:
+    """The shard of each array, and all shards. Raises `StoreError` if some are missing."""
     try:
-        entries = deserialize(path.read_bytes())
-    except SafetensorError as error:
-        raise StoreError(f"{path} cannot be read: {error}") from None
-    separator = "/" if any("/" in name for name, _ in entries) else "."
-    arrays = {}
-    for name, entry in entries:
-        kind = entry["dtype"]
-        dtype = np.dtype(_NAMES.get(kind) or f"{_KINDS[kind[0]]}{kind[1:]}")
-        array = np.frombuffer(entry["data"], dtype).reshape(entry["shape"])
-        arrays[tuple(name.split(separator))] = array
-    return arrays
+        places = json.loads(path.read_text())["weight_map"]
+        good = all(isinstance(name, str) and Path(name).name == name for name in places.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise StoreError(f"{path} cannot be read as an index of shards: {error!r}") from None
+    if not (good and places):
+        raise StoreError(f"{path} must give a file beside it for each array (`weight_map`)")
+    shards = [path.parent / name for name in sorted(set(places.values()))]
+    if missing := [shard.name for shard in shards if not shard.is_file()]:
+        raise StoreError(f"{path} lists shards that are not there: {', '.join(missing)}")
+    return places, shards
 
 
-def write_file(path: Path, arrays: Mapping[tuple[str, ...], Array]) -> None:
-    """Writes arrays by their key names. Raises `ValueError` for what the format cannot hold."""
+def write_file(path: Path, leaves: Iterable[tuple[Keys, Leaf, Array | None]]) -> None:
+    """Writes leaves under the given keys; the array is None for strings and empty nodes.
+
+    Raises `StoreError` for what the format cannot hold.
+    """
     if path.suffix == ".msgpack":
-        from flax.serialization import msgpack_serialize  # imports jax
+        msgpack_tree.write(path, _nested(leaves))
+    else:
+        _write_safetensors(path, leaves)
 
-        tree = unflatten({"/".join(names): array for names, array in arrays.items()})
-        path.write_bytes(msgpack_serialize(tree))
-        return
+
+def _nested(leaves: Iterable[tuple[Keys, Leaf, Array | None]]) -> dict[str, Any]:
+    """The tree that `flax.serialization.from_bytes` expects: an index is a key of digits."""
+    tree: dict[str, Any] = {}
+    for keys, leaf, array in leaves:
+        node: Any = tree
+        for key in keys[:-1]:
+            node = node.setdefault(key.name, {}) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or keys[-1].name in node:
+            raise StoreError(f"msgpack cannot hold `{leaf.path}`, a leaf and a branch at once")
+        node[keys[-1].name] = _value(keys, leaf, array)
+    return tree
+
+
+def _value(keys: Keys, leaf: Leaf, array: Array | None) -> Any:
+    if array is not None:
+        return array.item() if leaf.value_type == "scalar" else array
+    if leaf.value_type == "string":
+        return leaf.string
+    # Orbax writes an empty state of a chain (`optax.EmptyState`) as None; flax expects `{}` there.
+    is_state = any(key.name == "opt_state" for key in keys)
+    return None if leaf.value_type == "None" and not is_state else {}
+
+
+def _write_safetensors(path: Path, leaves: Iterable[tuple[Keys, Leaf, Array | None]]) -> None:
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    flat = {".".join(names): np.require(array, requirements="C") for names, array in arrays.items()}
+    flat = {}
+    for keys, leaf, array in leaves:
+        name = ".".join(key.name for key in keys)
+        if array is None:
+            raise StoreError(f"{path}: safetensors cannot hold `{leaf.path}`, a {leaf.value_type}")
+        flat[name] = np.require(array, requirements="C")
     try:
         save_file(flat, path)
     except SafetensorError as error:

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,13 +20,12 @@ from linen_nnx.disk.layouts import lay_out
 from linen_nnx.disk.rekey import Job, choose, kept
 from linen_nnx.disk.sources import Source, find
 from linen_nnx.disk.state import STAGES, Form, State, guess_side, read_state
-from linen_nnx.disk.store import Key, Leaf, fresh_metadata
+from linen_nnx.disk.store import INDEX, Key, Leaf, fresh_metadata
 
 REPORT, RULES = "report.json", "rules.yaml"
 # Measured: Python, and what each leaf takes; tensorstore, and the batch being committed.
 _BASE_MEMORY, _LEAF_MEMORY, _STREAM_MEMORY = 22 << 20, 5 << 10, 68 << 20
 _COPIES = 5  # of a streamed change: sources, targets, and both encoded and on their way
-_JAX_MEMORY = 132 << 20  # what reading msgpack with flax imports
 
 
 @dataclass(frozen=True)
@@ -78,27 +78,18 @@ class Conversion:
         """An estimate, in bytes."""
         largest = max((job.nbytes for job in self.jobs if job.engine == "stream"), default=0)
         more = _STREAM_MEMORY + _COPIES * largest if largest else 0
-        if self.source.kind == "file":  # held whole, and twice while it is taken apart
-            size = self.source.folder.stat().st_size
-            more = max(2 * size + largest, size + more - 2 * largest)
-            more += _JAX_MEMORY * (self.source.folder.suffix == ".msgpack")
-        if self.suffix:  # held whole; msgpack is put together in memory
-            held = sum(job.nbytes for job in self.jobs)
-            is_msgpack = self.suffix == ".msgpack"
-            more = max(more, _STREAM_MEMORY) + (3 * held + _JAX_MEMORY if is_msgpack else held)
+        if self.suffix:  # held whole, and once more the leaf that is being written
+            sizes = [job.nbytes for job in self.jobs]
+            more = max(more, _STREAM_MEMORY) + sum(sizes) + 2 * max(sizes, default=0)
         return _BASE_MEMORY + _LEAF_MEMORY * len(self.jobs) + more
 
     @cached_property
     def fingerprint(self) -> str:
         """A hash of everything that the result depends on, the source's bytes included."""
         state = xxhash.xxh3_128()
-        paths = [self.source.folder] if not self.source.items else []
-        for item in self.source.items:
-            paths += [item.path / name for name in ("_METADATA", "_sharding", ocdbt.MANIFEST)]
-            paths += [] if item.ocdbt else sorted(p for p in item.path.rglob("*") if p.is_file())
-        for path in filter(Path.is_file, paths):
+        for path in self.source.bytes_of():
             # The names of data files are random, and a manifest leads to all that it needs.
-            small = path.name.startswith(("_", "manifest"))
+            small = path.name.startswith(("_", ocdbt.MANIFEST)) or path.name == INDEX
             state.update(path.read_bytes() if small else _stamp(path))
         jobs = [
             ([(leaf.item, leaf.stored) for leaf in old], [leaf.form for leaf in new], actions)
@@ -153,10 +144,11 @@ def plan_conversion(
     rules: str | Path | RuleBook | None = None,
     step: int | None = None,
     item: str | None = None,
-    like: str | Path | None = None,
+    like: str | Path | Source | None = None,
     reset_optimizer: bool = False,
     suffix: str = "",
     part: str = "checkpoints",
+    prefix: Sequence[str] = (),
 ) -> Conversion:
     """Plans the conversion of the checkpoint at `path`.
 
@@ -171,12 +163,13 @@ def plan_conversion(
       reset_optimizer: leave the optimizer's state out.
       suffix: of the file to be written, if it is one: all but the model is left out then.
       part: the folder of a run directory, `checkpoints` or `best`.
+      prefix: which group of steps, where a folder has several: see `sources.find`.
 
     Raises:
       StoreError: if there is no checkpoint, or it cannot be read.
       RuleError: with everything that does not fit.
     """
-    source = find(path, step, item, part)
+    source = find(path, step, item, part, prefix)
     form, target = _forms(source, to)
     book = _rule_book(source, rules)
     if form is None:
@@ -185,12 +178,15 @@ def plan_conversion(
             raise RuleError(f"{path} cannot go to {to}", [f"it looks like {side} form already"])
         form = Form(side)
     state = read_state(source.leaves, form, book)
-    notes = []
-    if suffix or source.kind == "file":
+    notes = list(source.notes)
+    if suffix or source.is_file:
         if state.rest:
             notes.append(f"files hold the model alone: {len(state.rest)} other leaves are left out")
         state = State(state.form, f"{state.layout} (the model alone)", state.model)
-    wanted = None if like is None else read_state(find(like).leaves, target, book)
+    wanted = None
+    if like is not None:
+        given = like if isinstance(like, Source) else find(like)
+        wanted = read_state(given.leaves, target, book)
     moves = carry(state, target, book, wanted, reset_optimizer)
     origin = _origin(source, target, book)
     changes = lay_out(moves, state.form, target, wanted, origin)
@@ -203,7 +199,7 @@ def plan_conversion(
         )
     items = source.items
     zarr3 = bool(items) and items[0].zarr3
-    jobs = tuple(choose(change, zarr3, readable_only=not items) for change in changes)
+    jobs = tuple(choose(change, zarr3) for change in changes)
     return Conversion(source, state, target, book, jobs, to, reset_optimizer, tuple(notes), suffix)
 
 

@@ -37,16 +37,15 @@ class Job(NamedTuple):
         return sum(leaf.nbytes for leaf in self.targets)
 
 
-def choose(change: Change, zarr3: bool, readable_only: bool = False) -> Job:
-    """The engine for one change: `name` and `chunks` decode no byte.
-
-    `readable_only`: the source is no store whose chunks could be named anew.
-    """
+def choose(change: Change, zarr3: bool) -> Job:
+    """The engine for one change: `name` and `chunks` decode no byte."""
+    # What lies in no store has no chunks that could be named anew.
+    loose = any(leaf.loose for leaf in change.sources)
     if not change.targets:
         return Job(change, "drop", ())
-    if not change.actions and not (readable_only and change.targets[0].zarr):
+    if not change.actions and not (loose and change.targets[0].zarr):
         return Job(change, "name", change.targets)
-    grids = None if readable_only else apply(change.actions, change.sources)
+    grids = None if loose else apply(change.actions, change.sources)
     if grids is not None and change.sources:
         stored = [(grid.metadata, tuple(grid.steps)) for grid in grids]
         engine: Engine = "chunks"

@@ -1,24 +1,40 @@
 """Finds the checkpoint that a path means, in every layout that people have.
 
-A run of this template (`checkpoints/<step>/`), a CheckpointManager's root, one of its steps (with
-one item or several), a bare Orbax item (Standard, PyTree, v1), a Flax msgpack or safetensors file.
+A run of this template (`checkpoints/<step>/`), a folder of steps (a CheckpointManager's root,
+`checkpoint_N` of Flax, `model-100` of one's own loop), one of its steps (with one item or several),
+a bare item of Orbax of any age, a file, or a folder of shards. `docs/formats.md` lists them all.
 """
 
 import json
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from linen_nnx.disk.store import DICT, Item, Key, Leaf, StoreError, is_item, read_item
+from linen_nnx.disk.steps import Choice, Step, choose, is_named_as_step, pytrees, refuse_unfinished
+from linen_nnx.disk.store import (
+    DICT,
+    INDEX,
+    Item,
+    Key,
+    Leaf,
+    StoreError,
+    begins_as_map,
+    has_index,
+    is_item,
+    read_item,
+)
 
 SUFFIXES = (".msgpack", ".safetensors")
+"""Of the files that are read and written."""
+READABLE = (*SUFFIXES, ".npz")
+INDICES = tuple(f"{suffix}.index.json" for suffix in SUFFIXES)
+"""Of the files that list the shards of a checkpoint."""
+_PICKLES = (".pkl", ".pickle", ".npy", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".joblib")
 _STATE_ITEMS = ("state", "default", "train_state", "items")
 _PARTS = ("params", "batch_stats", "model", "opt_state", "optimizer", "ema", "ema_params", "step")
-_STEP = re.compile(r"(?:.*[_-])?(\d+)")
-_UNFINISHED = ".orbax-checkpoint-tmp"
+_RUN = {"config", "rules", "stage"}
 
 
 class Reader(Protocol):
@@ -34,16 +50,41 @@ class Source:
     path: Path
     kind: Literal["run", "root", "step", "item", "file"]
     folder: Path
-    """The directory of the step that was chosen, or the bare item, or the file."""
+    """The directory of the step that was chosen, or the bare item, or the file. Of several steps
+    that make up one state, the folder in which they lie."""
     paths: tuple[Path, ...] = ()
     """The items that make up the training state; others of the step are carried along."""
+    names: tuple[str, ...] = ()
+    """What several items (or files) are called in the state that they make up."""
     run: dict[str, Any] | None = None
     """Of this template's own runs: `config`, `rules` and `stage`."""
+    files: Mapping[str, Path] = field(default_factory=dict)
+    """The files that make up the state, where it lies in no item."""
+    step: Step | None = None
+    """The step that was chosen among those of a folder."""
+    notes: tuple[str, ...] = ()
+    """What was passed over on the way here."""
+
+    @property
+    def is_file(self) -> bool:
+        """Whether its leaves lie in files and not in the store of an item."""
+        return bool(self.files)
+
+    @property
+    def beside(self) -> list[Path]:
+        """What else the chosen step holds."""
+        if self.folder in self.paths or self.is_file or self._is_joined:
+            return []
+        return [child for child in sorted(self.folder.iterdir()) if child not in self.paths]
+
+    @property
+    def _is_joined(self) -> bool:
+        return self.step is not None and self.step.path != self.folder
 
     @cached_property
     def items(self) -> list[Item]:
         """The items; a file has none."""
-        items = [read_item(path, number) for number, path in enumerate(self.paths)]
+        items = [_read_item(path, number) for number, path in enumerate(self.paths)]
         if len({(item.ocdbt, item.zarr3) for item in items}) > 1:
             raise StoreError(f"the items of {self.folder} differ in format: choose with --item")
         return items
@@ -51,19 +92,24 @@ class Source:
     @cached_property
     def leaves(self) -> list[Leaf]:
         """All leaves; of several items, below the items' names."""
-        if self.kind == "file":
+        if self.is_file:
             return self._file.leaves
-        return [
-            leaf.at((Key(item.path.name, DICT), *leaf.keys)) if len(self.items) > 1 else leaf
-            for item in self.items
-            for leaf in item.leaves
-        ]
+        if len(self.items) == 1:
+            return list(self.items[0].leaves)
+        leaves = []
+        for name, item in zip(self.names, self.items, strict=True):
+            leaves += [leaf.at((Key(name, DICT), *leaf.keys)) for leaf in item.leaves]
+        return leaves
 
     @cached_property
     def reader(self) -> Reader:
         """Reads arrays. Imports numpy and tensorstore, which plain re-keying does without."""
-        if self.kind == "file":
+        if self.is_file:
             return self._file
+        if any(item.inside for item in self.items):
+            from linen_nnx.disk.legacy import IndexReader
+
+            return IndexReader(self.items)
         from linen_nnx.disk.stream import ItemReader
 
         return ItemReader(self.items)
@@ -72,86 +118,218 @@ class Source:
     def _file(self) -> Any:
         from linen_nnx.disk.files import FileReader
 
-        return FileReader(self.folder)
+        return FileReader(self.files)
+
+    def bytes_of(self) -> list[Path]:
+        """The files whose content settles what the leaves are, for a fingerprint."""
+        if self.is_file:
+            from linen_nnx.disk.files import files_of
+
+            return [part for path in self.files.values() for part in files_of(path)]
+        found = []
+        for item in self.items:
+            names = ("_METADATA", INDEX, "_sharding", "manifest.ocdbt")
+            found += [item.path / name for name in names]
+            if not item.ocdbt:
+                found += sorted(item.path.rglob("*"))
+        return [path for path in dict.fromkeys(found) if path.is_file()]
 
     def __str__(self) -> str:
-        item = "item " + " + ".join(path.name for path in self.paths)
-        return {
-            "run": f"run directory, {self.folder.parent.name}/{self.folder.name}, {item}",
-            "root": f"CheckpointManager root, step {self.folder.name}, {item}",
-            "step": f"step, {item}",
-            "item": "Orbax item",
-            "file": f"{self.folder.suffix[1:]} file",
-        }[self.kind]
+        names = self.names if len(self.paths) > 1 else [path.name for path in self.paths]
+        what = _format(next(iter(self.files.values()))) if self.is_file else self._items_text
+        if self.kind == "run":
+            return f"run directory, {self.folder.parent.name}/{self.folder.name}, {what}"
+        if self.step is None:
+            return what
+        is_root = self.step.path.is_dir() and self.step.name == self.step.path.name
+        where = "CheckpointManager root" if is_root else "folder of steps"
+        if self.step.path.parent != self.path:
+            where += f" `{self.step.path.parent.name}`"
+        chosen = " + ".join(names) if self._is_joined else self.step.path.name
+        return f"{where}, step {chosen}, {what}"
+
+    @property
+    def _items_text(self) -> str:
+        """What the items are, and who wrote them where it was not an Orbax of today."""
+        text = "Orbax item"
+        if self.folder not in self.paths:
+            text = "item " + " + ".join(path.name for path in self.paths)
+            text = f"step, {text}" if self.kind == "step" else text
+        old = [path for path in self.paths if not (path / "_METADATA").is_file()]
+        if not old:
+            return text
+        from linen_nnx.disk.legacy import read_index
+
+        return f"{text} with an index, as {read_index(old[0]).writer} writes"
+
+
+def _format(path: Path) -> str:
+    """What a file is, in words."""
+    for suffix, index in zip(SUFFIXES, INDICES, strict=True):
+        if path.name.endswith(index):
+            return f"{suffix[1:]} file in shards"
+    if path.suffix in READABLE:
+        return f"{path.suffix[1:]} file"
+    if path.name == INDEX:
+        return "Flax checkpoint as Orbax 0.2 to 0.4 aggregates it (msgpack)"
+    return "Flax checkpoint file (msgpack)"
+
+
+def _read_item(path: Path, number: int) -> Item:
+    if (path / "_METADATA").is_file():
+        return read_item(path, number)
+    from linen_nnx.disk.legacy import read_index_item  # needs numpy
+
+    return read_index_item(path, number)
 
 
 def find(
-    path: str | Path, step: int | None = None, item: str | None = None, part: str = "checkpoints"
+    path: str | Path,
+    step: int | None = None,
+    item: str | None = None,
+    part: str = "checkpoints",
+    prefix: Sequence[str] = (),
 ) -> Source:
     """The checkpoint at `path`: of several steps the latest, unless `step` says otherwise.
 
-    `item` names the training state's item where a step has several that may be it; `part` is the
-    folder of a run directory. Raises `StoreError` with what was seen if there is no checkpoint.
+    Args:
+      path: what was named.
+      step: which step of a folder of steps.
+      item: the training state's item, where a step has several that may be it.
+      part: the folder of a run directory.
+      prefix: which group of steps is meant, where a folder has several (`model-100` beside
+        `model_ema-100`); more than one make up one state together.
+
+    Raises:
+      StoreError: with what was seen, if there is no checkpoint, or if it is not clear which.
     """
     path = Path(path)
     if not path.exists():
         raise StoreError(f"{path} does not exist")
     if path.is_file():
-        if path.suffix not in SUFFIXES:
-            raise StoreError(f"{path} is a file, but neither {' nor '.join(SUFFIXES)}")
-        return Source(path, "file", path)
-    if _UNFINISHED in path.name:
-        raise StoreError(f"{path} is a save that was never finished")
+        return _file(path, path)
+    refuse_unfinished(path)
     if is_item(path):
-        return Source(path, "item", path, (path,))
-    if not all(_STEP.fullmatch(child.name) for child in _pytrees(path)):
-        return _step(path, "step", path, item)
+        return _one(path, "item", path, item)
+    if (index := _shards(path)) is not None:
+        return _file(path, index)
+    if not all(is_named_as_step(child) for child in pytrees(path)):
+        return _one(path, "step", path, item)
+    folder = path
     if (path / "checkpoints").is_dir():
-        return _step(path, "run", _latest(path / part, step), item)
-    return _step(path, "root", _latest(path, step), item)
+        if is_run(path):
+            folder = path / part
+        elif choose(path, None, (), _is_checkpoint_file) is None:
+            folder = path / "checkpoints"
+        else:
+            raise StoreError(f"{path} holds steps, and so may {path / 'checkpoints'}: name one")
+    choice = choose(folder, step, prefix, _is_checkpoint_file)
+    if choice is None:
+        raise _nothing(folder)
+    return _chosen(path, "run" if is_run(path) else "root", folder, choice, item)
+
+
+def is_run(path: Path) -> bool:
+    """Whether a directory is a run of this template: its checkpoints say of which form they are."""
+    if not (path / "checkpoints").is_dir():
+        return False
+    return any((path / "checkpoints").glob("*/run/metadata"))
 
 
 def parts(path: Path) -> list[str]:
     """The folders of a run directory that hold checkpoints; of other paths, the default alone."""
     best = path / "best"
-    more = (path / "checkpoints").is_dir() and best.is_dir() and any(map(_pytrees, _folders(best)))
+    more = is_run(path) and best.is_dir() and any(pytrees(c) for c in best.iterdir() if c.is_dir())
     return ["checkpoints", "best"] if more else ["checkpoints"]
 
 
-def _folders(path: Path) -> list[Path]:
-    return sorted(child for child in path.iterdir() if child.is_dir())
+def _is_checkpoint_file(path: Path) -> bool:
+    """Whether a file among steps is one, as `checkpoint_10` of Flax."""
+    return path.suffix not in READABLE + _PICKLES and begins_as_map(path)
 
 
-def _pytrees(folder: Path) -> list[Path]:
-    found = (child for child in _folders(folder) if is_item(child))
-    return [child for child in found if _UNFINISHED not in child.name]
+def _file(path: Path, file: Path) -> Source:
+    """The checkpoint in one file. Raises `StoreError` for files that none can be read from."""
+    if file.name == INDEX and has_index(file.parent):
+        raise StoreError(f"{file} is the index of a checkpoint: name its folder, {file.parent}")
+    if any(file.name.endswith(suffix) for suffix in _PICKLES):
+        raise StoreError(
+            f"{file} holds pickles, by its name, and reading one runs code from it. Load it where "
+            "you trust it, and save its arrays under flat names with numpy.savez or safetensors"
+        )
+    known = file.suffix in READABLE or file.name.endswith(INDICES)
+    if not known and not _is_checkpoint_file(file):
+        raise StoreError(f"{file} is a file, but none of {', '.join(READABLE)}, nor of Flax")
+    return Source(path, "file", file, files={file.name: file})
 
 
-def _latest(root: Path, wanted: int | None) -> Path:
-    steps = {
-        int(match[1]): child
-        for child in _folders(root)
-        if (match := _STEP.fullmatch(child.name)) and (is_item(child) or _pytrees(child))
-    }
-    if wanted is None and steps:
-        return steps[max(steps)]
-    if wanted in steps:
-        return steps[wanted]
-    if steps:
-        raise StoreError(f"{root} has no step {wanted}, only {sorted(steps)}")
-    seen = sorted(child.name for child in root.iterdir())
-    if any(_UNFINISHED in name for name in seen):
-        raise StoreError(f"{root} holds a save that was never finished, and no other: {seen}")
-    raise StoreError(
-        f"no checkpoint found in {root}: expected a run, a CheckpointManager's root or step, an "
-        f"Orbax item (with `_METADATA`), or a file {' or '.join(SUFFIXES)}; saw {seen[:10]}"
+def _shards(folder: Path) -> Path | None:
+    """The index of the shards that lie in a folder, if they do."""
+    found = [child for child in sorted(folder.iterdir()) if child.name.endswith(INDICES)]
+    if len(found) > 1:
+        names = ", ".join(child.name for child in found)
+        raise StoreError(f"{folder} holds several checkpoints in shards: name one of {names}")
+    return found[0] if found else None
+
+
+def _nothing(folder: Path) -> StoreError:
+    """The error for a folder without a checkpoint."""
+    seen = sorted(child.name for child in folder.iterdir())
+    files = [name for name in seen if Path(name).suffix in READABLE]
+    hint = f". Name a file to convert it: {', '.join(files[:10])}" if files else ""
+    return StoreError(
+        f"no checkpoint found in {folder}: expected a run, a CheckpointManager's root or step, an "
+        f"Orbax item (with `_METADATA` or an index `{INDEX}`), or a file {', '.join(READABLE)}; "
+        f"saw {seen[:10]}{hint}"
     )
 
 
-def _step(path: Path, kind: Any, folder: Path, wanted: str | None) -> Source:
+def _chosen(path: Path, kind: Any, folder: Path, choice: Choice, item: str | None) -> Source:
+    """The source that the chosen steps are."""
+    steps = choice.steps
+    more: dict[str, Any] = {"step": steps[0], "notes": choice.notes}
+    if len(steps) == 1:
+        return _one(path, kind, steps[0].path, item, **more)
+    sources = [_one(path, kind, step.path, item) for step in steps]
+    if any(source.is_file for source in sources):
+        if not all(source.is_file for source in sources):
+            raise StoreError(f"{folder}: files and folders make up no state together: name one")
+        files = {
+            step.group: one
+            for step, source in zip(steps, sources, strict=True)
+            for one in source.files.values()
+        }
+        return Source(path, kind, folder, files=files, **more)
+    paths: list[Path] = []
+    names: list[str] = []
+    for step, source in zip(steps, sources, strict=True):
+        paths += source.paths
+        names += [step.group] if len(source.paths) == 1 else source.names
+    if len(set(names)) < len(names):
+        raise StoreError(f"{folder}: the groups chosen have items of one name: {sorted(names)}")
+    return Source(path, kind, folder, tuple(paths), tuple(names), **more)
+
+
+def _one(path: Path, kind: Any, folder: Path, wanted: str | None, **more: Any) -> Source:
+    """The source in one folder or file."""
+    if folder.is_file():
+        return Source(path, kind, folder, files={folder.name: folder}, **more)
     if is_item(folder):
-        return Source(path, kind, folder, (folder,))
-    items = {item.name: item for item in _pytrees(folder)}
+        if not (folder / "_METADATA").is_file():
+            from linen_nnx.disk.legacy import read_index  # needs numpy
+
+            if read_index(folder).arrays_inside:
+                index = folder / INDEX
+                return Source(path, kind, folder, files={folder.name: index}, **more)
+        return Source(path, kind, folder, (folder,), (folder.name,), **more)
+    items = {item.name: item for item in pytrees(folder)}
+    names = _state_items(folder, items, wanted)
+    paths = tuple(items[name] for name in names)
+    return Source(path, kind, folder, paths, tuple(names), _run_of(folder), **more)
+
+
+def _state_items(folder: Path, items: Mapping[str, Path], wanted: str | None) -> list[str]:
+    """The names of the items that make up the training state."""
     parts = [name for name in _PARTS if name in items]
     single = [name for name in _STATE_ITEMS if name in items]
     if wanted is not None and wanted not in items:
@@ -159,11 +337,14 @@ def _step(path: Path, kind: Any, folder: Path, wanted: str | None) -> Source:
     names = [wanted] if wanted is not None else single[:1] or parts or list(items)
     if len(names) > 1 and names != parts:
         raise StoreError(f"{folder} has several items: choose with --item from {sorted(items)}")
+    return names
+
+
+def _run_of(folder: Path) -> dict[str, Any] | None:
+    """What a checkpoint of this template says of itself."""
     run = folder / "run" / "metadata"
     try:
         own = json.loads(run.read_text()) if run.is_file() else None
     except ValueError as error:
         raise StoreError(f"{run} cannot be read: {error}") from None
-    if own is not None and not {"config", "rules", "stage"} <= set(own):
-        own = None
-    return Source(path, kind, folder, tuple(items[name] for name in names), own)
+    return own if isinstance(own, dict) and set(own) >= _RUN else None

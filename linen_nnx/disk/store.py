@@ -5,12 +5,13 @@ path (one OCDBT database, or one directory per array), and side files keyed by t
 """
 
 import base64
+import contextlib
 import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -21,6 +22,10 @@ from linen_nnx.disk import checked, ocdbt
 from linen_nnx.disk.checked import StoreError
 
 SEQUENCE, DICT = 1, 2
+INDEX = "checkpoint"
+"""The tree of an item that Orbax up to 0.4, or T5X, has written: see `legacy.py`."""
+OF_THE_TREE = ("_METADATA", INDEX, "_sharding", "_strings.json")
+"""The files that describe an item's tree: beside another tree they mislead Orbax."""
 EMPTY_TYPES = ("None", "Dict", "List", "Tuple", "NamedTuple")
 _REPLICATED = {"partition_spec": []}
 _Read = TypeVar("_Read")
@@ -59,6 +64,8 @@ class Leaf(NamedTuple):
     """Which of a step's items it lies in, where several make up one state."""
     stored: str = ""
     """Its name in that item's store; a target leaf still has the one that it came from."""
+    loose: bool = False
+    """Whether it lies in a file or an index: in no store whose entries could be named anew."""
 
     @property
     def path(self) -> str:
@@ -153,6 +160,8 @@ class Item:
     header: dict[str, Any]
     tree: ocdbt.Tree | None
     """Of an OCDBT store, its tree."""
+    inside: Mapping[str, Any] = field(default_factory=dict)
+    """The loose leaves of an index, by the names that they would have in a store."""
 
     @property
     def ocdbt(self) -> bool:
@@ -171,8 +180,26 @@ class Item:
 
 
 def is_item(path: Path) -> bool:
-    """Whether a directory is a pytree item of Orbax."""
-    return (path / "_METADATA").is_file()
+    """Whether a directory is a pytree item of Orbax, of whatever age."""
+    return (path / "_METADATA").is_file() or has_index(path)
+
+
+def has_index(path: Path) -> bool:
+    """Whether a directory has a tree in msgpack, as items had before `_METADATA`.
+
+    TensorFlow calls a file of its own `checkpoint`, too: that one is text.
+    """
+    return begins_as_map(path / INDEX)
+
+
+def begins_as_map(path: Path) -> bool:
+    """Whether a file begins as a map in msgpack does, which no text and no pickle does."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        first = file.read(2)
+    # A pickle begins with 0x80 and its protocol; in msgpack that is an empty map, which ends there.
+    return len(first) == 2 and (0x81 <= first[0] <= 0x8F or first[0] in (0xDE, 0xDF))
 
 
 class _Entry(NamedTuple):
@@ -187,17 +214,17 @@ class _Entry(NamedTuple):
 def read_item(path: Path, number: int = 0) -> Item:
     """Reads an item's tree. Raises `StoreError` for what is missing, damaged or ambiguous."""
     header, entries = _read_header(path / "_METADATA")
-    sharding = dict(_read_entries(path / "_sharding", _sharding))
+    sharding = read_shardings(path, [entry.name for entry in entries])
     strings = dict(_read_entries(path / "_strings.json", _string))
     arrays = _read_array_metadatas(path)
     manifest = (path / ocdbt.MANIFEST).is_file()
     if header.setdefault("use_ocdbt", manifest) and not manifest:
         raise StoreError(f"{path} has no manifest.ocdbt: the save was cut off, or files were lost")
-    _refuse_collisions(path, entries)
+    refuse_collisions(path, [entry.name for entry in entries])
     bare = (*EMPTY_TYPES, "string")
     held = [entry.name for entry in entries if entry.value_type not in bare]
-    stored = _read_tree(path) if header["use_ocdbt"] else None
-    zarr = _read_zarr(path, bool(header.get("use_zarr3")), held, stored)
+    stored = read_tree(path) if header["use_ocdbt"] else None
+    zarr = read_zarr(path, bool(header.get("use_zarr3")), held, stored)
     nothing = _Array(None, None)
     leaves = tuple(
         Leaf(
@@ -252,8 +279,28 @@ def _write_shape(entry: dict[str, Any]) -> tuple[int, ...] | None:
     return None if sizes is None else tuple(checked.shape(sizes))
 
 
-def _sharding(name: str, text: Any) -> tuple[str, str]:
-    return base64.b64decode(name).decode(), checked.text(text)
+def read_shardings(path: Path, names: Iterable[str]) -> dict[str, str]:
+    """The sharding of each of the named leaves that has one, as text.
+
+    Orbax writes the names in URL-safe base64, Orbax 0.4 as they are, and this library once wrote
+    them in plain base64 (`+` and `/` for `-` and `_`). A name that is none of the item's leaves
+    describes nothing.
+    """
+    known = set(names)
+    found = {}
+    for written, text in _read_entries(path / "_sharding", _string):
+        name = next((name for name in _spellings(written) if name in known), None)
+        if name is not None and text:  # 0.4 has an empty text where there is no sharding
+            found[name] = text
+    return found
+
+
+def _spellings(written: str) -> Iterator[str]:
+    """The names that an entry of `_sharding` may stand for."""
+    for altchars in (b"-_", b"+/"):
+        with contextlib.suppress(ValueError):  # not base64, or not of UTF-8
+            yield base64.b64decode(written.encode(), altchars, validate=True).decode()
+    yield written
 
 
 def _string(name: str, text: Any) -> tuple[str, str]:
@@ -319,9 +366,9 @@ def _array(_: str, entry: Any) -> tuple[str, _Array]:
     return name, _Array(_write_shape(array), extension)
 
 
-def _refuse_collisions(path: Path, entries: Sequence[_Entry]) -> None:
+def refuse_collisions(path: Path, names: Sequence[str]) -> None:
     """Orbax saves `{"a.b": x, "a": {"b": y}}` without error, and keeps one of the two."""
-    twice = repeated([entry.name for entry in entries])
+    twice = repeated(names)
     if twice:
         problems = (f"`{name}` names {n} leaves in the store" for name, n in twice)
         raise StoreError(f"{path} is ambiguous: {'; '.join(problems)}")
@@ -332,17 +379,18 @@ def repeated(names: Sequence[str]) -> list[tuple[str, int]]:
     return [(name, n) for name, n in Counter(names).items() if n > 1]
 
 
-def _read_tree(path: Path) -> ocdbt.Tree:
+def read_tree(path: Path) -> ocdbt.Tree:
+    """The tree of an OCDBT store. Raises `StoreError` where it cannot be read."""
     try:
         return ocdbt.read(path)
     except (OSError, ValueError) as error:
         raise StoreError(f"{path}: its OCDBT tree cannot be read: {error}") from None
 
 
-def _read_zarr(
+def read_zarr(
     path: Path, zarr3: bool, names: list[str], tree: ocdbt.Tree | None
 ) -> dict[str, dict[str, Any]]:
-    """The zarr metadata of every array."""
+    """The zarr metadata of every named array. Raises `StoreError` if the store lacks some."""
     key = metadata_name(zarr3)
     if tree is None:
         files = {name: path / name / key for name in names}
@@ -394,7 +442,7 @@ def write_side_files(path: Path, leaves: Sequence[Leaf], header: dict[str, Any])
     rest = json.dumps(header)[1:]
     (path / "_METADATA").write_text(f'{{"tree_metadata": {{{", ".join(tree)}}}, {rest}')
     shardings = {
-        base64.b64encode(leaf.name.encode()).decode(): leaf.sharding
+        base64.urlsafe_b64encode(leaf.name.encode()).decode(): leaf.sharding
         for leaf in leaves
         if leaf.sharding is not None
     }

@@ -81,7 +81,7 @@ def verify(
         step = chosen.get("step") if out.is_dir() and not (out / "_METADATA").exists() else None
         result = find(out, step, part=part)
         target, reset = _asked(result, to)
-        chosen = {"reset_optimizer": reset, **chosen, "like": result.folder, "part": part}
+        chosen = {"reset_optimizer": reset, **chosen, "like": result, "part": part}
         for check in _verify_one(path, result, target, chosen, progress, twin, build):
             checks.append(replace(check, name=label + check.name))
             report(checks[-1])
@@ -115,7 +115,8 @@ def _verify_one(
     own_runs: OwnRuns | None,
 ) -> Iterator[Check]:
     progress("digests")
-    source = find(path, options.get("step"), options.get("item"), options["part"])
+    names = ("step", "item", "part", "prefix")
+    source = find(path, **{name: options[name] for name in names if name in options})
     yield _digests("digests of the source", source.folder)
     yield _digests("digests", result.folder)
     progress("coverage, shapes, dtypes")
@@ -165,8 +166,8 @@ def _inverse(conversion: Conversion, result: Source, part: str, intact: bool) ->
     if source.run is not None and conversion.to.stage is None:
         return Check(name, None, ("a stock layout does not say of which stage it was",))
     form = conversion.state.form
-    step = int(result.folder.name) if result.kind in ("run", "root") else None
-    options = {"step": step, "like": source.folder, "part": part}
+    step = result.step.number if result.step else None
+    options = {"step": step, "like": source, "part": part}
     try:
         back = plan_conversion(result.path, form.stage or form.side, conversion.book, **options)
     except (RuleError, StoreError) as error:
