@@ -1,5 +1,8 @@
 """A Linen model, its nnx port, and stock Flax and Orbax around them: what a stranger would have."""
 
+import json
+import os
+import socket
 from functools import partial
 from typing import Any
 
@@ -8,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from flax import linen as nn
 from flax import nnx
 from flax.training.train_state import TrainState
@@ -181,3 +185,44 @@ def bits(tree):
         return str(array.dtype), array.shape, array.tobytes()
 
     return {jax.tree_util.keystr(path): raw(leaf) for path, leaf in leaves}
+
+
+SMALL = RuleBook.from_dict(
+    {"version": 1, "rules": [{"linen": "params/a/{leaf}", "nnx": "b/{leaf}"}]}
+)
+
+
+def save_small(path):
+    """A checkpoint of one array in a data file and one in the tree, and its rule book."""
+    save(path, {"params": {"a": {"kernel": jnp.arange(4096.0), "bias": jnp.arange(4.0)}}})
+    SMALL.save(path / "rules.yaml")
+    return path
+
+
+def save_zarr(path, compressor, **more):
+    """The same as Orbax saves it with a folder for each array, by hand; `more` is metadata."""
+    tree = {}
+    for name, array in (("kernel", np.arange(4096, dtype=np.float32)), ("bias", np.ones(4, "<f4"))):
+        metadata = {"shape": list(array.shape), "chunks": [min(array.size, 1024)], "dtype": "<f4"}
+        metadata |= {"compressor": compressor, "fill_value": None, **more}
+        base = {"driver": "file", "path": f"{path}/params.a.{name}/"}
+        spec = {"driver": "zarr", "kvstore": base, "metadata": metadata}
+        ts.open(spec, create=True).result().write(array).result()
+        keys = [{"key": key, "key_type": 2} for key in ("params", "a", name)]
+        value = {"value_type": "np.ndarray", "skip_deserialize": False}
+        tree[str(("params", "a", name))] = {"key_metadata": keys, "value_metadata": value}
+    header = {"tree_metadata": tree, "use_ocdbt": False, "use_zarr3": False}
+    (path / "_METADATA").write_text(json.dumps(header))
+    SMALL.save(path / "rules.yaml")
+    return path
+
+
+def make_socket(path):
+    """A socket in the place of a file."""
+    before = os.getcwd()
+    os.chdir(path.parent)  # its whole path may be longer than a socket's can be
+    try:
+        with socket.socket(socket.AF_UNIX) as one:
+            one.bind(path.name)
+    finally:
+        os.chdir(before)

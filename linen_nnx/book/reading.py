@@ -8,8 +8,9 @@ who asked adds which file it was.
 import json
 import os
 import stat
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 # A million leaves take 250 MB in `_METADATA`, the longest text of a checkpoint.
 TEXT_LIMIT = 1 << 28
@@ -23,7 +24,7 @@ _KINDS = {
 }
 
 
-def open_file(path: str | Path) -> BinaryIO:
+def open_file(path: str | Path) -> FileIO:
     """Opens a regular file, or what a symbolic link leads to if that is one, unbuffered.
 
     Raises:
@@ -38,7 +39,7 @@ def open_file(path: str | Path) -> BinaryIO:
     except ValueError:
         os.close(descriptor)
         raise
-    return open(descriptor, "rb", buffering=0)
+    return FileIO(descriptor)
 
 
 def _refuse_special(found: os.stat_result) -> None:

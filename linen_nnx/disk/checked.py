@@ -11,10 +11,11 @@ raises `ValueError` with what was expected and what was got; who asked adds wher
 
 import math
 import re
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from linen_nnx.book.reading import parse_json, read_bytes
+from linen_nnx.book.reading import open_file, parse_json, read_bytes
 from linen_nnx.errors import Refusal
 
 _RANK = 32  # axes of an array: numpy's own limit was 32 until version 2, tensorstore's still is
@@ -39,6 +40,14 @@ def read(path: Path) -> bytes:
         return read_bytes(path, METADATA_LIMIT)
     except (OSError, ValueError) as error:
         raise StoreError(f"{path} cannot be read: {reason(error)}") from None
+
+
+def open_data(path: Path) -> FileIO:
+    """Opens a data file, or raises `StoreError` or `OSError`."""
+    try:
+        return open_file(path)
+    except ValueError as error:
+        raise StoreError(f"{path} cannot be read: {error}") from None
 
 
 def reason(error: OSError | ValueError) -> str:

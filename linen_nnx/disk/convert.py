@@ -4,31 +4,29 @@ Everything is written to a directory beside the target, synced to disk, and rena
 absent or complete. The source is only read.
 """
 
-import fcntl
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from linen_nnx.disk import digests
+from linen_nnx.book.reading import read_json, read_text
+from linen_nnx.disk import checked, digests
+from linen_nnx.disk.checked import StoreError
+from linen_nnx.disk.complete import files_below
+from linen_nnx.disk.placing import Placer
 from linen_nnx.disk.planning import REPORT, RULES, Conversion, plan_conversion
-from linen_nnx.disk.rekey import Placer, write_store
+from linen_nnx.disk.rekey import write_store
 from linen_nnx.disk.sources import SUFFIXES, Source, parts
-from linen_nnx.disk.store import OF_THE_TREE, StoreError, write_side_files
-from linen_nnx.errors import Refusal
+from linen_nnx.disk.store import OF_THE_TREE, write_side_files
+from linen_nnx.disk.transaction import TargetError, left_over, publish, workspace
 
 _SPARE = 16 << 20  # bytes of room for the new tree and the side files
 _METRICS = "metrics.jsonl"  # which a run directory takes along as it is
 _ORBAX_META = "_CHECKPOINT_METADATA"
-
-
-class TargetError(Refusal):
-    """A target that cannot be written: it exists and differs, or there is no room for it."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +70,13 @@ def convert(
         chosen = options if part == "checkpoints" else {**options, "step": None}
         one = plan_conversion(path, to, part=part, suffix=out.suffix * to_file, **chosen)
         conversions[_relative(one, part)] = one
-    if out.exists():
+    if os.path.lexists(out):
         return _existing(out, conversions)
     _check_target(path, out, list(conversions.values()), link)
-    with _partial(out) as partial, Placer(link, not link or digest, progress) as placer:
+    with workspace(out) as partial, Placer(link, not link or digest, progress) as placer:
         first = next(iter(conversions.values()))
         if to_file:
-            _write_file(first, partial / out.name)
+            _write_file(first, partial)
             reports = [first.summary()]
         else:
             for relative, conversion in conversions.items():
@@ -89,10 +87,8 @@ def convert(
             reports = [_seal(c, partial / name, placer, hashed) for name, c in conversions.items()]
         progress("syncing to disk")
         _sync_all(partial, placer)
-        if out.exists():
-            raise TargetError(f"{out} was made by another process meanwhile")
-        os.rename(partial / out.name if to_file else partial, out)
-        placer.sync([out.parent])
+        publish(partial, out)
+        placer.sync([out.absolute().parent])
     return Result("done", out, tuple(reports))
 
 
@@ -109,8 +105,8 @@ def _existing(out: Path, conversions: dict[str, Conversion]) -> Result:
     reports = []
     for relative, conversion in conversions.items():
         try:
-            report = json.loads((out / relative / REPORT).read_text())
-        except (OSError, ValueError):
+            report = checked.mapping(read_json(out / relative / REPORT))
+        except (OSError, ValueError):  # so it is none of this library's results
             report = {}
         if report.get("fingerprint") != conversion.fingerprint:
             raise TargetError(f"{out} exists and is not this conversion's result: choose another")
@@ -120,6 +116,7 @@ def _existing(out: Path, conversions: dict[str, Conversion]) -> Result:
                 f"{out} exists and was made by this conversion, but has no digests that could "
                 "show its bytes intact: run `convert.py verify`"
             )
+    left_over(out)  # of a process that was killed between its last two steps
     return Result("equal", out, tuple(reports))
 
 
@@ -139,30 +136,6 @@ def _check_target(path: Path, out: Path, conversions: list[Conversion], link: bo
             f"{parent} has {free / 1e9:.2f} GB free, the conversion needs {needed / 1e9:.2f} GB"
             + ("" if link else ": make room, or use --link on the source's file system")
         )
-
-
-@contextmanager
-def _partial(out: Path) -> Iterator[Path]:
-    """A directory beside `out` that nobody else writes, gone at the end whatever happens.
-
-    What a killed conversion left behind is removed; one that still runs holds the lock.
-    """
-    partial = out.absolute().parent / f".{out.name}.partial"
-    partial.mkdir(exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise TargetError(f"another conversion is writing {out} now") from None
-        for child in partial.iterdir():
-            shutil.rmtree(child) if child.is_dir() else child.unlink()
-        try:
-            yield partial
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    finally:
-        os.close(lock)
 
 
 def _write(conversion: Conversion, folder: Path, placer: Placer) -> None:
@@ -245,8 +218,11 @@ def _carry_along(conversion: Conversion, folder: Path, item: Path, placer: Place
             continue
         if child.is_file():
             shutil.copyfile(child, folder / child.name)
-        for file in sorted(p for p in child.rglob("*") if p.is_file()):
-            placer.place(file, folder / file.relative_to(source.folder))
+        elif child.is_dir():
+            for file in files_below(child):
+                placer.place(file, folder / file.relative_to(source.folder))
+        else:
+            raise StoreError(f"{child} is neither a file nor a folder, nor a link to one")
     if source.run and stage:
         config = {**source.run["config"], "stage": stage}
         content = {**source.run, "config": config, "stage": stage}
@@ -260,7 +236,10 @@ def _rename_handlers(folder: Path, source: Source) -> None:
     path = folder / _ORBAX_META
     if not path.is_file():
         return
-    content = json.loads(path.read_text())
+    try:
+        content = checked.mapping(checked.plain(read_json(path)))
+    except ValueError as error:
+        raise StoreError(f"{source.folder / _ORBAX_META} cannot be read: {error}") from None
     handlers = content.get("item_handlers")
     if isinstance(handlers, dict):
         merged = {_name(source): handlers[p.name] for p in source.paths if p.name in handlers}
@@ -275,9 +254,11 @@ def _rename_handlers(folder: Path, source: Source) -> None:
 def _write_run(path: Path, partial: Path, conversion: Conversion) -> None:
     """What a run directory holds beside its checkpoints, with the stage changed."""
     stage = conversion.to.stage
-    config, count = re.subn(
-        r"(?m)^stage:.*$", f"stage: {stage}", (path / "config.yaml").read_text()
-    )
+    try:
+        text = read_text(path / "config.yaml")
+    except ValueError as error:
+        raise StoreError(f"{path / 'config.yaml'} cannot be read: {error}") from None
+    config, count = re.subn(r"(?m)^stage:.*$", f"stage: {stage}", text)
     if count != 1:
         raise StoreError(f"{path / 'config.yaml'} has {count} lines `stage: ...`, expected one")
     (partial / "config.yaml").write_text(config)
@@ -305,7 +286,7 @@ def _write_file(conversion: Conversion, path: Path) -> None:
 
 
 def _sync_all(partial: Path, placer: Placer) -> None:
-    fresh: list[Path] = []
+    fresh = [] if partial.is_dir() else [partial]
     for folder, _, names in os.walk(partial):
         files = [Path(folder, name) for name in names]
         fresh += [Path(folder), *(file for file in files if file not in placer.placed)]

@@ -10,13 +10,17 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import xxhash
 
+from linen_nnx.book.reading import open_file, read_json
+from linen_nnx.disk import checked
 from linen_nnx.errors import Refusal
 
 NAME = "digests.json"
 _ALGORITHM = "xxh3_128"
+_LARGEST = 1 << 62  # bytes of a file: what file systems can count to
 _BLOCK = 1 << 20  # fits the processor's cache, which makes hashing faster than larger blocks
 
 Digest = tuple[int, str]
@@ -31,11 +35,15 @@ class DigestError(Refusal):
 
 
 def hash_file(path: Path) -> Digest:
-    """Size and hash of one file."""
+    """Size and hash of one file. Raises `DigestError` for a pipe or a device."""
     state, size = xxhash.xxh3_128(), 0
     block = bytearray(_BLOCK)
     view = memoryview(block)
-    with open(path, "rb", buffering=0) as file:
+    try:
+        opened = open_file(path)
+    except ValueError as error:
+        raise DigestError(f"{path} cannot be hashed: {error}") from None
+    with opened as file:
         while count := file.readinto(block):
             state.update(view[:count])
             size += count
@@ -63,21 +71,32 @@ def read(directory: str | Path) -> Digests | None:
     directory = Path(directory).absolute()
     for base in (directory, directory.parent):
         try:
-            content = json.loads((base / NAME).read_text())
-            files = {
-                name: (int(size), str(text)) for name, (size, text) in content["files"].items()
-            }
+            files = _parsed(read_json(base / NAME))
         except FileNotFoundError:
             continue
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DigestError(f"{base / NAME} is damaged: {error!r}") from None
-        if content.get("algorithm") != _ALGORITHM:
-            raise DigestError(f"{base / NAME}: unknown algorithm {content.get('algorithm')!r}")
+        except (OSError, ValueError) as error:
+            raise DigestError(f"{base / NAME} is damaged: {checked.reason(error)}") from None
         prefix = "" if base == directory else f"{directory.name}/"
         found = {n.removeprefix(prefix): d for n, d in files.items() if n.startswith(prefix)}
         if found:
             return found
     return None
+
+
+def _parsed(content: Any) -> Digests:
+    """The digests in the content of a digest file."""
+    algorithm = checked.field(content, "algorithm")
+    if algorithm != _ALGORITHM:
+        raise ValueError(f"unknown algorithm {checked.shown(algorithm)}, known is {_ALGORITHM}")
+    files = {}
+    for name, digest in checked.mapping(checked.field(content, "files")).items():
+        if len(checked.sequence(digest)) != 2:
+            raise ValueError(f"{checked.shown(name)} has {len(digest)} values, not size and hash")
+        files[checked.text(name)] = (
+            checked.integer(digest[0], 0, _LARGEST),
+            checked.text(digest[1]),
+        )
+    return files
 
 
 def check(directory: str | Path) -> bool:
@@ -98,6 +117,8 @@ def check(directory: str | Path) -> bool:
         found = (directory / name).stat().st_size
         if found != size:
             problems.append(f"{name} has {found} bytes, expected {size}")
+        elif not (directory / name).is_file():
+            problems.append(f"{name} is no regular file")
         elif hash_file(directory / name)[1] != text:
             problems.append(f"{name} was altered")
     if problems:

@@ -16,6 +16,7 @@ from linen_nnx.book.plan import RuleError
 from linen_nnx.book.rules import RuleBook
 from linen_nnx.disk import ocdbt
 from linen_nnx.disk.carry import carry
+from linen_nnx.disk.complete import check_complete
 from linen_nnx.disk.layouts import lay_out
 from linen_nnx.disk.rekey import Job, choose, kept
 from linen_nnx.disk.sources import Source, find
@@ -178,7 +179,7 @@ def plan_conversion(
             raise RuleError(f"{path} cannot go to {to}", [f"it looks like {side} form already"])
         form = Form(side)
     state = read_state(source.leaves, form, book)
-    notes = list(source.notes)
+    notes = [*source.notes, *check_complete(source.items)]
     if suffix or source.is_file:
         if state.rest:
             notes.append(f"files hold the model alone: {len(state.rest)} other leaves are left out")

@@ -6,21 +6,19 @@ A store of one directory per array has its directories copied under their new na
 """
 
 import json
-import os
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from linen_nnx.disk import ocdbt
 from linen_nnx.disk.chunks import Grid, apply
-from linen_nnx.disk.digests import Digest, hash_file
+from linen_nnx.disk.complete import files_below
 from linen_nnx.disk.layouts import Change
+from linen_nnx.disk.placing import Placer
 from linen_nnx.disk.sources import Source
 from linen_nnx.disk.store import Item, Leaf, fresh_metadata
 
 Engine = Literal["name", "chunks", "stream", "drop"]
-_STEP = 32 << 20  # bytes of a file that are copied before the disk gets to work on them
 
 
 class Job(NamedTuple):
@@ -58,87 +56,6 @@ def choose(change: Change, zarr3: bool) -> Job:
         for leaf, (metadata, shape) in zip(change.targets, stored, strict=True)
     )
     return Job(change, engine, targets, tuple(grids) if engine == "chunks" and grids else ())
-
-
-class Placer:
-    """Puts files in place by copy or by hard link; copies are synced to disk, and all are hashed.
-
-    The work goes on in threads, so that the disk, the hash and the caller's own work overlap.
-    """
-
-    def __init__(self, link: bool, hash_links: bool, progress: Callable[[str], None]) -> None:
-        self._link = link
-        self.hash_links = hash_links
-        self.progress = progress
-        self._pool, self._flusher = ThreadPoolExecutor(4), ThreadPoolExecutor(1)
-        self._working: dict[Path, Future[Digest | None]] = {}
-        self.fell_back: str | None = None
-        """Why hard links were not possible, if they were asked for and were not."""
-        self.placed: dict[Path, Path] = {}
-        """The source of each file put in place."""
-        self.linked: set[Path] = set()
-
-    def place(self, source: Path, target: Path) -> None:
-        """Makes `target`, and the directories above it, with the bytes of `source`."""
-        target.parent.mkdir(parents=True, exist_ok=True)
-        self.placed[target] = source
-        if self._link and self.fell_back is None:
-            try:
-                os.link(source, target)
-                self.linked.add(target)
-                if self.hash_links:
-                    self._working[target] = self._pool.submit(hash_file, target)
-                return
-            except OSError as error:
-                self.fell_back = f"{error.strerror}: {target.parent}"
-        self._working[target] = self._pool.submit(self._copy, source, target)
-
-    def _copy(self, source: Path, target: Path) -> Digest:
-        """Copies a file through to disk, which begins with the first step; returns its digest."""
-        flushes: list[Future[None]] = []
-        with source.open("rb", buffering=0) as old, target.open("xb", buffering=0) as new:
-            left = os.fstat(old.fileno()).st_size
-            while left:
-                count = os.copy_file_range(old.fileno(), new.fileno(), min(left, _STEP))
-                if not count:
-                    raise OSError(f"{source} became shorter while it was copied")
-                left -= count
-                if left and all(flush.done() for flush in flushes):
-                    flushes.append(self._flusher.submit(os.fdatasync, new.fileno()))
-            digest = hash_file(target)
-            os.fsync(new.fileno())
-            for flush in flushes:
-                flush.result()
-        return digest
-
-    def sync(self, paths: Iterable[Path]) -> None:
-        """Writes files and directories through to disk, at once: they share a journal's commit."""
-        list(self._pool.map(_sync, paths))
-
-    def finish(self) -> dict[Path, Digest]:
-        """Waits until every copy is on disk. Returns the digests of what was copied or hashed."""
-        found = {}
-        for number, (target, future) in enumerate(self._working.items(), start=1):
-            self.progress(f"copying files: {number} of {len(self._working)}")
-            if (digest := future.result()) is not None:
-                found[target] = digest
-        return found
-
-    def __enter__(self) -> "Placer":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-        self._flusher.shutdown(cancel_futures=True)
-
-
-def _sync(path: Path) -> None:
-    """Writes a file or a directory through to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_store(out: Path, source: Source, jobs: Sequence[Job], placer: Placer) -> None:
@@ -193,7 +110,7 @@ def _place_arrays(out: Path, items: Sequence[Item], jobs: Sequence[Job], placer:
         if job.engine == "name" and job.targets[0].zarr is not None:
             (leaf,) = job.change.sources
             folder = items[leaf.item].path / leaf.stored
-            for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            for file in files_below(folder):
                 placer.place(file, out / job.targets[0].name / file.relative_to(folder))
         for leaf, grid in zip(job.targets, job.grids, strict=False):
             for place, ref in grid.chunks.items():

@@ -102,13 +102,16 @@ class Leaf(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes in memory."""
-        if self.zarr is None:
-            return 0
+        return 0 if self.zarr is None else math.prod(self.zarr["shape"]) * self.itemsize
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element in memory."""
+        assert self.zarr is not None
         dtype = _dtype(self.zarr)
         code = _CODES.get(dtype, dtype)
         # Such as `<f4`, or `bfloat16`; of int4 each takes a whole byte in memory.
-        size = int(code[2:]) if code[0] in "<>|" else -(-int(re.findall(r"\d+", dtype)[0]) // 8)
-        return math.prod(self.zarr["shape"]) * size
+        return int(code[2:]) if code[0] in "<>|" else -(-int(re.findall(r"\d+", dtype)[0]) // 8)
 
 
 def _dtype(metadata: dict[str, Any]) -> str:

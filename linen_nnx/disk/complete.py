@@ -1,0 +1,137 @@
+"""Whether a source holds every byte that it says it holds, asked before anything is written.
+
+A copy that was cut off has all of its names and not all of its bytes. No digest is needed to see
+it: the tree of an OCDBT store has the file, the offset and the length of every value, metadata say
+which chunks an array has, and a chunk's own encoding how long it is. An array whose chunks are lost
+would otherwise be read as zeros.
+"""
+
+import itertools
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from linen_nnx.disk.checked import StoreError, open_data, reason
+from linen_nnx.disk.chunks import Grid
+from linen_nnx.disk.frames import check_length
+from linen_nnx.disk.ocdbt import Ref
+from linen_nnx.disk.store import Item, Leaf, metadata_name
+
+_PROBLEMS = 10  # that a message shows
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Every regular file below a folder, also behind symbolic links, in the order of their paths.
+
+    Raises `StoreError` for a pipe, a device, a link to nothing, or one that leads in a circle.
+    """
+    return sorted(_walk(folder, ()))
+
+
+def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
+    here = os.path.realpath(folder)
+    if here in above:
+        raise StoreError(f"{folder} is a symbolic link to a folder above it")
+    for child in folder.iterdir():
+        if child.is_dir():
+            yield from _walk(child, (*above, here))
+        elif child.is_file():
+            yield child
+        else:
+            raise StoreError(f"{child} is neither a file nor a folder, nor a link to one")
+
+
+def check_complete(items: Sequence[Item]) -> list[str]:
+    """Compares what lies on disk with what the trees and metadata of a state's items say.
+
+    Returns notes of what is no fault and yet worth knowing. Raises `StoreError` that names what is
+    missing, too short, or no file.
+    """
+    problems: list[str] = []
+    left_out = 0
+    for item in items:
+        problems += _short_files(item)
+        for leaf in item.leaves:
+            if leaf.zarr is not None:
+                found = _chunks(item, leaf)
+                missing = _missing(leaf, found)
+                if missing and _may_lack(item, leaf):
+                    left_out += 1
+                elif missing:
+                    problems.append(f"{item.path}: the array `{leaf.path}` has no chunk {missing}")
+                problems += [] if item.ocdbt else _short_chunks(item, leaf, found)
+    if problems:
+        more = f"; and {len(problems) - _PROBLEMS} more" * (len(problems) > _PROBLEMS)
+        shown = "; ".join(problems[:_PROBLEMS])
+        raise StoreError(f"the checkpoint is not complete, copy it again: {shown}{more}")
+    if left_out:
+        return [f"{left_out} arrays have chunks that are not stored, as they hold the fill value"]
+    return []
+
+
+def _short_files(item: Item) -> list[str]:
+    """What is wrong with the data files of an OCDBT store."""
+    ends: dict[str, int] = {}
+    for values in (item.tree or {}).values():
+        for value in values.values():
+            if isinstance(value, Ref):
+                ends[value.file] = max(ends.get(value.file, 0), value.offset + value.length)
+    problems = []
+    for name, end in sorted(ends.items()):
+        try:
+            with open_data(item.path / name) as file:
+                size = os.fstat(file.fileno()).st_size
+        except (OSError, StoreError) as error:
+            problems.append(f"{item.path / name}: {reason(error)}")
+            continue
+        if size < end:
+            problems.append(f"{item.path / name} has {size} bytes, and its tree names byte {end}")
+    return problems
+
+
+def _chunks(item: Item, leaf: Leaf) -> set[str]:
+    """The names of an array's chunks, as they are stored."""
+    if item.tree is not None:
+        return item.tree.get(leaf.stored, {}).keys() - {metadata_name(item.zarr3)}
+    folder = item.path / leaf.stored
+    return {str(file.relative_to(folder)) for file in files_below(folder)}
+
+
+def _missing(leaf: Leaf, found: set[str]) -> str:
+    """The name of the first chunk that an array should have and has not, or nothing."""
+    assert leaf.zarr is not None
+    grid = Grid(leaf.zarr, {})
+    counts = [-(-n // step) for n, step in zip(grid.shape, grid.steps, strict=True)]
+    # A damaged shape may ask for 2**60 chunks: the first that is missing ends this.
+    for place in itertools.product(*map(range, counts)):
+        if grid.key(place) not in found:
+            return grid.key(place)
+    return ""
+
+
+def _may_lack(item: Item, leaf: Leaf) -> bool:
+    """Whether a chunk may have been left out because each of its values is the fill value.
+
+    Orbax stores them all since it says so in `_METADATA`; before, tensorstore left them out of an
+    array that had a fill value at all.
+    """
+    assert leaf.zarr is not None
+    stored = item.header.get("store_array_data_equal_to_fill_value")
+    return not stored and leaf.zarr.get("fill_value") is not None
+
+
+def _short_chunks(item: Item, leaf: Leaf, found: set[str]) -> list[str]:
+    """What is wrong with the chunks that are files of their own."""
+    assert leaf.zarr is not None
+    nbytes = math.prod(Grid(leaf.zarr, {}).steps) * leaf.itemsize
+    problems = []
+    for name in sorted(found):
+        if name.rpartition("/")[2].startswith(".") or name == metadata_name(item.zarr3):
+            continue
+        try:
+            with open_data(item.path / leaf.stored / name) as file:
+                check_length(file, leaf.zarr, nbytes)
+        except (OSError, ValueError) as error:
+            problems.append(f"{item.path / leaf.stored / name}: {reason(error)}")
+    return problems

@@ -1,0 +1,130 @@
+"""Whether a stored chunk is as long as its own encoding says, without decoding it.
+
+A file that was cut off while it was copied is shorter than that. Codecs state their lengths in
+different places: zstd in front of every block, blosc in front, gzip at the end, and a zarr3 shard
+in the index at its end.
+"""
+
+import math
+import os
+from io import FileIO
+from typing import Any
+
+import google_crc32c
+
+_ZSTD = bytes.fromhex("28b52ffd")
+_NO_CHUNK = 2**64 - 1  # offset and length of a chunk that a shard leaves out
+_PLAIN_INDEX = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+
+
+def check_length(file: FileIO, metadata: dict[str, Any], nbytes: int) -> None:
+    """Compares the length of a chunk's file with what its encoding says.
+
+    Args:
+      file: the chunk, open.
+      metadata: the zarr metadata of its array.
+      nbytes: what the chunk holds when decoded, in bytes.
+
+    Raises:
+      ValueError: for a file that is too short or too long, or does not begin as its codec does.
+    """
+    size = os.fstat(file.fileno()).st_size
+    if metadata["zarr_format"] == 3:
+        _check_zarr3(file, size, metadata, nbytes)
+        return
+    codec = (metadata["compressor"] or {}).get("id")
+    if codec is None and not metadata["filters"]:
+        _expect(size, nbytes)
+    elif codec == "zstd":
+        _check_zstd(file, size)
+    elif codec == "gzip":
+        _check_gzip(file, size, None if metadata["filters"] else nbytes)
+    elif codec == "blosc":
+        _expect(size, int.from_bytes(_read(file, 12, 4), "little"))
+    elif not size:
+        raise ValueError("it is empty")
+
+
+def _check_zarr3(file: FileIO, size: int, metadata: dict[str, Any], nbytes: int) -> None:
+    codecs = metadata["codecs"]
+    last = codecs[-1]["name"] if codecs else ""
+    if last == "sharding_indexed":
+        shard = metadata["chunk_grid"]["configuration"]["chunk_shape"]
+        _check_shard(file, size, shard, codecs[-1]["configuration"])
+    elif last == "zstd":
+        _check_zstd(file, size)
+    elif last == "gzip":
+        _check_gzip(file, size, nbytes)
+    elif last == "bytes":
+        _expect(size, nbytes)
+    elif not size:
+        raise ValueError("it is empty")
+
+
+def _expect(size: int, expected: int) -> None:
+    if size != expected:
+        raise ValueError(f"it has {size} bytes, expected {expected}")
+
+
+def _read(file: FileIO, start: int, count: int) -> bytes:
+    """Bytes at a place, all of them."""
+    data = os.pread(file.fileno(), count, start)
+    if len(data) != count:
+        raise ValueError(f"it ends before byte {start + count}")
+    return data
+
+
+def _check_zstd(file: FileIO, size: int) -> None:
+    """Follows the blocks of each frame from length to length, up to the end."""
+    end = 0
+    while end < size or not end:
+        end = _zstd_frame(file, end)
+    _expect(size, end)
+
+
+def _zstd_frame(file: FileIO, start: int) -> int:
+    """Where a frame ends. The format is RFC 8878, section 3.1.1."""
+    magic = _read(file, start, 4)
+    if magic != _ZSTD:
+        raise ValueError(f"it is no zstd: it begins with {magic.hex()}")
+    (flags,) = _read(file, start + 4, 1)
+    single_segment, checksum = flags >> 5 & 1, flags >> 2 & 1
+    dictionary = (0, 1, 2, 4)[flags & 3]
+    content_size = (single_segment, 2, 4, 8)[flags >> 6]
+    at = start + 5 + (not single_segment) + dictionary + content_size
+    is_last = 0
+    while not is_last:
+        header = int.from_bytes(_read(file, at, 3), "little")
+        is_last, repeated, length = header & 1, header >> 1 & 3 == 1, header >> 3
+        at += 3 + (1 if repeated else length)
+    return at + 4 * checksum
+
+
+def _check_gzip(file: FileIO, size: int, nbytes: int | None) -> None:
+    """Compares the decoded length, which ends a gzip file, modulo 2**32."""
+    if _read(file, 0, 2) != b"\x1f\x8b":
+        raise ValueError("it is no gzip")
+    stated = int.from_bytes(_read(file, max(size - 4, 0), 4), "little")
+    if nbytes is not None and stated != nbytes % 2**32:
+        raise ValueError(f"it ends with the length {stated}, expected {nbytes}: it was cut off")
+
+
+def _check_shard(file: FileIO, size: int, shard: list[int], settings: dict[str, Any]) -> None:
+    """Compares the places in a shard's index, which is at its end and has a checksum."""
+    plain = settings.get("index_codecs", _PLAIN_INDEX) == _PLAIN_INDEX
+    if not plain or settings.get("index_location", "end") != "end":
+        if not size:
+            raise ValueError("it is empty")
+        return
+    pairs = zip(shard, settings["chunk_shape"], strict=True)
+    length = 16 * math.prod(-(-whole // part) for whole, part in pairs)
+    if size < length + 4:
+        raise ValueError(f"it has {size} bytes, and its index alone needs {length + 4}")
+    index = _read(file, size - length - 4, length + 4)
+    if google_crc32c.value(index[:-4]) != int.from_bytes(index[-4:], "little"):
+        raise ValueError("the index at its end is damaged, or was cut off")
+    for at in range(0, length, 16):
+        offset = int.from_bytes(index[at : at + 8], "little")
+        count = int.from_bytes(index[at + 8 : at + 16], "little")
+        if offset != _NO_CHUNK and offset + count > size - length - 4:
+            raise ValueError(f"its index names byte {offset + count} of {size}")
