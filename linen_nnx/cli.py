@@ -80,12 +80,15 @@ def _parser(own_runs: str | None, words: Sequence[str]) -> argparse.ArgumentPars
             sub.add_argument("--prefix", action="append", default=[], help=text)
         return sub
 
-    def add_rules(sub: Any, twin: str, both: bool = False) -> None:
-        books = sub if both else sub.add_mutually_exclusive_group()
-        books.add_argument("--rules", metavar="FILE", help="rule book (default: the checkpoint's)")
-        books.add_argument("--twin", type=_twin, metavar="TWIN", help=f"{_HELP['twin']}: {twin}")
+    def add_rules(sub: Any, twin: str) -> None:
+        sub.add_argument("--rules", metavar="FILE", help="rule book (default: the checkpoint's)")
+        sub.add_argument("--twin", type=_twin, metavar="TWIN", help=f"{_HELP['twin']}: {twin}")
         reset = "leave the optimizer's state out"
         sub.add_argument("--reset-optimizer", action="store_true", help=reset)
+        alone = "leave all but the model's parameters and collections out"
+        sub.add_argument("--model-only", action="store_true", help=alone)
+        which = "the form of CKPT, where its names and the rule book do not tell"
+        sub.add_argument("--from", dest="side", choices=("linen", "nnx"), help=which)
 
     add("inspect", _inspect, "show the tree: paths, shapes, dtypes, bytes, layout", "ckpt")
     sub = add("suggest", _suggest, "propose a rule book, with its evidence", "twin")
@@ -97,12 +100,12 @@ def _parser(own_runs: str | None, words: Sequence[str]) -> argparse.ArgumentPars
         sub = add(name, command, text, *names)
         sub.add_argument("--to", required=True, metavar="TARGET", help=_TARGET)
         sub.add_argument("--like", metavar="CKPT", help="a checkpoint that OUT must equal in form")
-        add_rules(sub, "suggest the rule book")
+        add_rules(sub, "suggest the rule book, or with --rules the shapes that it fills")
     sub.add_argument("--link", action="store_true", help="hard-link data files, do not copy them")
     sub.add_argument("--digest", action="store_true", help="hash linked files, too")
     sub = add("verify", _verify, "prove OUT right against CKPT", "ckpt", "out")
     sub.add_argument("--to", metavar="TARGET", help="what OUT is (default: what its report says)")
-    add_rules(sub, "run both models, too", both=True)
+    add_rules(sub, "run both models, too")
     sub.set_defaults(own_runs=own_runs)
     text = "run both twins layer by layer, show the first divergence (then exit code 1)"
     sub = add("bisect", _bisect, text, "twin")
@@ -147,12 +150,17 @@ def _inspect(
     ckpt: str, as_json: bool, step: int | None, item: str | None, prefix: list[str]
 ) -> int:
     from linen_nnx.book.rules import RuleBook
+    from linen_nnx.disk.sides import guess_side
     from linen_nnx.disk.sources import find
-    from linen_nnx.disk.state import Form, guess_side, read_state
+    from linen_nnx.disk.state import Form, read_state
 
     source = find(ckpt, step, item, prefix=prefix)
     leaves, book = source.leaves, RuleBook([])
-    form = Form("linen", source.run["stage"]) if source.run else Form(guess_side(leaves, book))
+    form = (
+        Form("linen", source.run["stage"])
+        if source.run
+        else Form(guess_side(leaves, book) or "nnx")
+    )
     layout = read_state(leaves, form, book).layout
     if as_json:
         content = [
@@ -218,10 +226,24 @@ def _loaded(twin: str) -> Any:
     return Twin.load(twin)
 
 
-def _plan(ckpt: str, to: str, as_json: bool, twin: str | None, **options: Any) -> int:
+def _by_twin(twin: str | None, to: str, rules: str | None) -> dict[str, Any]:
+    """What a twin adds to a conversion: the rule book, or beside one the shapes of the target."""
+    if twin is None:
+        return {"rules": rules}
+    if rules is None:
+        return {"rules": _suggested(twin)}
+    from linen_nnx.infer.trace import trace_linen, trace_nnx
+
+    trace = trace_linen if to == "linen" else trace_nnx
+    return {"rules": rules, "specs": trace(_loaded(twin)).leaves}
+
+
+def _plan(
+    ckpt: str, to: str, as_json: bool, twin: str | None, rules: str | None, **options: Any
+) -> int:
     from linen_nnx.disk.planning import plan_conversion
 
-    options["rules"] = _suggested(twin) if twin else options["rules"]
+    options |= _by_twin(twin, to, rules)
     conversion = plan_conversion(ckpt, to, **options)
     jobs = [
         {
@@ -245,10 +267,18 @@ def _plan(ckpt: str, to: str, as_json: bool, twin: str | None, **options: Any) -
     return 0
 
 
-def _run(ckpt: str, out: str, to: str, as_json: bool, twin: str | None, **options: Any) -> int:
+def _run(
+    ckpt: str,
+    out: str,
+    to: str,
+    as_json: bool,
+    twin: str | None,
+    rules: str | None,
+    **options: Any,
+) -> int:
     from linen_nnx.disk.convert import convert
 
-    options["rules"] = _suggested(twin) if twin else options["rules"]
+    options |= _by_twin(twin, to, rules)
     result = convert(ckpt, out, to, progress=_progress(), **options)
     reports = [{k: v for k, v in report.items() if k != "origin"} for report in result.reports]
     if as_json:
@@ -324,7 +354,9 @@ def _summary(report: dict[str, Any]) -> str:
         f"bytes    {_bytes(report['bytes'])}, {_bytes(report['bytes_streamed'])} of them streamed",
         f"memory   about {_bytes(report['peak_memory'])} at the peak",
     ]
-    lines += [f"{key:9}{', '.join(report[key])}" for key in ("dropped", "filled") if report[key]]
+    for word, key in (("dropped", "dropped"), ("filled", "filled"), ("as it is", "as_they_are")):
+        if report.get(key):
+            lines.append(f"{word:9}{', '.join(report[key])}")
     lines += [f"note     {note}" for note in report["notes"]]
     if report.get("fell_back"):
         lines.append(f"note     copied, as hard links are not possible here: {report['fell_back']}")

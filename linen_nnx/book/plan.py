@@ -14,11 +14,16 @@ from typing import Any, NamedTuple
 
 from linen_nnx.book.grammar import Rule, did_you_mean
 from linen_nnx.book.ops import PART, Action, Block, Drop, Fill, Init, Mismatch, Side, Spec, Stack
-from linen_nnx.book.patterns import Hit
+from linen_nnx.book.patterns import Hit, Pattern
+from linen_nnx.book.tree import branches_of
 from linen_nnx.errors import Refusal
 
 _SHOWN = 100  # problems in one message; the rest is counted, and is in `.problems`
 _EXAMPLES = 3  # leaves shown of those that the same rules match
+_TREE = (
+    "give a checkpoint of the target's form with --like (a fresh one will do), or both models with "
+    "--twin; or state `shape` and `dtype`, with no capture in the last name"
+)
 _HINTED = 20  # problems of one kind that get a suggestion: difflib is slow on long lists
 
 
@@ -78,12 +83,14 @@ def make_plan(
     to: Side,
     target: Mapping[str, Any] | None,
     partial: bool,
+    idle: Collection[int],
 ) -> Plan:
     """`RuleBook.plan`; `hits` finds every pattern on a side that matches a path."""
     if to not in ("linen", "nnx"):
         raise ValueError(f"`to` is linen or nnx, got {to!r}")
     wanted = None if target is None else _specs(target)
     attempt = _Attempt(rules, hits, to, _specs(leaves), wanted)
+    attempt.used.update(idle)
     attempt.match()
     attempt.fill()
     attempt.check(partial)
@@ -217,11 +224,12 @@ class _Attempt:
             pattern = rule.side(self.to)[0]
             if self.target is not None:
                 wanted = {p: s for p, s in self.target.items() if pattern.match(p) is not None}
-            elif pattern.literal and init.spec:
-                wanted = {pattern.text: init.spec}
+            elif init.spec:
+                wanted = dict.fromkeys(self._places(pattern), init.spec)
             else:
-                self._fault(number, "needs `shape`, `dtype` and no capture, or a target tree")
-                continue
+                wanted = {}
+            if self.target is None and not wanted:
+                self._fault(number, f"cannot be placed or shaped: {_TREE}")
             if wanted:
                 self.used.add(number)
             for path, spec in wanted.items():
@@ -229,6 +237,21 @@ class _Attempt:
                     self._fault(number, f"states {init.spec}, the target's `{path}` is {spec}")
                 fill = Fill(init.fill, init.stddev, init.seed, path, spec)
                 self.steps.append(Step(rule, (), (path,), (fill,), (spec,)))
+
+    def _places(self, pattern: Pattern) -> list[str]:
+        """Where a pattern fills a leaf, if no target tree says so: beside the leaves that move.
+
+        With `layers/{i}/key/kernel` moved to the layers 0 and 1, `layers/{i}/key/bias` is filled in
+        both: each node that its parent matches gets one.
+        """
+        if pattern.literal:
+            return [pattern.text]
+        node, _, name = pattern.text.rpartition("/")
+        if not node or "{" in name:
+            return []
+        parent = Pattern(node)
+        nodes = branches_of(path for step in self.steps for path in step.targets)
+        return [f"{node}/{name}" for node in sorted(nodes) if parent.match(node) is not None]
 
     def check(self, partial: bool) -> None:
         """Checks what the steps write against each other, the book and the target."""

@@ -166,6 +166,7 @@ class RuleBook:
         to: Side,
         target: Mapping[str, Any] | None = None,
         partial: bool = False,
+        idle: Collection[int] = (),
     ) -> Plan:
         """Plans a translation without touching data.
 
@@ -175,6 +176,7 @@ class RuleBook:
           target: the same for the other side, if known: then every one of its leaves must be
             filled, with its shape and dtype.
           partial: leave out what no rule matches, and accept idle rules and open target leaves.
+          idle: the numbers of rules that may match nothing.
 
         Raises:
           RuleError: with everything that does not fit, or every leaf that is still unassigned.
@@ -190,7 +192,7 @@ class RuleBook:
                 "`unassigned`, or pass partial=True for what is assigned",
                 problems,
             )
-        return make_plan(self.rules, self.hits, specs, to, target, partial)
+        return make_plan(self.rules, self.hits, specs, to, target, partial, idle)
 
     def to_nnx(
         self,

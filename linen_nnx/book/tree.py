@@ -1,6 +1,6 @@
 """Nested dicts to `/`-joined paths and back: the only tree form that the translator knows."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -71,3 +71,19 @@ def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
     if problems:
         raise ValueError("The paths do not form a tree: " + "; ".join(problems))
     return tree
+
+
+def branches_of(paths: Iterable[str]) -> set[str]:
+    """Every inner node above some paths.
+
+    Example:
+      >>> sorted(branches_of(["a/b/kernel", "a/bias"]))
+      ['a', 'a/b']
+    """
+    found: set[str] = set()
+    for path in paths:
+        node = path.rpartition("/")[0]
+        while node and node not in found:
+            found.add(node)
+            node = node.rpartition("/")[0]
+    return found

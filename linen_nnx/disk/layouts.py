@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 from linen_nnx.book.ops import Cast, Spec
 from linen_nnx.book.plan import RuleError
-from linen_nnx.disk.carry import Move, Place
+from linen_nnx.disk.moves import Move, Place
 from linen_nnx.disk.state import OPTIMIZER, Form, Id, State
 from linen_nnx.disk.store import DICT, SEQUENCE, Key, Leaf, common_sharding, make_key, repeated
 
@@ -130,14 +130,15 @@ class _Context:
         in_optimizer = place.in_optimizer or (self.optimizer and place.path == "step")
         if not self.to.flat and (in_optimizer or mirrored):
             names = ["optimizer"] * in_optimizer + [key.name for key in prefix]
-            return _dicts(*names, *mirrored, *["value"] * (not place.branch))
+            box = ["value"] * (not place.branch)
+            return (*_dicts(*names, *mirrored, *box), *place.tail)
         if self.to.flat and not self.source.flat and in_optimizer:
             # Chains are tuples, and a state of nnx has digits for their indices.
             kinds = (SEQUENCE if key.name.isdigit() else DICT for key in prefix)
             prefix = tuple(
                 make_key(key.name, kind) for key, kind in zip(prefix, kinds, strict=True)
             )
-        return (*prefix, *_dicts(*mirrored))
+        return (*prefix, *_dicts(*mirrored), *place.tail)
 
 
 def _dicts(*names: str) -> tuple[Key, ...]:

@@ -2,31 +2,45 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
 from linen_nnx.book.grammar import did_you_mean
-from linen_nnx.book.ops import Spec
+from linen_nnx.book.ops import Side, Spec
 from linen_nnx.book.plan import RuleError
 from linen_nnx.book.rules import RuleBook
 from linen_nnx.disk import ocdbt
-from linen_nnx.disk.carry import carry
+from linen_nnx.disk.carry import Carried, carry
 from linen_nnx.disk.complete import check_complete
 from linen_nnx.disk.layouts import lay_out
 from linen_nnx.disk.rekey import Job, choose, kept
+from linen_nnx.disk.sides import guess_side
 from linen_nnx.disk.sources import Source, find
-from linen_nnx.disk.state import STAGES, Form, State, guess_side, read_state
+from linen_nnx.disk.state import STAGES, Form, State, read_state
 from linen_nnx.disk.store import INDEX, Key, Leaf, fresh_metadata
 
 REPORT, RULES = "report.json", "rules.yaml"
 # Measured: Python, and what each leaf takes; tensorstore, and the batch being committed.
 _BASE_MEMORY, _LEAF_MEMORY, _STREAM_MEMORY = 22 << 20, 5 << 10, 68 << 20
 _COPIES = 5  # of a streamed change: sources, targets, and both encoded and on their way
+MODEL_ALONE = (".safetensors", ".npz")
+"""The formats of files that hold arrays by flat names, and so no training state."""
+
+
+class Options(NamedTuple):
+    """What was asked of a conversion beside its target, as a report keeps it for `verify`."""
+
+    reset_optimizer: bool = False
+    model_only: bool = False
+    side: Side | None = None
+    item: str | None = None
+    step: int | None = None
+    prefix: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -40,7 +54,9 @@ class Conversion:
     jobs: tuple[Job, ...]
     target: str
     """The form as it was asked for."""
-    reset_optimizer: bool
+    options: Options
+    as_they_are: tuple[str, ...]
+    """The arrays that mirror no parameter, and go along as they are."""
     notes: tuple[str, ...]
     """What a person should know."""
     suffix: str
@@ -107,10 +123,11 @@ class Conversion:
             "found": f"{self.source}: {self.state.layout}",
             "to": str(self.to),
             "target": self.target,
-            "reset_optimizer": self.reset_optimizer,
+            **self.options._asdict(),
             "leaves": dict(sorted(engines.items())),
             "dropped": self.dropped,
             "filled": self.filled,
+            "as_they_are": list(self.as_they_are),
             "bytes": sum(job.nbytes for job in self.jobs),
             "bytes_streamed": self.bytes_streamed,
             "peak_memory": self.peak_memory,
@@ -150,6 +167,9 @@ def plan_conversion(
     suffix: str = "",
     part: str = "checkpoints",
     prefix: Sequence[str] = (),
+    model_only: bool = False,
+    side: Side | None = None,
+    specs: Mapping[str, Any] | None = None,
 ) -> Conversion:
     """Plans the conversion of the checkpoint at `path`.
 
@@ -162,46 +182,97 @@ def plan_conversion(
       item: which item of a step holds the state, if several may.
       like: a checkpoint that the result must equal in all but values.
       reset_optimizer: leave the optimizer's state out.
-      suffix: of the file to be written, if it is one: all but the model is left out then.
+      suffix: of the file to be written, if it is one.
       part: the folder of a run directory, `checkpoints` or `best`.
       prefix: which group of steps, where a folder has several: see `sources.find`.
+      model_only: leave out all but the model.
+      side: which side the checkpoint is of, where neither it nor the rule book tells.
+      specs: the shape and dtype of each leaf of the target's model by path, where they are known.
 
     Raises:
       StoreError: if there is no checkpoint, or it cannot be read.
       RuleError: with everything that does not fit.
     """
+    options = Options(reset_optimizer, model_only, side, item, step, tuple(prefix))
     source = find(path, step, item, part, prefix)
     form, target = _forms(source, to)
     book = _rule_book(source, rules)
     if form is None:
-        side = guess_side(source.leaves, book)
-        if side == target.side:
-            raise RuleError(f"{path} cannot go to {to}", [f"it looks like {side} form already"])
-        form = Form(side)
-    state = read_state(source.leaves, form, book)
-    notes = [*source.notes, *check_complete(source.items)]
-    if suffix or source.is_file:
-        if state.rest:
-            notes.append(f"files hold the model alone: {len(state.rest)} other leaves are left out")
-        state = State(state.form, f"{state.layout} (the model alone)", state.model)
+        form = Form(_side(source, book, target.side, side))
+    state = _chosen(read_state(source.leaves, form, book), suffix, model_only)
     wanted = None
     if like is not None:
         given = like if isinstance(like, Source) else find(like)
         wanted = read_state(given.leaves, target, book)
-    moves = carry(state, target, book, wanted, reset_optimizer)
     origin = _origin(source, target, book)
-    changes = lay_out(moves, state.form, target, wanted, origin)
-    optimizer = any(place.in_optimizer for move in moves for place in move.targets)
-    if target.flat and not state.form.flat and optimizer and not (wanted or origin):
+    if model_only:
+        wanted, origin = (s and State(s.form, s.layout, s.model) for s in (wanted, origin))
+    carried = carry(state, target, book, wanted, reset_optimizer, origin, specs)
+    changes = lay_out(carried.moves, state.form, target, wanted, origin)
+    items = source.items
+    zarr3 = bool(items) and items[0].zarr3
+    jobs = tuple(choose(change, zarr3) for change in changes)
+    notes = [*source.notes, *check_complete(source.items), *carried.notes]
+    notes += _notes(carried, state, target, settled=bool(wanted or origin))
+    as_they_are = tuple(carried.as_they_are)
+    return Conversion(
+        source, state, target, book, jobs, to, options, as_they_are, tuple(notes), suffix
+    )
+
+
+def _side(source: Source, book: RuleBook, target: Side, given: Side | None) -> Side:
+    """The side that a stock checkpoint is of: as it was given, or as it looks."""
+    side = given or guess_side(source.leaves, book)
+    if side is None:
+        raise RuleError(
+            f"{source.path} may be of either form",
+            ["names and rule book fit both: say which with --from linen or --from nnx"],
+        )
+    if side == target:
+        how = "is said to be in" if given else "looks like"
+        hint = "" if given else "; if it is not, say so with --from"
+        text = f"it {how} {side} form already{hint}"
+        raise RuleError(f"{source.path} cannot go to {target}", [text])
+    return side
+
+
+def _chosen(state: State, suffix: str, model_only: bool) -> State:
+    """The part of a state that was asked for. Refuses what a file's format cannot hold."""
+    lost = [leaf.path for leaf in state.rest.values() if not leaf.empty]
+    if model_only:
+        return State(state.form, f"{state.layout} (the model alone)", state.model)
+    if lost and suffix in MODEL_ALONE:
+        shown = ", ".join(f"`{path}`" for path in lost[:3])
+        more = ", ..." if len(lost) > 3 else ""
+        raise RuleError(
+            f"a {suffix} file holds the model alone",
+            [
+                f"{len(lost)} leaves would be lost ({shown}{more}): write a directory or a "
+                ".msgpack file, or leave them out with --model-only"
+            ],
+        )
+    return state
+
+
+def _notes(carried: Carried, state: State, target: Form, settled: bool) -> list[str]:
+    """What a person should know of the result.
+
+    settled: whether a tree is known that the result must be restored into.
+    """
+    notes: list[str] = []
+    optimizer = any(place.in_optimizer for move in carried.moves for place in move.targets)
+    if target.flat and not state.form.flat and optimizer and not settled:
         notes.append(
             "nnx form lacks the empty states of an optimizer chain, which a restore into a "
             "TrainState needs: save a fresh TrainState of the same model and optimizer with "
             "Orbax, and convert again with --like and its path"
         )
-    items = source.items
-    zarr3 = bool(items) and items[0].zarr3
-    jobs = tuple(choose(change, zarr3) for change in changes)
-    return Conversion(source, state, target, book, jobs, to, reset_optimizer, tuple(notes), suffix)
+    if not target.flat:
+        notes.append(
+            "Linen keeps no random state: a model that has some is restored into "
+            "`nnx.state(model, nnx.All(nnx.Variable, nnx.Not(nnx.RngState)))`"
+        )
+    return notes
 
 
 def _forms(source: Source, to: str) -> tuple[Form | None, Form]:

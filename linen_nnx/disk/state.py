@@ -7,15 +7,14 @@ variables, bare parameters), stock nnx (`nnx.State` of a model, of `nnx.Optimize
 template's own runs, whose halves may differ in form.
 """
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from linen_nnx.book.ops import Side
 from linen_nnx.book.plan import RuleError
 from linen_nnx.book.rules import RuleBook
-from linen_nnx.disk.store import DICT, Key, Leaf
+from linen_nnx.disk.store import DICT, SEQUENCE, Key, Leaf
 
 HALVES = ("encoder", "head")
 STAGES: dict[str, tuple[Side, Side]] = {
@@ -74,24 +73,44 @@ def read_state(leaves: Sequence[Leaf], form: Form, book: RuleBook) -> State:
     return _read_flat(tree, form, book) if form.flat else _read_nnx(tree, book)
 
 
-def guess_side(leaves: Sequence[Leaf], book: RuleBook) -> Side:
-    """The side that a stock tree looks like.
-
-    Linen trees have a level `params`, those of nnx end in `value`; the rule book tells bare
-    parameters from a pure dict.
-    """
-    if any("params" in leaf.path.split("/")[:3] for leaf in leaves):
-        return "linen"
-    hits = book.hits
-    bare = sum(bool(hits("linen", f"params/{leaf.path}")) for leaf in leaves)
-    pure = sum(bool(hits("nnx", leaf.path)) for leaf in leaves)
-    boxed = any(leaf.keys[-1] == ("value", DICT) for leaf in leaves)
-    return "linen" if bare > pure and not boxed else "nnx"
-
-
 def names_of(path: str) -> list[str]:
     """The key names of a neutral path."""
     return path.removeprefix("../").split("/")
+
+
+def is_key(leaf: Leaf) -> bool:
+    """Whether a leaf looks like a random key: a typed one, or the raw words of one."""
+    spec = leaf.spec
+    return str(spec.dtype).startswith("key<") or (
+        str(spec.dtype) == "uint32" and spec.shape in ((2,), (4,))
+    )
+
+
+def unruled(state: State, book: RuleBook) -> Iterator[tuple[str, list[Id]]]:
+    """The leaves of an nnx model that no rule matches and that no Linen model has; and why.
+
+    A Dropout with a stream of its own holds `drop/rngs/key` and `drop/rngs/count`; a module may
+    hold arrays that are no `nnx.Variable`, which a state saves without a box around them.
+    """
+    alone = [id for id in state.model if not book.hits("nnx", id.path)]
+    random = [id for id in alone if _is_random(id, state.model)]
+    if random:
+        yield "the random state of nnx is left out, as Linen takes its keys in each call", random
+    boxed = any(leaf.keys[-1].name == "value" for leaf in state.model.values())
+    plain = [id for id in alone if state.model[id].keys[-1].name != "value" and id not in random]
+    if boxed and plain:
+        yield "constants of modules (arrays that are no nnx.Variable) are left out", plain
+
+
+def _is_random(id: Id, model: Mapping[Id, Leaf]) -> bool:
+    """Whether a leaf is the key of an nnx random stream, or its count."""
+    node, slash, name = id.path.rpartition("/")
+    key, count = (model.get(Id(id.collection, f"{node}{slash}{n}")) for n in ("key", "count"))
+    if name not in ("key", "count") or key is None or count is None:
+        return False
+    if key.zarr is None or count.zarr is None:
+        return False
+    return is_key(key) and str(count.spec.dtype) == "uint32"
 
 
 def _without_boxes(
@@ -99,21 +118,42 @@ def _without_boxes(
 ) -> list[tuple[Names, Leaf]]:
     """The key names of each leaf without the level `value` of `nnx.State` and of boxes.
 
-    That level is the only child of its parent. A parameter of that name may be, too: then the
-    rule book knows the path with it and not the path without.
+    That level is the only child of its parent, and the last or before the numbers of a list. A
+    parameter of that name may be, too: then the rule book knows the path with it and not the path
+    without.
     """
-    children: Counter[tuple[Key, ...]] = Counter()
-    if any(leaf.keys[-1] == ("value", DICT) for leaf in leaves):
-        children.update([leaf.keys[:n] for leaf in leaves for n in range(len(leaf.keys))])
+    children: dict[tuple[Key, ...], set[Key]] = {}
+    for leaf in leaves:
+        for n, key in enumerate(leaf.keys):
+            if key == _BOX:
+                children.setdefault(leaf.keys[:n], set())
+    for leaf in leaves if children else ():
+        for n, key in enumerate(leaf.keys):
+            if leaf.keys[:n] in children:
+                children[leaf.keys[:n]].add(key)
+    boxes = {node for node, keys in children.items() if keys == {_BOX}}
     tree = []
     for leaf in leaves:
         names = tuple([key[0] for key in leaf.keys])
-        if len(names) > 1 and leaf.keys[-1] == ("value", DICT) and children[leaf.keys[:-1]] == 1:
+        at = _box_in(leaf.keys)
+        if at and leaf.keys[:at] in boxes:
             suffixes = ["/".join(names[n:]) for n in range(len(names) - 1)]
-            own = any(known(s) for s in suffixes) and not any(known(s[:-6]) for s in suffixes)
-            names = names if own else names[:-1]
+            last = at == len(names) - 1
+            own = any(map(known, suffixes)) and not any(known(s[:-6]) for s in suffixes)
+            names = names if last and own else (*names[:at], *names[at + 1 :])
         tree.append((names, leaf))
     return tree
+
+
+_BOX = Key("value", DICT)
+
+
+def _box_in(keys: tuple[Key, ...]) -> int | None:
+    """Where a key path has the level of a box, if it has: last, or before the numbers of a list."""
+    at = len(keys) - 1
+    while at > 0 and keys[at].kind == SEQUENCE:
+        at -= 1
+    return at if keys[at] == _BOX else None
 
 
 def _read_flat(tree: list[tuple[Names, Leaf]], form: Form, book: RuleBook) -> State:
@@ -133,10 +173,11 @@ def _read_flat(tree: list[tuple[Names, Leaf]], form: Form, book: RuleBook) -> St
     base, layout = head, "variables"
     if any(names[: depth + 2] == (*head, "params", "params") for names, _ in tree):
         base, layout = (*head, "params"), "variables below `params`"
-    collections = {"params"} | {p.text.split("/")[0] for r in book.rules for p in r.linen}
+    known = _collections(book)
     model, rest = {}, {}
     for names, leaf in tree:
-        if names[: len(base)] == base and names[len(base)] in collections:
+        inside = len(names) > len(base) + 1 and names[: len(base)] == base
+        if inside and known(names[len(base) :]):
             model[Id(names[len(base)], "/".join(names[len(base) + 1 :]))] = leaf
         elif names[:depth] == head:
             rest["/".join(names[depth:])] = leaf
@@ -148,6 +189,22 @@ def _read_flat(tree: list[tuple[Names, Leaf]], form: Form, book: RuleBook) -> St
         layout = "TrainState" if layout == "variables" else f"TrainState, {layout}"
     where = f" in `{'/'.join(head)}`" if head else ""
     return State(form, layout + where, model, rest)
+
+
+def _collections(book: RuleBook) -> Callable[[Names], bool]:
+    """Says of a path whether it is one of the model, by the first of its names.
+
+    What rules know only to drop is a collection as far as they drop it: the rest of such a field
+    of a training state stays in it.
+    """
+    kept, dropped = {"params"}, set[str]()
+    for rule in book.rules:
+        heads = {pattern.text.split("/")[0] for pattern in rule.linen if "/" in pattern.text}
+        (kept if rule.nnx or rule.init else dropped).update(heads - {OPTIMIZER})
+    dropped -= kept
+    return lambda names: (
+        names[0] in kept or (names[0] in dropped and bool(book.hits("linen", "/".join(names))))
+    )
 
 
 def _read_nnx(tree: list[tuple[Names, Leaf]], book: RuleBook) -> State:
@@ -182,7 +239,9 @@ def _read_nnx(tree: list[tuple[Names, Leaf]], book: RuleBook) -> State:
     layout += f", and of its optimizer in `{'/'.join(owner)}`" if owner else ""
     state = State(Form("nnx"), layout, rest=rest)
     for names, leaf in model:
-        if names[: len(head)] == head:
+        # Beside a bare state of a model, a single number or array without a box is no variable.
+        single = boxed and not head and leaf.keys[-1].name != "value" and len(names) == 1
+        if names[: len(head)] == head and not (single and not book.hits("nnx", names[0])):
             state.model[Id("", "/".join(names[len(head) :]))] = leaf
         elif "/".join(names) in rest:
             raise RuleError("The layout is ambiguous", [f"`{'/'.join(names)}` occurs twice"])

@@ -9,8 +9,9 @@ import numpy as np
 from linen_nnx.book.ops import Side as Name
 from linen_nnx.book.plan import RuleError
 from linen_nnx.book.rules import RuleBook
+from linen_nnx.disk.sides import guess_side
 from linen_nnx.disk.sources import find
-from linen_nnx.disk.state import HALVES, Form, guess_side, read_state
+from linen_nnx.disk.state import HALVES, Form, read_state
 from linen_nnx.infer.dataflow import flow
 from linen_nnx.infer.fingerprints import distinct
 from linen_nnx.infer.sides import Side, in_order
@@ -149,7 +150,7 @@ def _check(side: Side, leaves: Mapping[str, Any]) -> None:
 def _saved(path: str | Path, book: RuleBook) -> tuple[Name, Leaves]:
     """The model's leaves in a checkpoint, and their form; a hybrid of this template becomes nnx."""
     source = find(path)
-    side = "linen" if source.run else guess_side(source.leaves, book)
+    side = "linen" if source.run else guess_side(source.leaves, book) or "nnx"
     form = Form(side, source.run["stage"] if source.run else None)
     model = read_state(source.leaves, form, book).model
     arrays = dict(zip(model, source.reader.read(list(model.values())), strict=True))

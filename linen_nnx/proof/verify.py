@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from linen_nnx.book.plan import RuleError
 from linen_nnx.disk import digests
-from linen_nnx.disk.planning import REPORT, RULES, Conversion, plan_conversion
+from linen_nnx.disk.planning import (
+    MODEL_ALONE,
+    REPORT,
+    RULES,
+    Conversion,
+    Options,
+    plan_conversion,
+)
 from linen_nnx.disk.rekey import Job
 from linen_nnx.disk.sources import SUFFIXES, Source, find, parts
 from linen_nnx.disk.state import State, read_state
@@ -80,8 +87,9 @@ def verify(
         chosen = options if part == "checkpoints" else {**options, "step": None}
         step = chosen.get("step") if out.is_dir() and not (out / "_METADATA").exists() else None
         result = find(out, step, part=part)
-        target, reset = _asked(result, to)
-        chosen = {"reset_optimizer": reset, **chosen, "like": result, "part": part}
+        target, asked = _asked(result, to)
+        said = {name: value for name, value in chosen.items() if value}
+        chosen = {**asked, **said, "like": result, "part": part}
         for check in _verify_one(path, result, target, chosen, progress, twin, build):
             checks.append(replace(check, name=label + check.name))
             report(checks[-1])
@@ -94,15 +102,16 @@ def _once(own_runs: OwnRuns) -> OwnRuns:
     return lambda run: known(json.dumps(run, sort_keys=True))
 
 
-def _asked(result: Source, to: str | None) -> tuple[str, bool]:
-    """What the conversion was asked for, by its report."""
+def _asked(result: Source, to: str | None) -> tuple[str, dict[str, Any]]:
+    """What the conversion was asked for, by its report: its target and its options."""
     try:
         report = json.loads((result.folder / REPORT).read_text())
-        return to or report["target"], report["reset_optimizer"]
+        options = {name: report[name] for name in Options._fields if name in report}
+        return to or report["target"], options
     except (OSError, ValueError, KeyError, TypeError):
         if to is None:
             raise StoreError(f"{result.folder} has no readable {REPORT}: say --to") from None
-        return to, False
+        return to, {"model_only": result.folder.suffix in MODEL_ALONE}
 
 
 def _verify_one(
@@ -167,7 +176,8 @@ def _inverse(conversion: Conversion, result: Source, part: str, intact: bool) ->
         return Check(name, None, ("a stock layout does not say of which stage it was",))
     form = conversion.state.form
     step = result.step.number if result.step else None
-    options = {"step": step, "like": source, "part": part}
+    options: dict[str, Any] = {"step": step, "like": source, "part": part}
+    options["model_only"] = conversion.options.model_only
     try:
         back = plan_conversion(result.path, form.stage or form.side, conversion.book, **options)
     except (RuleError, StoreError) as error:
