@@ -313,7 +313,7 @@ def test_init_without_a_target_needs_a_shape_of_its_own():
     stated = book({"nnx": "gate", "ops": [init]})
     same_bits(stated.to_nnx({}), {"gate": np.ones(2, ml_dtypes.bfloat16)})
     bare = book({"nnx": "gate", "ops": [{"op": "init", "fill": "ones"}]})
-    assert "or a target tree" in problems(bare.to_nnx, {})
+    assert "give a target tree" in problems(bare.to_nnx, {})
     assert "states bfloat16[2]" in problems(stated.to_nnx, {}, target={"gate": zeros(3)})
 
 

@@ -21,8 +21,9 @@ from linen_nnx.errors import Refusal
 _SHOWN = 100  # problems in one message; the rest is counted, and is in `.problems`
 _EXAMPLES = 3  # leaves shown of those that the same rules match
 _TREE = (
-    "give a checkpoint of the target's form with --like (a fresh one will do), or both models with "
-    "--twin; or state `shape` and `dtype`, with no capture in the last name"
+    "give a target tree (`target=`; on the command line a checkpoint of that form with --like, a "
+    "fresh one will do, or both models with --twin); or state `shape` and `dtype`, with no capture "
+    "in the last name"
 )
 _HINTED = 20  # problems of one kind that get a suggestion: difflib is slow on long lists
 
