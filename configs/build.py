@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
+from linen_nnx.errors import Refusal
+
 T = TypeVar("T")
 
 
@@ -56,7 +58,7 @@ Share = Annotated[float, Range(low=0, high=1)]
 Decay = Annotated[float, Range(low=0, below=1)]
 
 
-class ConfigError(ValueError):
+class ConfigError(Refusal):
     """Everything wrong with a configuration: `problems` maps a dotted key to what is wrong."""
 
     def __init__(self, problems: Mapping[str, str]) -> None:

@@ -25,6 +25,7 @@ from jax import Array
 
 from linen_nnx import RuleBook
 from linen_nnx.book.tree import flatten, unflatten
+from linen_nnx.errors import Refusal
 from model.families import Family
 from model.shared import Key, fold
 
@@ -49,7 +50,7 @@ STAGES: dict[str, Form] = {
 HALVES = ("encoder", "head")
 
 
-class VariablesError(ValueError):
+class VariablesError(Refusal):
     """Variables that do not fit the stage they are given to; the message lists every difference."""
 
 

@@ -1,9 +1,11 @@
 """The error that ends a run with a message and without a traceback."""
 
+from linen_nnx.errors import Refusal
 
-class Refused(Exception):
+
+class Refused(Refusal):
     """The run was asked for something that it will not do: the message says what, where, and what
-    to do instead. Reported by `training.cli.run` with exit code 1."""
+    to do instead. Reported by `training.cli.run` with exit code 1, as every `Refusal` is."""
 
 
 def refuse(problems: list[str]) -> None:
