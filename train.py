@@ -1,5 +1,10 @@
 """Trains a model at one stage of the migration from Linen to nnx; see `python train.py --help`."""
 
+from training import signals
+
+if __name__ == "__main__":
+    signals.end_on_signals()  # before the imports, which take time
+
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,23 +20,19 @@ def main(cfg: Config) -> float | None:
         The lowest validation loss of a run that has trained: what a sweeper goes by.
 
     Raises:
-        Refused: with a message alone for whatever a person can put right.
+        Refusal: with a message alone for whatever a person can put right.
+        SystemExit: 130 or 143 when a signal has stopped the run, with its state saved; the other
+            jobs of a --multirun do not begin then.
     """
-    from linen_nnx import RuleError
-    from model.stages import VariablesError
-    from training.errors import Refused
     from training.evaluation import report
     from training.loop import train
     from training.metrics import read
 
-    try:
-        if cfg.mode == "eval":
-            return report(cfg)
-        stopped = train(cfg)
-    except (RuleError, VariablesError) as error:
-        raise Refused(str(error)) from None
-    if stopped:
-        raise SystemExit(0)  # so that the other jobs of a --multirun do not begin
+    if cfg.mode == "eval":
+        return report(cfg)
+    stopped_by = train(cfg)
+    if stopped_by is not None:
+        raise SystemExit(signals.exit_code(stopped_by))
     losses = [row["loss"] for row in read(Path(cfg.run_dir)) if row["split"] == "eval"]
     return min(losses, default=None)
 

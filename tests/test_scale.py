@@ -20,7 +20,7 @@ from configs import schema
 from configs.build import ConfigError
 from model import families
 from model.stages import Stage
-from training import cli, mesh, processes, start
+from training import cli, mesh, processes, signals, start
 from training.datasets import load
 from training.errors import Refused
 from training.state import Program, State
@@ -289,7 +289,7 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(
     pair.processes[to].send_signal(number)
     ends = pair.end()
 
-    assert [code for code, _, _ in ends] == [0, 0], ends
+    assert [code for code, _, _ in ends] == [signals.exit_code(signal.SIGTERM)] * 2, ends
     assert "the same command goes on from there" in ends[0][1]
     (saved,) = (run_dir / "checkpoints").iterdir()
     assert curve(run_dir).count(b"\n") == int(saved.name)

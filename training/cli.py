@@ -2,8 +2,8 @@
 
 `run(main)` is the whole of an entry script: Hydra composes the configuration (with `--multirun`,
 `--cfg job`, shell completion and all), `configs.build` checks it, and `main(config)` gets frozen
-dataclasses. A usage error ends with exit code 2, a `Refused` with 1, both with a message alone; any
-other exception is a bug and keeps its traceback. Nothing here imports jax.
+dataclasses. A usage error ends with exit code 2, any other `Refusal` with 1, both with a message
+alone; any other exception is a bug and keeps its traceback. Nothing here imports jax.
 """
 
 import os
@@ -17,7 +17,7 @@ import yaml
 
 from configs.build import ConfigError, build, did_you_mean, paths, show
 from configs.schema import Config
-from training.errors import Refused
+from linen_nnx.errors import Refusal
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 CheckModel = Callable[[Mapping[str, Any]], object]
@@ -50,7 +50,7 @@ def run(main: Callable[[Config], float | None], check_model: CheckModel | None =
         mapping `model`, so that this is reported together with everything else.
 
     Raises:
-      SystemExit: 2 for a usage error, 1 for a `Refused`, 130 for a Ctrl-C that `main` has not
+      SystemExit: 2 for a usage error, 1 for any other `Refusal`, 130 for a Ctrl-C that nobody has
         dealt with; after a message on stderr.
     """
     if {"--help", "-h"} & set(sys.argv[1:]):
@@ -68,7 +68,7 @@ def run(main: Callable[[Config], float | None], check_model: CheckModel | None =
             return main(check(composed, check_model))
         except ConfigError as error:
             _exit(error, 2)
-        except Refused as error:
+        except Refusal as error:
             _exit(error, 1)
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through, for us to report

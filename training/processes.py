@@ -7,13 +7,14 @@ would wait for it in the next step. For a run of one process everything here doe
 """
 
 import dataclasses
+import difflib
 import hashlib
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import TracebackType
 
 import jax
 import numpy as np
@@ -21,10 +22,15 @@ from jax.experimental import multihost_utils
 
 from configs import schema
 from configs.schema import Config
+from training import numerics, signals
 from training.errors import Refused
-from training.terminal import CONSOLE, say
+from training.terminal import CONSOLE
 
 MESSAGE = 2000  # bytes of an error that the other processes are told
+PLATFORMS = ("cpu", "cuda", "gpu", "rocm", "tpu")  # that JAX_PLATFORMS may name
+
+Stop = Callable[[int], int | None]
+"""The signal for which to stop after step k, if there was one; to be asked after every step."""
 
 
 def join(cfg: Config) -> None:
@@ -34,7 +40,8 @@ def join(cfg: Config) -> None:
     process joins once, whatever the number of its runs.
 
     Raises:
-        Refused: when what is known does not suffice, or configurations differ.
+        Refused: when what is known does not suffice, configurations differ, or there is no device
+            of the kind that JAX_PLATFORMS asks for.
     """
     own = cfg.distributed
     launched = any(int(os.environ.get(name, 1)) > 1 for name in _launchers())
@@ -51,6 +58,7 @@ def join(cfg: Config) -> None:
             ) from None
         CONSOLE.quiet = not first()
         sys.excepthook = _leave
+    _find_devices()
     if jax.process_count() == 1:
         return
     text = repr(dataclasses.replace(cfg, distributed=schema.Distributed(None, None, None)))
@@ -96,38 +104,36 @@ def together() -> Iterator[None]:
 
 
 @contextmanager
-def interrupts() -> Iterator[Callable[[int], bool]]:
+def interrupts() -> Iterator[Stop]:
     """SIGTERM and Ctrl-C end the run after the step at hand, in every process after the same one;
     in a run of one process, a second signal ends it at once.
-
-    Yields:
-        Whether to stop after step k; to be asked after every step.
     """
-    received: list[int] = []
+    if jax.process_count() == 1:
+        with signals.counted() as received:
+            yield lambda step: received[0] if received else None
+        return
 
-    def receive(number: int, frame: FrameType | None) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-        say(f"{signal.Signals(number).name}: saving after this step.")
-
-    handlers: dict[signal.Signals, Callable[[int, FrameType | None], None]]
-    if jax.process_count() > 1:
+    def stop(step: int) -> int | None:
         # jax listens to SIGTERM itself, and settles with the other processes where to stop.
-        handlers = {signal.SIGINT: lambda *_: signal.raise_signal(signal.SIGTERM)}
-        stop = multihost_utils.reached_preemption_sync_point
-    else:
-        handlers = dict.fromkeys((signal.SIGTERM, signal.SIGINT), receive)
+        return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else None
 
-        def stop(step_id: int) -> bool:
-            return bool(received)
-
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
+    with signals.handled({signal.SIGINT: lambda *_: signal.raise_signal(signal.SIGTERM)}):
         yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+
+
+def _find_devices() -> None:
+    """Has JAX look for its devices, which it does once; refuses what it cannot find."""
+    try:
+        jax.devices()
+    except Exception as error:  # RuntimeError; AssertionError for cuda without JAX's package for it
+        asked = numerics.setting("jax_platforms")
+        reason = str(error).partition("(set JAX_PLATFORMS")[0].strip() or "there is none"
+        close = difflib.get_close_matches(str(asked), PLATFORMS, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close and close[0] != asked else ""
+        raise Refused(
+            f"JAX_PLATFORMS={asked} asks for a device that JAX cannot use here: {reason}.{hint} "
+            "Leave JAX_PLATFORMS out to take what there is, or give JAX_PLATFORMS=cpu."
+        ) from None
 
 
 def _launchers() -> Iterator[str]:
