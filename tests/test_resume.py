@@ -1,5 +1,6 @@
 """A run that is cut short in any way and continued equals one that was not, bit for bit."""
 
+import errno
 import fcntl
 import json
 import os
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 from conftest import QUIET, SMALL, STAGES, Train
 
-from training import start
+from training import lock, signals, start
 from training.errors import Refused
 
 ROOT = Path(__file__).parent.parent
@@ -84,7 +85,7 @@ def test_a_signal_saves_and_ends_the_run_cleanly(train: Train, tmp_path: Path, n
     process.send_signal(number)
     output, _ = process.communicate()
 
-    assert process.returncode == 0, output
+    assert process.returncode == signals.exit_code(number), output
     assert "goes on from there" in output
     (step,) = (int(entry.name) for entry in (run_dir / "checkpoints").iterdir())
     assert curve(run_dir).count(b"\n") == step
@@ -103,7 +104,7 @@ def test_a_signal_ends_a_multirun_with_the_run_at_hand(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate()
 
-    assert process.returncode == 0, output
+    assert process.returncode == signals.exit_code(signal.SIGTERM), output
     assert "goes on from there" in output
     assert not (tmp_path / "run-nnx").exists()
 
@@ -235,23 +236,50 @@ def test_a_run_directory_of_another_experiment_is_refused(train: Train) -> None:
         train("digits", "steps=4", f"init_from={run_dir}")
 
 
-def test_what_another_process_has_trained_meanwhile_is_kept(
-    train: Train, monkeypatch: pytest.MonkeyPatch
+def test_a_run_directory_is_held_before_anything_in_it_is_read(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_dir = train("diabetes", "steps=9", "stop_at=2")
-    begin, again = start.begin, ("diabetes", "steps=9", f"run_dir={run_dir}")
+    find, again = start.find, ("diabetes", "steps=3", f"run_dir={tmp_path / 'run'}")
 
     def late(*arguments: Any) -> Any:
-        monkeypatch.setattr(start, "begin", begin)
-        train(*again)
-        return begin(*arguments)
+        monkeypatch.setattr(start, "find", find)
+        with pytest.raises(Refused, match="Another process is training in"):
+            train(*again)
+        return find(*arguments)
 
-    monkeypatch.setattr(start, "begin", late)
-    with pytest.raises(Refused, match=r"has trained in .* meanwhile, to step 9\. Repeat"):
-        train(*again)
+    monkeypatch.setattr(start, "find", late)
 
-    assert curve(run_dir).count(b'"train"') == 9
-    assert (run_dir / "checkpoints" / "9").is_dir()
+    assert curve(train(*again)) == curve(train("diabetes", "steps=3"))
+
+
+def test_a_run_directory_that_a_refused_run_removes_meanwhile_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flock, run_dir = fcntl.flock, tmp_path / "run"
+
+    def late(*arguments: Any) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        run_dir.rmdir()
+        flock(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+
+    with lock.held(run_dir):
+        assert run_dir.is_dir()
+        with pytest.raises(Refused, match="Another process"), lock.held(run_dir):
+            pass
+    assert not run_dir.exists()
+
+
+def test_a_file_system_without_locks_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def flock(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with lock.held(tmp_path):
+        assert f"The file system of {tmp_path} has no locks" in capsys.readouterr().out
 
 
 def test_two_processes_do_not_train_in_one_run_directory(train: Train) -> None:

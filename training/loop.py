@@ -1,7 +1,6 @@
 """The training loop, from top to bottom: set-up, start, steps, evaluation, saving, summary."""
 
 import dataclasses
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -11,9 +10,10 @@ from typing import Any
 import jax
 
 from configs.schema import Config
-from training import data, processes, samples, start, summary
+from training import data, lock, processes, samples, start, summary
 from training.board import Board
 from training.checkpoints import Checkpoints, save_aside
+from training.datasets import Dataset
 from training.errors import Refused
 from training.evaluation import evaluate
 from training.metrics import Metrics
@@ -25,22 +25,27 @@ from training.terminal import Terminal, say
 PROFILED = range(5, 15)  # steps after the first that debug=profile records
 
 
-def train(cfg: Config) -> bool:
+def train(cfg: Config) -> int | None:
     """Trains as configured; returns when the run has ended or was asked to stop.
 
     Returns:
-        Whether a signal has stopped it.
+        The signal that has stopped it, with its state saved; None where none has.
 
     Raises:
-        Refused: for anything that cannot be done as asked; nothing has been overwritten then.
+        Refusal: for anything that cannot be done as asked; nothing has been overwritten then.
         ConfigError: for model options that do not fit the data; nothing has been written then.
     """
-    # Set-up: processes, data, model, optimizer. Nothing is written yet.
+    # Set-up: processes, data, model, optimizer. Nothing of the run directory is read yet.
     dataset, program, example = prepare(cfg)
+    with lock.held(Path(cfg.run_dir)):
+        return _train(cfg, dataset, program, example)
+
+
+def _train(cfg: Config, dataset: Dataset, program: Program, example: dict[str, Any]) -> int | None:
     with processes.together():
         batches = data.train_iterator(dataset, cfg.data, *share())
 
-    # Start: resume, init_from or scratch. From here on the run directory is this run's.
+    # Start: resume, init_from or scratch. Nothing is written yet.
     saved = start.find(cfg)
     step = first = 0 if saved is None else saved.step
     last = cfg.stop_at or cfg.steps
@@ -57,8 +62,10 @@ def train(cfg: Config) -> bool:
     compiling.result()
     with _checks(cfg):  # what cannot be traced, from this very state, writes nothing
         jax.eval_shape(program.train_step, state, example)
+
+    # From here on the run directory is this run's.
     with processes.together():
-        lock = start.write_run(cfg, program.rules, first)
+        start.write_run(cfg, program.rules)
     writes = processes.first()
     run_dir = Path(cfg.run_dir)
     metrics = Metrics(run_dir, first, write=writes)
@@ -69,52 +76,52 @@ def train(cfg: Config) -> bool:
     recorder = Recorder(metrics, board, terminal, cfg.log_every)
 
     # Steps. What is due after step k is done before batch k + 1 is drawn.
-    batch, sample, stopped = None, None, False
+    batch, sample, stopped_by = None, None, None
     ended = step >= last or _patience_lost(cfg, metrics)
     if ended:
         say("Nothing is left to train; another run_dir begins anew.")
-    try:
-        with terminal, processes.interrupts() as stop, _checks(cfg), ExitStack() as profile:
-            while not ended:
-                if cfg.debug.mode == "profile" and step - first == PROFILED.start and writes:
-                    compiled = program.train_step.lower(state, example).compile()
-                    (run_dir / "train_step.hlo.txt").write_text(compiled.as_text() or "")
-                    profile.callback(say, f"The profile in {run_dir} is for TensorBoard or xprof.")
-                    profile.enter_context(jax.profiler.trace(run_dir))
-                if batch is None or cfg.debug.mode != "overfit":
-                    batch = program.place(next(batches))
-                state, values = program.train_step(state, batch)
-                step += 1
-                recorder.train(step, values)
-                if step - first == PROFILED.stop:
-                    jax.block_until_ready(state)
-                    profile.close()
-                if _due(step, cfg.eval.every) or step == cfg.steps:
-                    recorder.drain()
-                    if recorder.eval(step, evaluate(cfg, program, dataset, state)):
+    with processes.interrupts() as stop:
+        try:
+            with terminal, _checks(cfg), ExitStack() as profile:
+                while not ended:
+                    if cfg.debug.mode == "profile" and step - first == PROFILED.start and writes:
+                        compiled = program.train_step.lower(state, example).compile()
+                        (run_dir / "train_step.hlo.txt").write_text(compiled.as_text() or "")
+                        words = f"The profile in {run_dir} is for TensorBoard or xprof."
+                        profile.callback(say, words)
+                        profile.enter_context(jax.profiler.trace(run_dir))
+                    if batch is None or cfg.debug.mode != "overfit":
+                        batch = program.place(next(batches))
+                    state, values = program.train_step(state, batch)
+                    step += 1
+                    recorder.train(step, values)
+                    if step - first == PROFILED.stop:
+                        jax.block_until_ready(state)
+                        profile.close()
+                    if _due(step, cfg.eval.every) or step == cfg.steps:
+                        recorder.drain()
+                        if recorder.eval(step, evaluate(cfg, program, dataset, state)):
+                            metrics.sync()
+                            checkpoints.save(state, batches.get_state(), best=True)
+                        if cfg.log.tensorboard:
+                            sample = samples.show(cfg, program, dataset, state, board)
+                    if cfg.log.tensorboard and _due(step, cfg.log.histograms_every):
+                        leaves = program.view.leaves(state.variables["params"])
+                        fetched = program.fetch(leaves)  # by every process
+                        if writes:
+                            board.histograms(step, fetched)
+                    stopped_by = stop(step)
+                    ended = step == last or stopped_by is not None or _patience_lost(cfg, metrics)
+                    if _due(step, cfg.checkpoint.every) or ended:
+                        recorder.drain()
                         metrics.sync()
-                        checkpoints.save(state, batches.get_state(), best=True)
-                    if cfg.log.tensorboard:
-                        sample = samples.show(cfg, program, dataset, state, board)
-                if cfg.log.tensorboard and _due(step, cfg.log.histograms_every):
-                    leaves = program.view.leaves(state.variables["params"])
-                    fetched = program.fetch(leaves)  # by every process
-                    if writes:
-                        board.histograms(step, fetched)
-                stopped = stop(step)
-                ended = step == last or stopped or _patience_lost(cfg, metrics)
-                if _due(step, cfg.checkpoint.every) or ended:
-                    recorder.drain()
-                    metrics.sync()
-                    checkpoints.save(state, batches.get_state())
-    except NonFiniteError as error:
-        raise Refused(_set_aside(error, run_dir, state)) from None
-    finally:
-        checkpoints.close()
-        metrics.close()
-        batches.close()
-        if lock is not None:
-            os.close(lock)
+                        checkpoints.save(state, batches.get_state())
+        except NonFiniteError as error:
+            raise Refused(_set_aside(error, run_dir, state)) from None
+        finally:
+            checkpoints.close()
+            metrics.close()
+            batches.close()
 
     # Summary, where the run is at its end and not only stopped.
     if step == cfg.steps or _patience_lost(cfg, metrics):
@@ -128,7 +135,7 @@ def train(cfg: Config) -> bool:
         how = "without stop_at " if step == cfg.stop_at else ""
         say(f"Saved at step {step} of {cfg.steps}; the same command {how}goes on from there.")
     board.close()
-    return stopped
+    return stopped_by
 
 
 def _compile(cfg: Config, program: Program, example: dict[str, Any]) -> None:
@@ -167,7 +174,11 @@ def _checks(cfg: Config) -> Iterator[None]:
     """debug=nans: the first operation that gives a NaN or an infinity raises FloatingPointError.
 
     As contexts, since some library code turns the global flags off for its thread and on again.
+    What JAX_DEBUG_NANS and JAX_DEBUG_INFS have turned on stays on.
     """
     on = cfg.debug.mode == "nans"
-    with jax.debug_nans(on), jax.debug_infs(on):
+    with (
+        jax.debug_nans(on or jax.debug_nans.value),
+        jax.debug_infs(on or jax.debug_infs.value),
+    ):
         yield

@@ -9,8 +9,6 @@ Nothing is written before every check has passed.
 """
 
 import dataclasses
-import fcntl
-import os
 from pathlib import Path
 from typing import Any
 
@@ -102,56 +100,27 @@ def run_item(cfg: Config, rules: RuleBook | None) -> dict[str, Any]:
     }
 
 
-def write_run(cfg: Config, rules: RuleBook | None, step: int) -> int | None:
-    """Creates the run directory with `config.yaml` and `rules.yaml`, or brings them up to date.
+def write_run(cfg: Config, rules: RuleBook | None) -> None:
+    """Writes `config.yaml` and `rules.yaml` into the run directory, or brings them up to date.
 
     Args:
         cfg, rules: what is written.
-        step: what the run goes on from.
-
-    Returns:
-        A descriptor that holds the directory for this process until it is closed; None in a
-        process that leaves the writing to the first one.
-
-    Raises:
-        Refused: when it cannot be created, another process holds it, or has trained in it since
-            `find` looked.
     """
-    run_dir = Path(cfg.run_dir)
     if not processes.first():
-        return None
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Refused(f"run_dir {run_dir} cannot be created: {error.strerror}.") from None
-    lock = os.open(run_dir, os.O_RDONLY)  # a lock that no kill leaves behind
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise Refused(
-            f"Another process is training in {run_dir}. Wait for it, or choose another run_dir."
-        ) from None
-    newest = max(checkpoints.steps_of(run_dir / "checkpoints"), default=step)
-    if newest != step and not _begins_anew(cfg, newest):
-        os.close(lock)
-        raise Refused(
-            f"Another process has trained in {run_dir} meanwhile, to step {newest}. Repeat "
-            "the command to go on from there."
-        )
+        return
+    run_dir = Path(cfg.run_dir)
     text = yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False)
     part = run_dir / CONFIG_PART
     part.write_text(text)
     part.replace(run_dir / "config.yaml")
     if rules is not None:
         rules.save(run_dir / "rules.yaml")
-    return lock
 
 
 def _own(cfg: Config, run_dir: Path) -> checkpoints.Saved | None:
     """The newest checkpoint of the run directory, if the run may go on from it."""
     # A run that was killed while it wrote its first file has begun nothing.
-    if not run_dir.is_dir() or {entry.name for entry in run_dir.iterdir()} <= {CONFIG_PART}:
+    if {entry.name for entry in run_dir.iterdir()} <= {CONFIG_PART}:
         if cfg.resume == "must":
             raise Refused(f"resume=must, but there is no run in {run_dir}.")
         return None
