@@ -382,7 +382,7 @@ def test_a_damaged_checkpoint_is_not_taken_for_none(train: Train) -> None:
     before = curve(run_dir)
     (run_dir / "checkpoints" / "2" / "data" / "metadata").write_text('{"batches"')
 
-    with pytest.raises(Refused, match=r"checkpoints/2 has no readable item 'data'.*Remove it"):
+    with pytest.raises(Refused, match=r"checkpoints/2/data/metadata cannot be read: .*Remove it"):
         train("diabetes", "steps=4", f"run_dir={run_dir}")
 
     assert curve(run_dir) == before

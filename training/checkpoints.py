@@ -6,9 +6,10 @@ the rule book, so that a checkpoint alone suffices to change stage. `digests.jso
 a hash of every file, for Orbax restores a flipped bit as a wrong value.
 """
 
-import json
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,17 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 from configs import schema
+from configs.build import build
 from linen_nnx.disk import digests
 from model.stages import check
-from training import processes
+from training import processes, reading, vouching
 from training.errors import Refused
 from training.leaves import named
 from training.state import State
+from training.terminal import say
+
+REASON = 300  # characters of an error of Orbax's that a message repeats
+ROOTS = ("checkpoints", "best")  # of a run directory
 
 
 @dataclass(frozen=True)
@@ -48,17 +54,47 @@ class Saved:
                 f"({', '.join(map(str, others)) or 'there is none'})."
             ) from None
 
+    def intact(self, rules: dict[str, Any] | None = None) -> None:
+        """Compares everything with its digests: this checkpoint, and what lies beside it in its run
+        directory; says what has none.
+
+        Args:
+            rules: a rule book that `rules.yaml` may be, beside the checkpoint's own.
+
+        Raises:
+            Refused: naming everything that differs.
+        """
+        if not self.verify():
+            say(f"{self.path} has no digests to verify it with; its arrays are taken as they are.")
+        root = self.path.parent
+        if root.name in ROOTS and not vouching.check(root.parent, self.step, self.run, rules):
+            say(f"{self.path} vouches for no metrics.jsonl: its rows are taken as they are.")
+
+    def config(self) -> schema.Config:
+        """The configuration of its run. Raises `Refused` if this version has no such."""
+        with reading.named(self.path / "run"):
+            return build(schema.Config, self.run["config"])
+
     def restore(self, like: State) -> State:
         """The saved state, laid out as `like` (shapes, dtypes and shardings).
 
         Raises:
             VariablesError: when shapes, dtypes or names differ, naming each. Orbax would cast.
+            Refused: when it cannot be read.
         """
         abstract = like.tree()
-        found: Any = ocp.PyTreeCheckpointHandler().metadata(self.path / "state")  # pyrefly: ignore
-        check(named(found.tree), named(abstract), f"the state in {self.path}")
-        with ocp.StandardCheckpointer() as reader:
-            return State.from_tree(reader.restore(self.path / "state", abstract))
+        with _readable(self.path / "state"):
+            handler: Any = ocp.PyTreeCheckpointHandler()  # pyrefly: ignore
+            found = named(handler.metadata(self.path / "state").tree)
+        check(found, named(abstract), f"the state in {self.path}")
+        with _readable(self.path / "state"), ocp.StandardCheckpointer() as reader:
+            state = State.from_tree(reader.restore(self.path / "state", abstract))
+        if int(state.step) != self.step:
+            raise Refused(
+                f"{self.path} holds the state after step {int(state.step)}: its folder was "
+                f"renamed. Call it {int(state.step)} again."
+            )
+        return state
 
 
 def latest(root: Path) -> Saved | None:
@@ -101,12 +137,15 @@ class Checkpoints:
         self._background = ThreadPoolExecutor(1, "digests")
         self._digested: Future[None] | None = None
 
-    def save(self, state: State, data: dict[str, Any], *, best: bool = False) -> None:
+    def save(
+        self, state: State, data: dict[str, Any], metrics: dict[str, Any], *, best: bool = False
+    ) -> None:
         """Saves the state after its step; returns once its arrays are copied from the device.
 
         Args:
             state: what to save; it may be donated afterwards.
             data: the data iterator's position after this step.
+            metrics: the digests of the rows up to this step, see `training.tally`.
             best: save as the best so far instead of as the latest.
         """
         manager = self._best if best else self._latest
@@ -119,7 +158,7 @@ class Checkpoints:
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state.tree()),
                 data=ocp.args.JsonSave(data),
-                run=ocp.args.JsonSave(self._run),
+                run=ocp.args.JsonSave(self._run | {"metrics": metrics}),
             ),
         )
         if not saved:
@@ -178,15 +217,32 @@ def steps_of(root: Path) -> list[int]:
 
 
 def _saved(path: Path) -> Saved:
-    items = {}
-    for item in ("data", "run"):
-        file = path / item / "metadata"
-        try:
-            items[item] = json.loads(file.read_text())
-        except (OSError, ValueError) as error:
-            raise Refused(
-                f"The checkpoint {path} has no readable item {item!r} ({error}): it was not "
-                "written by this template, or it is damaged. Remove it to go on from an earlier "
-                "one."
-            ) from None
-    return Saved(path.absolute(), int(path.name), items["data"], items["run"])
+    data, run = _item(path, "data"), _item(path, "run")
+    with reading.named(path / "run" / "metadata"):
+        if not isinstance(run.get("config"), dict) or "stage" not in run or "rules" not in run:
+            raise ValueError("it has no config, stage and rules")
+    return Saved(path.absolute(), int(path.name), data, run)
+
+
+def _item(path: Path, item: str) -> dict[str, Any]:
+    """A small item of a checkpoint, which is JSON."""
+    hint = (
+        f"The checkpoint {path} was not written by this template, or it is damaged. Remove it to "
+        "go on from an earlier one."
+    )
+    file = path / item / "metadata"
+    with reading.named(file, hint):
+        return reading.json_mapping(file)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Whatever Orbax raises for damaged files, of which it has many kinds, is refused."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0][:REASON]
+        raise Refused(
+            f"{path} cannot be read: {type(error).__name__}: {reason}\nThe checkpoint is damaged, "
+            f"or of another kind. Remove {path.parent} to go on from an earlier one."
+        ) from error

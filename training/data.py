@@ -100,7 +100,10 @@ class TrainIterator:
                 + "\nGoing on would repeat and skip examples. Set these back (the digest stands "
                 "for the content of the data), or begin another run, without init_from."
             )
-        self._batches.set_state({"next_index": state["batches"]})
+        count = state["batches"]
+        if type(count) is not int or count < 0:
+            raise Refused(f"A data position counts batches; this one has {count!r}.")
+        self._batches.set_state({"next_index": count})
 
     def close(self) -> None:
         """Stop reading ahead."""

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import jax
 
-from configs.build import build
 from configs.schema import Config
-from training import checkpoints, data, samples, summary
+from training import checkpoints, data, numerics, samples, summary
 from training.board import Board
 from training.datasets import Dataset
 from training.setup import prepare, share
@@ -43,12 +42,14 @@ def report(cfg: Config) -> None:
     asked = {name: getattr(cfg, name) for name in own}
     prepared = None
     for saved in filter(None, reversed(found)):
-        run = dataclasses.replace(build(Config, saved.run["config"]), **asked)
+        if cfg.checkpoint.verify:
+            saved.intact()
+        run = dataclasses.replace(saved.config(), **asked)
         if prepared is None or run != prepared[0]:
             prepared = run, prepare(run)
         dataset, program, _ = prepared[1]
-        if cfg.checkpoint.verify:
-            saved.verify()
+        if changed := numerics.changes_since(saved.run):
+            say("\n".join([f"{saved.path} was trained otherwise; this evaluation:", *changed]))
         state = saved.restore(program.abstract)
         values = evaluate(run, program, dataset, state)
         text = "  ".join(f"{name} {value:.6f}" for name, value in values.items())

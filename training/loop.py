@@ -46,7 +46,7 @@ def _train(cfg: Config, dataset: Dataset, program: Program, example: dict[str, A
         batches = data.train_iterator(dataset, cfg.data, *share())
 
     # Start: resume, init_from or scratch. Nothing is written yet.
-    saved = start.find(cfg)
+    saved = start.find(cfg, program.rules)
     step = first = 0 if saved is None else saved.step
     last = cfg.stop_at or cfg.steps
     if cfg.debug.mode == "profile" and last - first <= PROFILED.start:
@@ -102,7 +102,8 @@ def _train(cfg: Config, dataset: Dataset, program: Program, example: dict[str, A
                         recorder.drain()
                         if recorder.eval(step, evaluate(cfg, program, dataset, state)):
                             metrics.sync()
-                            checkpoints.save(state, batches.get_state(), best=True)
+                            noted = metrics.tally.noted()
+                            checkpoints.save(state, batches.get_state(), noted, best=True)
                         if cfg.log.tensorboard:
                             sample = samples.show(cfg, program, dataset, state, board)
                     if cfg.log.tensorboard and _due(step, cfg.log.histograms_every):
@@ -115,7 +116,7 @@ def _train(cfg: Config, dataset: Dataset, program: Program, example: dict[str, A
                     if _due(step, cfg.checkpoint.every) or ended:
                         recorder.drain()
                         metrics.sync()
-                        checkpoints.save(state, batches.get_state())
+                        checkpoints.save(state, batches.get_state(), metrics.tally.noted())
         except NonFiniteError as error:
             raise Refused(_set_aside(error, run_dir, state)) from None
         finally:

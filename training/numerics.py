@@ -11,6 +11,7 @@ people have to change it on the way: it is recorded, and a change is said.
 import os
 import shlex
 from collections.abc import Mapping
+from enum import Enum
 from importlib.metadata import version
 from typing import Any
 
@@ -54,13 +55,13 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax")
 
 def setting(name: str) -> Any:
     """A setting of JAX as it is now, in this thread; None where this version has none."""
-    return getattr(jax.config, name, None)
+    return getattr(jax.config, name, jax.config.values.get(name))
 
 
 def recorded() -> dict[str, dict[str, Any]]:
     """All of it as plain values, as `config.yaml` and the checkpoints hold it: `numerics`, which
     must stay, and `surroundings`, which may change."""
-    settings = {name: _plain(setting(name)) for name in SETTINGS if hasattr(jax.config, name)}
+    settings = {name: _plain(setting(name)) for name in SETTINGS if name in jax.config.values}
     variables = {name: _flags(os.environ.get(name, "")) for name in VARIABLES}
     packages = {name: version(name) for name in PACKAGES}
     return {
@@ -85,6 +86,16 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def changes_since(run: Mapping[str, Any]) -> list[str]:
+    """How a checkpoint's run, by its item `run`, was computed otherwise than this process would."""
+    now = recorded()
+    return [
+        line
+        for section, values in now.items()
+        for line in differences(run.get(section, {}), values)
+    ]
+
+
 def restored(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """How to set again what has changed, in words of the shell.
 
@@ -106,11 +117,14 @@ def restored(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def _variable(name: str) -> str:
-    """The environment variable from which JAX takes a setting."""
-    return name.upper()
+    """The environment variable from which JAX takes a setting; another name as it is."""
+    return name.upper() if name.startswith("jax_") else name
 
 
 def _plain(value: Any) -> Any:
+    """As JSON and YAML can hold it, and the environment: a member of an enumeration by its name."""
+    if isinstance(value, Enum):
+        return value.name.lower()
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 

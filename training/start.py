@@ -14,26 +14,17 @@ from typing import Any
 
 import jax
 import yaml
-from flax.traverse_util import flatten_dict
 
-from configs.build import build
 from configs.schema import Config
 from linen_nnx import RuleBook
 from model import families
 from model.stages import Stage, check
-from training import checkpoints, processes
+from training import checkpoints, metrics, numerics, processes, reading, vouching
 from training.data import TrainIterator
 from training.errors import Refused
 from training.leaves import named
 from training.state import Program, State, translate_state
 from training.terminal import say
-
-# What may change when a run goes on; everything else would bend its curve.
-FREE = (
-    "stop_at", "log_every", "resume", "init_from", "run_dir", "eval", "checkpoint", "log",
-    "mesh", "distributed", "compile_cache", "mode",
-    "init",  # which is past then
-)  # fmt: skip
 
 CONFIG_PART = "config.yaml.part"  # config.yaml while it is being written
 
@@ -57,20 +48,21 @@ def load_rules(cfg: Config, family: families.Family) -> RuleBook | None:
     return book
 
 
-def find(cfg: Config) -> checkpoints.Saved | None:
+def find(cfg: Config, rules: RuleBook | None) -> checkpoints.Saved | None:
     """The checkpoint that the run goes on from; None to start from scratch.
+
+    Args:
+        cfg: the run.
+        rules: the family's rule book.
 
     Raises:
         Refused: when the run directory belongs to another run, or what was asked for is missing or
             damaged.
     """
     with processes.together():
-        saved = _own(cfg, Path(cfg.run_dir))
+        saved = _own(cfg, Path(cfg.run_dir), rules)
         if saved is None and cfg.init_from is not None:
             saved = _foreign(cfg, Path(cfg.init_from))
-        # One process reads every byte, for all of them.
-        if saved and cfg.checkpoint.verify and processes.first() and not saved.verify():
-            say(f"{saved.path} has no digests to verify it with; its arrays are taken as they are.")
         return saved
 
 
@@ -87,16 +79,21 @@ def begin(
     own = saved.path.parent == Path(cfg.run_dir).absolute() / "checkpoints"
     state = saved.restore(program.abstract) if own else _translated(cfg, program, saved)
     if cfg.debug.mode != "overfit":  # which stays at the first batch
-        batches.set_state(saved.data)
+        try:
+            batches.set_state(saved.data)
+        except Refused as error:
+            raise Refused(f"{saved.path / 'data'}: {error}") from None
     return state
 
 
 def run_item(cfg: Config, rules: RuleBook | None) -> dict[str, Any]:
-    """What a checkpoint says of its run, in plain values: config, stage, rules."""
+    """What a checkpoint says of its run, in plain values: config, stage, rules, and with which
+    settings of JAX and where it is computed."""
     return {
         "config": dataclasses.asdict(cfg),
         "stage": cfg.stage,
         "rules": None if rules is None else rules.to_dict(),
+        **numerics.recorded(),
     }
 
 
@@ -109,15 +106,15 @@ def write_run(cfg: Config, rules: RuleBook | None) -> None:
     if not processes.first():
         return
     run_dir = Path(cfg.run_dir)
-    text = yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False)
+    content = vouching.config_of(run_item(cfg, rules))
     part = run_dir / CONFIG_PART
-    part.write_text(text)
-    part.replace(run_dir / "config.yaml")
+    part.write_text(yaml.safe_dump(content, sort_keys=False))
+    part.replace(run_dir / vouching.CONFIG)
     if rules is not None:
-        rules.save(run_dir / "rules.yaml")
+        rules.save(run_dir / vouching.RULES)
 
 
-def _own(cfg: Config, run_dir: Path) -> checkpoints.Saved | None:
+def _own(cfg: Config, run_dir: Path, rules: RuleBook | None) -> checkpoints.Saved | None:
     """The newest checkpoint of the run directory, if the run may go on from it."""
     # A run that was killed while it wrote its first file has begun nothing.
     if {entry.name for entry in run_dir.iterdir()} <= {CONFIG_PART}:
@@ -129,19 +126,38 @@ def _own(cfg: Config, run_dir: Path) -> checkpoints.Saved | None:
             f"resume=never, but {run_dir} already holds a run. Nothing is overwritten here: choose "
             "another run_dir, or remove that folder yourself."
         )
-    file = run_dir / "config.yaml"
-    if not file.exists():
-        raise Refused(
-            f"{run_dir} is not empty and holds no run (no config.yaml). Choose another run_dir."
-        )
-    _compare_runs(yaml.safe_load(file.read_text()), dataclasses.asdict(cfg), run_dir)
     saved = checkpoints.latest(run_dir / "checkpoints")
+    if saved is not None:
+        _verify(cfg, saved, None if rules is None else rules.to_dict())
+        before = vouching.config_of(saved.run)
+    else:
+        before = _config_file(run_dir)
+    _compare_runs(before, {**dataclasses.asdict(cfg), **numerics.recorded()}, run_dir)
     if saved is None and cfg.resume == "must":
         raise Refused(f"resume=must, but the run in {run_dir} has not saved a checkpoint yet.")
     if saved is not None and _begins_anew(cfg, saved.step):
         say(f"debug={cfg.debug.mode}: the run in {run_dir} has ended, and begins anew.")
         return None
     return saved
+
+
+def _config_file(run_dir: Path) -> dict[str, Any]:
+    """The configuration of a run that has saved nothing yet."""
+    file = run_dir / vouching.CONFIG
+    if not file.exists():
+        raise Refused(
+            f"{run_dir} is not empty and holds no run (no config.yaml). Choose another run_dir."
+        )
+    with reading.named(file, "No checkpoint was saved: remove the file, and the run begins anew."):
+        return reading.yaml_mapping(file)
+
+
+def _verify(cfg: Config, saved: checkpoints.Saved, rules: dict[str, Any] | None) -> None:
+    """Compares the checkpoint of this run, and the files beside it, with their digests."""
+    if not cfg.checkpoint.verify:
+        say(f"checkpoint.verify=false: {saved.path} and {metrics.FILE} are taken as they are.")
+    elif processes.first():  # which reads every byte, for all of them
+        saved.intact(rules)
 
 
 def _begins_anew(cfg: Config, step: int) -> bool:
@@ -158,38 +174,51 @@ def _foreign(cfg: Config, path: Path) -> checkpoints.Saved:
             f"init_from {saved.path} is at step {saved.step}, and this run ends at step {last}: "
             "nothing is left to train. Give more steps, or translate it as it is: convert.py run."
         )
+    if cfg.checkpoint.verify and processes.first():
+        saved.verify()
+    if changed := numerics.changes_since(saved.run):
+        say("\n".join([f"{saved.path} was trained otherwise; from here on:", *changed]))
     return saved
 
 
 def _compare_runs(before: dict[str, Any], now: dict[str, Any], run_dir: Path) -> None:
     """Says what has changed since the run began; refuses what would bend its curve."""
-    old, new = flatten_dict(before, sep="."), flatten_dict(now, sep=".")
-    changed = {
-        key: f"  {key}: was {old.get(key, 'absent')}, is {new.get(key, 'absent')}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key, "absent") != new.get(key, "absent")
-    }
-    bending = [text for key, text in changed.items() if key.split(".")[0] not in FREE]
+    own = [name for name in {*before, *now} if name not in vouching.RECORDED]
+    changed = vouching.changes(
+        {name: before[name] for name in own if name in before},
+        {name: now[name] for name in own if name in now},
+    )
+    words = {key: f"  {key}: was {was}, is {is_}" for key, (was, is_) in changed.items()}
+    bending = [text for key, text in words.items() if not vouching.is_free(key)]
+    settings = before.get("numerics", {}), now["numerics"]
+    bending += numerics.differences(*settings)
     if bending:
+        back = numerics.restored(*settings)
         raise Refused(
             f"{run_dir} belongs to another run:\n"
             + "\n".join(bending)
             + "\nGoing on would bend its curve. Choose another run_dir (and init_from="
-            f"{run_dir}, to start from its state), or set these back."
+            f"{run_dir}, to start from its state), or set these back"
+            + (f" (in the environment: {back})." if back else ".")
         )
-    if changed:
-        say("Changed since the run was last started:\n" + "\n".join(changed.values()))
+    if "numerics" not in before:
+        say(f"{run_dir} does not say under which settings of JAX it began: none are compared.")
+    lines = list(words.values())
+    lines += numerics.differences(before.get("surroundings", {}), now["surroundings"])
+    if lines:
+        say("Changed since the run was last started:\n" + "\n".join(lines))
 
 
 def _translated(cfg: Config, program: Program, saved: checkpoints.Saved) -> State:
-    source_cfg = build(Config, saved.run["config"])
+    source_cfg = saved.config()
     was, now = source_cfg.model["family"], cfg.model["family"]
     if was != now:
         raise Refused(
             f"init_from {saved.path} is a run of the model `{was}`, and this run's is `{now}`: "
             "its state fits no other. Choose a run of the same model."
         )
-    family = families.create(source_cfg.model)
+    with reading.named(saved.path / "run"):  # the options of the model, too
+        family = families.create(source_cfg.model)
     stage = Stage(source_cfg.stage, family, program.stage.inputs)
     book = saved.run["rules"]
     source_rules = None if book is None else RuleBook.from_dict(book, f"the rules in {saved.path}")

@@ -9,12 +9,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-import yaml
-from flax.traverse_util import flatten_dict
 from rich.table import Table
 
+from training import reading, vouching
+from training.errors import Refused
 from training.metrics import read
-from training.start import FREE
 from training.terminal import CONSOLE
 
 
@@ -22,14 +21,14 @@ def table(paths: list[Path]) -> Table:
     """The runs at or below the paths, the lowest validation loss first.
 
     Raises:
-        SystemExit: when there is none.
+        Refused: when there is none, or a file of one cannot be read.
     """
-    runs = sorted({file.parent for path in paths for file in path.rglob("config.yaml")})
+    runs = sorted({file.parent for path in paths for file in path.rglob(vouching.CONFIG)})
     if not runs:
-        raise SystemExit(f"There is no run (config.yaml) below {', '.join(map(str, paths))}.")
-    files = [yaml.safe_load((run / "config.yaml").read_text()) for run in runs]
-    configs = [flatten_dict(file, sep=".") for file in files]
-    keys = [key for key in configs[0] if key.split(".")[0] not in FREE]
+        raise Refused(f"There is no run (config.yaml) below {', '.join(map(str, paths))}.")
+    files = [_config(run / vouching.CONFIG) for run in runs]
+    configs = [vouching.flat(file) for file in files]
+    keys = [key for key in configs[0] if not vouching.is_free(key)]
     differing = [key for key in keys if len({str(config.get(key)) for config in configs}) > 1]
     lines: list[tuple[float, list[Any]]] = []
     names: dict[str, None] = {}  # of the validation metrics, in order
@@ -47,7 +46,15 @@ def table(paths: list[Path]) -> Table:
     return result
 
 
+def _config(path: Path) -> dict[str, Any]:
+    with reading.named(path):
+        return reading.yaml_mapping(path)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m training.table", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="run directories, or folders of them")
-    CONSOLE.print(table(parser.parse_args().runs))
+    try:
+        CONSOLE.print(table(parser.parse_args().runs))
+    except Refused as error:
+        raise SystemExit(str(error)) from None
