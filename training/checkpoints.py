@@ -183,9 +183,14 @@ class Checkpoints:
             manager.close()
 
     def _wait(self) -> None:
-        """Waits for the save before: a later one may delete the directory that is being hashed."""
-        if self._digested is not None:
-            self._digested.result()
+        """Waits for the save before: a later one may delete the directory that is being hashed.
+
+        Raises:
+            Exception: whatever has gone wrong with it, once.
+        """
+        digested, self._digested = self._digested, None
+        if digested is not None:
+            digested.result()
 
 
 def save_aside(path: Path, state: State) -> None:
@@ -200,7 +205,12 @@ def save_aside(path: Path, state: State) -> None:
 def _digest(manager: ocp.CheckpointManager, step: int) -> None:
     manager.wait_until_finished()
     if processes.first():
-        digests.write(Path(manager.directory) / str(step))
+        path = Path(manager.directory) / str(step)
+        try:
+            digests.write(path)
+        except OSError:
+            shutil.rmtree(path)  # not one to go on from, for nothing vouches for it
+            raise
 
 
 def _manager(root: Path, keep: int) -> ocp.CheckpointManager:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from configs.schema import Config
-from training import data, lock, processes, samples, start, summary
+from training import data, disk, lock, processes, samples, start, summary
 from training.board import Board
 from training.checkpoints import Checkpoints, save_aside
 from training.datasets import Dataset
@@ -37,7 +37,8 @@ def train(cfg: Config) -> int | None:
     """
     # Set-up: processes, data, model, optimizer. Nothing of the run directory is read yet.
     dataset, program, example = prepare(cfg)
-    with lock.held(Path(cfg.run_dir)):
+    run_dir = Path(cfg.run_dir)
+    with lock.held(run_dir), disk.needed(run_dir):
         return _train(cfg, dataset, program, example)
 
 
@@ -120,9 +121,10 @@ def _train(cfg: Config, dataset: Dataset, program: Program, example: dict[str, A
         except NonFiniteError as error:
             raise Refused(_set_aside(error, run_dir, state)) from None
         finally:
-            checkpoints.close()
-            metrics.close()
-            batches.close()
+            with ExitStack() as closing:  # all of them, in this order, whichever fails
+                closing.callback(batches.close)
+                closing.callback(metrics.close)
+                closing.callback(checkpoints.close)
 
     # Summary, where the run is at its end and not only stopped.
     if step == cfg.steps or _patience_lost(cfg, metrics):

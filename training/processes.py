@@ -143,6 +143,14 @@ def _launchers() -> Iterator[str]:
     yield "OMPI_COMM_WORLD_SIZE"
 
 
+def abandon(error: Exception) -> None:
+    """Ends this process at once for an error that the others of its run do not have, and does
+    nothing in a run of one process."""
+    if jax.process_count() > 1:
+        print(error, file=sys.stderr, flush=True)
+        os._exit(1)
+
+
 def _leave(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Ends a process that failed. An orderly exit would wait for others, which wait for it."""
     sys.__excepthook__(kind, error, trace)
