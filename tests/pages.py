@@ -19,6 +19,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 EXAMPLES = sorted((ROOT / "examples").glob("*/README.md"))
 SHELL = ("sh", "bash")
+_TABLE = re.compile(r"<!-- table -->.*?<!-- end of table -->", re.DOTALL)
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _FILE = re.compile(r"`([\w/.]+)`:\n\n\Z")
 _VARIES = re.compile(r"(\s*\.{3}\s*|\d+\.\d+(?:e-\d+ \(\d+ ulp\))?|\s+)")
@@ -55,8 +56,11 @@ def blocks(page: Path) -> list[Block]:
 
 
 def spans(page: Path) -> list[str]:
-    """What stands in single backticks outside of blocks, each once."""
-    text = _BLOCK.sub("", page.read_text())
+    """What stands in single backticks outside of blocks and of generated tables, each once.
+
+    The table of formats names what lies in other people's folders.
+    """
+    text = _TABLE.sub("", _BLOCK.sub("", page.read_text()))
     return [*dict.fromkeys(" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text))]
 
 

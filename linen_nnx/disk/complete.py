@@ -53,7 +53,7 @@ def check_complete(items: Sequence[Item]) -> list[str]:
     for item in items:
         problems += _short_files(item)
         for leaf in item.leaves:
-            if leaf.zarr is not None:
+            if leaf.zarr is not None and not leaf.loose:
                 found = _chunks(item, leaf)
                 missing = _missing(leaf, found)
                 if missing and _may_lack(item, leaf):

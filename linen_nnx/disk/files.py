@@ -5,7 +5,6 @@ hold arrays under flat names. Nothing is read but headers before an array is ask
 at a time.
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from linen_nnx.book.reading import read_json
 from linen_nnx.disk import flat_files, msgpack_tree
+from linen_nnx.disk.flat_files import Member
 from linen_nnx.disk.loose import Keys, kind, listed, make_leaf, read_value, refuse_unknown, walk
 from linen_nnx.disk.ranges import Array
 from linen_nnx.disk.store import DICT, Leaf, StoreError, make_key, refuse_collisions
@@ -31,12 +32,15 @@ class FileReader:
     def __init__(self, files: Mapping[str, Path]) -> None:
         self._values: dict[str, Any] = {}
         self.leaves: list[Leaf] = []
+        self.notes: list[str] = []
         for name, path in files.items():
             above = (make_key(name, DICT),) if len(files) > 1 else ()
             for keys, value in _entries(path).items():
                 leaf = make_leaf((*above, *keys), value)
                 self._values[leaf.stored] = value
                 self.leaves.append(leaf)
+        if any(isinstance(value, Member) and value.unnamed for value in self._values.values()):
+            self.notes.append("numpy has no bfloat16: what it calls `|V2` is read as that")
 
     def read(self, leaves: Sequence[Leaf]) -> list[Array]:
         """The arrays of some leaves. Raises `ValueError` where a file has changed meanwhile."""
@@ -112,9 +116,9 @@ def _shard_arrays(shard: Path) -> Mapping[str, Any]:
 def _weights(path: Path) -> tuple[dict[str, str], list[Path]]:
     """The shard of each array, and all shards. Raises `StoreError` if some are missing."""
     try:
-        places = json.loads(path.read_text())["weight_map"]
+        places = read_json(path)["weight_map"]
         good = all(isinstance(name, str) and Path(name).name == name for name in places.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreError(f"{path} cannot be read as an index of shards: {error!r}") from None
     if not (good and places):
         raise StoreError(f"{path} must give a file beside it for each array (`weight_map`)")

@@ -7,7 +7,6 @@ Only headers are read here; an array is read when it is asked for. (`safetensors
 796 MB for 400 MB of arrays, `safe_open` mapped 428 MB of them.)
 """
 
-import json
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from linen_nnx.book.reading import open_file, parse_json
 from linen_nnx.disk.ranges import Array, Range, Stored, sized
 from linen_nnx.disk.store import StoreError
 
@@ -37,6 +37,8 @@ class Member:
     dtype: "np.dtype[Any]"
     archive: Path
     name: str
+    unnamed: bool
+    """Whether numpy had no name for its dtype, which must be bfloat16 then."""
 
     def read(self) -> Array:
         """The array itself, `shape` of `dtype`."""
@@ -59,16 +61,16 @@ def split(names: Mapping[str, Any], separator: str | None = None) -> dict[tuple[
 def read_safetensors(path: Path) -> dict[str, Stored]:
     """The arrays of a safetensors file by name. Raises `StoreError` for what is none."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             size = file.seek(0, 2)
             file.seek(0)
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(size - 8, _LONGEST_HEADER):
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
         header.pop("__metadata__", None)
         return {name: _tensor(path, size, 8 + length, entry) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise StoreError(f"{path} cannot be read as safetensors: {error!r}") from None
 
 
@@ -117,7 +119,8 @@ def _member(path: Path, name: str, archive: zipfile.ZipFile, info: zipfile.ZipIn
         start = file.tell()
     if dtype.hasobject:
         raise ValueError("it holds pickled objects, which are refused: reading them runs code")
-    if dtype == np.dtype("V2"):
+    unnamed = dtype == np.dtype("V2")
+    if unnamed:
         dtype = sized("bfloat16")
     form = Stored(shape, sized(dtype.name), (Range(path, start, info.file_size - start),))
-    return Member(form.shape, dtype, path, name)
+    return Member(form.shape, dtype, path, name, unnamed)

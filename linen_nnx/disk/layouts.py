@@ -99,10 +99,19 @@ class _Context:
             cast = change._replace(actions=(Cast(kind[1]),), specs=(Spec((), kind[1]),))
             if kind[0] != "jax.Array":
                 return Leaf(keys, kind[0]), cast
-            return Leaf(keys, kind[0], sharding=self.sharding, write_shape=()), cast
+            return self._array(keys, (), self.sharding), cast
         sharding = common_sharding(sources) or self.sharding
-        shape = change.specs[number].shape
-        return Leaf(keys, "jax.Array", sharding=sharding, write_shape=shape), change
+        return self._array(keys, change.specs[number].shape, sharding), change
+
+    def _array(self, keys: tuple[Key, ...], shape: tuple[int, ...], sharding: str | None) -> Leaf:
+        """An array with new bytes.
+
+        In a tree of numpy arrays it is one of those: Orbax restores no `jax.Array` that has no
+        sharding, unless it is told one.
+        """
+        if sharding is None:
+            return Leaf(keys, "np.ndarray")
+        return Leaf(keys, "jax.Array", sharding=sharding, write_shape=shape)
 
     def _step_kind(self, place: Place, leaf: Leaf, mould: Leaf | None) -> tuple[str, str] | None:
         """The value type and dtype that the step must get, if they are not its own."""

@@ -29,6 +29,7 @@ from typing import Any, BinaryIO, NamedTuple
 import msgpack
 import numpy as np
 
+from linen_nnx.book.reading import open_file
 from linen_nnx.disk.ranges import Array, Range, Stored, sized
 from linen_nnx.disk.store import StoreError
 
@@ -37,6 +38,7 @@ _CHUNKED = "__msgpack_chunked_array__"
 _CHUNK = 1 << 30  # bytes, of flax's chunks: an extension of msgpack holds less than 4 GiB
 # No model nests deeper than some dozens; Python itself stops at 1000 calls.
 _DEPTH = 100
+_BLOCK = 1 << 14  # bytes read at once: the heads of many small leaves, or of one large one
 _LONGEST_TEXT = 1 << 20  # bytes; keys and strings of a checkpoint are short
 # `first byte: (format of struct, kind)`. The kinds with a length are followed by their content.
 _HEADS = {
@@ -74,7 +76,7 @@ def read(path: Path) -> Any:
       ((3,), 7)
     """
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             return _Walk(path, file).whole()
     except (ValueError, struct.error, OverflowError) as error:
         raise StoreError(f"{path} cannot be read as msgpack: {error}{_guess(path)}") from None
@@ -97,6 +99,11 @@ class _Walk:
 
     path: Path
     file: BinaryIO
+    at: int = 0
+    """The byte that comes next."""
+    block: bytes = b""
+    start: int = 0
+    """Where in the file the block at hand begins."""
 
     def __post_init__(self) -> None:
         self.size = os.fstat(self.file.fileno()).st_size
@@ -104,7 +111,7 @@ class _Walk:
     def whole(self) -> Any:
         """The one value that the file holds."""
         tree = self.value(0)
-        if (left := self.size - self.file.tell()) > 0:
+        if (left := self.size - self.at) > 0:
             raise ValueError(f"{left} bytes follow behind the tree")
         return tree
 
@@ -123,7 +130,7 @@ class _Walk:
             return self._map(value, depth)
         if kind == "extension":
             return self._extension(value)
-        raise ValueError(f"{value} raw bytes at byte {self.file.tell()}, which are no leaf")
+        raise ValueError(f"{value} raw bytes at byte {self.at}, which are no leaf")
 
     def _map(self, count: int, depth: int) -> Any:
         tree: dict[str, Any] = {}
@@ -139,7 +146,7 @@ class _Walk:
     def _extension(self, length: int) -> Any:
         """An array, a number of numpy, or a complex number."""
         (code,) = self._take(1)
-        end = self.file.tell() + length
+        end = self.at + length
         if code == _COMPLEX:
             self._parts(2)
             return complex(self._number(), self._number())
@@ -149,10 +156,9 @@ class _Walk:
         shape = tuple(self._number() for _ in range(self._count(self._sized("list"))))
         dtype = sized(self._text(self._sized("text")))
         held = self._sized("bytes")
-        start = self.file.tell()
+        start, self.at = self.at, end
         if start + held != end or end > self.size:
             raise ValueError(f"an array at byte {start} is cut off")
-        self.file.seek(end)
         return Stored(shape, dtype, (Range(self.path, start, held),))
 
     def _parts(self, expected: int) -> None:
@@ -166,7 +172,7 @@ class _Walk:
         """The next value of a given kind, or its length."""
         kind, value = self._head()
         if kind != expected:
-            raise ValueError(f"a {kind} at byte {self.file.tell()}, expected a {expected}")
+            raise ValueError(f"a {kind} at byte {self.at}, expected a {expected}")
         return value
 
     def _head(self) -> _Head:
@@ -184,7 +190,7 @@ class _Walk:
         if 0xD4 <= first <= 0xD8:
             return _Head("extension", 1 << (first - 0xD4))
         if first not in _HEADS:
-            raise ValueError(f"byte {self.file.tell() - 1} begins no value")
+            raise ValueError(f"byte {self.at - 1} begins no value")
         form, kind = _HEADS[first]
         (value,) = struct.unpack(form, self._take(struct.calcsize(form)))
         return _Head(kind, value)
@@ -196,14 +202,20 @@ class _Walk:
 
     def _count(self, count: int) -> int:
         """A number of values, each of which takes a byte at least."""
-        if count > self.size - self.file.tell():
+        if count > self.size - self.at:
             raise ValueError(f"{count} values are announced in fewer bytes")
         return count
 
     def _take(self, length: int) -> bytes:
-        data = self.file.read(length)
+        """The next bytes, which are few: what is long is passed over."""
+        first = self.at - self.start
+        if not 0 <= first <= len(self.block) - length:
+            self.file.seek(self.at)
+            self.block, self.start, first = self.file.read(max(_BLOCK, length)), self.at, 0
+        data = self.block[first : first + length]
         if len(data) != length:
             raise ValueError("the file is cut off")
+        self.at += length
         return data
 
 

@@ -2,11 +2,14 @@
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes  # noqa: F401  (teaches numpy the names bfloat16, float8_*, int4)
 import numpy as np
+
+from linen_nnx.book.reading import open_file
 
 Array = np.ndarray[Any, Any]
 
@@ -44,7 +47,7 @@ class Stored:
         data = bytearray(sum(piece.length for piece in self.ranges))
         view, at = memoryview(data), 0
         for path, start, length in self.ranges:
-            with path.open("rb", buffering=0) as file:
+            with open_file(path) as file:
                 file.seek(start)
                 _fill(file, view[at : at + length], path)
             at += length
@@ -61,6 +64,7 @@ def _fill(file: Any, view: memoryview, path: Path) -> None:
         done += count
 
 
+@cache
 def sized(name: str) -> "np.dtype[Any]":
     """The dtype of a name, which must be one of numbers."""
     try:

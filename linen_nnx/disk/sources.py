@@ -62,8 +62,30 @@ class Source:
     """The files that make up the state, where it lies in no item."""
     step: Step | None = None
     """The step that was chosen among those of a folder."""
-    notes: tuple[str, ...] = ()
+    passed: tuple[str, ...] = ()
     """What was passed over on the way here."""
+
+    @cached_property
+    def notes(self) -> list[str]:
+        """What a person should know of how it was found and read."""
+        notes = list(self.passed)
+        if self.is_file:
+            notes += self._file.notes
+        for index in self._indices:
+            if index.left_out:
+                left = ", ".join(f"`{name}`" for name in index.left_out)
+                notes.append(f"{left} are left out: only {index.writer} knows their form")
+        return notes
+
+    @cached_property
+    def _indices(self) -> list[Any]:
+        """The indices of the items that have one in place of `_METADATA`."""
+        old = [path for path in self.paths if not (path / "_METADATA").is_file()]
+        if not old:
+            return []
+        from linen_nnx.disk.legacy import read_index  # needs numpy
+
+        return [read_index(path) for path in old]
 
     @property
     def is_file(self) -> bool:
@@ -155,12 +177,9 @@ class Source:
         if self.folder not in self.paths:
             text = "item " + " + ".join(path.name for path in self.paths)
             text = f"step, {text}" if self.kind == "step" else text
-        old = [path for path in self.paths if not (path / "_METADATA").is_file()]
-        if not old:
+        if not self._indices:
             return text
-        from linen_nnx.disk.legacy import read_index
-
-        return f"{text} with an index, as {read_index(old[0]).writer} writes"
+        return f"{text} with an index, as {self._indices[0].writer} writes"
 
 
 def _format(path: Path) -> str:
@@ -287,7 +306,7 @@ def _nothing(folder: Path) -> StoreError:
 def _chosen(path: Path, kind: Any, folder: Path, choice: Choice, item: str | None) -> Source:
     """The source that the chosen steps are."""
     steps = choice.steps
-    more: dict[str, Any] = {"step": steps[0], "notes": choice.notes}
+    more: dict[str, Any] = {"step": steps[0], "passed": choice.notes}
     if len(steps) == 1:
         return _one(path, kind, steps[0].path, item, **more)
     sources = [_one(path, kind, step.path, item) for step in steps]

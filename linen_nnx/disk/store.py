@@ -213,6 +213,10 @@ class _Entry(NamedTuple):
     value_type: str
     write_shape: tuple[int, ...] | None
 
+    def is_unplaced(self, shardings: Mapping[str, str]) -> bool:
+        """Whether it is an array of jax of which nothing says where it lay."""
+        return self.value_type == "jax.Array" and self.name not in shardings
+
 
 def read_item(path: Path, number: int = 0) -> Item:
     """Reads an item's tree. Raises `StoreError` for what is missing, damaged or ambiguous."""
@@ -229,10 +233,12 @@ def read_item(path: Path, number: int = 0) -> Item:
     stored = read_tree(path) if header["use_ocdbt"] else None
     zarr = read_zarr(path, bool(header.get("use_zarr3")), held, stored)
     nothing = _Array(None, None)
+    # Orbax 0.4 had no shardings of arrays on one device; that of today restores none without.
+    unplaced = "np.ndarray" if has_index(path) else "jax.Array"
     leaves = tuple(
         Leaf(
             keys=entry.keys,
-            value_type=entry.value_type,
+            value_type=unplaced if entry.is_unplaced(sharding) else entry.value_type,
             zarr=zarr.get(entry.name),
             extension=arrays.get(entry.name, nothing).extension,
             sharding=sharding.get(entry.name),

@@ -79,6 +79,14 @@ def orbax_pytree(folder):
     ocp.PyTreeCheckpointer().save(folder, make_state())
 
 
+def orbax_sharded(folder):
+    """Only arrays on a mesh have their sharding written."""
+    mesh = jax.sharding.Mesh(jax.devices(), ("data",))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    params = jax.device_put(make_state().params, split)
+    ocp.PyTreeCheckpointer().save(folder, {"params": params})
+
+
 def orbax_manager(folder):
     manager = ocp.CheckpointManager(folder, ocp.PyTreeCheckpointer())
     manager.save(10, make_state())
@@ -95,4 +103,5 @@ write(f"flax_{FLAX}_over_orbax_{ORBAX}", flax_over_orbax)
 write(f"orbax_{ORBAX}_pytree", orbax_pytree)
 write(f"orbax_{ORBAX}_manager", orbax_manager)
 if hasattr(ocp, "StandardCheckpointHandler"):
+    write(f"orbax_{ORBAX}_sharded", orbax_sharded)
     write(f"orbax_{ORBAX}_standard", orbax_standard)
