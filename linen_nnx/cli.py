@@ -7,13 +7,15 @@ import argparse
 import contextlib
 import ctypes
 import gc
+import io
 import itertools
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 from linen_nnx.errors import Refusal
 
@@ -40,7 +42,11 @@ def main(arguments: Sequence[str] | None = None, own_runs: str | None = None) ->
     try:
         return command(**options)
     except OSError as error:  # of whose own text the number is left out
-        reason = str(error) if error.filename is None else f"{error.filename}: {error.strerror}"
+        names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        reason = f"{' to '.join(names)}: {error.strerror}" if names else str(error)
+    except KeyboardInterrupt:
+        print("interrupted: nothing was left behind", file=sys.stderr)
+        return 130  # as a shell says of a program that SIGINT has ended
     except Refusal as error:
         reason = str(error)
     print(f"refused: {reason}", file=sys.stderr)
@@ -49,6 +55,10 @@ def main(arguments: Sequence[str] | None = None, own_runs: str | None = None) ->
 
 def program(own_runs: str | None = None) -> int:
     """`main` in a process of its own, whose memory and time it may tune."""
+    signal.signal(signal.SIGINT, _interrupt)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file may have any bytes as its name
     gc.disable()  # a short life with many small objects and few cycles of them: 15 % faster
     with contextlib.suppress(OSError, AttributeError):
         # M_ARENA_MAX: else glibc keeps the freed buffers of streamed leaves once for each thread.
@@ -57,6 +67,12 @@ def program(own_runs: str | None = None) -> int:
         return main(own_runs=own_runs)
     finally:
         gc.freeze()  # nor look for cycles at the end
+
+
+def _interrupt(*_: object) -> NoReturn:
+    """Ends a command at the first Ctrl-C. A second one would end the clearing up of the first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _parser(own_runs: str | None, words: Sequence[str]) -> argparse.ArgumentParser:

@@ -1,7 +1,9 @@
 """The rule book: its laws over random trees and books, and each of its errors."""
 
+import os
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -713,3 +715,47 @@ def test_a_tree_that_would_not_come_back_is_refused(tree, reason):
 def test_paths_that_form_no_tree_are_refused(leaves, reason):
     with pytest.raises(ValueError, match=reason):
         unflatten(leaves)
+
+
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n"
+    for before, name in zip("abcdefghij", "bcdefghijk", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (LAUGHS.encode(), "stands for more than 4194304 nodes"),
+        (b"a: &a [*a]", "names nothing that ends before it"),
+        (b"rules: " + b"[" * 100_000, "nests more than 32 levels"),
+        (b'{"rules": ' + b"[" * 100_000, "nests more than 32 levels"),
+        (b"version: !!int ''", "the tag tag:yaml.org,2002:int is not taken"),
+        (b"version: " + b"9" * 5000, "Exceeds the limit"),
+        (b"version: 2001-99-99", "month must be in 1..12"),
+        (b"\xff\xfe\x00", "can't decode byte 0xff"),
+        (b"version: 1\nrules: []\nunassigned: 7", "`unassigned` must be a list, got int"),
+    ],
+)
+def test_a_file_that_was_made_to_break_its_reader_is_refused_at_once(tmp_path, content, reason):
+    (tmp_path / "rules.yaml").write_bytes(content)
+    start = time.process_time()
+    with pytest.raises(RuleError, match=reason):
+        RuleBook.load(tmp_path / "rules.yaml")
+    assert time.process_time() - start < 2
+
+
+def test_aliases_that_do_not_multiply_are_read(tmp_path):
+    (tmp_path / "rules.yaml").write_text(
+        "version: 1\nrules:\n"
+        "- {linen: params/a, nnx: a, ops: &turn [{op: transpose, perm: [1, 0]}]}\n"
+        "- {linen: params/b, nnx: b, ops: *turn}\n"
+    )
+    one, two = RuleBook.load(tmp_path / "rules.yaml").rules
+    assert one.ops == two.ops
+
+
+def test_a_pipe_is_no_rule_book(tmp_path):
+    os.mkfifo(tmp_path / "rules.yaml")
+    with pytest.raises(RuleError, match="it is a pipe, expected a regular file"):
+        RuleBook.load(tmp_path / "rules.yaml")

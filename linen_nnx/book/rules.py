@@ -9,7 +9,6 @@ that does not fit is raised together, as one `RuleError`. Leaves may be numpy or
 tracers under `jax.jit`; nothing is cast, and this module imports no jax.
 """
 
-import json
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +19,7 @@ from linen_nnx.book.grammar import Rule, noting, parse_rule, rule_to_dict, unkno
 from linen_nnx.book.ops import Side
 from linen_nnx.book.patterns import Hit, Index
 from linen_nnx.book.plan import Plan, RuleError, make_plan
+from linen_nnx.book.reading import parse_json, read_text
 
 VERSION = 1
 
@@ -60,10 +60,17 @@ class RuleBook:
 
     @classmethod
     def load(cls, path: str | Path) -> "RuleBook":
-        """Reads a YAML file. Raises `RuleError` naming file, rule number and key."""
-        text = Path(path).read_text()
+        """Reads a YAML file.
+
+        Raises `RuleError` naming file, rule number and key, or `OSError` for a file that is not
+        there.
+        """
         try:
-            content = json.loads(text)  # JSON is YAML, and read fifty times faster
+            text = read_text(path)
+        except ValueError as error:
+            raise RuleError(f"{path} cannot be read", [str(error)]) from None
+        try:
+            content = parse_json(text)  # JSON is YAML, and read fifty times faster
         except ValueError:
             from linen_nnx.book.text import parse
 
@@ -98,7 +105,11 @@ class RuleBook:
             with noting(problems, f"rule {number}: "):
                 rules.append(parse_rule(entry))
         unassigned = {}
-        for number, entry in enumerate(content.get("unassigned") or (), start=1):
+        open_leaves = content.get("unassigned") or []
+        if not isinstance(open_leaves, list):
+            problems.append(f"`unassigned` must be a list, got {type(open_leaves).__name__}")
+            open_leaves = []
+        for number, entry in enumerate(open_leaves, start=1):
             with noting(problems, f"unassigned leaf {number}: "):
                 leaf, known = _read_unassigned(entry)
                 unassigned[leaf] = known
@@ -227,7 +238,10 @@ def _read_unassigned(entry: Any) -> tuple[str, Unassigned]:
     keys = ("leaf", *Unassigned._fields)
     if not isinstance(entry, Mapping) or set(entry) != set(keys):
         raise ValueError(f"expected a mapping with {', '.join(keys)}, got {entry!r}")
-    known = Unassigned(entry["side"], entry["reason"], tuple(entry["candidates"] or ()))
+    candidates = entry["candidates"] or []
+    if not isinstance(candidates, list):
+        raise ValueError(f"`candidates` is a list of texts, got {candidates!r}")
+    known = Unassigned(entry["side"], entry["reason"], tuple(candidates))
     if not all(isinstance(text, str) for text in (entry["leaf"], known.reason, *known.candidates)):
         raise ValueError(f"leaf, reason and candidates are texts, got {entry!r}")
     if known.side not in ("linen", "nnx"):

@@ -145,6 +145,13 @@ def plain(value: Any) -> Any:
     raise ValueError(f"it nests more than {_LEVELS} levels deep")
 
 
+def dtype_name(value: Any) -> str:
+    """The name of a dtype of numbers, such as `float32` or `bfloat16`."""
+    if not isinstance(value, str) or not _ZARR3_DTYPE.fullmatch(value):
+        raise ValueError(f"the dtype {shown(value)} is not known")
+    return value
+
+
 def array_metadata(content: str | bytes, zarr3: bool) -> dict[str, Any]:
     """The zarr metadata of one array, with everything that is used of it checked."""
     metadata = mapping(plain(parse_json(content)))

@@ -1,6 +1,5 @@
 """What a conversion would do to every leaf, decided before anything is written."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,16 +12,18 @@ import xxhash
 from linen_nnx.book.grammar import did_you_mean
 from linen_nnx.book.ops import Side, Spec
 from linen_nnx.book.plan import RuleError
+from linen_nnx.book.reading import read_json
 from linen_nnx.book.rules import RuleBook
-from linen_nnx.disk import ocdbt
+from linen_nnx.disk import checked, ocdbt
 from linen_nnx.disk.carry import Carried, carry
+from linen_nnx.disk.checked import StoreError
 from linen_nnx.disk.complete import check_complete
 from linen_nnx.disk.layouts import lay_out
 from linen_nnx.disk.rekey import Job, choose, kept
 from linen_nnx.disk.sides import guess_side
 from linen_nnx.disk.sources import Source, find
 from linen_nnx.disk.state import STAGES, Form, State, read_state
-from linen_nnx.disk.store import INDEX, Key, Leaf, fresh_metadata
+from linen_nnx.disk.store import DICT, INDEX, SEQUENCE, Leaf, fresh_metadata, make_key
 
 REPORT, RULES = "report.json", "rules.yaml"
 # Measured: Python, and what each leaf takes; tensorstore, and the batch being committed.
@@ -41,6 +42,22 @@ class Options(NamedTuple):
     item: str | None = None
     step: int | None = None
     prefix: tuple[str, ...] = ()
+
+
+_OPTION_TYPES = (bool, bool, str, str, int, list)
+
+
+def options_in(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a report keeps. Raises `ValueError` for one of another type."""
+    options = {}
+    for name, kind in zip(Options._fields, _OPTION_TYPES, strict=True):
+        value = report.get(name)
+        if value is None:
+            continue
+        if type(value) is not kind:
+            raise ValueError(f"`{name}` is {checked.shown(value)}")
+        options[name] = [checked.text(one) for one in value] if kind is list else value
+    return options
 
 
 @dataclass(frozen=True)
@@ -306,19 +323,38 @@ def _rule_book(source: Source, rules: str | Path | RuleBook | None) -> RuleBook:
 
 
 def _origin(source: Source, to: Form, book: RuleBook) -> State | None:
-    """The tree that a converted checkpoint came from, if it goes back there."""
-    try:
-        origin = json.loads((source.folder / REPORT).read_text())["origin"]
-        if origin is None or to.stage or origin["side"] != to.side:
-            return None
-        leaves = [
-            Leaf(
-                tuple(map(Key, path.split("/"), kinds)),
-                value_type,
-                zarr=dtype and fresh_metadata(Spec((), dtype), zarr3=False),
-            )
-            for path, kinds, value_type, dtype in origin["leaves"]
-        ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    """The tree that a converted checkpoint came from, if it goes back there.
+
+    Raises `StoreError` for a report that is damaged: without it the way back would end elsewhere.
+    """
+    path = source.folder / REPORT
+    if not path.is_file():
         return None
+    try:
+        report = read_json(path)
+        origin = report.get("origin") if isinstance(report, dict) else None
+        if origin is None or to.stage or checked.field(origin, "side") != to.side:
+            return None
+        leaves = [_origin_leaf(e) for e in checked.sequence(checked.field(origin, "leaves"))]
+    except ValueError as error:
+        fix = "delete it, and give the tree of the result with --like"
+        raise StoreError(f"{path} is damaged ({error}): {fix}") from None
     return read_state(leaves, to, book)
+
+
+def _origin_leaf(entry: Any) -> Leaf:
+    """A leaf as `Conversion.origin` describes it."""
+    if len(checked.sequence(entry)) != 4:
+        raise ValueError(f"a leaf has {len(entry)} values, expected 4")
+    path, kinds, value_type, dtype = entry
+    names = [checked.name(name) for name in checked.text(path).split("/")]
+    if len(checked.sequence(kinds)) != len(names):
+        raise ValueError(f"{checked.shown(path)} has {len(kinds)} kinds of keys")
+    keys = [
+        make_key(name, checked.integer(kind, SEQUENCE, DICT))
+        for name, kind in zip(names, kinds, strict=True)
+    ]
+    metadata = None
+    if dtype is not None:
+        metadata = fresh_metadata(Spec((), checked.dtype_name(dtype)), zarr3=False)
+    return Leaf(tuple(keys), checked.text(value_type), zarr=metadata)

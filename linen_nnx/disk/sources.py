@@ -5,13 +5,14 @@ A run of this template (`checkpoints/<step>/`), a folder of steps (a CheckpointM
 a bare item of Orbax of any age, a file, or a folder of shards. `docs/formats.md` lists them all.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from linen_nnx.book.reading import read_json
+from linen_nnx.disk import checked
 from linen_nnx.disk.steps import Choice, Step, choose, is_named_as_step, pytrees, refuse_unfinished
 from linen_nnx.disk.store import (
     DICT,
@@ -362,8 +363,15 @@ def _state_items(folder: Path, items: Mapping[str, Path], wanted: str | None) ->
 def _run_of(folder: Path) -> dict[str, Any] | None:
     """What a checkpoint of this template says of itself."""
     run = folder / "run" / "metadata"
+    if not run.is_file():
+        return None
     try:
-        own = json.loads(run.read_text()) if run.is_file() else None
+        own = read_json(run)
+        if not isinstance(own, dict) or not set(own) >= _RUN:
+            return None  # a run of somebody else's
+        checked.mapping(checked.plain(own["config"]))
+        checked.text(own["stage"])
+        checked.plain(own["rules"])
     except ValueError as error:
         raise StoreError(f"{run} cannot be read: {error}") from None
-    return own if isinstance(own, dict) and set(own) >= _RUN else None
+    return own

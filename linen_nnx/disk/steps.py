@@ -9,13 +9,13 @@ with the same. Nobody but the user knows which of the two is wanted, so they are
 save of step 300 was never finished, and is no step.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from linen_nnx.book.grammar import did_you_mean
+from linen_nnx.book.reading import read_json
 from linen_nnx.disk.store import StoreError, is_item
 
 TEMPORARY = ".orbax-checkpoint-tmp"
@@ -75,7 +75,7 @@ def unfinished(folder: Path) -> str | None:
 
 def _begun_only(history: Path) -> bool:
     try:
-        content = json.loads(history.read_text())
+        content = read_json(history)
     except (OSError, ValueError):
         return False
     if not isinstance(content, dict) or content.get("init_timestamp_nsecs") is None:

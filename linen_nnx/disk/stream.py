@@ -4,7 +4,10 @@ Memory holds the arrays of one change, and of the batch being committed meanwhil
 size of the checkpoint.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,10 @@ import numpy as np
 import tensorstore as ts
 
 from linen_nnx.book.ops import Action
+from linen_nnx.disk.checked import StoreError
 from linen_nnx.disk.sources import Reader
 from linen_nnx.disk.store import Item, Leaf
+from linen_nnx.errors import Refusal
 
 # As Orbax configures its stores: values up to 1 KB lie in the tree, which is one node.
 _CONFIG = {
@@ -35,13 +40,14 @@ class ItemReader:
         self._stores = [_open_kv(item.path, self._context, item.ocdbt) for item in items]
 
     def read(self, leaves: Sequence[Leaf]) -> list[Array]:
-        """All leaves at once. Raises `ValueError` for bytes that cannot be decoded."""
+        """All leaves at once. Raises `StoreError` for bytes that cannot be decoded."""
         arrays = [
             open_array(self._stores[leaf.item], leaf.stored, leaf.zarr, self._context)
             for leaf in leaves
         ]
-        pending = [array.result().read() for array in arrays]
-        return [np.asarray(future.result()) for future in pending]
+        with refusing(f"{', '.join(leaf.path for leaf in leaves[:3])} cannot be read"):
+            pending = [array.result().read() for array in arrays]
+            return [np.asarray(future.result()) for future in pending]
 
 
 def _open_kv(
@@ -74,28 +80,65 @@ def stream(
     progress: Callable[[str], None],
 ) -> None:
     """Writes the targets of each `(sources, actions, targets)` to the store of the item `out`."""
-    context = ts.Context()
-    store = _open_kv(out, context, ocdbt, config=_CONFIG)
-    transaction, size, done = ts.Transaction(), 0, 0
-    committing: Any = None
-    for sources, actions, targets in jobs:
-        arrays = reader.read(sources)
-        for action in actions:
-            arrays = action.run(arrays)
-        opened = [
-            open_array(store.with_transaction(transaction), t.name, t.zarr, context, create=True)
-            for t in targets
-        ]
+    with refusing(f"the arrays of {out} cannot be written"):
+        writer = _Writer(out, ocdbt)
+        try:
+            for sources, actions, targets in jobs:
+                arrays = reader.read(sources)
+                for action in actions:
+                    arrays = action.run(arrays)
+                writer.add(arrays, targets)
+                progress(f"rewriting leaves: {writer.done / 1e6:.0f} MB")
+            writer.commit()
+        finally:
+            writer.wait()
+
+
+class _Writer:
+    """Writes arrays in batches, each of which is committed while the next is being made."""
+
+    def __init__(self, out: Path, ocdbt: bool) -> None:
+        self._context = ts.Context()
+        self._store = _open_kv(out, self._context, ocdbt, config=_CONFIG)
+        self._transaction = ts.Transaction()
+        self._committing: Any = None
+        self._size = 0  # bytes in the batch that is open
+        self.done = 0
+        """Bytes on their way to disk."""
+
+    def add(self, arrays: Sequence[Array], targets: Sequence[Leaf]) -> None:
+        """Writes each array as the leaf that it is to be."""
+        store = self._store.with_transaction(self._transaction)
+        opened = [open_array(store, t.name, t.zarr, self._context, create=True) for t in targets]
         for array, target in zip(arrays, opened, strict=True):
             target.result().write(array).result()
-            size += array.nbytes
-        if size > _BATCH:
-            if committing is not None:
-                committing.result()
-            committing = transaction.commit_async()
-            done += size
-            progress(f"rewriting leaves: {done / 1e6:.0f} MB")
-            transaction, size = ts.Transaction(), 0
-    if committing is not None:
-        committing.result()
-    transaction.commit_sync()
+            self._size += array.nbytes
+        if self._size > _BATCH:
+            self.commit()
+
+    def commit(self) -> None:
+        """Begins to write the open batch to disk, when the one before it is there."""
+        self.wait()
+        self._committing = self._transaction.commit_async()
+        self.done += self._size
+        self._transaction, self._size = ts.Transaction(), 0
+
+    def wait(self) -> None:
+        """Waits for the batch that is being written: the directory may be removed then."""
+        pending, self._committing = self._committing, None
+        if pending is not None:
+            pending.result()
+
+
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Turns what tensorstore raises into a refusal, or into the `OSError` that was behind it."""
+    try:
+        yield
+    except (Refusal, OSError):
+        raise
+    except (ValueError, IndexError, NotImplementedError) as error:
+        text = str(error).partition(" [tensorstore_spec=")[0].partition(" [source locations=")[0]
+        if (number := re.search(r"\[os_error_code='(\d+)'\]", text)) is not None:
+            raise OSError(int(number[1]), os.strerror(int(number[1])), what) from None
+        raise StoreError(f"{what}: {text}") from None

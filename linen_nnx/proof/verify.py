@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from linen_nnx.book.plan import RuleError
-from linen_nnx.disk import digests
+from linen_nnx.book.reading import read_json
+from linen_nnx.disk import checked, digests
 from linen_nnx.disk.planning import (
     MODEL_ALONE,
     REPORT,
     RULES,
     Conversion,
-    Options,
+    options_in,
     plan_conversion,
 )
 from linen_nnx.disk.rekey import Job
@@ -105,10 +106,9 @@ def _once(own_runs: OwnRuns) -> OwnRuns:
 def _asked(result: Source, to: str | None) -> tuple[str, dict[str, Any]]:
     """What the conversion was asked for, by its report: its target and its options."""
     try:
-        report = json.loads((result.folder / REPORT).read_text())
-        options = {name: report[name] for name in Options._fields if name in report}
-        return to or report["target"], options
-    except (OSError, ValueError, KeyError, TypeError):
+        report = checked.mapping(read_json(result.folder / REPORT))
+        return to or checked.text(checked.field(report, "target")), options_in(report)
+    except (OSError, ValueError):
         if to is None:
             raise StoreError(f"{result.folder} has no readable {REPORT}: say --to") from None
         return to, {"model_only": result.folder.suffix in MODEL_ALONE}
