@@ -54,9 +54,9 @@ def options_in(report: Mapping[str, Any]) -> dict[str, Any]:
         value = report.get(name)
         if value is None:
             continue
-        if type(value) is not kind:
+        if not isinstance(value, kind):
             raise ValueError(f"`{name}` is {checked.shown(value)}")
-        options[name] = [checked.text(one) for one in value] if kind is list else value
+        options[name] = [checked.text(one) for one in value] if isinstance(value, list) else value
     return options
 
 
