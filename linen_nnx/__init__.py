@@ -4,6 +4,7 @@
     book     rule books: their grammar, and what they make of shapes and arrays
     disk     checkpoints: every layout read, converted, written
     infer    twins: two models traced, and a rule book proposed
+    ladder   one model at four stages, behind Linen's `init` and `apply`
     proof    conversions verified, and the first layer at which two models part
 
 Each imports only what stands above it.
@@ -19,20 +20,29 @@ if TYPE_CHECKING:
     from linen_nnx.errors import Refusal
     from linen_nnx.infer.suggest import suggest
     from linen_nnx.infer.twin import Twin, TwinError
+    from linen_nnx.ladder.forms import VariablesError
+    from linen_nnx.ladder.keys import DrawError
+    from linen_nnx.ladder.ladder import Ladder, Part
+    from linen_nnx.ladder.stage import Stage
     from linen_nnx.proof.bisect import bisect
     from linen_nnx.proof.verify import verify
 
 __all__ = [
-    "Refusal", "RuleBook", "RuleError", "Twin", "TwinError", "bisect", "convert", "suggest",
-    "verify",
+    "DrawError", "Ladder", "Part", "Refusal", "RuleBook", "RuleError", "Stage", "Twin", "TwinError",
+    "VariablesError", "bisect", "convert", "suggest", "verify",
 ]  # fmt: skip
 
 _HOMES = {
+    "DrawError": "ladder.keys",
+    "Ladder": "ladder.ladder",
+    "Part": "ladder.ladder",
     "Refusal": "errors",
     "RuleBook": "book.rules",
     "RuleError": "book.plan",
+    "Stage": "ladder.stage",
     "Twin": "infer.twin",
     "TwinError": "infer.twin",
+    "VariablesError": "ladder.forms",
     "bisect": "proof.bisect",
     "convert": "disk.convert",
     "suggest": "infer.suggest",

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from linen_nnx.book.draws import Pairing, parse_pairing
 from linen_nnx.book.grammar import Rule, noting, parse_rule, rule_to_dict, unknown
 from linen_nnx.book.ops import Side
 from linen_nnx.book.patterns import Hit, Index
@@ -37,14 +38,19 @@ class RuleBook:
     """An immutable list of rules. Build it from `Rule`s, a dict, or a YAML file.
 
     `unassigned` maps the path of each leaf that still lacks a rule to what is known of it. While
-    it is not empty, translating raises unless `partial=True`.
+    it is not empty, translating raises unless `partial=True`. `draws` pairs the random keys of
+    both models, for each kind of call (`draws.py`); translating needs none of it.
     """
 
     def __init__(
-        self, rules: Iterable[Rule], unassigned: Mapping[str, Unassigned] = MappingProxyType({})
+        self,
+        rules: Iterable[Rule],
+        unassigned: Mapping[str, Unassigned] = MappingProxyType({}),
+        draws: Iterable[Pairing] = (),
     ) -> None:
         self.rules = tuple(rules)
         self.unassigned = MappingProxyType(dict(unassigned))
+        self.draws = tuple(draws)
         self._text: str | None = None
 
     def __eq__(self, other: object) -> bool:
@@ -52,6 +58,7 @@ class RuleBook:
             isinstance(other, RuleBook)
             and self.rules == other.rules
             and self.unassigned == other.unassigned
+            and self.draws == other.draws
         )
 
     def __repr__(self) -> str:
@@ -93,7 +100,7 @@ class RuleBook:
                 f"{name} cannot be read",
                 [f"expected a mapping with `version` and `rules`, got {type(content).__name__}"],
             )
-        problems = unknown(content, ("version", "rules", "unassigned"), "unknown key")
+        problems = unknown(content, ("version", "rules", "unassigned", "draws"), "unknown key")
         if content.get("version") != VERSION:
             problems.append(f"`version` must be {VERSION}, got {content.get('version')!r}")
         entries = content.get("rules")
@@ -113,9 +120,16 @@ class RuleBook:
             with noting(problems, f"unassigned leaf {number}: "):
                 leaf, known = _read_unassigned(entry)
                 unassigned[leaf] = known
+        draws: dict[str, Pairing] = {}
+        for number, entry in enumerate(content.get("draws") or (), start=1):
+            with noting(problems, f"entry {number} of `draws`: "):
+                pairing = parse_pairing(entry)
+                if pairing.kind in draws:
+                    raise ValueError(f"the call {pairing.kind} has an entry before")
+                draws[pairing.kind] = pairing
         if problems:
             raise RuleError(f"{name} cannot be read", problems)
-        return cls(rules, unassigned)
+        return cls(rules, unassigned, draws.values())
 
     def to_dict(self) -> dict[str, Any]:
         """The mapping that `from_dict` reads: plain dicts, lists, strings and numbers."""
@@ -128,6 +142,8 @@ class RuleBook:
                 {"leaf": leaf, **known._asdict(), "candidates": list(known.candidates)}
                 for leaf, known in self.unassigned.items()
             ]
+        if self.draws:
+            content["draws"] = [pairing.to_dict() for pairing in self.draws]
         return content
 
     def save(self, path: str | Path) -> None:

@@ -76,17 +76,24 @@ class _Size:
 
 
 def write(book: dict[str, Any]) -> str:
-    """The YAML of a rule book's mapping: its ops and candidates take one line each."""
+    """The YAML of a rule book's mapping: its ops, candidates and pairs take one line each."""
     for entry in book["rules"]:
         if "ops" in entry:
             entry["ops"] = _OneLine(entry["ops"])
     for entry in book.get("unassigned", ()):
         entry["candidates"] = _OneLine(entry["candidates"])
+    for entry in book.get("draws", ()):
+        entry["given"] = _Pairs(entry["given"])
+        entry["pairs"] = list(map(_Pairs, entry["pairs"]))
     return yaml.dump(book, Dumper=_Dumper, sort_keys=False, width=1000)
 
 
 class _OneLine(list[Any]):
     """A list that YAML writes on one line."""
+
+
+class _Pairs(dict[str, Any]):
+    """A mapping that YAML writes on one line."""
 
 
 class _Dumper(yaml.SafeDumper):
@@ -96,4 +103,8 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_representer(
     _OneLine,
     lambda dumper, ops: dumper.represent_sequence("tag:yaml.org,2002:seq", ops, flow_style=True),
+)
+_Dumper.add_representer(
+    _Pairs,
+    lambda dumper, pair: dumper.represent_mapping("tag:yaml.org,2002:map", pair, flow_style=True),
 )

@@ -1,0 +1,145 @@
+"""How Linen and nnx modules come by their random keys, watched and replaced.
+
+Everything here leans on names of Flax or jax that are public by their spelling alone, or on how
+they act. Each has a row in `make parity`, which fails when an installed version differs.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.core.scope import in_filter
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from linen_nnx.errors import Refusal
+
+Value = TypeVar("Value")
+_TAG = "linen_nnx.draw:"
+# A part of the key of every cache of traces. `nn.jit` and `nnx.jit` keep what they traced: without
+# a value of its own, a probe would find the trace of an earlier plain call and see no draw in it,
+# and a later plain call would find the probe's.
+_PROBE = jax.make_user_context(None)
+
+
+class DrawError(Refusal):
+    """Random keys that cannot be given as Linen would give them; the message says which and why."""
+
+
+class Undrawn(Exception):
+    """A stream was drawn from of which nothing is known yet."""
+
+
+def tag(key: Array, name: str) -> Array:
+    """The key, recorded under a name in any jaxpr that it is traced into."""
+    return checkpoint_name(key, _TAG + name)
+
+
+def tag_of(eqn: Any) -> str | None:
+    """The name that `tag` gave to an equation of a jaxpr, if it is one of `tag`."""
+    name = eqn.params.get("name") if eqn.primitive.name == "name" else None
+    return name.removeprefix(_TAG) if isinstance(name, str) and name.startswith(_TAG) else None
+
+
+@contextmanager
+def watching(swap: Callable[[str, Array], Array]) -> Iterator[None]:
+    """Inside, each key that a Linen module draws is replaced by `swap("stream/path", key)`.
+
+    Flax has an interceptor of methods, but `make_rng` does not pass through it; so the interceptor
+    gives each module that is entered a `make_rng` of its own. Key and stream are those that Linen
+    found: under `nn.scan`, say, `key` is a tracer of the loop's body.
+    """
+    touched: list[nn.Module] = []
+
+    def enter(call_next: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        module = context.module
+        if "make_rng" not in vars(module):
+            original = module.make_rng
+
+            def make_rng(name: str = "params") -> Array:
+                return swap("/".join([name, *module.scope.path]), original(name))
+
+            object.__setattr__(module, "make_rng", make_rng)
+            touched.append(module)
+        return call_next(*args, **kwargs)
+
+    try:
+        with _PROBE(object()), nn.intercept_methods(enter):
+            yield
+    finally:
+        for module in touched:
+            vars(module).pop("make_rng", None)
+
+
+class Stream(nnx.RngStream):
+    """A stream that may have been given its keys.
+
+    Plain, its `key` and its `count` have one shape, `lanes` (empty but for stacked layers), and it
+    draws as nnx does. Given keys, `key` is `(*lanes, draws)`, and draw number n is `key[..., n]`.
+    Both are Variables of the types that nnx expects, so that `nnx.scan`, `nnx.remat` and the like
+    split, carry and merge them as ever.
+    """
+
+    path = ""
+    mode = "plain"
+    """`tag`: keys are tagged with the path. `mute`: to draw is to raise `Undrawn`."""
+
+    def __call__(self) -> Array:
+        if self.mode == "mute":
+            raise Undrawn(self.path)
+        if self.key.ndim == self.count.ndim:
+            key = super().__call__()
+        else:
+            number = self.count[...]
+            self.count[...] = number + 1
+            key = self.key[...][number]
+        return tag(key, self.path) if self.mode == "tag" else key
+
+
+def adopt(model: nnx.Module) -> None:
+    """Makes each stream of a model a `Stream` that knows its path.
+
+    In place, as modules share streams and hold them in attributes, lists and `nnx.Rngs` alike.
+    """
+    for path, node in nnx.iter_graph(model):
+        if type(node) is nnx.RngStream:
+            object.__setattr__(node, "__class__", Stream)
+            vars(node)["path"] = "/".join(map(str, path))
+
+
+def set_mode(model: nnx.Module, mode: str) -> None:
+    """Sets the `mode` of each stream of a model."""
+    for _, node in nnx.iter_graph(model):
+        if isinstance(node, Stream):
+            node.mode = mode
+
+
+def probing() -> Any:
+    """A context inside which nothing is traced that was traced outside, nor the other way round."""
+    return _PROBE(object())
+
+
+def aside(compute: Callable[[], Value]) -> Value:
+    """What a function gives when it is called outside of any trace that is going on.
+
+    In a thread of its own, as the state of tracing is a thread's. `jax.ensure_compile_time_eval`
+    would do too, but runs each constant of the inner traces by itself: 49 s instead of 5.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(compute).result()
+
+
+def typed(key: Array) -> Array:
+    """A typed key of a typed or a raw one; nnx streams hold no others."""
+    is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return key if is_typed else jax.random.wrap_key_data(key)
+
+
+def is_mutable(collection: str, mutable: Any) -> bool:
+    """Whether Linen's filter `mutable` (bool, name, names or DenyList) takes in a collection."""
+    return in_filter(mutable, collection)

@@ -1,0 +1,342 @@
+"""The ladder: one model at four stages between Linen and nnx, behind Linen's `init` and `apply`.
+
+    stage         root    parts not yet ported          parts ported
+    linen         Linen   Linen                         Linen
+    nnx_in_linen  Linen   Linen                         nnx, through bridge.to_linen
+    linen_in_nnx  nnx     Linen, through bridge.ToNNX   nnx
+    nnx           nnx     nnx                           nnx
+
+A model is one part, or several named ones that one function puts together. A model of one part is
+bridged whole: ported at `nnx_in_linen`, not yet at `linen_in_nnx`.
+"""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax import nnx
+from jax import Array
+
+from linen_nnx.book.draws import Pairing
+from linen_nnx.book.ops import Side
+from linen_nnx.book.rules import RuleBook
+from linen_nnx.book.tree import flatten, unflatten
+from linen_nnx.infer.twin import Twin, TwinError, attempt
+from linen_nnx.ladder import draws
+from linen_nnx.ladder.calls import Call
+from linen_nnx.ladder.forms import WHOLE, Book, Forms, Leaves
+from linen_nnx.ladder.keys import aside, tag, watching
+from linen_nnx.ladder.port import Port
+from linen_nnx.ladder.program import Program, trace
+from linen_nnx.ladder.roots import Bound, LinenPart, LinenRoot, NnxRoot
+from linen_nnx.ladder.stage import STAGES, Stage
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a model, in both frameworks.
+
+    Attributes:
+      linen: `() -> nn.Module`, or the module.
+      nnx: `(rngs) -> nnx.Module`.
+    """
+
+    linen: Callable[[], nn.Module] | nn.Module
+    nnx: Callable[[nnx.Rngs], nnx.Module]
+
+    def module(self) -> nn.Module:
+        """The Linen module."""
+        if isinstance(self.linen, nn.Module):
+            return self.linen
+        return attempt("linen()", self.linen)
+
+
+class Ladder:
+    """A model at each stage of its migration.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import linen as nn, nnx
+      >>> from linen_nnx import Ladder, Twin
+      >>> twin = Twin(linen=lambda: nn.Dense(3),
+      ...             nnx=lambda rngs: nnx.Linear(2, 3, rngs=rngs),
+      ...             inputs=lambda: (jnp.ones((1, 2)),))
+      >>> ladder = Ladder(twin)
+      >>> x = jnp.ones((4, 2))
+      >>> for name in ("linen", "nnx_in_linen", "linen_in_nnx", "nnx"):
+      ...     model = ladder.at(name)
+      ...     variables = model.init(jax.random.key(0), x)
+      ...     print(model.apply(variables, x).shape, list(variables))
+      (4, 3) ['params']
+      (4, 3) ['params']
+      (4, 3) ['params']
+      (4, 3) ['params']
+    """
+
+    def __init__(
+        self,
+        twin: Twin | None = None,
+        rules: RuleBook | str | Path | None = None,
+        *,
+        parts: Mapping[str, Part] | None = None,
+        forward: Callable[..., Any] | None = None,
+        inputs: Callable[[], tuple[Any, ...]] | None = None,
+        methods: Mapping[str, Callable[..., Any]] | None = None,
+        ported: Sequence[str] | None = None,
+        say: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
+    ) -> None:
+        """A ladder over a twin, or over parts. Nothing is computed before it is needed.
+
+        Args:
+          twin: the model, if it is one part.
+          rules: a rule book or its file; None: what `suggest` finds for the models.
+          parts: the parts by name, if there are several.
+          forward: `(parts, *args, **kwargs) -> outputs`, the model put together; it runs under both
+            roots, on submodules of either framework.
+          inputs: `() -> tuple`, the arguments of an example call of `forward`.
+          methods: more entries like `forward`, by name; `apply(..., method=name)` runs them.
+          ported: the parts that are nnx modules at both hybrid stages; by default the first.
+          say: is told, in one line each, what was chosen without being asked.
+
+        Raises:
+          TwinError: when a part of the models cannot be built.
+          RuleError: when the rule book does not fit them (at the first use).
+        """
+        if (twin is None) == (parts is None):
+            raise TwinError("Ladder takes a twin, or parts with `forward` and `inputs`")
+        if parts is not None and (forward is None or inputs is None):
+            raise TwinError("parts need `forward` and `inputs`: Ladder(parts=..., forward=...)")
+        if twin is not None:
+            parts, inputs = {WHOLE: Part(twin.linen, twin.nnx)}, twin.inputs
+        assert parts is not None and inputs is not None
+        for name in ported or ():
+            if name not in parts:
+                raise TwinError(f"`ported` names {name!r}; the parts are {', '.join(parts)}")
+        self.parts, self.forward, self.say = dict(parts), forward, say
+        self._twin, self._inputs, self._methods = twin, inputs, dict(methods or {})
+        self._ported = [next(iter(parts))] if ported is None else list(ported)
+        self._given_rules = rules
+        self._stages: dict[str, Stage] = {}
+        self._programs: dict[Any, Program] = {}
+
+    def at(self, stage: str) -> Stage:
+        """The model at a stage: `linen`, `nnx_in_linen`, `linen_in_nnx` or `nnx`."""
+        if stage not in STAGES:
+            raise TwinError(f"there is no stage {stage!r}; the stages are {', '.join(STAGES)}")
+        if stage not in self._stages:
+            self._stages[stage] = Stage(self, stage, self.forms(stage))
+        return self._stages[stage]
+
+    def forms(self, stage: str) -> Forms:
+        """The form of each part at a stage."""
+        if self.forward is None:
+            whole: Side = "nnx" if stage in ("nnx_in_linen", "nnx") else "linen"
+            return {WHOLE: whole}
+        result: dict[str, Side] = {}
+        for part in self.parts:
+            hybrid = stage in ("nnx_in_linen", "linen_in_nnx")
+            is_nnx = stage == "nnx" or (hybrid and part in self._ported)
+            result[part] = "nnx" if is_nnx else "linen"
+        return result
+
+    @cached_property
+    def rules(self) -> RuleBook:
+        """The rule book that was given, or what the models' code proves."""
+        if isinstance(self._given_rules, RuleBook):
+            return self._given_rules
+        if self._given_rules is not None:
+            return RuleBook.load(self._given_rules)
+        from linen_nnx.infer.suggest import suggest
+
+        return suggest(self.twin)
+
+    @cached_property
+    def twin(self) -> Twin:
+        """The whole model as a twin, whatever its parts."""
+        if self._twin is not None:
+            return self._twin
+
+        def build(rngs: nnx.Rngs) -> nnx.Module:
+            return NnxRoot({name: part.nnx(rngs) for name, part in self.parts.items()})
+
+        forward = self.forward
+        assert forward is not None
+        return Twin(
+            linen=lambda: self.linen,
+            nnx=build,
+            inputs=self._inputs,
+            call_linen=lambda module, variables, *inputs: module.apply(
+                variables, *inputs, method=forward
+            ),
+            call_nnx=lambda model, *inputs: forward(model, *inputs),
+            init_linen=lambda module, key, *inputs: module.init(key, *inputs, method=forward),
+        )
+
+    @cached_property
+    def linen(self) -> nn.Module:
+        """The whole model in Linen; the unmodified module, where it is one part."""
+        if self.forward is None:
+            return self.parts[WHOLE].module()
+        return LinenRoot(lambda: {name: part.module() for name, part in self.parts.items()})
+
+    @cached_property
+    def ports(self) -> dict[str, Port]:
+        """The structure of each part in nnx."""
+        return {name: Port(part.nnx) for name, part in self.parts.items()}
+
+    @cached_property
+    def inputs(self) -> tuple[Any, ...]:
+        """The arguments of the example call."""
+        return aside(lambda: attempt("inputs() of the twin", self._inputs))
+
+    @cached_property
+    def book(self) -> Book:
+        """The rule book, fitted to both models."""
+        return Book(self.rules, self._linen_specs(), self.ports)
+
+    def _linen_specs(self) -> Leaves:
+        return attempt("the Linen init of the twin", jax.eval_shape, self.first_leaves)
+
+    def first_leaves(self) -> Leaves:
+        """The leaves of the Linen model's init on the example; to be traced."""
+        init = self.twin.init_linen or (lambda module, key, *inputs: module.init(key, *inputs))
+        return flatten(nn.unbox(init(self.linen, jax.random.key(0), *self.inputs)))
+
+    def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+        """`Module.init` of the Linen model."""
+        if self.forward is not None and kwargs.get("method") is None:
+            kwargs["method"] = self.forward
+        return self.linen.init(rngs, *args, **kwargs)
+
+    def translate(self, leaves: Mapping[str, Any], source: str, target: str) -> Leaves:
+        """`{"collection/path": leaf}` of one stage as another stage holds it."""
+        return self.book.translate(leaves, self.forms(source), self.forms(target))
+
+    def entry(self, method: Any) -> Callable[..., Any]:
+        """The function `(module or parts, *args, **kwargs)` that a method is.
+
+        Raises `TwinError` for a name that is none.
+        """
+        if callable(method):
+            return method
+        if self.forward is None:
+            return getattr(type(self.linen), method or "__call__")
+        if method is not None and method not in self._methods:
+            known = ", ".join(self._methods) or "none"
+            raise TwinError(f"there is no method {method!r}; `methods` of the ladder has: {known}")
+        return self._methods[method] if method else self.forward
+
+    def part(self, name: str) -> str:
+        """The part of a leaf."""
+        return WHOLE if WHOLE in self.parts else name.split("/")[1]
+
+    def leaves_of(self, part: str, leaves: Leaves) -> Leaves:
+        """The leaves `{"collection/path": leaf}` of one part, without its name."""
+        if part == WHOLE:
+            return leaves
+        own = {}
+        for name, leaf in leaves.items():
+            collection, of, path = name.split("/", 2)
+            if of == part:
+                own[f"{collection}/{path}"] = leaf
+        return own
+
+    def linen_type(self, part: str) -> type:
+        """The class of a part's Linen module."""
+        return type(self.parts[part].module())
+
+    def run_linen(self, variables: Any, call: Call, **options: Any) -> Any:
+        """The call in Linen, as it would be without a ladder."""
+        method = call.method if self.forward is None else self.entry(call.method)
+        rngs = call.rngs or None
+        return self.linen.apply(
+            variables, *call.args, rngs=rngs, method=method, mutable=call.mutable,
+            **options, **call.kwargs,
+        )  # fmt: skip
+
+    def run_bridged(
+        self, bridged: Mapping[str, nn.Module], variables: Any, call: Call, mutable: Any
+    ) -> Any:
+        """The call under a Linen root some parts of which are `bridged`."""
+        if self.forward is None:
+
+            def method(model: Any, *args: Any, **kwargs: Any) -> Any:
+                return self._on_nnx(model, call)(*args, **kwargs)
+
+            options: dict[str, Any] = {"nnx_method": method}
+            root = bridged[WHOLE]
+        else:
+            options = {"method": self.entry(call.method)}
+            modules = {name: part for name, part in self.parts.items() if name not in bridged}
+            root = LinenRoot(
+                lambda: {**{n: part.module() for n, part in modules.items()}, **bridged}
+            )
+        return root.apply(
+            variables, *call.args, rngs=call.rngs or None, mutable=mutable, **options, **call.kwargs
+        )
+
+    def nnx_root(
+        self, forms: Forms, leaves: Leaves, call: Call, keys: Any, mode: str = "plain"
+    ) -> nnx.Module:
+        """The nnx root, each part filled with its leaves; a part that has none is left out."""
+        parts: dict[str, nnx.Module] = {}
+        for part, form in forms.items():
+            own = self.leaves_of(part, leaves)
+            if form == "linen":
+                bound = Bound(self.linen, part or None, call.rngs, call.mutable)
+                parts[part] = LinenPart(bound, self.linen_type(part), unflatten(own))
+            elif own or not self.ports[part].leaves:
+                inner = {name.split("/", 1)[1]: leaf for name, leaf in own.items()}
+                mine = None if keys is None else keys[part]
+                parts[part] = self.ports[part].fill(inner, mine, mode)
+        return parts[WHOLE] if WHOLE in parts else NnxRoot(parts)
+
+    def run_nnx(self, root: Any, call: Call) -> Any:
+        """The call of an nnx root."""
+        if self.forward is not None:
+            return self.entry(call.method)(root, *call.args, **call.kwargs)
+        return self._on_nnx(root, call)(*call.args, **call.kwargs)
+
+    def _on_nnx(self, model: Any, call: Call) -> Callable[..., Any]:
+        """The method of a whole nnx model that has the name of the Linen method."""
+        if call.method is None:
+            return model
+        return getattr(model, call.name)
+
+    def program(self, call: Call) -> Program:
+        """The keys that the Linen model draws in a call; Linen's own error where it has one."""
+        key = (call.signature(), tuple(sorted(call.rngs)))
+        if key not in self._programs:
+
+            def traced(rngs: Any, given: Any) -> Any:
+                variables, arrays = given
+                with watching(lambda name, key: tag(key, name)):
+                    return self.run_linen(variables, call.joined(arrays, rngs))
+
+            given = self.at("linen").abstract(), call.arrays
+            self._programs[key] = trace(traced, call.rngs, given)
+        return self._programs[key]
+
+    @cached_property
+    def pairings(self) -> dict[str, Pairing]:
+        """What is known of the draws of each kind of call."""
+        return {pairing.kind: pairing for pairing in self.rules.draws}
+
+    def pair(self, call: Call) -> Pairing:
+        """Finds the draws of a kind of call, and says what it found in a line."""
+        found, line = draws.find(self, call)
+        self.pairings[found.kind] = found
+        self.say(line)
+        return found
+
+    def keys(self, forms: Forms, call: Call) -> dict[str, dict[str, Array]] | None:
+        """`{part: {stream: keys}}` of the parts in nnx form; None for an unknown kind of call."""
+        if not any(forms[part] == "nnx" and self.ports[part].streams for part in forms):
+            return {part: {} for part in forms}
+        pairing = self.pairings.get(call.kind(self.entry(call.method)).kind)
+        return None if pairing is None else draws.feed(self, forms, call, pairing)

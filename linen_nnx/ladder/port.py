@@ -1,0 +1,127 @@
+"""An nnx module as a form to be filled: its structure, the leaves that it needs, and its streams.
+
+The constructor runs once, abstractly. Then each call fills the form: with the variables, and with
+keys for the streams. What the caller keeps between calls is a plain tree of arrays.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from linen_nnx.infer.trace import joined
+from linen_nnx.infer.twin import attempt
+from linen_nnx.ladder.keys import adopt, aside, set_mode, typed
+
+Leaves = dict[str, Any]
+
+
+class Port:
+    """The structure of one nnx module.
+
+    Attributes:
+      leaves: `{path: jax.ShapeDtypeStruct}` of its Variables, random state left out.
+      types: `{path: name of the Variable's type}`, which the bridge takes for the collection.
+      streams: `{path: lanes}` of its streams; lanes are `()` save where layers are stacked.
+    """
+
+    def __init__(self, create: Callable[[nnx.Rngs], nnx.Module]) -> None:
+        """Raises `TwinError` when the module cannot be built."""
+        model = attempt("nnx(rngs)", _abstract, create)
+        adopt(model)
+        self.kind = type(model)
+        self._structures: dict[str, Any] = {}
+        for mode in ("tag", "mute", "plain"):
+            set_mode(model, mode)
+            self._structures[mode], state = nnx.split(model)
+        self._flat = nnx.to_flat_state(state)
+        self._constants = _constants(create, self._flat)
+        self.leaves: Leaves = {}
+        self.types: dict[str, str] = {}
+        self.streams: dict[str, tuple[int, ...]] = {}
+        self.keys: dict[str, tuple[Any, ...]] = {}
+        for path, leaf in self._flat:
+            name = joined(path)
+            if isinstance(leaf, nnx.RngKey):
+                self.streams[joined(path[:-1])] = tuple(leaf.shape)
+            elif isinstance(leaf, nnx.Variable) and not isinstance(leaf, nnx.RngState):
+                self.leaves[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+                self.types[name] = type_name(leaf)
+                self.keys[name] = path
+
+    def fill(
+        self,
+        leaves: Mapping[str, Any] | None,
+        keys: Mapping[str, Array] | None,
+        mode: str = "plain",
+        counts: Mapping[str, Array] | None = None,
+    ) -> nnx.Module:
+        """A module of this structure.
+
+        Args:
+          leaves: `{path: array}` for each Variable; None leaves them abstract, to be filled later.
+          keys: `{stream: typed keys}`, of the shape `lanes` or, as given keys, `(*lanes, draws)`.
+            None: any keys, for streams that nothing is to be drawn from.
+          mode: see `keys.Stream`.
+          counts: `{stream: count}` of streams that have been drawn from before.
+        """
+        state = []
+        for path, leaf in self._flat:
+            stream = joined(path[:-1])
+            if isinstance(leaf, nnx.RngKey):
+                key = _placeholder(leaf.shape) if keys is None else typed(keys[stream])
+                leaf = leaf.replace(key)
+            elif isinstance(leaf, nnx.RngCount):
+                count = (counts or {}).get(stream)
+                leaf = leaf.replace(jnp.zeros(leaf.shape, leaf.dtype) if count is None else count)
+            elif not isinstance(leaf, nnx.Variable):
+                leaf = self._constants[joined(path)]
+            elif leaves is not None:
+                leaf = leaf.replace(leaves[joined(path)])
+            state.append((path, leaf))
+        return nnx.merge(self._structures[mode], nnx.from_flat_state(state), copy=True)
+
+
+def values(model: nnx.Module) -> tuple[Leaves, dict[str, str]]:
+    """The Variables of a module that has run, by path, and the names of their types."""
+    leaves, types = {}, {}
+    for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.RngState))):
+        if isinstance(leaf, nnx.Variable):
+            leaves[joined(path)] = leaf.get_value()
+            types[joined(path)] = type_name(leaf)
+    return leaves, types
+
+
+def counts(model: nnx.Module) -> dict[str, Array]:
+    """`{stream: count}`: how often each stream of a module has been drawn from."""
+    state = nnx.to_flat_state(nnx.state(model, nnx.RngCount))
+    return {joined(path[:-1]): leaf.get_value() for path, leaf in state}
+
+
+def type_name(leaf: Any) -> str:
+    """The name that the bridge gives to the type of a Variable."""
+    return nnx.variable_name_from_type(type(leaf), allow_register=True)
+
+
+def _abstract(create: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
+    return nnx.eval_shape(lambda: create(nnx.Rngs(0)))
+
+
+def _constants(create: Callable[[nnx.Rngs], nnx.Module], flat: Any) -> Leaves:
+    """The arrays of a module that are no Variables (a mask, a table): they are part of its code."""
+    names = [joined(path) for path, leaf in flat if not isinstance(leaf, nnx.Variable)]
+    if not names:
+        return {}
+
+    def build() -> Leaves:
+        state = nnx.to_flat_state(nnx.state(create(nnx.Rngs(0))))
+        return {joined(path): leaf for path, leaf in state if joined(path) in names}
+
+    return aside(jax.jit(build))
+
+
+def _placeholder(shape: tuple[int, ...]) -> Array:
+    return jnp.broadcast_to(jax.random.key(0), shape)
