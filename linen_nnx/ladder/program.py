@@ -26,7 +26,7 @@ import numpy as np
 from jax import Array
 from jax.extend.core import jaxpr_as_fun
 
-from linen_nnx.infer.equations import called, interpret
+from linen_nnx.infer.jaxprs import bind, branches, called, interpret, scan_parts
 from linen_nnx.ladder.keys import tag_of, typed
 
 Value = Callable[[], Any] | None
@@ -115,7 +115,7 @@ def _walk(jaxpr: Any, args: Sequence[Value], found: list[Found]) -> list[Value]:
         if kind == "scan":
             found.extend(_scanned(eqn, given))
         elif kind == "cond":
-            for branch in eqn.params["branches"]:
+            for branch in branches(eqn):
                 _walk(branch, given[1:], found)
         elif kind in _UNCOUNTED:
             lost = f"drawn inside a {kind}: how many draws there are, only a run tells"
@@ -133,12 +133,11 @@ def _scanned(eqn: Any, given: list[Value]) -> list[Found]:
 
     What the loop carries is unknown: a key that is carried from row to row has no program.
     """
-    body, length = eqn.params["jaxpr"], eqn.params["length"]
-    fixed, carried = _fixed_and_carried(eqn)
-    start: list[Value] = [*given[:fixed], *[None] * carried]
-    rows = given[fixed + carried :]
-    alike = harvest(body, [*start, *[None] * len(rows)])
-    each = harvest(body, [*start, *rows])  # their values are those of all rows: not to be computed
+    scan = scan_parts(eqn)
+    fixed, carried, rows = scan.operands(given)
+    start: list[Value] = [*fixed, *[None] * len(carried)]
+    alike = harvest(scan.body, [*start, *[None] * len(rows)])
+    each = harvest(scan.body, [*start, *rows])  # the values of all rows at once: not to be computed
 
     def every() -> list[Array]:
         known = [row() for row in rows if row is not None]
@@ -146,9 +145,10 @@ def _scanned(eqn: Any, given: list[Value]) -> list[Found]:
         def one(*row: Array) -> list[Array]:
             values = iter(map(_constant, row))
             args = [None if row is None else next(values) for row in rows]
-            return [draw.key() for draw in harvest(body, [*start, *args]) if draw.key is not None]
+            found = harvest(scan.body, [*start, *args])
+            return [draw.key() for draw in found if draw.key is not None]
 
-        return jax.vmap(one, axis_size=length)(*known)
+        return jax.vmap(one, axis_size=scan.length)(*known)
 
     keys = _once(every)
     place = 0
@@ -158,23 +158,9 @@ def _scanned(eqn: Any, given: list[Value]) -> list[Found]:
             result.append(same)
         else:
             key = _once(lambda place=place: keys()[place])
-            result.append(Found(own.name, (length, *own.lanes), key))
+            result.append(Found(own.name, (scan.length, *own.lanes), key))
         place += own.key is not None
     return result
-
-
-def _fixed_and_carried(eqn: Any) -> tuple[int, int]:
-    """How many of a scan's operands are fixed, and how many carried; the others are rows.
-
-    Told by the shapes, as the parameters that say it have changed their names: rows, in and out,
-    have one axis more than the body sees.
-    """
-    body = getattr(eqn.params["jaxpr"], "jaxpr", eqn.params["jaxpr"])
-    outs = zip(eqn.outvars, body.outvars, strict=True)
-    carried = sum(out.aval.ndim == inner.aval.ndim for out, inner in outs)
-    ins = zip(eqn.invars, body.invars, strict=True)
-    rows = sum(var.aval.ndim > inner.aval.ndim for var, inner in ins)
-    return len(eqn.invars) - rows - carried, carried
 
 
 def _outputs(eqn: Any, given: list[Value]) -> list[Value]:
@@ -183,8 +169,7 @@ def _outputs(eqn: Any, given: list[Value]) -> list[Value]:
         return [None] * len(eqn.outvars)
 
     def run() -> Sequence[Any]:
-        outs = eqn.primitive.bind(*(value() for value in given if value), **eqn.params)
-        return outs if eqn.primitive.multiple_results else [outs]
+        return bind(eqn, [value() for value in given if value is not None])
 
     outs = _once(run)
     return [_once(lambda k=k: outs()[k]) for k in range(len(eqn.outvars))]
@@ -200,7 +185,7 @@ def totals(jaxpr: Any) -> tuple[Counter[str], set[str]]:
             if (name := tag_of(eqn)) is not None:
                 sizes[name] += times * prod(eqn.invars[0].aval.shape)
                 uncounted.update([] if counted else [name])
-            rounds = eqn.params["length"] if kind == "scan" else 1
+            rounds = scan_parts(eqn).length if kind == "scan" else 1
             for inner in _inner(eqn):
                 visit(inner, times * rounds, counted and kind not in _UNCOUNTED)
 
