@@ -166,6 +166,7 @@ def _inspect(
     ckpt: str, as_json: bool, step: int | None, item: str | None, prefix: list[str]
 ) -> int:
     from linen_nnx.book.rules import RuleBook
+    from linen_nnx.disk.describe import describe
     from linen_nnx.disk.sides import guess_side
     from linen_nnx.disk.sources import find
     from linen_nnx.disk.state import Form, read_state
@@ -177,7 +178,8 @@ def _inspect(
         if source.run
         else Form(guess_side(leaves, book) or "nnx")
     )
-    layout = read_state(leaves, form, book).layout
+    described = None if source.run else describe(leaves)
+    layout = described or read_state(leaves, form, book).layout
     if as_json:
         content = [
             {"path": leaf.path, "spec": _spec(leaf), "bytes": leaf.nbytes, "type": leaf.value_type}

@@ -3,13 +3,18 @@
 import json
 import pickle
 import shutil
+from typing import Any
 
 import flax.serialization as serialization
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import msgpack
 import numpy as np
+import optax
+import orbax.checkpoint as ocp
 import pytest
+from flax.training.train_state import TrainState
 from flax.traverse_util import flatten_dict
 from formats_table import DATA, shards, write_zarr
 from hypothesis import example, given
@@ -19,10 +24,11 @@ from safetensors.numpy import save_file
 from linen_nnx import RuleBook
 from linen_nnx.cli import main
 from linen_nnx.disk import msgpack_tree
-from linen_nnx.disk.convert import convert
+from linen_nnx.disk.convert import TargetError, convert
 from linen_nnx.disk.ranges import Stored
 from linen_nnx.disk.sources import find
 from linen_nnx.disk.store import DICT, SEQUENCE, StoreError
+from linen_nnx.proof.verify import verify
 
 DTYPES = [
     "float32", "float16", "float64", "bfloat16", "float8_e4m3fn", "int8", "int64", "uint32",
@@ -379,3 +385,58 @@ def test_a_table_of_steps_in_files_is_a_folder_of_steps(tmp_path):
         (tmp_path / f"checkpoint_{step}").write_bytes(serialization.to_bytes(tree))
     assert arrays(tmp_path)["params/a"][0] == 10
     assert find(tmp_path, step=3).folder.name == "checkpoint_3"
+
+
+def train_state(seed):
+    """A TrainState after one step: a chain with empty states, statistics, a text, a None."""
+    params = {
+        "fc": {"kernel": jnp.full((2, 3), seed + 1.0), "bias": jnp.zeros(3, jnp.bfloat16)},
+        "out": {"kernel": jnp.full((3, 1), seed + 2.0)},
+    }
+    state = Whole.create(apply_fn=None, params=params, tx=TX, note="a text", nothing=None)
+    return state.apply_gradients(grads=jax.tree.map(jnp.ones_like, params))
+
+
+MASK = {"fc": {"kernel": True, "bias": False}, "out": {"kernel": True}}
+TX = optax.chain(optax.clip(1.0), optax.adam(0.1), optax.masked(optax.trace(0.9), MASK))
+
+
+class Whole(TrainState):
+    note: str
+    nothing: Any
+
+
+def assert_equal(back, state):
+    """The same containers, the same bits, the same text."""
+    assert jax.tree.structure(back) == jax.tree.structure(state)
+    for restored, leaf in zip(jax.tree.leaves(back), jax.tree.leaves(state), strict=True):
+        text = isinstance(leaf, str)
+        assert restored == leaf if text else same(np.asarray(restored), np.asarray(leaf))
+
+
+def test_a_whole_state_goes_through_msgpack_there_and_back(tmp_path):
+    state = train_state(1)
+    source = tmp_path / "state.msgpack"
+    source.write_bytes(serialization.to_bytes(state))
+    convert(source, tmp_path / "nnx", "nnx", rules=RULES)
+    convert(tmp_path / "nnx", tmp_path / "back.msgpack", "linen")
+    back = serialization.from_bytes(train_state(5), (tmp_path / "back.msgpack").read_bytes())
+    assert_equal(back, state)
+    checks = verify(tmp_path / "nnx", tmp_path / "back.msgpack", "linen")
+    assert [check.name for check in checks if check.passed is False] == []
+
+
+def test_a_whole_state_of_orbax_is_written_as_flax_restores_it(tmp_path):
+    state = train_state(1)
+    ocp.PyTreeCheckpointer().save(tmp_path / "linen", state)
+    convert(tmp_path / "linen", tmp_path / "nnx", "nnx", rules=RULES)
+    convert(tmp_path / "nnx", tmp_path / "back.msgpack", "linen")
+    back = serialization.from_bytes(train_state(5), (tmp_path / "back.msgpack").read_bytes())
+    assert_equal(back, state)
+
+
+def test_npz_is_read_and_not_written(tmp_path):
+    np.savez(tmp_path / "a.npz", **flatten_dict(MODEL, sep="/"))
+    with pytest.raises(TargetError, match=r"\.npz is read and not written[\s\S]*\.safetensors"):
+        convert(tmp_path / "a.npz", tmp_path / "out.npz", "nnx", rules=RULES)
+    convert(tmp_path / "a.npz", tmp_path / "out.safetensors", "nnx", rules=RULES)

@@ -90,8 +90,6 @@ def test_it_goes_to_nnx_and_is_proved(example, tree, tmp_path):
     plan = plan_conversion(path, "nnx", RULES)
     assert plan.peak_memory < 200 << 20
     convert(path, tmp_path / "nnx", "nnx", rules=RULES)
-    if form.holds == WHOLE and find(path).is_file:
-        return  # of which the model alone goes on
     checks = verify(path, tmp_path / "nnx")
     assert [check.name for check in checks if check.passed is False] == []
     found = read(tmp_path / "nnx")

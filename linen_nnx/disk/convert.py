@@ -20,7 +20,7 @@ from linen_nnx.disk.complete import files_below
 from linen_nnx.disk.placing import Placer
 from linen_nnx.disk.planning import REPORT, RULES, Conversion, plan_conversion
 from linen_nnx.disk.rekey import write_store
-from linen_nnx.disk.sources import SUFFIXES, Source, parts
+from linen_nnx.disk.sources import READABLE, SUFFIXES, Source, parts
 from linen_nnx.disk.store import OF_THE_TREE, write_side_files
 from linen_nnx.disk.transaction import TargetError, left_over, publish, workspace
 
@@ -54,7 +54,7 @@ def convert(
     Args:
       path: the source, and `to`: the form, and `options`: see `planning.plan_conversion`.
       out: what to create: of the same kind as the source (run, root, step, item), or a file
-        `*.msgpack` or `*.safetensors` for the model alone.
+        `*.msgpack`, or `*.safetensors` for the model alone.
       link: hard-link data files where possible, so that no array is read or written.
       digest: compute digests even where linking would leave them out.
       progress: is told what is being done.
@@ -64,6 +64,9 @@ def convert(
     """
     path, out = Path(path), Path(out)
     to_file = out.suffix in SUFFIXES
+    if out.suffix in READABLE and not to_file:
+        known = " or ".join(SUFFIXES)
+        raise TargetError(f"{out}: {out.suffix} is read and not written: choose a file {known}")
     progress("planning")
     conversions = {}
     for part in ("checkpoints",) if to_file else parts(path):

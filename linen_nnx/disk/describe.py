@@ -1,0 +1,58 @@
+"""What a tree is by its names alone, for `inspect`, which has no rule book to ask.
+
+    Dense_0/kernel               bare parameters of Linen, which numbers its submodules so
+    layers/0/kernel              a pure dict of nnx, whose lists have numbers for keys
+    fc/kernel                    either of the two
+    0/count, 0/mu/fc/kernel      the state of an optimizer
+
+Where that is not enough, `state.read_state` says what a tree with `params` or boxes is.
+"""
+
+import re
+from collections.abc import Sequence
+
+from linen_nnx.disk.state import OPTIMIZER
+from linen_nnx.disk.store import DICT, Leaf
+
+# `nn.Dense` without a name becomes `Dense_0`. Attributes of nnx begin with a small letter.
+_LINEN_NAME = re.compile(r"[A-Z]\w*_\d+")
+# Not `v`, as many a model's attention calls its values so.
+_OPTAX_FIELDS = {
+    "acc_grads", "count", "gradient_step", "hyperparams", "inner_opt_state", "inner_state",
+    "inner_states", "mini_step", "mu", "nu", "trace", "v_col", "v_row",
+}  # fmt: skip
+_DEPTH = 4  # fields of an optimizer's state lie below a chain in a chain, at most
+
+
+def describe(leaves: Sequence[Leaf]) -> str | None:
+    """The sort of a tree that is no whole state; None where its names say more, or nothing.
+
+    Example:
+      >>> from linen_nnx.disk.store import Key
+      >>> describe([Leaf((Key("Dense_0", DICT), Key("kernel", DICT)), "jax.Array")])
+      'bare parameters of Linen'
+    """
+    paths = [leaf.path.split("/") for leaf in leaves]
+    names = {name for path in paths for name in path}
+    if "params" in names:
+        return None
+    if _is_optimizer(paths):
+        owner = "nnx.Optimizer" if OPTIMIZER in names else "an optimizer"
+        return f"the state of {owner} alone, without a model"
+    if any(leaf.keys[-1] == ("value", DICT) for leaf in leaves) or OPTIMIZER in names:
+        return None
+    linen = any(_LINEN_NAME.fullmatch(name) for name in names)
+    nnx = any(name.isdigit() for name in names)
+    if linen != nnx:
+        return "bare parameters of Linen" if linen else "nnx.State as a pure dict of the model"
+    return "bare parameters of Linen, or a pure dict of nnx: their names do not tell"
+
+
+def _is_optimizer(paths: Sequence[list[str]]) -> bool:
+    """Whether all leaves lie in an optimizer's state."""
+    heads = {path[0] for path in paths}
+    if OPTIMIZER in heads:
+        return heads <= {OPTIMIZER, "step"}
+    if not all(head.isdigit() for head in heads):
+        return bool(heads & _OPTAX_FIELDS)
+    return any(_OPTAX_FIELDS.intersection(path[:_DEPTH]) for path in paths)
