@@ -166,6 +166,7 @@ def _inspect(
     ckpt: str, as_json: bool, step: int | None, item: str | None, prefix: list[str]
 ) -> int:
     from linen_nnx.book.rules import RuleBook
+    from linen_nnx.disk.beside import items_beside, source_of
     from linen_nnx.disk.describe import describe
     from linen_nnx.disk.sides import guess_side
     from linen_nnx.disk.sources import find
@@ -180,16 +181,21 @@ def _inspect(
     )
     described = None if source.run else describe(leaves)
     layout = described or read_state(leaves, form, book).layout
+    beside = {
+        name: len(source_of(source, path).leaves) for name, path in items_beside(source).items()
+    }
     if as_json:
         content = [
             {"path": leaf.path, "spec": _spec(leaf), "bytes": leaf.nbytes, "type": leaf.value_type}
             for leaf in leaves
         ]
-        found = {"found": str(source), "layout": layout, "notes": source.notes}
+        found = {"found": str(source), "layout": layout, "notes": source.notes, "beside": beside}
         return _print_json({**found, "leaves": content})
     _table([(leaf.path, _spec(leaf), _bytes(leaf.nbytes)) for leaf in leaves])
     total = sum(leaf.nbytes for leaf in leaves)
     print(f"\n{source}: {layout}\n{len(leaves)} leaves, {_bytes(total)}")
+    for name, count in beside.items():
+        print(f"beside   item `{name}`, {count} leaves (--item {name} shows them)")
     for note in source.notes:
         print(f"note     {note}")
     return 0

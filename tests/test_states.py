@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from convert_helpers import bits, restore, save
 from flax import nnx
@@ -389,3 +390,70 @@ def test_verify_knows_of_a_fresh_optimizer_by_the_report(tmp_path):
     more = ["--to", "nnx", "--rules", str(tmp_path / "r.yaml"), "--reset-optimizer"]
     assert main(["run", *words, *more]) == 0
     assert main(["verify", *words]) == 0
+
+
+# Items of a step beside the training state's
+
+
+def step_of(path, **items):
+    with ocp.CheckpointManager(path) as manager:
+        args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        manager.save(1, args=ocp.args.Composite(**args))
+    return path
+
+
+def item_of(path, name, like=None):
+    with ocp.CheckpointManager(path) as manager:
+        args = ocp.args.Composite(**{name: ocp.args.StandardRestore(like)})
+        return manager.restore(1, args=args)[name]
+
+
+def test_averages_in_an_item_of_their_own_are_converted_in_the_same_run(tmp_path, capsys):
+    tx = optax.adam(0.1)
+    state, ema = stepped(train_state(tx)), jax.tree.map(lambda x: x / 3, PARAMS)
+    items = {"state": state, "ema": ema, "tables": {"rows": jnp.ones((4, 2))}}
+    step_of(tmp_path / "linen", **items)
+    RENAME.save(tmp_path / "r.yaml")
+    words = [str(tmp_path / "linen"), str(tmp_path / "nnx")]
+    assert main(["run", *words, "--to", "nnx", "--rules", str(tmp_path / "r.yaml")]) == 0
+    said = capsys.readouterr().out
+    assert "item `ema` is converted, too: 2 leaves" in said
+    assert "item `tables` mirrors no parameter, and goes along as it is" in said
+    fresh = _fresh_nnx(tx)
+    item_of(tmp_path / "nnx", "state", fresh)
+    found = item_of(tmp_path / "nnx", "ema", fresh["model"])
+    assert (found["a"]["kernel"][...] == ema["d"]["kernel"]).all()
+    assert main(["verify", *words]) == 0
+    assert main(["run", words[1], str(tmp_path / "back"), "--to", "linen"]) == 0
+    for name, tree in items.items():
+        assert bits(item_of(tmp_path / "back", name, tree)) == bits(tree)
+
+
+def test_an_item_beside_that_differs_fails_the_proof(tmp_path):
+    step_of(tmp_path / "linen", state={"params": PARAMS}, ema=PARAMS)
+    convert(tmp_path / "linen", tmp_path / "nnx", "nnx", rules=RENAME)
+    other = jax.tree.map(lambda x: x + 1, PARAMS)
+    step_of(tmp_path / "other", state={"params": PARAMS}, ema=other)
+    assert not passes(verify(tmp_path / "other", tmp_path / "nnx"))
+
+
+def test_model_and_optimizer_in_items_of_their_own_are_converted_together(tmp_path):
+    tx = optax.adamw(1e-3)
+    state = stepped(train_state(tx))
+    items = {"model_state": {"params": state.params}, "optimizer_state": state.opt_state}
+    step_of(tmp_path / "linen", **items)
+    convert(tmp_path / "linen", tmp_path / "nnx", "nnx", rules=RENAME, item="model_state")
+    fresh = _fresh_nnx(tx)
+    item_of(tmp_path / "nnx", "model_state", fresh["model"])
+    moments = item_of(tmp_path / "nnx", "optimizer_state", fresh["optimizer"]["opt_state"])
+    assert (moments[0]["mu"]["a"]["kernel"][...] == state.opt_state[0].mu["d"]["kernel"]).all()
+    assert passes(verify(tmp_path / "linen", tmp_path / "nnx"))
+    convert(tmp_path / "nnx", tmp_path / "back", "linen")
+    for name, tree in items.items():
+        assert bits(item_of(tmp_path / "back", name, tree)) == bits(tree)
+    reset = convert(
+        tmp_path / "linen", tmp_path / "reset", "nnx",
+        rules=RENAME, item="model_state", reset_optimizer=True,
+    )  # fmt: skip
+    assert not (reset.out / "1" / "optimizer_state").exists()
+    assert passes(verify(tmp_path / "linen", tmp_path / "reset"))

@@ -34,6 +34,8 @@ class Carried(NamedTuple):
     as_they_are: list[str]
     """The arrays that mirror nothing, by path: they go along as they are."""
     notes: list[str]
+    steps: list[Step]
+    """What becomes of the model alone."""
 
 
 def carry(
@@ -83,7 +85,34 @@ def carry(
     as_they_are = _carry_rest(state, rest, to, steps, given, moves, problems, notes)
     if problems:
         raise RuleError(f"The checkpoint cannot go to {to}", problems)
-    return Carried(moves, as_they_are, notes)
+    return Carried(moves, as_they_are, notes, steps)
+
+
+def carry_beside(
+    item: State, model: State, to: Form, steps: Sequence[Step], given: State | None
+) -> Carried | None:
+    """Every move of what lies beside a model, by what becomes of the model (`Carried.steps`).
+
+    Args:
+      item: what lies beside it, a state without a model; `model`: the state with it.
+      given: a tree that the result must equal, or came from, if there is one.
+
+    Returns:
+      None if nothing of it mirrors the model, so that it may stay as it is.
+
+    Raises:
+      RuleError: with everything that does not fit.
+    """
+    state = State(item.form, item.layout, model.model, item.rest)
+    problems: list[str] = []
+    notes: list[str] = []
+    moves: list[Move[Leaf, Place]] = []
+    as_they_are = _carry_rest(state, item.rest, to, steps, given, moves, problems, notes)
+    if problems:
+        raise RuleError(f"An item beside the training state cannot go to {to}", problems)
+    if not any(place.mirrored for move in moves for place in move.targets):
+        return None
+    return Carried(moves, as_they_are, notes, list(steps))
 
 
 def _without_unruled(

@@ -17,8 +17,9 @@ from linen_nnx.book.reading import read_json, read_text
 from linen_nnx.disk import checked, digests
 from linen_nnx.disk.checked import StoreError
 from linen_nnx.disk.complete import files_below
+from linen_nnx.disk.conversion import REPORT, RULES, Conversion
 from linen_nnx.disk.placing import Placer
-from linen_nnx.disk.planning import REPORT, RULES, Conversion, plan_conversion
+from linen_nnx.disk.planning import plan_conversion
 from linen_nnx.disk.rekey import write_store
 from linen_nnx.disk.sources import READABLE, SUFFIXES, Source, parts
 from linen_nnx.disk.store import OF_THE_TREE, write_side_files
@@ -131,8 +132,9 @@ def _check_target(path: Path, out: Path, conversions: list[Conversion], link: bo
     inside |= {path.resolve()} if path.is_dir() else set()
     if any(folder in (parent.resolve(), *parent.resolve().parents) for folder in inside):
         raise TargetError(f"{out} lies inside the source, which stays as it is: choose another")
-    copied = 0 if link else sum(conversion.bytes_stored for conversion in conversions)
-    needed = _SPARE + copied + sum(conversion.bytes_streamed for conversion in conversions)
+    items = [part for conversion in conversions for part in conversion.parts]
+    copied = 0 if link else sum(item.bytes_stored for item in items)
+    needed = _SPARE + copied + sum(item.bytes_streamed for item in items)
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise TargetError(
@@ -146,13 +148,27 @@ def _write(conversion: Conversion, folder: Path, placer: Placer) -> None:
     source = conversion.source
     folder.mkdir(parents=True, exist_ok=True)
     item = folder if source.folder in source.paths or not source.paths else folder / _name(source)
+    _write_item(conversion, item, placer)
+    for name, beside in conversion.beside.items():
+        if beside is not None:
+            _write_item(beside, folder / name, placer)
+    _carry_along(conversion, folder, placer)
+    conversion.book.save(folder / RULES)
+
+
+def _write_item(conversion: Conversion, item: Path, placer: Placer) -> None:
+    """Writes one item: its store, its side files, and what else lies in its folder."""
+    source = conversion.source
     item.mkdir(exist_ok=True)
     write_store(item, source, conversion.jobs, placer)
     leaves = [leaf for job in conversion.jobs for leaf in job.targets]
     header = source.items[0].header if source.items else _HEADER
     write_side_files(item, leaves, header)
-    _carry_along(conversion, folder, item, placer)
-    conversion.book.save(folder / RULES)
+    ours = (REPORT, RULES, digests.NAME)
+    for original in source.paths:
+        for file in (p for p in sorted(original.iterdir()) if p.is_file()):
+            if not (item / file.name).exists() and file.name not in (*ours, *OF_THE_TREE):
+                shutil.copyfile(file, item / file.name)
 
 
 def _seal(
@@ -208,16 +224,14 @@ _HEADER: dict[str, Any] = {
 }
 
 
-def _carry_along(conversion: Conversion, folder: Path, item: Path, placer: Placer) -> None:
+def _carry_along(conversion: Conversion, folder: Path, placer: Placer) -> None:
     """Takes over what else a step holds: other items, Orbax's own files, the run's config."""
     source, stage = conversion.source, conversion.to.stage
     ours = (REPORT, RULES, digests.NAME)
-    for original in source.paths:
-        for file in (p for p in sorted(original.iterdir()) if p.is_file()):
-            if not (item / file.name).exists() and file.name not in (*ours, *OF_THE_TREE):
-                shutil.copyfile(file, item / file.name)
     for child in source.beside:
-        if child.name in ours or (source.run and child.name == "run"):
+        if child.name in ours or child.name in conversion.beside:
+            continue
+        if source.run and child.name == "run":
             continue
         if child.is_file():
             shutil.copyfile(child, folder / child.name)

@@ -1,176 +1,38 @@
-"""What a conversion would do to every leaf, decided before anything is written."""
+"""Plans a conversion: what it would do to every leaf, decided before anything is written."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import xxhash
 
 from linen_nnx.book.grammar import did_you_mean
 from linen_nnx.book.ops import Side, Spec
 from linen_nnx.book.plan import RuleError
 from linen_nnx.book.reading import read_json
 from linen_nnx.book.rules import RuleBook
-from linen_nnx.disk import checked, ocdbt
-from linen_nnx.disk.carry import Carried, carry
+from linen_nnx.disk import checked
+from linen_nnx.disk.beside import (
+    head_in,
+    head_of,
+    is_optimizer,
+    items_beside,
+    read_beside,
+    source_of,
+    without_head,
+)
+from linen_nnx.disk.carry import Carried, carry, carry_beside
 from linen_nnx.disk.checked import StoreError
 from linen_nnx.disk.complete import check_complete
-from linen_nnx.disk.layouts import lay_out
-from linen_nnx.disk.rekey import Job, choose, kept
+from linen_nnx.disk.conversion import REPORT, RULES, Conversion, Options
+from linen_nnx.disk.layouts import Change, lay_out
+from linen_nnx.disk.rekey import Job, choose
 from linen_nnx.disk.sides import guess_side
 from linen_nnx.disk.sources import Source, find
 from linen_nnx.disk.state import STAGES, Form, State, read_state
-from linen_nnx.disk.store import DICT, INDEX, SEQUENCE, Leaf, fresh_metadata, make_key
+from linen_nnx.disk.store import DICT, SEQUENCE, Key, Leaf, fresh_metadata, make_key
 
-REPORT, RULES = "report.json", "rules.yaml"
-# Measured: Python, and what each leaf takes; tensorstore, and the batch being committed.
-_BASE_MEMORY, _LEAF_MEMORY, _STREAM_MEMORY = 22 << 20, 5 << 10, 68 << 20
-_COPIES = 5  # of a streamed change: sources, targets, and both encoded and on their way
 MODEL_ALONE = (".safetensors", ".npz")
 """The formats of files that hold arrays by flat names, and so no training state."""
-
-
-class Options(NamedTuple):
-    """What was asked of a conversion beside its target, as a report keeps it for `verify`."""
-
-    reset_optimizer: bool = False
-    model_only: bool = False
-    side: Side | None = None
-    item: str | None = None
-    step: int | None = None
-    prefix: tuple[str, ...] = ()
-
-
-_OPTION_TYPES = (bool, bool, str, str, int, list)
-
-
-def options_in(report: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that a report keeps. Raises `ValueError` for one of another type."""
-    options = {}
-    for name, kind in zip(Options._fields, _OPTION_TYPES, strict=True):
-        value = report.get(name)
-        if value is None:
-            continue
-        if not isinstance(value, kind):
-            raise ValueError(f"`{name}` is {checked.shown(value)}")
-        options[name] = [checked.text(one) for one in value] if isinstance(value, list) else value
-    return options
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """One checkpoint's way to another form: which job does what."""
-
-    source: Source
-    state: State
-    to: Form
-    book: RuleBook
-    jobs: tuple[Job, ...]
-    target: str
-    """The form as it was asked for."""
-    options: Options
-    as_they_are: tuple[str, ...]
-    """The arrays that mirror no parameter, and go along as they are."""
-    notes: tuple[str, ...]
-    """What a person should know."""
-    suffix: str
-    """Of the file to be written; empty if it is none."""
-
-    @property
-    def dropped(self) -> list[str]:
-        """Source leaves without a target (empty nodes, which hold nothing, aside)."""
-        gone = (leaf for job in self.jobs if not job.targets for leaf in job.change.sources)
-        return [leaf.path for leaf in gone if not leaf.empty]
-
-    @property
-    def filled(self) -> list[str]:
-        """Target leaves with data and without a source."""
-        new = (job for job in self.jobs if not job.change.sources)
-        return [leaf.path for job in new for leaf in job.targets if leaf.zarr]
-
-    @property
-    def bytes_streamed(self) -> int:
-        return sum(job.nbytes for job in self.jobs if job.engine == "stream")
-
-    @property
-    def bytes_stored(self) -> int:
-        """Bytes that a copy takes over from the source as they are."""
-        items = self.source.items
-        if not (items and items[0].ocdbt):
-            return sum(job.nbytes for job in self.jobs if job.engine in ("name", "chunks"))
-        return sum(
-            file.stat().st_size
-            for number, item in enumerate(items)
-            for file in item.data_files(kept(self.jobs, number))
-        )
-
-    @property
-    def peak_memory(self) -> int:
-        """An estimate, in bytes."""
-        largest = max((job.nbytes for job in self.jobs if job.engine == "stream"), default=0)
-        more = _STREAM_MEMORY + _COPIES * largest if largest else 0
-        if self.suffix:  # held whole, and once more the leaf that is being written
-            sizes = [job.nbytes for job in self.jobs]
-            more = max(more, _STREAM_MEMORY) + sum(sizes) + 2 * max(sizes, default=0)
-        return _BASE_MEMORY + _LEAF_MEMORY * len(self.jobs) + more
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """A hash of everything that the result depends on, the source's bytes included."""
-        state = xxhash.xxh3_128()
-        for path in self.source.bytes_of():
-            # The names of data files are random, and a manifest leads to all that it needs.
-            small = path.name.startswith(("_", ocdbt.MANIFEST)) or path.name == INDEX
-            state.update(path.read_bytes() if small else _stamp(path))
-        jobs = [
-            ([(leaf.item, leaf.stored) for leaf in old], [leaf.form for leaf in new], actions)
-            for (old, _, actions, _), _, new, _ in self.jobs
-        ]
-        state.update(f"{jobs}{self.to} {self.source.kind}".encode())
-        return state.hexdigest()
-
-    def summary(self) -> dict[str, Any]:
-        """For reports: what was found, what is written, how much by which engine."""
-        engines = Counter(job.engine for job in self.jobs for _ in job.targets)
-        return {
-            "source": str(self.source.path),
-            "found": f"{self.source}: {self.state.layout}",
-            "to": str(self.to),
-            "target": self.target,
-            **self.options._asdict(),
-            "leaves": dict(sorted(engines.items())),
-            "dropped": self.dropped,
-            "filled": self.filled,
-            "as_they_are": list(self.as_they_are),
-            "bytes": sum(job.nbytes for job in self.jobs),
-            "bytes_streamed": self.bytes_streamed,
-            "peak_memory": self.peak_memory,
-            "notes": list(self.notes),
-        }
-
-    def origin(self) -> dict[str, Any] | None:
-        """What the way back needs to know of the source's tree, in plain JSON values."""
-        if self.state.form.stage:
-            return None
-        return {
-            "side": self.state.form.side,
-            "leaves": [
-                (*leaf.form, str(leaf.spec.dtype) if _is_scalar(leaf) else None)
-                for leaf in self.source.leaves
-            ],
-        }
-
-
-def _stamp(path: Path) -> bytes:
-    stat = path.stat()
-    return f"{path} {stat.st_size} {stat.st_mtime_ns}".encode()
-
-
-def _is_scalar(leaf: Leaf) -> bool:
-    return leaf.zarr is not None and not leaf.zarr["shape"] and not leaf.extension
 
 
 def plan_conversion(
@@ -217,23 +79,108 @@ def plan_conversion(
     if form is None:
         form = Form(_side(source, book, target.side, side))
     state = _chosen(read_state(source.leaves, form, book), suffix, model_only)
-    wanted = None
-    if like is not None:
-        given = like if isinstance(like, Source) else find(like)
-        wanted = read_state(given.leaves, target, book)
-    origin = _origin(source, target, book)
+    given = find(like) if isinstance(like, str | Path) else like
+    wanted = None if given is None else read_state(given.leaves, target, book)
+    known = _origin(source, target)
+    origin = None if known is None else read_state(known.leaves, target, book)
     if model_only:
         wanted, origin = (s and State(s.form, s.layout, s.model) for s in (wanted, origin))
     carried = carry(state, target, book, wanted, reset_optimizer, origin, specs)
     changes = lay_out(carried.moves, state.form, target, wanted, origin)
-    items = source.items
-    zarr3 = bool(items) and items[0].zarr3
-    jobs = tuple(choose(change, zarr3) for change in changes)
     notes = [*source.notes, *check_complete(source.items), *carried.notes]
     notes += _notes(carried, state, target, settled=bool(wanted or origin))
-    as_they_are = tuple(carried.as_they_are)
-    return Conversion(
-        source, state, target, book, jobs, to, options, as_they_are, tuple(notes), suffix
+    conversion = Conversion(
+        source,
+        state,
+        target,
+        book,
+        _jobs(changes, source),
+        to,
+        options,
+        tuple(carried.as_they_are),
+        tuple(notes),
+        suffix,
+    )
+    if form.stage or target.stage:
+        return conversion
+    return _with_items(conversion, carried, given, known)
+
+
+def _jobs(changes: Sequence[Change], source: Source) -> tuple[Job, ...]:
+    """The engine for each change."""
+    zarr3 = bool(source.items) and source.items[0].zarr3
+    return tuple(choose(change, zarr3) for change in changes)
+
+
+def _with_items(
+    conversion: Conversion, carried: Carried, like: Source | None, origin: Origin | None
+) -> Conversion:
+    """The conversion with those of the items beside the state's own, each said in a note."""
+    options, suffix = conversion.options, conversion.suffix
+    beside: dict[str, Conversion | None] = {}
+    notes: list[str] = []
+    for name, path in items_beside(conversion.source).items():
+        source = source_of(conversion.source, path)
+        head = head_of(name, source.leaves, conversion.state.form.side)
+        reset = options.reset_optimizer and is_optimizer(head)
+        if suffix and not options.model_only:
+            raise RuleError(
+                f"a file holds one item, and the step has `{name}` beside it",
+                ["write a directory, or leave it out with --model-only"],
+            )
+        if options.model_only or reset:
+            beside[name] = None
+            notes.append(f"item `{name}` is left out")
+            continue
+        known = None if origin is None else origin.beside.get(name)
+        found = _item(conversion, source, carried, head, _item_like(like, name), known)
+        if found is None:
+            notes.append(f"item `{name}` mirrors no parameter, and goes along as it is")
+            continue
+        beside[name] = found
+        notes.append(
+            f"item `{name}` is converted, too: {sum(len(j.targets) for j in found.jobs)} leaves"
+        )
+    return replace(conversion, beside=beside, notes=(*conversion.notes, *notes))
+
+
+def _item_like(like: Source | None, name: str) -> Source | None:
+    """The item of a name in a checkpoint that the result must be like."""
+    if like is None:
+        return None
+    path = items_beside(like).get(name)
+    return None if path is None else source_of(like, path)
+
+
+def _item(
+    conversion: Conversion,
+    source: Source,
+    carried: Carried,
+    head: tuple[Key, ...],
+    like: Source | None,
+    origin: Sequence[Leaf] | None,
+) -> Conversion | None:
+    """The conversion of an item beside the state's; None if nothing in it mirrors the model."""
+    form, target = conversion.state.form, conversion.to
+    state = read_beside(source.leaves, head, form)
+    new = head_in(head, target.side)
+    wanted = None if like is None else read_beside(like.leaves, new, target)
+    known = None if origin is None else read_beside(origin, new, target)
+    found = carry_beside(state, conversion.state, target, carried.steps, wanted or known)
+    if found is None:
+        return None
+    changes = [
+        without_head(change, len(head), len(new))
+        for change in lay_out(found.moves, form, target, wanted, known)
+    ]
+    return replace(
+        conversion,
+        source=source,
+        state=state,
+        jobs=_jobs(changes, source),
+        as_they_are=tuple(found.as_they_are),
+        notes=(*check_complete(source.items), *found.notes),
+        beside={},
     )
 
 
@@ -322,8 +269,16 @@ def _rule_book(source: Source, rules: str | Path | RuleBook | None) -> RuleBook:
     raise RuleError(f"{source.path} has no rule book with it", ["give one with --rules FILE"])
 
 
-def _origin(source: Source, to: Form, book: RuleBook) -> State | None:
-    """The tree that a converted checkpoint came from, if it goes back there.
+class Origin(NamedTuple):
+    """The trees that a converted checkpoint came from, as its report describes them."""
+
+    leaves: list[Leaf]
+    beside: dict[str, list[Leaf]]
+    """Of the items beside the training state's, by name."""
+
+
+def _origin(source: Source, to: Form) -> Origin | None:
+    """Where a converted checkpoint came from, if it goes back there.
 
     Raises `StoreError` for a report that is damaged: without it the way back would end elsewhere.
     """
@@ -335,11 +290,16 @@ def _origin(source: Source, to: Form, book: RuleBook) -> State | None:
         origin = report.get("origin") if isinstance(report, dict) else None
         if origin is None or to.stage or checked.field(origin, "side") != to.side:
             return None
-        leaves = [_origin_leaf(e) for e in checked.sequence(checked.field(origin, "leaves"))]
+        beside = checked.mapping(origin.get("beside", {}))
+        return Origin(_leaves(origin), {name: _leaves(one) for name, one in beside.items()})
     except ValueError as error:
         fix = "delete it, and give the tree of the result with --like"
         raise StoreError(f"{path} is damaged ({error}): {fix}") from None
-    return read_state(leaves, to, book)
+
+
+def _leaves(origin: Any) -> list[Leaf]:
+    """The leaves of a tree as `Conversion.origin` describes it."""
+    return [_origin_leaf(entry) for entry in checked.sequence(checked.field(origin, "leaves"))]
 
 
 def _origin_leaf(entry: Any) -> Leaf:

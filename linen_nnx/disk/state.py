@@ -69,7 +69,7 @@ class State:
 
 def read_state(leaves: Sequence[Leaf], form: Form, book: RuleBook) -> State:
     """Sorts a tree. Raises `RuleError` if it does not say clearly where the model is."""
-    tree = _without_boxes(leaves, lambda path: bool(book.hits(form.side, path)))
+    tree = without_boxes(leaves, lambda path: bool(book.hits(form.side, path)))
     return _read_flat(tree, form, book) if form.flat else _read_nnx(tree, book)
 
 
@@ -113,9 +113,7 @@ def _is_random(id: Id, model: Mapping[Id, Leaf]) -> bool:
     return is_key(key) and str(count.spec.dtype) == "uint32"
 
 
-def _without_boxes(
-    leaves: Sequence[Leaf], known: Callable[[str], bool]
-) -> list[tuple[Names, Leaf]]:
+def without_boxes(leaves: Sequence[Leaf], known: Callable[[str], bool]) -> list[tuple[Names, Leaf]]:
     """The key names of each leaf without the level `value` of `nnx.State` and of boxes.
 
     That level is the only child of its parent, and the last or before the numbers of a list. A

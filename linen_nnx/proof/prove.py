@@ -19,7 +19,7 @@ import numpy as np
 from linen_nnx.book.ops import Action, Fill, Multiply
 from linen_nnx.book.plan import RuleError
 from linen_nnx.book.rules import RuleBook
-from linen_nnx.disk.planning import Conversion
+from linen_nnx.disk.conversion import Conversion
 from linen_nnx.disk.sources import Reader
 from linen_nnx.disk.state import OPTIMIZER, Id, State
 from linen_nnx.disk.store import Leaf

@@ -15,14 +15,9 @@ from typing import TYPE_CHECKING, Any
 from linen_nnx.book.plan import RuleError
 from linen_nnx.book.reading import read_json
 from linen_nnx.disk import checked, digests
-from linen_nnx.disk.planning import (
-    MODEL_ALONE,
-    REPORT,
-    RULES,
-    Conversion,
-    options_in,
-    plan_conversion,
-)
+from linen_nnx.disk.beside import source_of
+from linen_nnx.disk.conversion import REPORT, RULES, Conversion, options_in
+from linen_nnx.disk.planning import MODEL_ALONE, plan_conversion
 from linen_nnx.disk.rekey import Job
 from linen_nnx.disk.sources import SUFFIXES, Source, find, parts
 from linen_nnx.disk.state import State, read_state
@@ -138,8 +133,12 @@ def _verify_one(
     except (RuleError, StoreError) as error:
         yield Check("coverage, shapes, dtypes", False, getattr(error, "problems", (str(error),)))
         return
-    yield Check("coverage, shapes, dtypes", True, (f"{len(leaves)} leaves",))
+    count = len(leaves) + sum(len(job.targets) for p in conversion.parts[1:] for job in p.jobs)
+    yield Check("coverage, shapes, dtypes", True, (f"{count} leaves",))
     different = list(_different(conversion, result, progress))
+    for name, one in conversion.beside.items():
+        if one is not None:
+            different += _different(one, source_of(result, result.folder / name), progress)
     yield Check("every bit, through the rule book", not different, tuple(different))
     progress("the way back")
     yield _inverse(conversion, result, options["part"], intact=not different)
@@ -168,7 +167,8 @@ def _inverse(conversion: Conversion, result: Source, part: str, intact: bool) ->
     """
     name = "exact inverse"
     source = conversion.source
-    lost = [*conversion.dropped, *conversion.filled]
+    lost = [path for one in conversion.parts for path in (*one.dropped, *one.filled)]
+    lost += [name for name, one in conversion.beside.items() if one is None]
     if lost or not conversion.book.invertible:
         what = f" ({', '.join(lost[:10])})" if lost else ""
         return Check(name, None, (f"leaves are dropped, invented or rescaled{what}",))
@@ -177,17 +177,28 @@ def _inverse(conversion: Conversion, result: Source, part: str, intact: bool) ->
     form = conversion.state.form
     step = result.step.number if result.step else None
     options: dict[str, Any] = {"step": step, "like": source, "part": part}
-    options["model_only"] = conversion.options.model_only
+    options |= {"model_only": conversion.options.model_only, "item": conversion.options.item}
     try:
         back = plan_conversion(result.path, form.stage or form.side, conversion.book, **options)
     except (RuleError, StoreError) as error:
         return Check(name, False, getattr(error, "problems", (str(error),)))
+    wrong = _not_undone(conversion, back)
+    for item, one in conversion.beside.items():
+        undone = back.beside.get(item)
+        if one is not None and undone is not None:
+            wrong += _not_undone(one, undone)
+        elif one is not None:
+            wrong.append(f"item `{item}` has no way back")
+    return Check(name, intact and not wrong, tuple(wrong))
+
+
+def _not_undone(conversion: Conversion, back: Conversion) -> list[str]:
+    """Every leaf that a way back gives another name or other bits than the source has."""
     there = {_paths(job.change.sources, job.targets) for job in conversion.jobs}
     moved = [_paths(job.targets, job.change.sources) for job in back.jobs if job.change.sources]
     wrong = [f"{new} leads back to {old}" for old, new in moved if (old, new) not in there]
     changed = replace(back, jobs=tuple(job for job in back.jobs if job.change.actions))
-    wrong += _different(changed, source)
-    return Check(name, intact and not wrong, tuple(wrong))
+    return wrong + list(_different(changed, conversion.source))
 
 
 def _paths(*groups: Sequence[Leaf]) -> tuple[str, ...]:
