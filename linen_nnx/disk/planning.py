@@ -3,14 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from linen_nnx.book.grammar import did_you_mean
-from linen_nnx.book.ops import Side, Spec
+from linen_nnx.book.ops import Side
 from linen_nnx.book.plan import RuleError
-from linen_nnx.book.reading import read_json
 from linen_nnx.book.rules import RuleBook
-from linen_nnx.disk import checked
 from linen_nnx.disk.beside import (
     head_in,
     head_of,
@@ -21,15 +19,15 @@ from linen_nnx.disk.beside import (
     without_head,
 )
 from linen_nnx.disk.carry import Carried, carry, carry_beside
-from linen_nnx.disk.checked import StoreError
 from linen_nnx.disk.complete import check_complete
-from linen_nnx.disk.conversion import REPORT, RULES, Conversion, Options
+from linen_nnx.disk.conversion import RULES, Conversion, Options
 from linen_nnx.disk.layouts import Change, lay_out
+from linen_nnx.disk.origin import Origin, origin_of
 from linen_nnx.disk.rekey import Job, choose
 from linen_nnx.disk.sides import guess_side
 from linen_nnx.disk.sources import Source, find
 from linen_nnx.disk.state import STAGES, Form, State, read_state
-from linen_nnx.disk.store import DICT, SEQUENCE, Key, Leaf, fresh_metadata, make_key
+from linen_nnx.disk.store import Key, Leaf
 
 MODEL_ALONE = (".safetensors", ".npz")
 """The formats of files that hold arrays by flat names, and so no training state."""
@@ -81,7 +79,7 @@ def plan_conversion(
     state = _chosen(read_state(source.leaves, form, book), suffix, model_only)
     given = find(like) if isinstance(like, str | Path) else like
     wanted = None if given is None else read_state(given.leaves, target, book)
-    known = _origin(source, target)
+    known = origin_of(source, target)
     origin = None if known is None else read_state(known.leaves, target, book)
     if model_only:
         wanted, origin = (s and State(s.form, s.layout, s.model) for s in (wanted, origin))
@@ -138,6 +136,7 @@ def _with_items(
             notes.append(f"item `{name}` mirrors no parameter, and goes along as it is")
             continue
         beside[name] = found
+        notes += [f"item `{name}`: {note}" for note in found.notes]
         notes.append(
             f"item `{name}` is converted, too: {sum(len(j.targets) for j in found.jobs)} leaves"
         )
@@ -267,54 +266,3 @@ def _rule_book(source: Source, rules: str | Path | RuleBook | None) -> RuleBook:
     if own.is_file():
         return RuleBook.load(own)
     raise RuleError(f"{source.path} has no rule book with it", ["give one with --rules FILE"])
-
-
-class Origin(NamedTuple):
-    """The trees that a converted checkpoint came from, as its report describes them."""
-
-    leaves: list[Leaf]
-    beside: dict[str, list[Leaf]]
-    """Of the items beside the training state's, by name."""
-
-
-def _origin(source: Source, to: Form) -> Origin | None:
-    """Where a converted checkpoint came from, if it goes back there.
-
-    Raises `StoreError` for a report that is damaged: without it the way back would end elsewhere.
-    """
-    path = source.folder / REPORT
-    if not path.is_file():
-        return None
-    try:
-        report = read_json(path)
-        origin = report.get("origin") if isinstance(report, dict) else None
-        if origin is None or to.stage or checked.field(origin, "side") != to.side:
-            return None
-        beside = checked.mapping(origin.get("beside", {}))
-        return Origin(_leaves(origin), {name: _leaves(one) for name, one in beside.items()})
-    except ValueError as error:
-        fix = "delete it, and give the tree of the result with --like"
-        raise StoreError(f"{path} is damaged ({error}): {fix}") from None
-
-
-def _leaves(origin: Any) -> list[Leaf]:
-    """The leaves of a tree as `Conversion.origin` describes it."""
-    return [_origin_leaf(entry) for entry in checked.sequence(checked.field(origin, "leaves"))]
-
-
-def _origin_leaf(entry: Any) -> Leaf:
-    """A leaf as `Conversion.origin` describes it."""
-    if len(checked.sequence(entry)) != 4:
-        raise ValueError(f"a leaf has {len(entry)} values, expected 4")
-    path, kinds, value_type, dtype = entry
-    names = [checked.name(name) for name in checked.text(path).split("/")]
-    if len(checked.sequence(kinds)) != len(names):
-        raise ValueError(f"{checked.shown(path)} has {len(kinds)} kinds of keys")
-    keys = [
-        make_key(name, checked.integer(kind, SEQUENCE, DICT))
-        for name, kind in zip(names, kinds, strict=True)
-    ]
-    metadata = None
-    if dtype is not None:
-        metadata = fresh_metadata(Spec((), checked.dtype_name(dtype)), zarr3=False)
-    return Leaf(tuple(keys), checked.text(value_type), zarr=metadata)

@@ -357,7 +357,7 @@ def _state_items(folder: Path, items: Mapping[str, Path], wanted: str | None) ->
     names = [wanted] if wanted is not None else single[:1] or parts or list(items)
     if len(names) > 1 and names != parts:
         converted = _converted_item(folder)  # the result of a conversion that was told which
-        names = [converted] if converted in items else names
+        names = [converted] if isinstance(converted, str) and converted in items else names
     if len(names) > 1 and names != parts:
         raise StoreError(f"{folder} has several items: choose with --item from {sorted(items)}")
     return names
@@ -366,9 +366,10 @@ def _state_items(folder: Path, items: Mapping[str, Path], wanted: str | None) ->
 def _converted_item(folder: Path) -> Any:
     """The item that a converted step was made of, by its report."""
     try:
-        return json.loads((folder / "report.json").read_text())["item"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        report = read_json(folder / "report.json")
+    except (OSError, ValueError):
         return None
+    return report.get("item") if isinstance(report, dict) else None
 
 
 def _run_of(folder: Path) -> dict[str, Any] | None:
