@@ -5,8 +5,10 @@ import os
 import shutil
 
 import jax.numpy as jnp
+import optax
 import orbax.checkpoint as ocp
 import pytest
+from flax.serialization import to_bytes
 from orbax.checkpoint._src.path import atomicity
 
 from linen_nnx import RuleBook
@@ -227,6 +229,38 @@ def test_model_and_optimizer_are_taken_as_one_state(tmp_path):
     assert (state["opt_state"][0]["mu"]["fc"]["kernel"] == -200).all()
     checks = verify(root, tmp_path / "linen", prefix=together)
     assert all(check.passed is not False for check in checks)
+
+
+PARTS = {  # a model as people save it beside its optimizer
+    "variables": {"params": {"fc": {"kernel": jnp.ones((2, 3))}}},
+    "bare parameters": {"fc": {"kernel": jnp.ones((2, 3))}},
+}
+
+
+@pytest.mark.parametrize("kind", PARTS)
+@pytest.mark.parametrize("as_files", [False, True])
+def test_model_and_optimizer_of_linen_make_a_train_state(tmp_path, kind, as_files):
+    params = {"fc": {"kernel": jnp.ones((2, 3))}}
+    moments = optax.adam(0.1).init(params)
+    root, out = tmp_path / "linen", tmp_path / "nnx"
+    root.mkdir()
+    for name, part in (("model_3", PARTS[kind]), ("optimizer_3", moments)):
+        if as_files:
+            (root / name).write_bytes(to_bytes(part))
+        else:
+            ocp.PyTreeCheckpointer().save(root / name, part)
+    together = ["model", "optimizer"]
+    convert(root, out, "nnx", rules=RULES, prefix=together)
+    assert os.listdir(out) == ["3"]
+    paths = {leaf.path for leaf in find(out).leaves}
+    assert {"model/fc/kernel/value", "optimizer/opt_state/0/mu/fc/kernel/value"} <= paths
+    assert all(check.passed is not False for check in verify(root, out, prefix=together))
+
+
+def test_parts_that_share_a_path_are_refused(tmp_path):
+    save_items(tmp_path, model_1=1, model_ema_1=9)
+    with pytest.raises(StoreError, match=r"both have `params/fc/kernel`: take one of them alone"):
+        _ = find(tmp_path, prefix=["model", "model_ema"]).leaves
 
 
 def test_the_latest_step_that_all_series_have_is_taken_and_said(tmp_path):

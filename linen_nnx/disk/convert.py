@@ -101,7 +101,7 @@ def _relative(conversion: Conversion, part: str) -> str:
     source = conversion.source
     if source.kind == "run":
         return f"{part}/{source.folder.name}"
-    return source.step.name if source.step is not None else ""
+    return source.step_name
 
 
 def _existing(out: Path, conversions: dict[str, Conversion]) -> Result:

@@ -36,7 +36,7 @@ def describe(leaves: Sequence[Leaf]) -> str | None:
     names = {name for path in paths for name in path}
     if "params" in names:
         return None
-    if _is_optimizer(paths):
+    if is_optimizer(leaves):
         owner = "nnx.Optimizer" if OPTIMIZER in names else "an optimizer"
         return f"the state of {owner} alone, without a model"
     if any(leaf.keys[-1] == ("value", DICT) for leaf in leaves) or OPTIMIZER in names:
@@ -48,8 +48,9 @@ def describe(leaves: Sequence[Leaf]) -> str | None:
     return "bare parameters of Linen, or a pure dict of nnx: their names do not tell"
 
 
-def _is_optimizer(paths: Sequence[list[str]]) -> bool:
+def is_optimizer(leaves: Sequence[Leaf]) -> bool:
     """Whether all leaves lie in an optimizer's state."""
+    paths = [leaf.path.split("/") for leaf in leaves]
     heads = {path[0] for path in paths}
     if OPTIMIZER in heads:
         return heads <= {OPTIMIZER, "step"}

@@ -27,18 +27,19 @@ _SHARD = re.compile(r".*-\d+-of-(\d+)\.\w+")
 
 
 class FileReader:
-    """The leaves of a file (or of several, each below its name), and their arrays."""
+    """The leaves of one file or of several, as `parts` by the files' names, and their arrays."""
 
     def __init__(self, files: Mapping[str, Path]) -> None:
         self._values: dict[str, Any] = {}
-        self.leaves: list[Leaf] = []
+        self.parts: dict[str, list[Leaf]] = {}
         self.notes: list[str] = []
         for name, path in files.items():
-            above = (make_key(name, DICT),) if len(files) > 1 else ()
+            self.parts[name] = []
             for keys, value in _entries(path).items():
-                leaf = make_leaf((*above, *keys), value)
+                leaf = make_leaf(keys, value)
+                leaf = leaf._replace(stored=f"{name}/{leaf.stored}")
                 self._values[leaf.stored] = value
-                self.leaves.append(leaf)
+                self.parts[name].append(leaf)
         if any(isinstance(value, Member) and value.unnamed for value in self._values.values()):
             self.notes.append("numpy has no bfloat16: what it calls `|V2` is read as that")
 

@@ -101,6 +101,13 @@ class Source:
         return [child for child in sorted(self.folder.iterdir()) if child not in self.paths]
 
     @property
+    def step_name(self) -> str:
+        """What the step is called in the result, if it is one of several: Orbax finds it so."""
+        if self.step is None:
+            return ""
+        return str(self.step.number) if self._is_joined else self.step.name
+
+    @property
     def _is_joined(self) -> bool:
         return self.step is not None and self.step.path != self.folder
 
@@ -115,14 +122,25 @@ class Source:
     @cached_property
     def leaves(self) -> list[Leaf]:
         """All leaves; of several items, below the items' names."""
-        if self.is_file:
-            return self._file.leaves
-        if len(self.items) == 1:
-            return list(self.items[0].leaves)
+        parts = self._parts
+        if len(parts) == 1:
+            return list(*parts.values())
+        if self._is_joined:
+            from linen_nnx.disk.joining import join
+
+            return join(parts)
         leaves = []
-        for name, item in zip(self.names, self.items, strict=True):
-            leaves += [leaf.at((Key(name, DICT), *leaf.keys)) for leaf in item.leaves]
+        for name, part in parts.items():
+            leaves += [leaf.at((Key(name, DICT), *leaf.keys)) for leaf in part]
         return leaves
+
+    @property
+    def _parts(self) -> Mapping[str, Sequence[Leaf]]:
+        """The leaves of each item or file."""
+        if self.is_file:
+            return self._file.parts
+        pairs = zip(self.names, self.items, strict=True)
+        return {name: item.leaves for name, item in pairs}
 
     @cached_property
     def reader(self) -> Reader:
@@ -158,7 +176,6 @@ class Source:
         return [path for path in dict.fromkeys(found) if path.is_file()]
 
     def __str__(self) -> str:
-        names = self.names if len(self.paths) > 1 else [path.name for path in self.paths]
         what = _format(next(iter(self.files.values()))) if self.is_file else self._items_text
         if self.kind == "run":
             return f"run directory, {self.folder.parent.name}/{self.folder.name}, {what}"
@@ -168,7 +185,7 @@ class Source:
         where = "CheckpointManager root" if is_root else "folder of steps"
         if self.step.path.parent != self.path:
             where += f" `{self.step.path.parent.name}`"
-        chosen = " + ".join(names) if self._is_joined else self.step.path.name
+        chosen = " + ".join(self.names) if self._is_joined else self.step.path.name
         return f"{where}, step {chosen}, {what}"
 
     @property
@@ -319,7 +336,7 @@ def _chosen(path: Path, kind: Any, folder: Path, choice: Choice, item: str | Non
             for step, source in zip(steps, sources, strict=True)
             for one in source.files.values()
         }
-        return Source(path, kind, folder, files=files, **more)
+        return Source(path, kind, folder, names=tuple(files), files=files, **more)
     paths: list[Path] = []
     names: list[str] = []
     for step, source in zip(steps, sources, strict=True):
