@@ -7,7 +7,7 @@ ARGS   ?=
 PYTHON ?= python3 python3.13 python3.12 python3.11 python /usr/bin/python3
 
 .DEFAULT_GOAL := help
-.PHONY: setup train test lint bench parity clean help
+.PHONY: setup train test lint bench parity fuzz clean help
 
 setup: $(READY)  ## create .venv and install the pinned versions (the other targets do so by themselves)
 
@@ -24,6 +24,9 @@ lint: $(READY)  ## check style, layout and types
 
 bench: $(READY)  ## time conversions, steps, the loop and growth; ARGS="convert steps" for some
 	$(PY) -m benchmarks $(ARGS)
+
+fuzz: $(READY)  ## give damaged checkpoints to the converter; ARGS="--count 50000 --seed 7"
+	$(PY) -m benchmarks.fuzz $(ARGS)
 
 parity: $(READY)  ## compare the layers of Linen and NNX on the installed versions
 	$(PY) -m benchmarks.parity $(ARGS)

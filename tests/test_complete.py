@@ -1,5 +1,6 @@
 """A source that has lost bytes is refused before anything is written, without any digest."""
 
+import json
 import os
 import shutil
 
@@ -123,3 +124,23 @@ def test_a_folder_that_leads_round_in_a_circle_is_refused(tmp_path):
     (tmp_path / "a" / "b" / "c").symlink_to(tmp_path / "a")
     with pytest.raises(StoreError, match="is a symbolic link to a folder above it"):
         files_below(tmp_path)
+
+
+def enlarged(metadata):
+    """Metadata of an array, as JSON, that says it has one chunk of 16 TB."""
+    return json.dumps({**json.loads(metadata), "shape": [1 << 42], "chunks": [1 << 42]}).encode()
+
+
+def test_a_shape_that_its_bytes_cannot_hold_is_refused(source):
+    tree = ocdbt.read(source)
+    entries = tree["params.a.kernel"]
+    entries[".zarray"] = enlarged(ocdbt.fetch(source, entries[".zarray"]))
+    ocdbt.write(source, tree)
+    assert "bytes cannot hold a chunk of 17592186044416" in refused(source)
+
+
+def test_a_shape_that_the_bytes_of_a_folder_cannot_hold_is_refused(tmp_path):
+    source = save_zarr(tmp_path / "linen", {"id": "zstd", "level": 1})
+    path = source / "params.a.bias" / ".zarray"
+    path.write_bytes(enlarged(path.read_bytes()))
+    assert "bytes cannot hold a chunk of 17592186044416" in refused(source)

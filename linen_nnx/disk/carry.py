@@ -281,6 +281,10 @@ def _planned(
         problems.append(f"the checkpoint is in {to} form already")
         return
     ids = {_path(id, side == "linen"): id for id in model}
+    bare = {path: model[id].value_type for path, id in ids.items() if model[id].zarr is None}
+    if bare:
+        problems += [f"`{path}` is a {kind}, expected an array" for path, kind in bare.items()]
+        return
     specs: dict[str, Spec] = {path: model[id].spec for path, id in ids.items()}
     try:
         plan = book.plan(specs, to, target, idle=idle)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from linen_nnx.disk.checked import StoreError, open_data, reason
 from linen_nnx.disk.chunks import Grid
-from linen_nnx.disk.frames import check_length
+from linen_nnx.disk.frames import check_length, check_swelling
 from linen_nnx.disk.ocdbt import Ref
 from linen_nnx.disk.store import Item, Leaf, metadata_name
 
@@ -60,7 +60,7 @@ def check_complete(items: Sequence[Item]) -> list[str]:
                     left_out += 1
                 elif missing:
                     problems.append(f"{item.path}: the array `{leaf.path}` has no chunk {missing}")
-                problems += [] if item.ocdbt else _short_chunks(item, leaf, found)
+                problems += _wrong_chunks(item, leaf, found)
     if problems:
         more = f"; and {len(problems) - _PROBLEMS} more" * (len(problems) > _PROBLEMS)
         shown = "; ".join(problems[:_PROBLEMS])
@@ -121,8 +121,8 @@ def _may_lack(item: Item, leaf: Leaf) -> bool:
     return not stored and leaf.zarr.get("fill_value") is not None
 
 
-def _short_chunks(item: Item, leaf: Leaf, found: set[str]) -> list[str]:
-    """What is wrong with the chunks that are files of their own."""
+def _wrong_chunks(item: Item, leaf: Leaf, found: set[str]) -> list[str]:
+    """What is wrong with the lengths of an array's chunks."""
     assert leaf.zarr is not None
     nbytes = math.prod(Grid(leaf.zarr, {}).steps) * leaf.itemsize
     problems = []
@@ -130,8 +130,12 @@ def _short_chunks(item: Item, leaf: Leaf, found: set[str]) -> list[str]:
         if name.rpartition("/")[2].startswith(".") or name == metadata_name(item.zarr3):
             continue
         try:
-            with open_data(item.path / leaf.stored / name) as file:
-                check_length(file, leaf.zarr, nbytes)
+            if item.tree is not None:
+                value = item.tree[leaf.stored][name]
+                check_swelling(value.length if isinstance(value, Ref) else len(value), nbytes)
+            else:
+                with open_data(item.path / leaf.stored / name) as file:
+                    check_length(file, leaf.zarr, nbytes)
         except (OSError, ValueError) as error:
             problems.append(f"{item.path / leaf.stored / name}: {reason(error)}")
     return problems

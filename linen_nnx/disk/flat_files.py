@@ -7,16 +7,18 @@ Only headers are read here; an array is read when it is asked for. (`safetensors
 796 MB for 400 MB of arrays, `safe_open` mapped 428 MB of them.)
 """
 
+import re
 import struct
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from linen_nnx.book.reading import open_file, parse_json
+from linen_nnx.disk import checked
 from linen_nnx.disk.ranges import Array, Range, Stored, sized
 from linen_nnx.disk.store import StoreError
 
@@ -26,6 +28,12 @@ _DTYPES = {
     "F16": "float16", "F32": "float32", "F64": "float64", "BF16": "bfloat16", "C64": "complex64",
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
 }  # fmt: skip
+_DEFLATED = 1032  # times its size is the most that a byte of deflate unpacks to
+_LONGEST_NPY = 1 << 16  # bytes of an array's header, which takes 118
+_NPY = re.compile(
+    r"\s*\{'descr': '([^']{1,40})', 'fortran_order': (?:True|False), "
+    r"'shape': \(([0-9, ]*)\),? ?\}\s*"
+)
 _LONGEST_HEADER = 100_000_000  # bytes, which is the limit of safetensors itself
 
 
@@ -107,18 +115,43 @@ def read_npz(path: Path) -> dict[str, Member]:
     return members
 
 
+def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], "np.dtype[Any]"]:
+    """Shape and dtype of an array, up to which numpy's own text is matched and not run.
+
+    The text is `{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3), }`; numpy reads it as
+    Python, whose parser has errors of its own for each way in which it may be damaged.
+    """
+    magic = file.read(8)
+    if magic[:6] != b"\x93NUMPY" or magic[6] not in (1, 2, 3):
+        raise ValueError(f"it begins with {magic.hex()}, which is no array of numpy")
+    length = int.from_bytes(file.read(2 if magic[6] == 1 else 4), "little")
+    if length > _LONGEST_NPY:
+        raise ValueError(f"it has a header of {length} bytes, expected at most {_LONGEST_NPY}")
+    text = file.read(length).decode()
+    match = _NPY.fullmatch(text)
+    if match is None:
+        raise ValueError(f"its header is {checked.shown(text)}")
+    if "O" in match[1]:
+        raise ValueError("it holds pickled objects, which are refused: reading them runs code")
+    shape = [int(size) for size in match[2].split(",") if size.strip()]
+    return tuple(checked.shape(shape)), _described(match[1])
+
+
+def _described(text: str) -> "np.dtype[Any]":
+    try:
+        return np.dtype(text)
+    except (TypeError, ValueError):
+        raise ValueError(f"the dtype {checked.shown(text)} is unknown") from None
+
+
 def _member(path: Path, name: str, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Member:
     if not info.filename.endswith(".npy"):
         raise ValueError("it is no array of numpy")
+    if info.file_size > _DEFLATED * info.compress_size + 1024:
+        raise ValueError(f"{info.compress_size} bytes cannot unpack to {info.file_size}")
     with archive.open(info) as file:
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0
-        if version != (1, 0):
-            read = np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(file)
+        shape, dtype = _npy_header(file)
         start = file.tell()
-    if dtype.hasobject:
-        raise ValueError("it holds pickled objects, which are refused: reading them runs code")
     unnamed = dtype == np.dtype("V2")
     if unnamed:
         dtype = sized("bfloat16")

@@ -13,6 +13,8 @@ from typing import Any
 import google_crc32c
 
 _ZSTD = bytes.fromhex("28b52ffd")
+# Decoded bytes for one that is stored: zstd takes 4 bytes for 128 KiB of zeros, others take more.
+_SWELLING = 1 << 15
 _NO_CHUNK = 2**64 - 1  # offset and length of a chunk that a shard leaves out
 _PLAIN_INDEX = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
 
@@ -29,6 +31,7 @@ def check_length(file: FileIO, metadata: dict[str, Any], nbytes: int) -> None:
       ValueError: for a file that is too short or too long, or does not begin as its codec does.
     """
     size = os.fstat(file.fileno()).st_size
+    check_swelling(size, nbytes)
     if metadata["zarr_format"] == 3:
         _check_zarr3(file, size, metadata, nbytes)
         return
@@ -43,6 +46,16 @@ def check_length(file: FileIO, metadata: dict[str, Any], nbytes: int) -> None:
         _expect(size, int.from_bytes(_read(file, 12, 4), "little"))
     elif not size:
         raise ValueError("it is empty")
+
+
+def check_swelling(size: int, nbytes: int) -> None:
+    """Compares the stored and the decoded length of a chunk, which no codec makes so different.
+
+    What a damaged shape asks for would be allocated, and tensorstore ends the process where that
+    fails. Raises `ValueError`.
+    """
+    if nbytes > _SWELLING * (size + 32):
+        raise ValueError(f"its {size} bytes cannot hold a chunk of {nbytes}")
 
 
 def _check_zarr3(file: FileIO, size: int, metadata: dict[str, Any], nbytes: int) -> None:

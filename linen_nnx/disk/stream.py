@@ -28,6 +28,7 @@ _CONFIG = {
     "max_decoded_node_bytes": 100_000_000,
 }
 _BATCH = 8 << 20  # bytes in one commit: enough to make the commit's own cost small
+_MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # bytes, of this machine
 
 Array = np.ndarray[Any, Any]
 
@@ -41,6 +42,12 @@ class ItemReader:
 
     def read(self, leaves: Sequence[Leaf]) -> list[Array]:
         """All leaves at once. Raises `StoreError` for bytes that cannot be decoded."""
+        needed = sum(leaf.nbytes for leaf in leaves)
+        if needed > _MEMORY:  # where allocating it fails, tensorstore ends the process
+            names = ", ".join(leaf.path for leaf in leaves[:3])
+            raise StoreError(
+                f"{names}: {needed / 1e9:.1f} GB, but {_MEMORY / 1e9:.1f} GB of memory"
+            )
         arrays = [
             open_array(self._stores[leaf.item], leaf.stored, leaf.zarr, self._context)
             for leaf in leaves

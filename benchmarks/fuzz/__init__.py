@@ -1,0 +1,1 @@
+"""Damages checkpoints, runs and rule books, and looks at what their readers say."""
