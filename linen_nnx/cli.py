@@ -217,12 +217,25 @@ def _suggest(twin: str, out: str | None, as_json: bool) -> int:
     for leaf, known in book.unassigned.items():
         print(f"UNASSIGNED {known.side} {leaf}\n    {known.reason}")
         print(f"    candidates: {_few(known.candidates)}")
-    print(f"\n{len(book.rules)} rules, {len(book.unassigned)} leaves unassigned")
+        if known.likely is not None:
+            print(f"    likely, not proven: {_one_rule(known.likely)}")
+    print("".join(f"\nnote     {note}" for note in book.notes))
+    print(f"{len(book.rules)} rules, {len(book.unassigned)} leaves unassigned")
     if book.unassigned:
         print("write rules for those by hand; until then the book translates nothing")
+        if out is not None and any(known.likely for known in book.unassigned.values()):
+            print(f"{out} has the likely ones as comments: uncomment those that are right")
     if out is not None:
         print(f"{out} is written")
     return int(bool(book.unassigned))
+
+
+def _one_rule(rule: Any) -> str:
+    """A rule on one line."""
+    from linen_nnx.book.grammar import rule_to_dict
+
+    linen, nnx, _ = _rule(rule_to_dict(rule))
+    return f"{linen} -> {nnx}"
 
 
 def _rule(entry: dict[str, Any]) -> tuple[str, str, str]:
@@ -230,7 +243,8 @@ def _rule(entry: dict[str, Any]) -> tuple[str, str, str]:
     sides = [entry.get(side, "(nothing)") for side in ("linen", "nnx")]
     linen, nnx = (side if isinstance(side, str) else " + ".join(side) for side in sides)
     for op in entry.get("ops", ()):
-        settings = ", ".join(f"{key} {value}" for key, value in op.items() if key != "op")
+        shown = {key: value for key, value in op.items() if key not in ("op", "data")}
+        settings = ", ".join(f"{key} {value}" for key, value in shown.items())
         nnx += f"  {op['op']}({settings})"
     return linen, nnx, entry.get("note", "")
 

@@ -779,7 +779,6 @@ def experts_in_one_einsum() -> Pair:
             return sum(gates[:, k : k + 1] * y for k, y in enumerate(ys))
 
     stack = {"op": "stack", "capture": "i", "axis": 0}
-    router = ("params/Dense_0/kernel", "params/Dense_0/bias", "router/kernel", "router/bias")
     return Pair(
         Twin(Linen, lambda rngs: Nnx(rngs), lambda: (X,)),
         [
@@ -788,7 +787,6 @@ def experts_in_one_einsum() -> Pair:
             same("params/wo", "out/{i}/kernel", stack),
             same("params/Dense_0/{leaf}", "router/{leaf}"),
         ],
-        open=router,
     )
 
 

@@ -16,7 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from linen_nnx import RuleBook, RuleError
+from linen_nnx.book.grammar import parse_rule
+from linen_nnx.book.ops import Mismatch, packed
 from linen_nnx.book.patterns import Pattern
+from linen_nnx.book.rules import Unassigned
 from linen_nnx.book.tree import flatten, unflatten
 
 DTYPES = [
@@ -639,7 +642,7 @@ def test_a_rule_that_makes_no_sense_is_refused(rule, reason):
         ({"op": "stack", "capture": "name", "axis": 0}, "the letter of an integer capture"),
         ({"op": "stack", "capture": "i", "axis": True}, "an integer"),
         ({"op": "concat", "axis": 0, "sizes": [0, 1]}, "two or more lengths"),
-        ({"op": "init", "fill": "twos"}, "zeros, ones or normal"),
+        ({"op": "init", "fill": "twos"}, "zeros or ones or normal or constructor"),
         ({"op": "init", "fill": "normal", "stddev": -1}, "0 or more"),
         ({"op": "init", "fill": "normal", "seed": -1}, "0 or more"),
         ({"op": "init", "fill": "ones", "shape": [2]}, "both, or neither"),
@@ -759,3 +762,105 @@ def test_a_pipe_is_no_rule_book(tmp_path):
     os.mkfifo(tmp_path / "rules.yaml")
     with pytest.raises(RuleError, match="it is a pipe, expected a regular file"):
         RuleBook.load(tmp_path / "rules.yaml")
+
+
+# One source, several homes; the numbers of a constructor
+
+
+def copying(linen, nnx, **arguments):
+    return book({"linen": linen, "nnx": nnx, "ops": [{"op": "copy", **arguments}]})
+
+
+def test_a_copied_leaf_has_equal_homes_and_comes_back_as_one():
+    rules = copying("params/e", ["a", "b"], perms=[None, [1, 0]])
+    leaves = {"params/e": np.arange(6.0).reshape(2, 3)}
+
+    homes = rules.to_nnx(leaves)
+
+    np.testing.assert_array_equal(homes["a"], leaves["params/e"])
+    np.testing.assert_array_equal(homes["b"], leaves["params/e"].T)
+    np.testing.assert_array_equal(rules.to_linen(homes)["params/e"], leaves["params/e"])
+    assert rules.invertible
+
+
+def test_two_leaves_become_one_only_if_every_bit_is_equal():
+    rules = copying(["params/a", "params/b"], "one")
+    equal = {"params/a": np.zeros(3), "params/b": np.zeros(3)}
+
+    assert set(rules.to_nnx(equal)) == {"one"}
+    with pytest.raises(Mismatch, match="copy 2 differs from copy 1"):
+        rules.to_nnx({**equal, "params/b": -np.zeros(3)})
+
+
+def test_the_remedy_for_copies_that_differ_works():
+    kept = book(
+        {"linen": "params/e", "nnx": "a"},
+        {"nnx": "b", "ops": [{"op": "drop"}]},
+    )
+
+    assert set(kept.to_linen({"a": np.zeros(2), "b": np.ones(2)})) == {"params/e"}
+
+
+def test_copies_are_copied_layer_by_layer_under_a_stack():
+    rules = book({
+        "linen": "params/e",
+        "nnx": ["a/{i}", "b/{i}"],
+        "ops": [{"op": "stack", "capture": "i", "axis": 0}, {"op": "copy"}],
+    })  # fmt: skip
+    leaves = {"params/e": np.arange(6.0).reshape(2, 3)}
+
+    homes = rules.to_nnx(leaves)
+
+    assert set(homes) == {"a/0", "a/1", "b/0", "b/1"}
+    np.testing.assert_array_equal(homes["b/1"], [3.0, 4.0, 5.0])
+    np.testing.assert_array_equal(rules.to_linen(homes)["params/e"], leaves["params/e"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "bool", "int8"])
+def test_the_numbers_of_a_constructor_are_filled_in_bit_for_bit(dtype):
+    values = np.arange(6).reshape(2, 3).astype(dtype)
+    op = {"op": "init", "fill": "constructor", "shape": [2, 3], "dtype": dtype,
+          "data": packed(values.tobytes())}  # fmt: skip
+
+    filled = book({"nnx": "table", "ops": [op]}).to_nnx({})["table"]
+
+    assert filled.dtype == values.dtype and filled.tobytes() == values.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"data": "no base64!"}, "holds no packed bytes"),
+        ({"data": packed(bytes(8))}, "holds 8 bytes, float32[3] has 12"),
+        ({"data": packed(bytes(1 << 20))}, "packed bytes of another length, expected 12 bytes"),
+        ({"data": None}, "must be packed bytes"),
+        ({"fill": "zeros"}, "`fill: constructor` and `data` belong together"),
+    ],
+)
+def test_numbers_of_a_constructor_that_do_not_fit_are_refused(change, reason):
+    op = {"op": "init", "fill": "constructor", "shape": [3], "dtype": "float32",
+          "data": packed(bytes(12)), **change}  # fmt: skip
+
+    with pytest.raises(RuleError) as caught:
+        book({"nnx": "table", "ops": [op]})
+    assert reason in str(caught.value)
+
+
+def test_a_letter_where_a_name_was_meant_is_explained():
+    with pytest.raises(RuleError, match=r"`\{n\}`, one letter, matches integers only"):
+        book({"linen": "params/{n}/kernel", "nnx": "{n}/kernel"}).to_nnx(
+            {"params/dense/kernel": np.zeros(2)}
+        )
+
+
+def test_likely_rules_are_written_as_comments_that_can_be_uncommented(tmp_path):
+    likely = parse_rule({"linen": "params/a", "nnx": "b"})
+    known = {side: Unassigned(side, "why", (), likely) for side in ("linen", "nnx")}
+    open_ = RuleBook([], {"params/a": known["linen"], "b": known["nnx"]})
+    open_.save(tmp_path / "rules.yaml")
+    text = (tmp_path / "rules.yaml").read_text()
+
+    assert RuleBook.load(tmp_path / "rules.yaml") == open_
+    head = text[: text.index("unassigned:\n")]  # deleted, as the comment says
+    (tmp_path / "closed.yaml").write_text(head.replace("# - ", "- ").replace("#   ", "  "))
+    assert RuleBook.load(tmp_path / "closed.yaml").rules == (likely,)

@@ -16,11 +16,18 @@ reverse. Several may be composed.
     - {op: transpose, perm: [1, 0]}         nnx axis k is Linen axis perm[k]
     - {op: reshape, linen: [-1, 4, 8], nnx: [-1, 32]}   one -1 on each side stands for any length
     - {op: scale, factor: 0.5}              nnx = factor x Linen: changes values
+    - {op: copy}                            one side is a *list* of patterns, its homes: each is
+                                            equal to the one leaf of the other side, which is
+                                            checked on the way back; `perms: [null, [1, 0]]` for
+                                            homes that hold its axes in another order
     - {op: drop}                            alone; one side only: no home on the other, and meant
     - {op: init, fill: normal, stddev: 0.02, seed: 0, shape: [8], dtype: float32}
                                             alone; one side only: filled on the way there (zeros,
                                             ones, normal), dropped on the way back; shape and
                                             dtype are needed only where no target tree is given
+    - {op: init, fill: constructor, shape: [8], dtype: float32, data: eJxjYA...}
+                                            the same, with the numbers that the model's own
+                                            constructor gave it (`suggest` writes them)
 
 Both sides name the same captures, save those that a `stack` takes away.
 """
@@ -33,7 +40,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from linen_nnx.book.ops import Concat, Drop, Init, Op, Scale, Side, Stack
+from linen_nnx.book.ops import Concat, Copy, Drop, Filling, Init, Op, Scale, Side, Stack, unpacked
 from linen_nnx.book.patterns import Pattern, is_integer
 
 OPS: dict[str, type[Op]] = {kind.__name__.lower(): kind for kind in get_args(Op)}
@@ -128,8 +135,13 @@ def _op_to_dict(op: Op) -> dict[str, Any]:
     for argument in dataclasses.fields(op):
         value = getattr(op, argument.name)
         if argument.default is dataclasses.MISSING or value != argument.default:
-            entry[argument.name] = list(value) if isinstance(value, tuple) else value
+            entry[argument.name] = _plain(value)
     return entry
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as the lists that YAML has."""
+    return list(map(_plain, value)) if isinstance(value, tuple) else value
 
 
 def _patterns(value: Any) -> tuple[Pattern, ...]:
@@ -166,7 +178,27 @@ def _op(entry: Any) -> Op:
         problems.append("op `init`: give `shape` and `dtype` both, or neither")
     if problems:
         raise ValueError("; ".join(problems))
-    return OPS[name](**arguments)
+    op = OPS[name](**arguments)
+    if isinstance(op, Init):
+        _check_data(op)
+    return op
+
+
+def _check_data(init: Init) -> None:
+    """Raises `ValueError` where the numbers of a constructor are missing, or are no such array."""
+    if (init.fill == "constructor") != (init.data is not None):
+        raise ValueError("op `init`: `fill: constructor` and `data` belong together")
+    if init.data is None:
+        return
+    if init.spec is None:
+        raise ValueError("op `init`: `data` needs `shape` and `dtype`")
+    due = init.spec.size * init.spec.dtype.itemsize
+    try:
+        size = len(unpacked(init.data, limit=due))
+    except ValueError as error:
+        raise ValueError(f"op `init`: `data` holds {error}, expected {due} bytes") from None
+    if size != due:
+        raise ValueError(f"op `init`: `data` holds {size} bytes, {init.spec} has {due}")
 
 
 def _misfits(rule: Rule) -> list[str]:
@@ -198,11 +230,13 @@ def _misfits(rule: Rule) -> list[str]:
     for name in sorted(set(stacked) - (names["linen"] ^ names["nnx"])):
         problems.append(f"`stack` of `{name}` needs `{{{name}}}` on exactly one side")
     lists = (len(rule.linen) > 1) + (len(rule.nnx) > 1)
-    concats = sum(isinstance(op, Concat) for op in rule.ops)
-    if lists == 2 or lists != concats:
-        problems.append("a list of parts on one side and one `concat` op belong together")
+    joining = sum(isinstance(op, Concat | Copy) for op in rule.ops)
+    if lists == 2 or lists != joining:
+        problems.append("a list of parts on one side and one `concat` or `copy` op belong together")
     for op in rule.ops:
         parts = max(len(rule.linen), len(rule.nnx))
+        if isinstance(op, Copy) and op.perms and len(op.perms) != parts:
+            problems.append(f"`copy` has {len(op.perms)} perms for {parts} homes")
         if isinstance(op, Concat) and op.sizes and len(op.sizes) != parts:
             problems.append(f"`concat` has {len(op.sizes)} sizes for {parts} parts")
     return problems
@@ -231,6 +265,18 @@ def _is_ints(value: Any, least: int) -> bool:
     return isinstance(value, list) and all(_is_int(size) and size >= least for size in value)
 
 
+def _is_perm(value: Any) -> bool:
+    return _is_ints(value, 0) and sorted(value) == list(range(len(value)))
+
+
+def _is_perms(value: Any) -> bool:
+    return isinstance(value, list) and all(perm is None or _is_perm(perm) for perm in value)
+
+
+def _tuples(values: Any) -> Any:
+    return None if values is None else tuple(v if v is None else tuple(v) for v in values)
+
+
 def _is_dtype(value: Any) -> bool:
     import ml_dtypes  # noqa: F401
     import numpy as np
@@ -249,6 +295,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "ops": _ops,
     "note": _text,
 }
+_perms = _check(_is_perms, "a list with a permutation of 0..n-1, or null, for each home")
 _shape = _check(
     lambda v: _is_ints(v, -1) and v.count(-1) <= 1, "a list of lengths, with at most one -1"
 )
@@ -259,15 +306,15 @@ _ARGUMENTS: dict[str, Callable[[Any], Any]] = {
     ),
     "axis": _check(_is_int, "an integer"),
     "sizes": _check(lambda v: _is_ints(v, 1) and len(v) > 1, "a list of two or more lengths"),
-    "perm": _check(
-        lambda v: _is_ints(v, 0) and sorted(v) == list(range(len(v))), "a permutation of 0..n-1"
-    ),
+    "perm": _check(_is_perm, "a permutation of 0..n-1"),
+    "perms": lambda v: _tuples(_perms(v)),
     "linen": _shape,
     "nnx": _shape,
     "factor": _check(lambda v: _is_number(v) and v != 0, "a finite number other than 0"),
-    "fill": _check(lambda v: v in ("zeros", "ones", "normal"), "zeros, ones or normal"),
+    "fill": _check(lambda v: v in get_args(Filling), " or ".join(get_args(Filling))),
     "stddev": _check(lambda v: _is_number(v) and v >= 0, "a number, 0 or more"),
     "seed": _check(lambda v: _is_int(v) and v >= 0, "an integer, 0 or more"),
     "shape": _check(lambda v: _is_ints(v, 0), "a list of lengths"),
+    "data": _check(lambda v: isinstance(v, str), "packed bytes, as `suggest` writes them"),
     "dtype": _check(_is_dtype, "the name of a dtype, such as float32"),
 }

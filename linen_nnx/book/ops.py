@@ -10,8 +10,10 @@ the end. Nothing here casts; nothing here imports jax: arrays bring their own na
 numpy imported before it is needed, as plain re-keying does without.
 """
 
+import base64
 import math
 import operator
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -143,19 +145,75 @@ class Multiply:
 
 
 @dataclass(frozen=True)
-class Fill:
-    """Makes one array from nothing: zeros, ones, or normal numbers fixed by seed and path."""
+class Copies:
+    """Gives every array once for each of `perms`, its axes in that order (None: as they are)."""
 
-    fill: Literal["zeros", "ones", "normal"]
+    perms: tuple[tuple[int, ...] | None, ...]
+
+    def run(self, arrays: Sequence[Any]) -> list[Any]:
+        return [_permuted(array, perm) for array in arrays for perm in self.perms]
+
+
+@dataclass(frozen=True)
+class Agree:
+    """The way back from `Copies`: one array of several, which must be equal in every bit.
+
+    The list it takes is `(outer, count, inner)` in row-major order; it returns `(outer, inner)`.
+    """
+
+    perms: tuple[tuple[int, ...] | None, ...]
+    inner: int
+
+    def groups(self, items: Sequence[Any]) -> list[list[Any]]:
+        """The items that must be equal, in order."""
+        return Gather("stack", 0, len(self.perms), self.inner).groups(items)
+
+    def run(self, arrays: Sequence[Any]) -> list[Any]:
+        import numpy as np
+
+        found = []
+        for group in self.groups(arrays):
+            turned = [_permuted(a, perm) for a, perm in zip(group, self.perms, strict=True)]
+            try:
+                first, *others = (np.asarray(array) for array in turned)
+            except Exception as error:  # of jax, which this module does not import
+                raise Mismatch(
+                    f"copies cannot be compared while they are traced: {error}"
+                ) from None
+            different = [k for k, other in enumerate(others, 2) if not _same_bits(first, other)]
+            if different:
+                shown = ", ".join(f"copy {k}" for k in different)
+                raise Mismatch(
+                    f"{shown} differs from copy 1 of one leaf ({Spec.of(first)}): only equal "
+                    "copies become one. Write a plain rule for the one that is to be kept, and a "
+                    "`drop` rule for each other one"
+                )
+            found.append(turned[0])
+        return found
+
+
+@dataclass(frozen=True)
+class Fill:
+    """Makes one array from nothing: zeros, ones, normal numbers fixed by seed and path, or data.
+
+    data: the numbers of `constructor`, as `Init` has them.
+    """
+
+    fill: "Filling"
     stddev: float
     seed: int
     path: str
     spec: Spec
+    data: str | None = None
 
     def run(self, arrays: Sequence[Any]) -> list[Any]:
         import ml_dtypes  # noqa: F401  (teaches numpy the names bfloat16, float8_*, int4)
         import numpy as np
 
+        if self.fill == "constructor":
+            assert self.data is not None
+            numbers = np.frombuffer(unpacked(self.data), np.dtype(self.spec.dtype))
+            return [numbers.reshape(self.spec.shape)]
         if self.fill != "normal":
             make = np.zeros if self.fill == "zeros" else np.ones
             return [make(self.spec.shape, self.spec.dtype)]
@@ -212,7 +270,9 @@ class Repeat:
         return [array for array in arrays for _ in range(self.count)]
 
 
-Action = Gather | Spread | Permute | Reform | Multiply | Fill | Cast | Merge | Repeat
+Action = (
+    Gather | Spread | Permute | Reform | Multiply | Copies | Agree | Fill | Cast | Merge | Repeat
+)
 
 
 # Ops: as written in a rule book, both directions.
@@ -285,12 +345,8 @@ class Transpose:
     perm: tuple[int, ...]
 
     def plan(self, block: Block, to: Side, parts: int) -> tuple[Action, Block]:
-        inverse = tuple(self.perm.index(axis) for axis in range(len(self.perm)))
-        perm = self.perm if to == "nnx" else inverse
-        for spec in block.specs:
-            if len(spec.shape) != len(perm):
-                raise Mismatch(f"{spec} has {len(spec.shape)} axes, perm {list(perm)} {len(perm)}")
-        specs = [Spec(tuple(s.shape[axis] for axis in perm), s.dtype) for s in block.specs]
+        perm = self.perm if to == "nnx" else _inverse(self.perm)
+        specs = [_turned(spec, perm) for spec in block.specs]
         return Permute(perm), Block(block.coords, tuple(specs))
 
 
@@ -331,6 +387,32 @@ class Scale:
 
 
 @dataclass(frozen=True)
+class Copy:
+    """`{op: copy}`: a leaf with several homes on the side that is a list; all equal.
+
+    perms: for each home the axes of the one leaf in its order, `null` where they are as they are:
+      `{op: copy, perms: [null, [1, 0]]}` for an embedding, and its transpose as a head's kernel.
+    """
+
+    perms: tuple[tuple[int, ...] | None, ...] | None = None
+
+    def plan(self, block: Block, to: Side, parts: int) -> tuple[Action, Block]:
+        if PART in block.coords:
+            gather, coords = _gather("stack", 0, block, PART)
+            ways = self.perms or (None,) * gather.count
+            back = tuple(None if perm is None else _inverse(perm) for perm in ways)
+            agree = Agree(back, gather.inner)
+            specs = []
+            for group in agree.groups(block.specs):
+                pairs = zip(group, agree.perms, strict=True)
+                specs.append(_common([_turned(s, perm) for s, perm in pairs], "the copies"))
+            return agree, Block(coords, tuple(specs))
+        ways = self.perms or (None,) * parts
+        specs = [_turned(spec, perm) for spec in block.specs for perm in ways]
+        return Copies(ways), Block({**block.coords, PART: parts}, tuple(specs))
+
+
+@dataclass(frozen=True)
 class Drop:
     """`{op: drop}`: the leaf has no home on the other side, and that is meant."""
 
@@ -340,14 +422,17 @@ class Init:
     """`{op: init, fill: normal, stddev: 0.02, seed: 0}`: a leaf that only one side has.
 
     Filled on the way there, dropped on the way back. Shape and dtype come from the target tree,
-    or from `shape` and `dtype` where none is given.
+    or from `shape` and `dtype` where none is given. `{op: init, fill: constructor, shape: [4, 2],
+    dtype: float32, data: ...}` holds the numbers that the model's own constructor gives the leaf:
+    `packed` bytes, row by row, the lowest byte of each number first.
     """
 
-    fill: Literal["zeros", "ones", "normal"]
+    fill: "Filling"
     stddev: float = 1.0
     seed: int = 0
     shape: tuple[int, ...] | None = None
     dtype: str | None = None
+    data: str | None = None
 
     @property
     def spec(self) -> Spec | None:
@@ -360,7 +445,45 @@ class Init:
         return Spec(self.shape, np.dtype(self.dtype))
 
 
-Op = Stack | Concat | Transpose | Reshape | Scale | Drop | Init
+Filling = Literal["zeros", "ones", "normal", "constructor"]
+Op = Stack | Concat | Transpose | Reshape | Scale | Copy | Drop | Init
+
+
+def packed(data: bytes) -> str:
+    """Bytes as text for a rule book: compressed, in base64."""
+    return base64.b64encode(zlib.compress(data, 9)).decode()
+
+
+def unpacked(text: str, limit: int | None = None) -> bytes:
+    """The bytes of such text. Raises `ValueError` for what is none, or longer than `limit`."""
+    try:
+        stream = zlib.decompressobj()
+        data = stream.decompress(base64.b64decode(text, validate=True), (limit or -1) + 1)
+    except (ValueError, zlib.error) as error:
+        raise ValueError(f"no packed bytes: {error}") from None
+    if not stream.eof or stream.unused_data or (limit is not None and len(data) > limit):
+        raise ValueError("packed bytes of another length")
+    return data
+
+
+def _permuted(array: Any, perm: tuple[int, ...] | None) -> Any:
+    return array if perm is None else array.__array_namespace__().permute_dims(array, perm)
+
+
+def _inverse(perm: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(perm.index(axis) for axis in range(len(perm)))
+
+
+def _turned(spec: Spec, perm: tuple[int, ...] | None) -> Spec:
+    if perm is None:
+        return spec
+    if len(perm) != len(spec.shape):
+        raise Mismatch(f"{spec} has {len(spec.shape)} axes, perm {list(perm)} {len(perm)}")
+    return Spec(tuple(spec.shape[axis] for axis in perm), spec.dtype)
+
+
+def _same_bits(one: Any, two: Any) -> bool:
+    return one.dtype == two.dtype and one.tobytes() == two.tobytes()
 
 
 def _axis(axis: int, ndim: int) -> int:

@@ -8,13 +8,13 @@ then run on arrays (`RuleBook.to_nnx`) or on a store's bytes (the converter).
 import difflib
 import itertools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from linen_nnx.book.grammar import Rule, did_you_mean
 from linen_nnx.book.ops import PART, Action, Block, Drop, Fill, Init, Mismatch, Side, Spec, Stack
-from linen_nnx.book.patterns import Hit, Pattern
+from linen_nnx.book.patterns import Hit, Pattern, is_integer
 from linen_nnx.book.tree import branches_of
 from linen_nnx.errors import Refusal
 
@@ -236,7 +236,7 @@ class _Attempt:
             for path, spec in wanted.items():
                 if init.spec and not init.spec.same(spec):
                     self._fault(number, f"states {init.spec}, the target's `{path}` is {spec}")
-                fill = Fill(init.fill, init.stddev, init.seed, path, spec)
+                fill = Fill(init.fill, init.stddev, init.seed, path, spec, init.data)
                 self.steps.append(Step(rule, (), (path,), (fill,), (spec,)))
 
     def _places(self, pattern: Pattern) -> list[str]:
@@ -294,20 +294,23 @@ class _Attempt:
             return
         hint = self._collection_hint()
         patterns = [
-            pattern.text
+            pattern
             for number, rule in enumerate(self.rules)
             if number not in self.used
             for pattern in rule.side(self.side)
         ]
         for count, path in enumerate(self.unmatched):
-            near = hint or (count < _HINTED and self._nearest(path, patterns, unfilled)) or ""
+            near = hint
+            if not hint and count < _HINTED:
+                near = _letter_for_a_name(path, patterns) or self._nearest(path, patterns, unfilled)
             self.problems.append(
                 f"no rule matches the {self.side} leaf `{path}` ({self.source[path]}){near}"
             )
 
-    def _nearest(self, path: str, patterns: list[str], unfilled: list[str]) -> str:
+    def _nearest(self, path: str, patterns: list[Pattern], unfilled: list[str]) -> str:
         """The nearest idle pattern of this side, else the nearest open leaf of the other."""
-        if near := difflib.get_close_matches(path, patterns, n=1):
+        texts = [pattern.text for pattern in patterns]
+        if near := difflib.get_close_matches(path, texts, n=1):
             return f"; the nearest idle pattern is `{near[0]}`"
         fits = [p for p in unfilled if self.target and self.target[p].same(self.source[path])]
         near = difflib.get_close_matches(path, fits, n=1, cutoff=0.4)
@@ -375,6 +378,27 @@ class _Attempt:
 
 def _origin(step: Step) -> str:
     return ", ".join(f"`{source}`" for source in step.sources[:3]) or "an init rule"
+
+
+def _letter_for_a_name(path: str, patterns: Iterable[Pattern]) -> str:
+    """Whether an idle pattern would match, were its captures of one letter names."""
+    for pattern in patterns:
+        letters = [name for name in pattern.captures if is_integer(name)]
+        longer = pattern.text
+        for name in letters:
+            longer = longer.replace(f"{{{name}}}", f"{{{name}_name}}")
+        try:
+            fits = bool(letters) and Pattern(longer).match(path) is not None
+        except ValueError:  # two names in one element
+            continue
+        if fits:
+            shown = " and ".join(f"`{{{name}}}`" for name in letters)
+            name = letters[0]
+            return (
+                f"; `{pattern.text}` would match it, but {shown}, one letter, matches integers "
+                f"only: write `{{{name}{name}}}`, or a longer name, for a path element"
+            )
+    return ""
 
 
 def _format_known(text: str, captures: Mapping[str, str]) -> str:

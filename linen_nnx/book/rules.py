@@ -32,6 +32,8 @@ class Unassigned(NamedTuple):
     reason: str
     candidates: tuple[str, ...]
     """Leaves of the other side, the likeliest first."""
+    likely: Rule | None = None
+    """The rule that would close it, where there is a likely one; nothing proves it."""
 
 
 class RuleBook:
@@ -39,7 +41,8 @@ class RuleBook:
 
     `unassigned` maps the path of each leaf that still lacks a rule to what is known of it. While
     it is not empty, translating raises unless `partial=True`. `draws` pairs the random keys of
-    both models, for each kind of call (`draws.py`); translating needs none of it.
+    both models, for each kind of call (`draws.py`); translating needs none of it. `notes` are
+    for the reader: what `suggest` found out about the two models as wholes.
     """
 
     def __init__(
@@ -47,8 +50,10 @@ class RuleBook:
         rules: Iterable[Rule],
         unassigned: Mapping[str, Unassigned] = MappingProxyType({}),
         draws: Iterable[Pairing] = (),
+        notes: Iterable[str] = (),
     ) -> None:
         self.rules = tuple(rules)
+        self.notes = tuple(notes)
         self.unassigned = MappingProxyType(dict(unassigned))
         self.draws = tuple(draws)
         self._text: str | None = None
@@ -57,9 +62,14 @@ class RuleBook:
         return (
             isinstance(other, RuleBook)
             and self.rules == other.rules
-            and self.unassigned == other.unassigned
+            and self._open() == other._open()
             and self.draws == other.draws
+            and self.notes == other.notes
         )
+
+    def _open(self) -> dict[str, Any]:
+        """What is known of each open leaf; likely rules aside, which a file has as comments."""
+        return {leaf: known[:3] for leaf, known in self.unassigned.items()}
 
     def __repr__(self) -> str:
         open_leaves = f", {len(self.unassigned)} leaves unassigned" if self.unassigned else ""
@@ -100,10 +110,14 @@ class RuleBook:
                 f"{name} cannot be read",
                 [f"expected a mapping with `version` and `rules`, got {type(content).__name__}"],
             )
-        problems = unknown(content, ("version", "rules", "unassigned", "draws"), "unknown key")
+        problems = unknown(
+            content, ("version", "notes", "rules", "unassigned", "draws"), "unknown key"
+        )
         if content.get("version") != VERSION:
             problems.append(f"`version` must be {VERSION}, got {content.get('version')!r}")
         entries = content.get("rules")
+        if entries is None and "rules" in content and content.get("unassigned"):
+            entries = []  # nothing but comments stands below it
         if not isinstance(entries, list):
             problems.append(f"`rules` must be a list, got {entries!r}")
             entries = []
@@ -127,20 +141,22 @@ class RuleBook:
                 if pairing.kind in draws:
                     raise ValueError(f"the call {pairing.kind} has an entry before")
                 draws[pairing.kind] = pairing
+        notes = content.get("notes") or ()
+        if type(notes) not in (list, tuple) or not all(isinstance(n, str) for n in notes):
+            problems.append(f"`notes` must be a list of texts, got {notes!r}")
         if problems:
             raise RuleError(f"{name} cannot be read", problems)
-        return cls(rules, unassigned, draws.values())
+        return cls(rules, unassigned, draws.values(), notes)
 
     def to_dict(self) -> dict[str, Any]:
         """The mapping that `from_dict` reads: plain dicts, lists, strings and numbers."""
-        content: dict[str, Any] = {
-            "version": VERSION,
-            "rules": [rule_to_dict(rule) for rule in self.rules],
-        }
+        content: dict[str, Any] = {"version": VERSION}
+        if self.notes:
+            content["notes"] = list(self.notes)
+        content["rules"] = [rule_to_dict(rule) for rule in self.rules]
         if self.unassigned:
             content["unassigned"] = [
-                {"leaf": leaf, **known._asdict(), "candidates": list(known.candidates)}
-                for leaf, known in self.unassigned.items()
+                _unassigned_to_dict(leaf, known) for leaf, known in self.unassigned.items()
             ]
         if self.draws:
             content["draws"] = [pairing.to_dict() for pairing in self.draws]
@@ -249,16 +265,24 @@ class RuleBook:
         return {"linen": Index([r.linen for r in rules]), "nnx": Index([r.nnx for r in rules])}
 
 
+def _unassigned_to_dict(leaf: str, known: Unassigned) -> dict[str, Any]:
+    """One entry of `unassigned`, the inverse of `_read_unassigned`."""
+    entry: dict[str, Any] = {"leaf": leaf, "side": known.side, "reason": known.reason}
+    entry["candidates"] = list(known.candidates)
+    return entry if known.likely is None else {**entry, "likely": rule_to_dict(known.likely)}
+
+
 def _read_unassigned(entry: Any) -> tuple[str, Unassigned]:
     """One entry of `unassigned`. Raises `ValueError` saying what it must be."""
-    keys = ("leaf", *Unassigned._fields)
-    if not isinstance(entry, Mapping) or set(entry) != set(keys):
-        raise ValueError(f"expected a mapping with {', '.join(keys)}, got {entry!r}")
+    keys = {"leaf", "side", "reason", "candidates"}
+    if not isinstance(entry, Mapping) or set(entry) - {"likely"} != keys:
+        raise ValueError(f"expected a mapping with leaf, side, reason, candidates, got {entry!r}")
     candidates = entry["candidates"] or []
     if not isinstance(candidates, list):
         raise ValueError(f"`candidates` is a list of texts, got {candidates!r}")
-    known = Unassigned(entry["side"], entry["reason"], tuple(candidates))
-    if not all(isinstance(text, str) for text in (entry["leaf"], known.reason, *known.candidates)):
+    likely = parse_rule(entry["likely"]) if "likely" in entry else None
+    known = Unassigned(entry["side"], entry["reason"], tuple(candidates), likely)
+    if not all(isinstance(text, str) for text in (entry["leaf"], known.reason, *candidates)):
         raise ValueError(f"leaf, reason and candidates are texts, got {entry!r}")
     if known.side not in ("linen", "nnx"):
         raise ValueError(f"`side` is linen or nnx, got {known.side!r}")

@@ -76,16 +76,37 @@ class _Size:
 
 
 def write(book: dict[str, Any]) -> str:
-    """The YAML of a rule book's mapping: its ops, candidates and pairs take one line each."""
-    for entry in book["rules"]:
-        if "ops" in entry:
-            entry["ops"] = _OneLine(entry["ops"])
-    for entry in book.get("unassigned", ()):
-        entry["candidates"] = _OneLine(entry["candidates"])
-    for entry in book.get("draws", ()):
-        entry["given"] = _Pairs(entry["given"])
-        entry["pairs"] = list(map(_Pairs, entry["pairs"]))
-    return yaml.dump(book, Dumper=_Dumper, sort_keys=False, width=1000)
+    """The YAML of a rule book's mapping: its ops, candidates and pairs take one line each.
+
+    The likely rules of open leaves follow the rules as comments, ready to be uncommented.
+    """
+    likely = [entry.pop("likely") for entry in book.get("unassigned", ()) if "likely" in entry]
+    head = {key: value for key, value in book.items() if key not in ("unassigned", "draws")}
+    text = _dumped({**head, "rules": _shortened(book["rules"])})
+    if likely:
+        text = text.removesuffix("rules: []\n") + "rules:\n" * (not book["rules"])
+        text += "# Likely, but not proven. Where one is right, uncomment it and delete its leaves\n"
+        text += "# from `unassigned`.\n"
+        rules = {_dumped(_shortened([rule])): None for rule in likely}  # each once
+        text += "".join(f"# {line}\n" for rule in rules for line in rule.splitlines())
+    if open_leaves := book.get("unassigned"):
+        entries = [{**entry, "candidates": _OneLine(entry["candidates"])} for entry in open_leaves]
+        text += _dumped({"unassigned": entries})
+    if draws := book.get("draws"):
+        pairings = [
+            {**entry, "given": _Pairs(entry["given"]), "pairs": list(map(_Pairs, entry["pairs"]))}
+            for entry in draws
+        ]
+        text += _dumped({"draws": pairings})
+    return text
+
+
+def _shortened(rules: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{**rule, "ops": _OneLine(rule["ops"])} if "ops" in rule else rule for rule in rules]
+
+
+def _dumped(content: Any) -> str:
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=1000)
 
 
 class _OneLine(list[Any]):

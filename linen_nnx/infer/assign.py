@@ -12,11 +12,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from linen_nnx.infer.fingerprints import EXACT, Prints, distances
-from linen_nnx.infer.sides import Side
+from linen_nnx.infer.fingerprints import Prints
+from linen_nnx.infer.run import EXACT, distances
+from linen_nnx.infer.sides import HELD, Side
 
 Array = np.ndarray
 Open = dict[int, tuple[list[int], str]]
+SEE_NOTES = "nothing is proven of these two models: `notes` say why"
 
 
 class Pair(NamedTuple):
@@ -82,10 +84,17 @@ def words(path: str) -> set[str]:
     return {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+|[0-9]+", path)}
 
 
+def shown(values: Array) -> str:
+    """The values of a leaf in a few words."""
+    if values.size and (values == values.flat[0]).all():
+        return f"{values.flat[0]:g}"
+    return "what its model's own constructor gives it"
+
+
 def _candidates(linen: Side, nnx: Side, prints: Prints) -> tuple[Array, Array]:
     """(Linen slots, nnx slots): which may be pairs, and the gaps of their fingerprints."""
     gaps = np.full((len(linen.forms), len(nnx.forms)), np.inf)
-    for form in {form for form in linen.forms if len(form) > 1}:
+    for form in set(linen.forms) - {HELD}:
         place = np.ix_(_places(linen, form), _places(nnx, form))
         gaps[place] = 1.0
         if form in prints.rich:
@@ -169,9 +178,10 @@ def _open(
         near = sorted(alike, key=lambda k: (gaps[slot, k], abs(alike.index(k) - rank)))
         count = int(fits[slot].sum())
         if prints.problem:
-            why = prints.problem
-        elif len(form) == 1:
-            why = f"the other side has no leaf for it; both compute the same where it is {form[0]}"
+            why = SEE_NOTES
+        elif form == HELD:
+            value = shown(side.held[side.first[slot]])
+            why = f"the other side has no leaf for it; both compute the same where it is {value}"
         elif not count:
             why = f"no gradient of the other side equals its own (nearest {gaps[slot].min():.0e})"
         else:
@@ -182,7 +192,7 @@ def _open(
 
 
 def _places(side: Side, form: tuple[object, ...]) -> list[int]:
-    return [slot for slot, other in enumerate(side.forms) if other == form and len(form) > 1]
+    return [slot for slot, other in enumerate(side.forms) if other == form and form != HELD]
 
 
 def _alike(name: str, others: Sequence[str]) -> list[int]:

@@ -30,6 +30,8 @@ class Item:
     linen: frozenset[str]
     nnx: frozenset[str]
     evidence: tuple[Pair, ...]
+    reasons: tuple[str, ...] = ()
+    """What speaks for it beside the pairs of slots, one sentence each."""
 
     @property
     def texts(self) -> Texts:
@@ -114,7 +116,9 @@ def _merged(items: list[Item], texts: Texts, leaves: tuple[Sequence[str], ...]) 
         hits = [path for pattern in patterns for path in paths if pattern.match(path) is not None]
         if len(hits) != len(due) or set(hits) != due:
             return None
-    return Item(rule, linen, nnx, tuple(found for item in items for found in item.evidence))
+    evidence = tuple(found for item in items for found in item.evidence)
+    reasons = dict.fromkeys(reason for item in items for reason in item.reasons)
+    return Item(rule, linen, nnx, evidence, tuple(reasons))
 
 
 def _renamed(texts: Texts, word: str) -> Texts:

@@ -14,17 +14,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.dtypes import float0
+from jax.extend.core import ClosedJaxpr
 
 from linen_nnx.infer.jaxprs import bind, branches, called, interpret, scan_parts, while_parts
 
 _SMALL = 1000  # equations: ten blocks of a transformer
 
 
-def widen(jaxpr: Any) -> Any:
-    """The closed jaxpr with every float in float64, complex in complex128; evaluate it with x64."""
+def widen(jaxpr: Any, plain: bool = False) -> Any:
+    """The closed jaxpr with every float in float64, complex in complex128; evaluate it with x64.
+
+    `plain`: without its `stop_gradient`s, so that its derivative is that of what it computes.
+    """
     with jax.enable_x64(True):
         specs = [jax.ShapeDtypeStruct(a.shape, _wide_dtype(a.dtype)) for a in jaxpr.in_avals]
-        return jax.make_jaxpr(lambda *args: _evaluate(jaxpr, args))(*specs)
+        return jax.make_jaxpr(lambda *args: _evaluate(jaxpr, args, plain))(*specs)
 
 
 def pulled(
@@ -53,52 +57,62 @@ def pulled(
     return [*outs, *others], slopes
 
 
+def is_small(jaxpr: Any) -> bool:
+    """Whether a widened jaxpr is better compiled as a whole than run equation by equation."""
+    return len(jaxpr.eqns) <= _SMALL
+
+
 def quick(function: Callable[..., Any], jaxpr: Any, **options: Any) -> Callable[..., Any]:
     """What runs a widened jaxpr a few times with the least compiling.
 
     A small one as one program that is not optimised. A large one equation by equation: equal
     equations are compiled once, as layers are alike.
     """
-    if len(jaxpr.eqns) > _SMALL:
+    if not is_small(jaxpr):
         return function
     return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0}, **options)
 
 
-def _evaluate(jaxpr: Any, args: Sequence[Any]) -> list[Any]:
-    return interpret(jaxpr, map(wide, args), wide, lambda _, eqn, given: equation(eqn, given))
+def _evaluate(jaxpr: Any, args: Sequence[Any], plain: bool = False) -> list[Any]:
+    return interpret(
+        jaxpr, map(wide, args), wide, lambda _, eqn, given: equation(eqn, given, plain)
+    )
 
 
-def equation(eqn: Any, args: list[Any]) -> Sequence[Any]:
-    """The outputs of one equation with every float widened."""
+def equation(eqn: Any, args: list[Any], plain: bool = False) -> Sequence[Any]:
+    """The outputs of one equation with every float widened; `plain` as in `widen`."""
     name = eqn.primitive.name
     if name == "scan":
-        return _scan(eqn, args)
+        return _scan(eqn, args, plain)
     if name == "while":
         loop = while_parts(eqn)
         of_test, of_body, carry = loop.operands(args)
-        test, body = _function(loop.test, of_test), _function(loop.body, of_body)
+        test, body = (
+            _function(part, fixed, plain)
+            for part, fixed in ((loop.test, of_test), (loop.body, of_body))
+        )
         return lax.while_loop(lambda c: test(*c)[0], lambda c: tuple(body(*c)), tuple(carry))
     if name == "cond":
-        ways = [_function(branch, []) for branch in branches(eqn)]
+        ways = [_function(branch, [], plain) for branch in branches(eqn)]
         return lax.switch(args[0], ways, *args[1:])
     if (inner := called(eqn)) is not None:
-        return _evaluate(inner, args)
-    if name == "reduce_precision":
+        return _evaluate(inner, args, plain)
+    if name == "reduce_precision" or (name == "stop_gradient" and plain):
         return args
     if name == "bitcast_convert_type":  # the bits of the original dtype are what counts
         outs = bind(eqn, [lax.convert_element_type(args[0], eqn.invars[0].aval.dtype)])
     else:
-        changed = {key: _wide_dtype(value) for key, value in eqn.params.items()}
+        changed = {key: _wide_param(value) for key, value in eqn.params.items()}
         if name in ("dot_general", "conv_general_dilated"):
             changed["precision"] = None  # else it may ask for products of bfloat16
         outs = bind(eqn, args, **changed)
     return [wide(out) for out in outs]
 
 
-def _scan(eqn: Any, args: list[Any]) -> Sequence[Any]:
+def _scan(eqn: Any, args: list[Any], plain: bool) -> Sequence[Any]:
     scan = scan_parts(eqn)
     fixed, carry, rows = scan.operands(args)
-    body = _function(scan.body, fixed)
+    body = _function(scan.body, fixed, plain)
 
     def step(carry: list[Any], rows: list[Any]) -> tuple[list[Any], list[Any]]:
         outs = body(*carry, *rows)
@@ -108,8 +122,8 @@ def _scan(eqn: Any, args: list[Any]) -> Sequence[Any]:
     return [*carry, *stacked]
 
 
-def _function(jaxpr: Any, fixed: Sequence[Any]) -> Callable[..., list[Any]]:
-    return lambda *args: _evaluate(jaxpr, [*fixed, *args])
+def _function(jaxpr: Any, fixed: Sequence[Any], plain: bool) -> Callable[..., list[Any]]:
+    return lambda *args: _evaluate(jaxpr, [*fixed, *args], plain)
 
 
 def wide(value: Any) -> Any:
@@ -119,6 +133,15 @@ def wide(value: Any) -> Any:
         kind = jnp.result_type(value)
     to = _wide_dtype(kind)
     return value if to is kind else lax.convert_element_type(value, to)
+
+
+def _wide_param(value: Any) -> Any:
+    """A parameter in float64: a dtype, or the program of a reduction or a scatter."""
+    if not hasattr(value, "eqns"):
+        return _wide_dtype(value)
+    if hasattr(value, "consts"):
+        return widen(value)
+    return widen(ClosedJaxpr(value, ())).jaxpr
 
 
 def _wide_dtype(value: Any) -> Any:

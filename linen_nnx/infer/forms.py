@@ -119,12 +119,13 @@ def _chains(parts: Mapping[str, Array], whole: Array) -> Iterator[tuple[list[str
     owner = np.full(whole.shape, -1)
     for number, path in enumerate(names):
         owner[np.isin(whole, parts[path][parts[path] >= 0])] = number
-    if (owner < 0).any():
-        return
     for axis in range(whole.ndim):
         lanes = np.moveaxis(owner, axis, 0).reshape(whole.shape[axis], -1)
-        if (lanes == lanes[:, :1]).all():
-            yield from _joined(parts, names, whole, lanes[:, 0], axis)
+        most = lanes.max(axis=1, keepdims=True)
+        if (most >= 0).all() and ((lanes == most) | (lanes < 0)).all():
+            yield from _joined(parts, names, whole, most[:, 0], axis)
+    if (owner < 0).any():
+        return
     flat = owner.ravel()
     ends = np.flatnonzero(np.diff(flat)) + 1
     width = int(ends[len(names) - 1]) if len(ends) >= len(names) else flat.size

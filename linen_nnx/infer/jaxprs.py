@@ -71,6 +71,27 @@ def interpret(
     return [read(atom) for atom in jaxpr.outvars]
 
 
+def some_outputs(jaxpr: Any, places: Sequence[int]) -> list[Any]:
+    """Some outputs of a closed jaxpr without arguments, and no equation run that they do not need.
+
+    One equation after the other, as they run outside of any program: so every bit is the same.
+    """
+    inner = jaxpr.jaxpr
+    wanted = {id(inner.outvars[place]) for place in places}
+    kept = set[int]()
+    for number in reversed(range(len(inner.eqns))):
+        eqn = inner.eqns[number]
+        if any(id(var) in wanted for var in eqn.outvars):
+            kept.add(number)
+            wanted |= {id(atom) for atom in eqn.invars}
+
+    def equation(number: int, eqn: Any, given: list[Any]) -> Sequence[Any]:
+        return bind(eqn, given) if number in kept else [None] * len(eqn.outvars)
+
+    outs = interpret(jaxpr, (), lambda value: value, equation)
+    return [outs[place] for place in places]
+
+
 def bind(eqn: Any, args: Sequence[Any], **changed: Any) -> list[Any]:
     """Runs one equation on values, with some of its parameters changed; its outputs."""
     outs = eqn.primitive.bind(*args, **{**eqn.params, **changed})
@@ -85,6 +106,25 @@ def called(eqn: Any) -> Any:
     # custom_vjp_call has had both names; either way it holds the function itself.
     found = [key for key in (name, "call_jaxpr", "fun_jaxpr") if key in eqn.params]
     return param(eqn, found[0] if found else name)
+
+
+def holds(jaxpr: Any, name: str) -> bool:
+    """Whether a primitive of that name stands anywhere in a jaxpr."""
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        if eqn.primitive.name == name:
+            return True
+        if any(holds(inner, name) for inner in _inside(eqn)):
+            return True
+    return False
+
+
+def _inside(eqn: Any) -> list[Any]:
+    """The jaxprs among the parameters of an equation."""
+    found: list[Any] = []
+    for value in eqn.params.values():
+        several = value if type(value) in (tuple, list) else (value,)
+        found += [each for each in several if hasattr(each, "eqns")]
+    return found
 
 
 class Scan(NamedTuple):

@@ -7,7 +7,7 @@ show it, the slots of the one leaf are cut along that axis.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,16 +18,21 @@ from linen_nnx.infer.trace import Trace
 
 Array = np.ndarray
 Form = tuple[Any, ...]
-"""(collection, N, K), or (value,) for a slot that has no twin and is held at a value."""
+"""(collection, N, K), or `HELD` for a slot that has no twin and is held at a value."""
+HELD: Form = ("held",)
 
 
 @dataclass(frozen=True)
 class Side:
-    """One side, ready to be compared: its trace, its slots, and the form of each slot."""
+    """One side, ready to be compared: its trace, its slots, and the form of each slot.
+
+    held: the leaves that the other side has not, with the values at which both compute the same.
+    """
 
     trace: Trace
     flow: Flow
     forms: list[Form]
+    held: Mapping[str, Array] = field(default_factory=dict)
 
     @cached_property
     def paths(self) -> list[str]:
@@ -61,6 +66,14 @@ class Side:
         numbers = [first] if first == last else np.unique(owners)
         return [self.paths[number] for number in numbers]
 
+    def holding(self, held: Mapping[str, Array]) -> "Side":
+        """The side with some more leaves held at values."""
+        forms = list(self.forms)
+        for path in held:
+            for number in self.slots_of[path]:
+                forms[number] = HELD
+        return replace(self, forms=forms, held={**self.held, **held})
+
 
 def sides(linen: Trace, nnx: Trace, alone: Mapping[str, float]) -> tuple[Side, Side]:
     """Both sides; `alone` holds Linen leaves that have no twin, with the value to keep them at."""
@@ -72,12 +85,26 @@ def sides(linen: Trace, nnx: Trace, alone: Mapping[str, float]) -> tuple[Side, S
             collection = trace.leaves[path].collection
             if named[0] != named[1] and collection != "params":
                 collection = "other"  # the sides name them differently: no evidence
-            form = (alone[path],) if path in alone else (collection, *slot.ids.shape)
-            side.forms.append(form)
+            side.forms.append((collection, *slot.ids.shape))
         both.append(side)
-    linen_side, nnx_side = _cut(both[0], both[1]), _cut(both[1], both[0])
-    _set_apart(linen_side.forms, nnx_side.forms)
-    return _parted(linen_side), _parted(nnx_side)
+    held = {path: np.full(linen.leaves[path].shape, value) for path, value in alone.items()}
+    both[0] = both[0].holding(held)
+    return _parted(_cut(both[0], both[1])), _parted(_cut(both[1], both[0]))
+
+
+def odd_vectors(linen: Side, nnx: Side) -> tuple[list[str], list[str]]:
+    """The vectors that only one side has (a bias that the port lacks), by their place."""
+    counts = Counter(linen.forms), Counter(nnx.forms)
+    surplus = counts[0] - counts[1], counts[1] - counts[0]
+    paired = list(zip(*in_order(linen.forms, nnx.forms), strict=True)) or [(), ()]
+    found: tuple[list[str], list[str]] = [], []
+    for number, side in enumerate((linen, nnx)):
+        for form, count in surplus[number].items():
+            alike = [k for k, other in enumerate(side.forms) if other == form]
+            odd = [k for k in alike if k not in paired[number]]
+            if form != HELD and form[-1] == 1 and len(odd) == count:
+                found[number].extend(dict.fromkeys(side.first[k] for k in odd))
+    return found
 
 
 def in_order(one: Sequence[Any], two: Sequence[Any]) -> list[tuple[int, int]]:
@@ -105,37 +132,19 @@ def in_order(one: Sequence[Any], two: Sequence[Any]) -> list[tuple[int, int]]:
     return pairs + [(ends[0] + k, ends[1] + k) for k in range(len(one) - ends[0])]
 
 
-def _set_apart(linen: list[Form], nnx: list[Form]) -> None:
-    """Holds at 0 the vectors that only one side has (a bias that the port lacks), by their place.
-
-    Whether these are the ones shows when both sides are run. Where a side has more than vectors
-    to itself, the two are no twins, and nothing is held.
-    """
-    counts = Counter(linen), Counter(nnx)
-    surplus = counts[0] - counts[1], counts[1] - counts[0]
-    if any(form[-1] > 1 for more in surplus for form in more if len(form) > 1):
-        return
-    paired = [set(places) for places in zip(*in_order(linen, nnx), strict=True)] or [set(), set()]
-    for forms, more, known in zip((linen, nnx), surplus, paired, strict=True):
-        for form, count in more.items():
-            odd = [k for k, other in enumerate(forms) if other == form and k not in known]
-            for place in odd if len(odd) == count and len(form) > 1 else ():
-                forms[place] = (0.0,)
-
-
 def _parted(side: Side) -> Side:
     """The side without flow from one lane of a batch to another."""
     counts, lanes = np.array([slot.lane for slot in side.flow.slots]).reshape(-1, 2).T
     apart = (counts[:, None] == counts) & (counts > 1) & (lanes[:, None] != lanes)
     parted = side.flow._replace(above=side.flow.above & ~apart)
-    return Side(side.trace, parted, side.forms)
+    return replace(side, flow=parted)
 
 
 def _cut(side: Side, other: Side) -> Side:
     """The side with slots cut where that gives forms that the other side has more of."""
     mine, theirs = Counter(side.forms), Counter(other.forms)
     cuts: dict[int, list[Array]] = {}
-    for form in [form for form in mine if len(form) > 1 and mine[form] > theirs[form]]:
+    for form in [form for form in mine if form != HELD and mine[form] > theirs[form]]:
         slots = [k for k, known in enumerate(side.forms) if known == form]
         for number in slots if mine[form] - theirs[form] == len(slots) else ():
             for parts in _axes(side, side.flow.slots[number]):
@@ -156,7 +165,7 @@ def _cut(side: Side, other: Side) -> Side:
         forms += [(form[0], *ids.shape) for ids in parts] or [form]
     grid = np.ix_(origin, origin)
     cut = side.flow._replace(slots=slots_now, above=side.flow.above[grid])
-    return Side(side.trace, cut, forms)
+    return replace(side, flow=cut, forms=forms)
 
 
 def _axes(side: Side, slot: Slot) -> list[list[Array]]:

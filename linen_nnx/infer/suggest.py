@@ -4,31 +4,38 @@
     book.save("rules.yaml")      # each rule with its evidence; what is open, with its candidates
 
 Two independent kinds of evidence must agree for every rule: the place of a leaf in the dataflow of
-the forward pass (`dataflow.py`) and its gradient (`fingerprints.py`). Then the whole book is tested
-once more on numbers that differ from leaf to leaf. What is left in doubt stays unassigned: a wrong
+the forward pass (`dataflow.py`) and its gradient (`fingerprints.py`). Where the two models compute
+the same in different ways, the gradients of whole leaves are compared (`leafwise.py`); what only
+one model has gets the values of its constructor (`additions.py`). Then the whole book is tested on
+numbers that differ from leaf to leaf (`trial.py`). What is left in doubt stays unassigned: a wrong
 rule is worse than none.
 """
 
 import itertools
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from linen_nnx.book.grammar import parse_rule
+from linen_nnx.book.grammar import Rule, parse_rule
 from linen_nnx.book.rules import RuleBook, Unassigned
-from linen_nnx.infer.assign import Assignment, Pair, assign, words
+from linen_nnx.infer.additions import addition
+from linen_nnx.infer.assign import SEE_NOTES, Assignment, Pair, assign, words
 from linen_nnx.infer.compress import Item, compress
-from linen_nnx.infer.fingerprints import Prints, difference, distinct, fingerprints, run
+from linen_nnx.infer.fingerprints import fingerprints
 from linen_nnx.infer.forms import Group, rule_for
+from linen_nnx.infer.ground import Ground, common_ground, even
+from linen_nnx.infer.leafwise import complete
 from linen_nnx.infer.lossy import lossy
 from linen_nnx.infer.sides import Side, sides
-from linen_nnx.infer.trace import Trace, trace_linen, trace_nnx
+from linen_nnx.infer.trace import Leaf, Trace, trace_linen, trace_nnx
+from linen_nnx.infer.trial import Trial
 from linen_nnx.infer.twin import Twin
 
 Array = np.ndarray
 Both = tuple[Side, Side]
-Leaf = tuple[int, str]  # side (0 Linen, 1 nnx) and path
+Place = tuple[int, str]  # a leaf: side (0 Linen, 1 nnx) and path
 _CANDIDATES = 8
 
 
@@ -44,32 +51,105 @@ def suggest(twin: Twin) -> RuleBook:
 def propose(linen: Trace, nnx: Trace) -> RuleBook:
     """The same for a twin whose sides are traced already."""
     losses = lossy(linen, nnx)
-    both = sides(linen, nnx, losses.alone)
-    prints = fingerprints(*both)
+    ground = common_ground(sides(linen, nnx, losses.alone))
+    both = ground.sides
+    prints = fingerprints(ground)
     found = assign(*both, prints)
     why = {(side, path): text for side in (0, 1) for path, text in losses.reasons[side].items()}
     items = _items(both, found, why)
-    while items and (problem := _contradiction(both, items, prints)):
-        firm = [item for item in items if not any(pair.chosen for pair in item.evidence)]
-        kept = firm if len(firm) < len(items) else []  # first what only the order of use decided
+    extra: list[Rule] = []
+    if ground.problem is None:
+        trial = Trial(ground, prints.tolerance)
+        kept = trial.sound(items)
         for item in items:
             if item not in kept:
-                why |= dict.fromkeys(_leaves_of(item), problem)
+                why |= dict.fromkeys(_leaves_of(item), _APART)
         items = kept
+        more, view = complete(trial, items, _open_leaves(both, items, losses.reasons))
+        items += more
+        if ground.constant and not even(both) and view is not None and all(view.blind):
+            ground = ground._replace(problem=_HIDDEN)
+            for number, side in enumerate(both):
+                why |= {(number, path): SEE_NOTES for path in side.paths if side.slots_of[path]}
+            items = []
+        else:
+            extra = _additions(trial, items, losses.reasons)
     items += _unused(both)
     shown = compress(items, both[0].paths, both[1].paths)
     ordered = _in_order([pair for item in items for pair in item.evidence])
     rules = [
         replace(item.rule, note=_note(item, both[0], ordered, prints.tolerance)) for item in shown
     ]
-    return RuleBook(rules, _unassigned(both, items, found, why))
+    open_ = _unassigned(both, items, extra, found, why)
+    return RuleBook([*rules, *extra], open_, _notes(ground, losses.reasons))
 
 
-def _items(both: Both, found: Assignment, why: dict[Leaf, str]) -> list[Item]:
+_HIDDEN = (
+    "the sides use different leaves, and agree only where a constant in these hides all the others"
+)
+_APART = "with numbers that differ from leaf to leaf the twins' outputs differ"
+
+
+def _open_leaves(
+    both: Both, items: Sequence[Item], lossy: Sequence[dict[str, str]]
+) -> tuple[set[str], set[str]]:
+    """The leaves that are used, have no rule, and may get one."""
+    done = {leaf for item in items for leaf in _leaves_of(item)}
+    found: list[set[str]] = []
+    for number, side in enumerate(both):
+        free = {path for path in side.paths if side.slots_of[path] and (number, path) not in done}
+        found.append(free - set(side.held) - set(lossy[number]))
+    return found[0], found[1]
+
+
+def _additions(trial: Trial, items: Sequence[Item], lossy: Sequence[dict[str, str]]) -> list[Rule]:
+    """Rules for the leaves that only one side has, once nothing of the other side is open."""
+    both = trial.ground.sides
+    open_ = _open_leaves(both, items, lossy)
+    done = {leaf for item in items for leaf in _leaves_of(item)}
+    rules = []
+    for path in both[0].held:
+        if both[0].trace.leaves[path].collection != "params" and path not in lossy[0]:
+            rules.append(addition(both[0].trace, path, "only Linen has it"))
+    idle = [
+        {path for path in side.paths if not side.slots_of[path] and (k, path) not in done}
+        for k, side in enumerate(both)
+    ]
+    mine = [path for path in both[1].held if path not in lossy[1]]
+    if not open_[0] and open_[1]:
+        values = {path: both[1].trace.constructed(path) for path in open_[1]}
+        if trial.point(items, fixed=values).gap <= trial.tolerance:
+            mine += sorted(open_[1], key=both[1].paths.index)
+    for path in mine:
+        why = "only nnx has it; both compute the same where it keeps its constructor's value"
+        rules.append(addition(both[1].trace, path, why))
+    shapes = [both[0].trace.leaves[path].shape for path in idle[0]]
+    for path in sorted(idle[1], key=both[1].paths.index):
+        if both[1].trace.leaves[path].shape not in shapes:
+            why = "only nnx has it, and the forward pass does not use it"
+            rules.append(addition(both[1].trace, path, why))
+    return rules
+
+
+def _notes(ground: Ground, lossy: Sequence[dict[str, str]]) -> tuple[str, ...]:
+    """What is to be said of the models as wholes, once."""
+    linen, nnx = (side.trace for side in ground.sides)
+    notes = [*linen.chosen, *nnx.chosen, *ground.notes]
+    if ground.problem is not None:
+        notes.append(f"no rule is proven: {ground.problem}")
+    if bare := [path for path in nnx.bare if path not in lossy[1]]:
+        notes.append(
+            f"plain arrays of the nnx code, which need no rule: {', '.join(bare)} "
+            "(no Variables, and so no weights)"
+        )
+    return tuple(notes)
+
+
+def _items(both: Both, found: Assignment, why: dict[Place, str]) -> list[Item]:
     """A rule for each group of leaves that share elements; where there is none, `why` says so."""
     linen, nnx = both
     numbers = np.full(nnx.owner.size, -1)
-    groups: dict[Leaf, tuple[set[Leaf], list[Pair]]] = {}
+    groups: dict[Place, tuple[set[Place], list[Pair]]] = {}
     for pair in found.pairs:
         ids = linen.flow.slots[pair.linen].ids, nnx.flow.slots[pair.nnx].ids
         numbers[ids[1].ravel()] = ids[0].ravel()
@@ -98,7 +178,7 @@ def _items(both: Both, found: Assignment, why: dict[Leaf, str]) -> list[Item]:
 
 
 def _refusal(
-    both: Both, leaves: list[Leaf], found: Assignment, refused: dict[Leaf, str]
+    both: Both, leaves: list[Place], found: Assignment, refused: dict[Place, str]
 ) -> str | None:
     """Why leaves that correspond must not get a rule all the same."""
     if known := next((refused[leaf] for leaf in leaves if leaf in refused), None):
@@ -111,28 +191,6 @@ def _refusal(
     return f"the dtypes differ: {', '.join(sorted(kinds))}" if len(kinds) > 1 else None
 
 
-def _contradiction(both: Both, items: list[Item], prints: Prints) -> str | None:
-    """What is wrong when every leaf has numbers of its own and the rules translate them."""
-    linen, nnx = both
-    book = RuleBook([item.rule for item in items])
-    translated = {path for item in items for path in item.linen}
-    values = [distinct(linen, prints.values[0], translated), prints.values[1].copy()]
-    before = {path: values[0][numbers] for path, numbers in linen.trace.numbers.items()}
-    for path, array in book.to_nnx(before, partial=True).items():
-        values[1][nnx.trace.numbers[path]] = array
-    one = run(linen, prints.inputs, values[0])
-    two = run(nnx, prints.inputs, values[1])
-    after = book.to_nnx({**before, **one.updates}, partial=True)
-    shared = [path for path in two.updates if path in after]
-    gap = difference(
-        [*one.outputs, *(after[path] for path in shared)],
-        [*two.outputs, *(two.updates[path] for path in shared)],
-    )
-    if gap <= prints.tolerance:
-        return None
-    return f"with numbers that differ from leaf to leaf the twins' outputs differ (by {gap:.0e})"
-
-
 def _unused(both: Both) -> list[Item]:
     """Rules for leaves that no forward pass uses: by name alone, where the name is the same."""
     idle = [
@@ -142,12 +200,18 @@ def _unused(both: Both) -> list[Item]:
     items = []
     for path, leaf in idle[0].items():
         name = words(path.split("/", 1)[1])
-        alike = [other for other in idle[1] if words(other) == name and idle[1][other] == leaf]
+        alike = [p for p, other in idle[1].items() if words(p) == name and _same_kind(leaf, other)]
         rivals = [other for other in idle[0] if words(other.split("/", 1)[1]) == name]
         if len(alike) == len(rivals) == 1:
             rule = parse_rule({"linen": path, "nnx": alike[0]})
             items.append(Item(rule, frozenset([path]), frozenset(alike), ()))
     return items
+
+
+def _same_kind(one: Leaf, two: Leaf) -> bool:
+    """Whether two leaves have one shape and dtype, and are parameters both or neither."""
+    are_params = {leaf.collection == "params" for leaf in (one, two)}
+    return (one.shape, one.dtype) == (two.shape, two.dtype) and len(are_params) == 1
 
 
 def _in_order(pairs: list[Pair]) -> set[Pair]:
@@ -161,7 +225,8 @@ def _note(item: Item, linen: Side, ordered: set[Pair], tolerance: float) -> str:
     """The evidence for a rule, in a sentence."""
     pairs = item.evidence
     if not pairs:
-        return "not used in the forward pass: no evidence but the equal name"
+        unused = "not used in the forward pass: no evidence but the equal name"
+        return "; ".join(item.reasons) or unused
     same = sum(pair in ordered for pair in pairs)
     plural = "s" if len(pairs) > 1 else ""
     texts = [f"{len(pairs)} use{plural} in the same dataflow, {same} in the same order"]
@@ -180,14 +245,23 @@ def _note(item: Item, linen: Side, ordered: set[Pair], tolerance: float) -> str:
     if chosen := [pair for pair in pairs if pair.chosen]:
         named = "and names" if all(pair.named for pair in chosen) else "alone"
         texts.append(f"{len(chosen)} interchangeable to all outputs: by order of first use {named}")
+    texts += item.reasons
     return "; ".join(texts)
 
 
 def _unassigned(
-    both: Both, items: list[Item], found: Assignment, why: dict[Leaf, str]
+    both: Both,
+    items: Sequence[Item],
+    extra: Sequence[Rule],
+    found: Assignment,
+    why: dict[Place, str],
 ) -> dict[str, Unassigned]:
     """Every leaf without a rule, with the reason and its candidates."""
     done = {leaf for item in items for leaf in _leaves_of(item)}
+    for rule in extra:
+        done |= {(0, pattern.text) for pattern in rule.linen}
+        done |= {(1, pattern.text) for pattern in rule.nnx}
+    open_ = [{path for path in side.paths if (k, path) not in done} for k, side in enumerate(both)]
     mates = {pair.linen: pair.nnx for pair in found.pairs}
     mate_of = (mates, {b: a for a, b in mates.items()})
     result: dict[str, Unassigned] = {}
@@ -206,11 +280,37 @@ def _unassigned(
                 near = [name for name in idle if other.trace.leaves[name].shape == shape]
             reason = why.get((number, path), reason)
             candidates = tuple(dict.fromkeys(near))[:_CANDIDATES]
-            result[_key(path, result)] = Unassigned(side.trace.side, reason, candidates)
+            likely = _likely((side, other), path, candidates, open_[1 - number])
+            result[_key(path, result)] = Unassigned(side.trace.side, reason, candidates, likely)
     for path in both[1].trace.bare:
-        reason = "an array that is no nnx.Variable: Linen has no leaf for it"
-        result[_key(path, result)] = Unassigned("nnx", why.get((1, path), reason), ())
+        if (1, path) in why:
+            result[_key(path, result)] = Unassigned("nnx", why[1, path], ())
     return result
+
+
+def _likely(both: Both, path: str, candidates: Sequence[str], free: set[str]) -> Rule | None:
+    """The rule that would close an open leaf of the first side: nothing proves it."""
+    side, other = both
+    mine = side.trace.leaves[path]
+    fit = [
+        name
+        for name in candidates
+        if name in free and sorted(other.trace.leaves[name].shape) == sorted(mine.shape)
+    ]
+    if fit:
+        shapes = {side.trace.side: mine.shape, other.trace.side: other.trace.leaves[fit[0]].shape}
+        entry = {side.trace.side: path, other.trace.side: fit[0]}
+        if shapes["linen"] != shapes["nnx"]:
+            left = list(shapes["linen"])
+            perm = [left.index(size) for size in shapes["nnx"]]
+            ops = [{"op": "transpose", "perm": perm}]
+            return parse_rule({**entry, "ops": ops}) if len(set(perm)) == len(perm) else None
+        return parse_rule(entry)
+    if candidates:
+        return None
+    if side.trace.side == "nnx":
+        return addition(side.trace, path, "only nnx has it")
+    return parse_rule({"linen": path, "ops": [{"op": "drop"}]})
 
 
 def _key(path: str, taken: dict[str, Unassigned]) -> str:
@@ -218,5 +318,5 @@ def _key(path: str, taken: dict[str, Unassigned]) -> str:
     return f"{path} (nnx)" if path in taken else path
 
 
-def _leaves_of(item: Item) -> list[Leaf]:
+def _leaves_of(item: Item) -> list[Place]:
     return [*((0, path) for path in item.linen), *((1, path) for path in item.nnx)]

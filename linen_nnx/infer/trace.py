@@ -1,7 +1,7 @@
 """Either side of a twin as one pure function of named leaves and inputs, traced to a jaxpr."""
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -13,7 +13,9 @@ from flax import nnx
 from jax.extend.core import jaxpr_as_fun
 
 from linen_nnx.book.ops import Side
-from linen_nnx.infer.evaluate import pulled, quick, widen
+from linen_nnx.infer import calls
+from linen_nnx.infer.evaluate import is_small, pulled, quick, widen
+from linen_nnx.infer.jaxprs import holds, some_outputs
 from linen_nnx.infer.twin import Twin, TwinError, attempt
 
 
@@ -33,7 +35,10 @@ class Trace:
     `updates` names the leaves whose new values follow the outputs (batch statistics, say).
     `layers` maps the path of each submodule to its class. `bare` names the arrays of an nnx module
     that are no Variables, and `random` its RNG state: they are constants of the function, not
-    leaves.
+    leaves. `outputs` names the outputs by their place in what the call returns. `construct(seed)`
+    gives the values with which the model's own constructor fills all its leaves. `chosen` says how
+    the model is called where the twin leaves that open. `kinds` names the class of each nnx
+    Variable.
     """
 
     side: Side
@@ -44,6 +49,12 @@ class Trace:
     layers: dict[str, type]
     bare: tuple[str, ...] = ()
     random: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    construct: Callable[[int], dict[str, Any]] = lambda seed: {}
+    chosen: tuple[str, ...] = ()
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    _made: dict[tuple[int, str], np.ndarray] = field(default_factory=dict)
+    _programs: dict[int, Any] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
@@ -55,6 +66,11 @@ class Trace:
         """The jaxpr in float64."""
         return widen(self.jaxpr)
 
+    @property
+    def small(self) -> bool:
+        """Whether the function in float64 is compiled as a whole."""
+        return is_small(self.wide)
+
     @cached_property
     def run_wide(self) -> Callable[..., list[jax.Array]]:
         """The function in float64, to be called with x64."""
@@ -64,6 +80,43 @@ class Trace:
     def pull_wide(self) -> Callable[..., tuple[list[jax.Array], list[jax.Array]]]:
         """`pulled` of that function: `(leaves, inputs, count) -> (outputs, slopes)`."""
         return quick(partial(pulled, jaxpr_as_fun(self.wide)), self.wide, static_argnums=2)
+
+    @cached_property
+    def pull_plain(self) -> Callable[..., tuple[list[jax.Array], list[jax.Array]]]:
+        """`pull_wide` with the derivative of what is computed, whatever `stop_gradient` decrees."""
+        if not holds(self.jaxpr, "stop_gradient"):
+            return self.pull_wide
+        plain = widen(self.jaxpr, plain=True)
+        return quick(partial(pulled, jaxpr_as_fun(plain)), plain, static_argnums=2)
+
+    def constructed(self, path: str, seed: int = 0) -> np.ndarray:
+        """What the model's own constructor fills a leaf with."""
+        if (seed, path) not in self._made:
+            self._made[seed, path] = self._of_program(path, seed)
+        return self._made[seed, path]
+
+    def varies(self, path: str) -> bool:
+        """Whether its constructor draws a leaf at random."""
+        return not np.array_equal(self.constructed(path), self.constructed(path, 1))
+
+    def _of_program(self, path: str, seed: int) -> np.ndarray:
+        """A leaf's value by as much of the constructor as it needs: drawing others takes long."""
+        place = list(self.leaves).index(path)
+        try:
+            if seed not in self._programs:
+                self._programs[seed] = jax.make_jaxpr(lambda: list(self.construct(seed).values()))()
+            return np.asarray(some_outputs(self._programs[seed], [place])[0])
+        except Exception:  # a constructor that needs its own values cannot be a program
+            return np.asarray(self.construct(seed)[path])
+
+    def with_outputs(self, places: Iterable[int]) -> "Trace":
+        """The trace with some of its outputs, in another order; updates follow as before."""
+        order = [*places, *range(self.count, len(self.jaxpr.out_avals))]
+        run = jaxpr_as_fun(self.jaxpr)
+        specs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in self.jaxpr.in_avals]
+        jaxpr = jax.make_jaxpr(lambda *args: [run(*args)[k] for k in order])(*specs)
+        names = tuple(self.outputs[k] for k in order[: len(order) - len(self.updates)])
+        return replace(self, jaxpr=jaxpr, outputs=names)
 
     @cached_property
     def numbers(self) -> dict[str, np.ndarray]:
@@ -80,17 +133,21 @@ def trace_linen(twin: Twin) -> Trace:
     """Traces the Linen side. Raises `TwinError` naming the part of the twin that failed."""
     module = attempt("linen() of the twin", twin.linen)
     arrays, rebuild = _inputs(twin)
-    init = twin.init_linen or (lambda module, key, *inputs: module.init(key, *inputs))
-    call = twin.call_linen or (lambda module, variables, *inputs: module.apply(variables, *inputs))
+    whole = calls.complete(twin)
+    assert whole.init_linen is not None and whole.call_linen is not None
+    init, call = whole.init_linen, whole.call_linen
     layers: dict[str, type] = {}
 
     def note(call_next: Any, args: Any, kwargs: Any, context: Any) -> Any:
         layers["/".join(context.module.path)] = type(context.module)
         return call_next(*args, **kwargs)
 
-    def create(*given: jax.Array) -> Any:
+    def create(*given: jax.Array, seed: int = 0) -> Any:
         with nn.intercept_methods(note):
-            return nn.unbox(init(module, jax.random.key(0), *rebuild(given)))
+            return nn.unbox(init(module, jax.random.key(seed), *rebuild(given)))
+
+    def construct(seed: int) -> dict[str, Any]:
+        return named(attempt("the Linen init of the twin", partial(create, seed=seed), *arrays))
 
     variables = attempt("the Linen init of the twin", jax.eval_shape, create, *arrays)
     structure = jax.tree.structure(variables)
@@ -106,22 +163,30 @@ def trace_linen(twin: Twin) -> Trace:
             return out[0], {path: value for path, value in after.items() if path in leaves}
         return out, {}
 
-    return _trace("linen", forward, leaves, arrays, layers)
+    traced = _trace("linen", forward, leaves, arrays, layers)
+    chosen = calls.of_linen(twin, module, rebuild(arrays))
+    return replace(traced, construct=construct, chosen=chosen)
 
 
 def trace_nnx(twin: Twin) -> Trace:
     """Traces the nnx side. Raises `TwinError` naming the part of the twin that failed."""
     arrays, rebuild = _inputs(twin)
-    call = twin.call_nnx or (lambda model, *inputs: model(*inputs))
+    trains = twin.call_linen is not None and twin.call_nnx is None and _trains(twin)
+    call: Any = calls.complete(twin, trains).call_nnx
     model = attempt("nnx(rngs) of the twin", _built, twin)
     layers = {joined(path): type(module) for path, module in nnx.iter_modules(model)}
     graphdef, random, variables, bare = nnx.split(model, nnx.RngState, nnx.Variable, ...)
     structure = jax.tree.structure(variables)
-    leaves = {}
+    leaves, kinds = {}, {}
     for path, variable in nnx.to_flat_state(variables):
-        kind = nnx.Param if isinstance(variable, nnx.Param) else type(variable)  # of any subclass
-        collection = nnx.variable_name_from_type(kind)
-        leaves[joined(path)] = Leaf(variable.shape, variable.dtype, collection)
+        kinds[joined(path)] = type(variable).__name__
+        leaves[joined(path)] = Leaf(variable.shape, variable.dtype, _collection(type(variable)))
+
+    def construct(seed: int) -> dict[str, Any]:
+        model = attempt("nnx(rngs) of the twin", twin.nnx, nnx.Rngs(seed))
+        state = nnx.to_flat_state(nnx.state(model, nnx.Variable))
+        found = {joined(path): leaf.get_value() for path, leaf in state}
+        return {path: found[path] for path in leaves}
 
     def forward(values: list[jax.Array], *given: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
         fixed = jax.tree.map(_fixed, random)  # new Variables, which this trace may change
@@ -135,7 +200,23 @@ def trace_nnx(twin: Twin) -> Trace:
     constants = [
         tuple(joined(path) for path, _ in nnx.to_flat_state(state)) for state in (bare, random)
     ]
-    return _trace("nnx", forward, leaves, arrays, layers, *constants)
+    traced = _trace("nnx", forward, leaves, arrays, layers, *constants)
+    chosen = calls.of_nnx(twin, model, rebuild(arrays), trains)
+    return replace(traced, construct=construct, chosen=chosen, kinds=kinds)
+
+
+def _trains(twin: Twin) -> bool:
+    """Whether the twin's own Linen call updates anything, as it does in training."""
+    return bool(trace_linen(twin).updates)
+
+
+def _collection(kind: type[Any]) -> str:
+    """The name of a Variable's type as Flax has it; of one's own, unregistered, its class name."""
+    kind = nnx.Param if issubclass(kind, nnx.Param) else kind
+    try:
+        return nnx.variable_name_from_type(kind)
+    except ValueError:  # Flax itself runs, saves and restores such a type without a name
+        return kind.__name__
 
 
 def named(tree: Any) -> dict[str, Any]:
@@ -160,19 +241,41 @@ def _trace(
     leaves: dict[str, Leaf],
     arrays: tuple[jax.Array, ...],
     layers: dict[str, type],
-    *constants: tuple[str, ...],
+    bare: tuple[str, ...] = (),
+    random: tuple[str, ...] = (),
 ) -> Trace:
     updated: list[str] = []
+    places: list[str] = []
 
     def flat(values: list[jax.Array], *given: jax.Array) -> tuple[list[Any], list[Any]]:
         out, updates = forward(values, *given)
-        updated[:] = updates
-        outputs = [leaf for leaf in jax.tree.leaves(out) if hasattr(leaf, "dtype")]
-        return outputs, list(updates.values())
+        found = list(_arrays(out))
+        updated[:], places[:] = updates, [name for name, _ in found]
+        return [array for _, array in found], list(updates.values())
 
     specs = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves.values()]
     jaxpr = attempt(f"the {side} call of the twin", jax.make_jaxpr(flat), specs, *arrays)
-    return Trace(side, jaxpr, leaves, arrays, tuple(updated), layers, *constants)
+    names = tuple(places)
+    return Trace(side, jaxpr, leaves, arrays, tuple(updated), layers, bare, random, names)
+
+
+def _arrays(out: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """The arrays in what a call returns, by their places.
+
+    In plain dataclasses and mappings, too, which are no pytrees (the `ModelOutput`s of old).
+    """
+    for at, leaf in jax.tree_util.tree_flatten_with_path(out)[0]:
+        name = jax.tree_util.keystr(at, simple=True, separator="/")
+        here = "/".join(filter(None, (place, name)))
+        inner: Mapping[Any, Any] = {}
+        if hasattr(leaf, "dtype"):
+            yield here, leaf
+        elif is_dataclass(leaf):
+            inner = {each.name: getattr(leaf, each.name) for each in fields(leaf)}
+        elif isinstance(leaf, Mapping):
+            inner = leaf
+        for key, value in inner.items():
+            yield from _arrays(value, "/".join(filter(None, (here, str(key)))))
 
 
 def _inputs(twin: Twin) -> tuple[tuple[jax.Array, ...], Callable[..., tuple[Any, ...]]]:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from linen_nnx.book.rules import RuleBook
-from linen_nnx.infer.fingerprints import lively
+from linen_nnx.infer.run import lively
 from linen_nnx.infer.suggest import propose
 from linen_nnx.infer.trace import trace_linen, trace_nnx
 from linen_nnx.infer.twin import Twin

@@ -8,7 +8,7 @@ import numpy as np
 
 from linen_nnx.book.ops import Spec
 from linen_nnx.infer.dataflow import Use, lean
-from linen_nnx.infer.fingerprints import EXACT
+from linen_nnx.infer.run import EXACT
 
 Array = np.ndarray
 Verdict = Literal["exact", "rounding", "absorbed", "other form", "DIVERGES", "NaN"]

@@ -13,7 +13,7 @@ from linen_nnx.disk.sides import guess_side
 from linen_nnx.disk.sources import find
 from linen_nnx.disk.state import HALVES, Form, read_state
 from linen_nnx.infer.dataflow import flow
-from linen_nnx.infer.fingerprints import distinct
+from linen_nnx.infer.run import distinct
 from linen_nnx.infer.sides import Side, in_order
 from linen_nnx.infer.trace import Trace
 from linen_nnx.proof.compare import spec

@@ -23,7 +23,7 @@ from linen_nnx.disk.conversion import Conversion
 from linen_nnx.disk.sources import Reader
 from linen_nnx.disk.state import OPTIMIZER, Id, State
 from linen_nnx.disk.store import Leaf
-from linen_nnx.infer.fingerprints import lively
+from linen_nnx.infer.run import lively
 from linen_nnx.infer.suggest import propose
 from linen_nnx.infer.trace import Trace
 from linen_nnx.proof.compare import difference, epsilon, same, spec

@@ -1,0 +1,114 @@
+"""Tries rules out: every leaf gets numbers of its own, and both sides must give the same.
+
+    params/a -> one      a = 0.3, 1.1, ...   one = 0.3, 1.1, ...     outputs equal: they hold
+    params/b -> two      b = 0.9, 0.7, ...   two = 0.9, 0.7, ...
+
+What has no rule yet keeps the values of the common ground (`ground.py`), which fit however it is
+paired. A wrong rule moves the outputs apart, unless no output sees its leaves.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from linen_nnx.book.ops import Copy
+from linen_nnx.book.rules import RuleBook
+from linen_nnx.infer.compress import Item
+from linen_nnx.infer.ground import Ground
+from linen_nnx.infer.run import Run, difference, distinct, run
+
+Array = np.ndarray
+
+
+class Point(NamedTuple):
+    """Both sides on the numbers that some rules give, and how far apart their outputs are."""
+
+    runs: tuple[Run, Run]
+    gap: float
+
+    def gradients(self, side: int, numbers: Mapping[str, Array]) -> dict[str, Array]:
+        """The gradient by each leaf, in its shape."""
+        return {path: self.runs[side].gradient[ids] for path, ids in numbers.items()}
+
+
+class Trial:
+    """Tries rules on common ground; outputs may differ relatively by `tolerance`."""
+
+    def __init__(self, ground: Ground, tolerance: float) -> None:
+        self.ground, self.tolerance = ground, tolerance
+
+    def holds(self, items: Sequence[Item]) -> bool:
+        """Whether the outputs agree with some rules."""
+        return self.point(items).gap <= self.tolerance
+
+    def point(
+        self,
+        items: Sequence[Item],
+        gradient: bool = False,
+        fixed: Mapping[str, Array] | None = None,
+    ) -> Point:
+        """Runs both sides; `fixed` has values for more leaves of nnx."""
+        linen, nnx = self.ground.sides
+        book = RuleBook([item.rule for item in items])
+        before = self._numbers(items)
+        ours = self.ground.values[0].copy()
+        theirs = self.ground.values[1].copy()
+        for path, array in before.items():
+            ours[linen.trace.numbers[path]] = array
+        new = {**book.to_nnx(before, partial=True), **(fixed or {})}
+        for path, array in new.items():
+            theirs[nnx.trace.numbers[path]] = array
+        one = run(linen, self.ground.inputs, ours, gradient)
+        two = run(nnx, self.ground.inputs, theirs, gradient)
+        after = book.to_nnx({**before, **_together(items, one.updates)}, partial=True)
+        shared = [path for path in two.updates if path in after]
+        gap = difference(
+            [*one.outputs, *(after[path] for path in shared)],
+            [*two.outputs, *(two.updates[path] for path in shared)],
+        )
+        return Point((one, two), gap)
+
+    def sound(self, items: Sequence[Item]) -> list[Item]:
+        """The rules that hold together; what only the order of use decided comes last."""
+        firm = [item for item in items if not any(pair.chosen for pair in item.evidence)]
+        rest = [item for item in items if item not in firm]
+        return self._grown(self._grown([], firm), rest)
+
+    def _grown(self, kept: list[Item], more: Sequence[Item]) -> list[Item]:
+        """`kept` with as many more as hold: all, or what each half adds."""
+        if not more or self.holds([*kept, *more]):
+            return [*kept, *more]
+        if len(more) == 1:
+            return kept
+        half = len(more) // 2
+        return self._grown(self._grown(kept, more[:half]), more[half:])
+
+    def _numbers(self, items: Sequence[Item]) -> dict[str, Array]:
+        """Values of all Linen leaves: numbers of their own for those that have a rule."""
+        linen = self.ground.sides[0]
+        translated = {path for item in items for path in item.linen}
+        values = distinct(linen, self.ground.values[0], translated)
+        every = {path: values[ids] for path, ids in linen.trace.numbers.items()}
+        return {**every, **_together(items, every)}
+
+
+def _together(items: Sequence[Item], leaves: Mapping[str, Array]) -> dict[str, Array]:
+    """Some Linen leaves, with equal values in those that a rule makes one leaf of nnx."""
+    result = dict(leaves)
+    for item in items:
+        copying = any(isinstance(op, Copy) for op in item.rule.ops)
+        if copying and len(item.linen) > 1 and item.linen <= leaves.keys():
+            one = RuleBook([item.rule])
+            first = {item.rule.nnx[0].text: _home(item, leaves)}
+            result |= one.to_linen(first)
+    return result
+
+
+def _home(item: Item, leaves: Mapping[str, Array]) -> Array:
+    """What the one leaf of nnx holds if all its Linen homes are equal to the first."""
+    (op,) = item.rule.ops
+    assert isinstance(op, Copy)
+    first = leaves[item.rule.linen[0].text]
+    perm = op.perms[0] if op.perms else None
+    return first if perm is None else first.transpose(np.argsort(perm))
