@@ -81,7 +81,7 @@ def propose(linen: Trace, nnx: Trace) -> RuleBook:
         replace(item.rule, note=_note(item, both[0], ordered, prints.tolerance)) for item in shown
     ]
     open_ = _unassigned(both, items, extra, found, why)
-    return RuleBook([*rules, *extra], open_, _notes(ground, losses.reasons))
+    return RuleBook([*rules, *extra], open_, notes=_notes(ground, losses.reasons))
 
 
 _HIDDEN = (

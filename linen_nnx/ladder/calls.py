@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from linen_nnx.book.draws import Pairing
-from linen_nnx.infer.fingerprints import lively
+from linen_nnx.infer.run import lively
 
 _PLAIN = (bool, int, float, str, type(None))
 
