@@ -3,4 +3,6 @@
 from linen_nnx.cli import program
 
 if __name__ == "__main__":
-    raise SystemExit(program(own_runs="training.proof:subject"))
+    raise SystemExit(
+        program(own_runs="training.proof:subject", own_files="training.vouching:check")
+    )

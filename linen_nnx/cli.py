@@ -30,14 +30,19 @@ _TARGET = (
 )
 
 
-def main(arguments: Sequence[str] | None = None, own_runs: str | None = None) -> int:
+def main(
+    arguments: Sequence[str] | None = None,
+    own_runs: str | None = None,
+    own_files: str | None = None,
+) -> int:
     """Runs one command; returns the exit code.
 
     `own_runs` is the `module:function` that builds the models of this template's own runs, for
-    `verify` (see `verify.OwnRuns`); it is imported when it is needed.
+    `verify` (see `verify.OwnRuns`), and `own_files` the one that compares what lies beside their
+    checkpoints, for `run` and `verify` (see `sources.Beside`); they are imported when needed.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = vars(_parser(own_runs, arguments).parse_args(arguments))
+    options = vars(_parser(own_runs, own_files, arguments).parse_args(arguments))
     command: Callable[..., int] = options.pop("command")
     try:
         return command(**options)
@@ -53,7 +58,7 @@ def main(arguments: Sequence[str] | None = None, own_runs: str | None = None) ->
     return 1
 
 
-def program(own_runs: str | None = None) -> int:
+def program(own_runs: str | None = None, own_files: str | None = None) -> int:
     """`main` in a process of its own, whose memory and time it may tune."""
     signal.signal(signal.SIGINT, _interrupt)
     for stream in (sys.stdout, sys.stderr):
@@ -64,7 +69,7 @@ def program(own_runs: str | None = None) -> int:
         # M_ARENA_MAX: else glibc keeps the freed buffers of streamed leaves once for each thread.
         ctypes.CDLL(None).mallopt(-8, 1)
     try:
-        return main(own_runs=own_runs)
+        return main(own_runs=own_runs, own_files=own_files)
     finally:
         gc.freeze()  # nor look for cycles at the end
 
@@ -75,7 +80,9 @@ def _interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _parser(own_runs: str | None, words: Sequence[str]) -> argparse.ArgumentParser:
+def _parser(
+    own_runs: str | None, own_files: str | None, words: Sequence[str]
+) -> argparse.ArgumentParser:
     """The parser of all commands. Exits with code 2 if one of the `words` is mistyped."""
     program = "convert.py" if own_runs else "linen-nnx"
     parser = argparse.ArgumentParser(prog=program, description=__doc__.split("\n")[0])
@@ -117,12 +124,13 @@ def _parser(own_runs: str | None, words: Sequence[str]) -> argparse.ArgumentPars
         sub.add_argument("--to", required=True, metavar="TARGET", help=_TARGET)
         sub.add_argument("--like", metavar="CKPT", help="a checkpoint that OUT must equal in form")
         add_rules(sub, "suggest the rule book, or with --rules the shapes that it fills")
+    sub.set_defaults(own_files=own_files)
     sub.add_argument("--link", action="store_true", help="hard-link data files, do not copy them")
     sub.add_argument("--digest", action="store_true", help="hash linked files, too")
     sub = add("verify", _verify, "prove OUT right against CKPT", "ckpt", "out")
     sub.add_argument("--to", metavar="TARGET", help="what OUT is (default: what its report says)")
     add_rules(sub, "run both models, too")
-    sub.set_defaults(own_runs=own_runs)
+    sub.set_defaults(own_runs=own_runs, own_files=own_files)
     text = "run both twins layer by layer, show the first divergence (then exit code 1)"
     sub = add("bisect", _bisect, text, "twin")
     weights = "weights of either form, or one of each (default: random ones)"
@@ -312,11 +320,12 @@ def _run(
     as_json: bool,
     twin: str | None,
     rules: str | None,
+    own_files: str | None,
     **options: Any,
 ) -> int:
     from linen_nnx.disk.convert import convert
 
-    options |= _by_twin(twin, to, rules)
+    options |= {**_by_twin(twin, to, rules), "beside": _function(own_files)}
     result = convert(ckpt, out, to, progress=_progress(), **options)
     reports = [{k: v for k, v in report.items() if k != "origin"} for report in result.reports]
     if as_json:
@@ -335,14 +344,16 @@ def _verify(
     as_json: bool,
     twin: str | None,
     own_runs: str | None,
+    own_files: str | None,
     **options: Any,
 ) -> int:
     from linen_nnx.proof.verify import verify
 
+    made = _function(own_runs)
+
     def build(run: Any) -> Any:
         gc.enable()
-        module, _, name = (own_runs or "").partition(":")
-        return getattr(import_module(module), name)(run)
+        return None if made is None else made(run)
 
     progress = _progress()
     words = {True: "ok", False: "FAILED", None: "not proved"}
@@ -355,6 +366,7 @@ def _verify(
             print(f"{word:12}{check.name}", *details, sep="", flush=True)
 
     options |= {"twin": _loaded(twin) if twin else None, "own_runs": build if own_runs else None}
+    options["beside"] = _function(own_files)
     checks = verify(ckpt, out, to, progress=progress, report=show, **options)
     failed = any(check.passed is False for check in checks)
     if as_json:
@@ -365,6 +377,14 @@ def _verify(
         why = "the checks above come first" if twin else "--twin TWIN"
         print(f"The models were not run, and so the rule book is taken at its word: {why}")
     return int(failed)
+
+
+def _function(name: str | None) -> Callable[..., Any] | None:
+    """The function `module:name`, whose module is imported when it is called."""
+    if name is None:
+        return None
+    module, _, attribute = name.partition(":")
+    return lambda *arguments: getattr(import_module(module), attribute)(*arguments)
 
 
 def _bisect(

@@ -11,6 +11,7 @@ import jax
 import pytest
 from conftest import QUIET, SMALL
 
+from linen_nnx.cli import main
 from linen_nnx.disk import digests
 from model import families
 from training import cli, lock, loop, numerics, start
@@ -259,3 +260,39 @@ def test_a_debug_flag_of_jax_stays_on(flag: str, tmp_path: Path) -> None:
             assert numerics.setting(flag)
     finally:
         jax.config.update(flag, False)
+
+
+# The converter asks the same
+
+
+def converted(*words: object) -> int:
+    return main([*map(str, words)], own_files="training.vouching:check")
+
+
+def test_a_damaged_run_is_not_converted_but_its_checkpoint_alone_is(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit(run_dir / "metrics.jsonl", DAMAGE["missing"][0])
+    assert converted("run", run_dir, tmp_path / "out", "--to", "nnx") == 1
+    said = capsys.readouterr().err
+    assert "refused: " in said and "row 5 (step 4) is missing" in said
+    assert not (tmp_path / "out").exists()
+
+    alone = run_dir / "checkpoints" / "6"
+    assert f"Of the checkpoint alone, {alone}, they are no part: convert that." in said
+    assert converted("run", alone, tmp_path / "out", "--to", "nnx") == 0
+
+
+def test_a_converted_run_vouches_for_its_files_too(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert converted("run", run_dir, out, "--to", "nnx") == 0
+    assert converted("verify", run_dir, out) == 0
+    assert "ok          files beside it" in capsys.readouterr().out
+    found(out, "stage=nnx")
+
+    edit(out / "metrics.jsonl", DAMAGE["changed"][0])
+    assert converted("verify", run_dir, out) == 1
+    said = capsys.readouterr().out
+    assert "FAILED      files beside it" in said and "row 3 (step 3) was changed" in said

@@ -21,9 +21,10 @@ from linen_nnx.disk.conversion import REPORT, RULES, Conversion
 from linen_nnx.disk.placing import Placer
 from linen_nnx.disk.planning import plan_conversion
 from linen_nnx.disk.rekey import write_store
-from linen_nnx.disk.sources import READABLE, SUFFIXES, Source, parts
+from linen_nnx.disk.sources import READABLE, SUFFIXES, Beside, Source, check_beside, parts
 from linen_nnx.disk.store import OF_THE_TREE, write_side_files
 from linen_nnx.disk.transaction import TargetError, left_over, publish, workspace
+from linen_nnx.errors import Refusal
 
 _SPARE = 16 << 20  # bytes of room for the new tree and the side files
 _METRICS = "metrics.jsonl"  # which a run directory takes along as it is
@@ -47,6 +48,7 @@ def convert(
     *,
     link: bool = False,
     digest: bool = False,
+    beside: Beside | None = None,
     progress: Callable[[str], None] = lambda text: None,
     **options: Any,
 ) -> Result:
@@ -58,6 +60,7 @@ def convert(
         `*.msgpack`, or `*.safetensors` for the model alone.
       link: hard-link data files where possible, so that no array is read or written.
       digest: compute digests even where linking would leave them out.
+      beside: compares what a run directory holds beside its checkpoints, see `sources.Beside`.
       progress: is told what is being done.
 
     Raises:
@@ -73,6 +76,8 @@ def convert(
     for part in ("checkpoints",) if to_file else parts(path):
         chosen = options if part == "checkpoints" else {**options, "step": None}
         one = plan_conversion(path, to, part=part, suffix=out.suffix * to_file, **chosen)
+        if beside is not None and not to_file:
+            _check_beside(one.source, beside)
         conversions[_relative(one, part)] = one
     if os.path.lexists(out):
         return _existing(out, conversions)
@@ -94,6 +99,15 @@ def convert(
         publish(partial, out)
         placer.sync([out.absolute().parent])
     return Result("done", out, tuple(reports))
+
+
+def _check_beside(source: Source, beside: Beside) -> None:
+    """Refuses a run directory whose other files are not as its checkpoint says."""
+    try:
+        check_beside(source, beside)
+    except Refusal as error:
+        alone = f"Of the checkpoint alone, {source.folder}, they are no part: convert that."
+        raise StoreError(f"{error}\n{alone}") from None
 
 
 def _relative(conversion: Conversion, part: str) -> str:
@@ -242,7 +256,8 @@ def _carry_along(conversion: Conversion, folder: Path, placer: Placer) -> None:
             raise StoreError(f"{child} is neither a file nor a folder, nor a link to one")
     if source.run and stage:
         config = {**source.run["config"], "stage": stage}
-        content = {**source.run, "config": config, "stage": stage}
+        book = conversion.book.to_dict()  # the one that is beside it, too
+        content = {**source.run, "config": config, "stage": stage, "rules": book}
         shutil.copytree(source.folder / "run", folder / "run")
         (folder / "run" / "metadata").write_text(json.dumps(content))
     _rename_handlers(folder, source)

@@ -5,7 +5,7 @@ A run of this template (`checkpoints/<step>/`), a folder of steps (a CheckpointM
 a bare item of Orbax of any age, a file, or a folder of shards. `docs/formats.md` lists them all.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +36,12 @@ _PICKLES = (".pkl", ".pickle", ".npy", ".bin", ".bin.index.json", ".pt", ".pth",
 _STATE_ITEMS = ("state", "default", "train_state", "items")
 _PARTS = ("params", "batch_stats", "model", "opt_state", "optimizer", "ema", "ema_params", "step")
 _RUN = {"config", "rules", "stage"}
+
+
+Beside = Callable[[Path, int, Mapping[str, Any]], bool]
+"""Compares the files of a run directory with what a checkpoint of it says of them: is given the
+directory, the step and what the checkpoint says of its run; returns whether that says anything of
+them, and raises `Refusal` with everything that differs."""
 
 
 class Reader(Protocol):
@@ -264,6 +270,14 @@ def find(
     if choice is None:
         raise _nothing(folder)
     return _chosen(path, "run" if is_run(path) else "root", folder, choice, item)
+
+
+def check_beside(source: Source, beside: Beside) -> bool | None:
+    """What `beside` says of the run directory that a checkpoint was found in; None where that was
+    no run directory, so that nothing belongs to it."""
+    if source.kind != "run" or source.run is None:
+        return None
+    return beside(source.path, int(source.folder.name), source.run)
 
 
 def is_run(path: Path) -> bool:

@@ -19,9 +19,10 @@ from linen_nnx.disk.beside import source_of
 from linen_nnx.disk.conversion import REPORT, RULES, Conversion, options_in
 from linen_nnx.disk.planning import MODEL_ALONE, plan_conversion
 from linen_nnx.disk.rekey import Job
-from linen_nnx.disk.sources import SUFFIXES, Source, find, parts
+from linen_nnx.disk.sources import SUFFIXES, Beside, Source, check_beside, find, parts
 from linen_nnx.disk.state import State, read_state
 from linen_nnx.disk.store import Leaf, StoreError
+from linen_nnx.errors import Refusal
 
 if TYPE_CHECKING:  # jax, which comparing bytes does not need
     from linen_nnx.infer.twin import Twin
@@ -52,6 +53,7 @@ def verify(
     report: Callable[[Check], None] = lambda check: None,
     twin: "Twin | None" = None,
     own_runs: OwnRuns | None = None,
+    beside: Beside | None = None,
     **options: Any,
 ) -> list[Check]:
     """Checks a conversion's result `out` against its source `path`.
@@ -67,6 +69,7 @@ def verify(
       progress: is told what is being done; `report`: each check, as soon as it is known.
       twin: the code of both models. Its own rule book is used where there is no other.
       own_runs: how to build the models of this template's own runs, which need no twin.
+      beside: compares what a run directory holds beside its checkpoints, see `sources.Beside`.
       options: as in `planning.plan_conversion`; the rule book is the one beside `out`, if none
         is given.
 
@@ -86,7 +89,7 @@ def verify(
         target, asked = _asked(result, to)
         said = {name: value for name, value in chosen.items() if value}
         chosen = {**asked, **said, "like": result, "part": part}
-        for check in _verify_one(path, result, target, chosen, progress, twin, build):
+        for check in _verify_one(path, result, target, chosen, progress, twin, build, beside):
             checks.append(replace(check, name=label + check.name))
             report(checks[-1])
     return checks
@@ -117,12 +120,16 @@ def _verify_one(
     progress: Callable[[str], None],
     twin: "Twin | None",
     own_runs: OwnRuns | None,
+    beside: Beside | None,
 ) -> Iterator[Check]:
     progress("digests")
     names = ("step", "item", "part", "prefix")
     source = find(path, **{name: options[name] for name in names if name in options})
     yield _digests("digests of the source", source.folder)
     yield _digests("digests", result.folder)
+    if beside is not None:
+        yield from _beside("files beside the source", source, beside)
+        yield from _beside("files beside it", result, beside)
     progress("coverage, shapes, dtypes")
     if options.get("rules") is None:
         options = {**options, "rules": _rules(result, twin)}
@@ -235,6 +242,17 @@ def _digests(name: str, folder: Path) -> Check:
     except digests.DigestError as error:
         return Check(name, False, (str(error),))
     return Check(name, True) if there else Check(name, None, ("it has none",))
+
+
+def _beside(name: str, source: Source, beside: Beside) -> Iterator[Check]:
+    """Whether the other files of a run directory are as its checkpoint says; of no other source."""
+    try:
+        known = check_beside(source, beside)
+    except Refusal as error:
+        yield Check(name, False, tuple(str(error).splitlines()))
+        return
+    if known is not None:
+        yield Check(name, True) if known else Check(name, None, ("it says nothing of them",))
 
 
 def _different(
