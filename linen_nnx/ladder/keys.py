@@ -101,15 +101,15 @@ class Stream(nnx.RngStream):
         return tag(key, self.path) if self.mode == "tag" else key
 
 
-def adopt(model: nnx.Module) -> None:
-    """Makes each stream of a model a `Stream` that knows its path.
+def adopt(model: nnx.Module, part: str = "") -> None:
+    """Makes each stream of a part a `Stream` that knows its path in the whole model.
 
     In place, as modules share streams and hold them in attributes, lists and `nnx.Rngs` alike.
     """
     for path, node in nnx.iter_graph(model):
         if type(node) is nnx.RngStream:
             object.__setattr__(node, "__class__", Stream)
-            vars(node)["path"] = "/".join(map(str, path))
+            vars(node)["path"] = "/".join(map(str, [part, *path] if part else path))
 
 
 def set_mode(model: nnx.Module, mode: str) -> None:

@@ -187,7 +187,7 @@ class Ladder:
     @cached_property
     def ports(self) -> dict[str, Port]:
         """The structure of each part in nnx."""
-        return {name: Port(part.nnx) for name, part in self.parts.items()}
+        return {name: Port(part.nnx, name) for name, part in self.parts.items()}
 
     @cached_property
     def inputs(self) -> tuple[Any, ...]:

@@ -28,10 +28,13 @@ class Port:
       streams: `{path: lanes}` of its streams; lanes are `()` save where layers are stacked.
     """
 
-    def __init__(self, create: Callable[[nnx.Rngs], nnx.Module]) -> None:
-        """Raises `TwinError` when the module cannot be built."""
+    def __init__(self, create: Callable[[nnx.Rngs], nnx.Module], name: str = "") -> None:
+        """`name` is that of the part, if it is one of several.
+
+        Raises `TwinError` when the module cannot be built.
+        """
         model = attempt("nnx(rngs)", _abstract, create)
-        adopt(model)
+        adopt(model, name)
         self.kind = type(model)
         self._structures: dict[str, Any] = {}
         for mode in ("tag", "mute", "plain"):
