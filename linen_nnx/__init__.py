@@ -24,12 +24,13 @@ if TYPE_CHECKING:
     from linen_nnx.ladder.keys import DrawError
     from linen_nnx.ladder.ladder import Ladder, Part
     from linen_nnx.ladder.stage import Stage
+    from linen_nnx.ladder.view import View
     from linen_nnx.proof.bisect import bisect
     from linen_nnx.proof.verify import verify
 
 __all__ = [
     "DrawError", "Ladder", "Part", "Refusal", "RuleBook", "RuleError", "Stage", "Twin", "TwinError",
-    "VariablesError", "bisect", "convert", "suggest", "verify",
+    "VariablesError", "View", "bisect", "convert", "suggest", "verify",
 ]  # fmt: skip
 
 _HOMES = {
@@ -43,6 +44,7 @@ _HOMES = {
     "Twin": "infer.twin",
     "TwinError": "infer.twin",
     "VariablesError": "ladder.forms",
+    "View": "ladder.view",
     "bisect": "proof.bisect",
     "convert": "disk.convert",
     "suggest": "infer.suggest",

@@ -33,7 +33,7 @@ HOMES = {
     "Refusal": "errors",
     "RuleError": "book", "RuleBook": "book", "convert": "disk", "suggest": "infer",
     "DrawError": "ladder", "Ladder": "ladder", "Part": "ladder", "Stage": "ladder",
-    "VariablesError": "ladder",
+    "VariablesError": "ladder", "View": "ladder",
     "Twin": "infer", "TwinError": "infer", "bisect": "proof", "verify": "proof",
 }  # fmt: skip
 

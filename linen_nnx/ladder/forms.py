@@ -90,6 +90,10 @@ class Book:
         """The keys of an nnx leaf below its collection; of lists they are integers."""
         return self._keys[name.split("/", 1)[1]]
 
+    def _place(self, name: str) -> tuple[str, str]:
+        """Collection and part: trees may hold some of them alone."""
+        return name.split("/")[0], part_of(name, self._parts)
+
     def abstract(self, forms: Forms) -> Leaves:
         """`{name: shape and dtype}` of every leaf in these forms."""
         result: Leaves = {}
@@ -112,13 +116,12 @@ class Book:
             if before[part] == after[part]:
                 result[name] = leaf
                 done.add(name)
-        collections = {name.split("/")[0] for name in leaves}
+        present = {self._place(name) for name in leaves}
         for side in ("linen", "nnx"):
             for way in self.ways[side]:
                 if before[way.part] == after[way.part] or after[way.part] != side:
                     continue
-                ends = way.sources or way.targets
-                if ends[0].split("/")[0] in collections:
+                if self._place((way.sources or way.targets)[0]) in present:
                     arrays = way.step.run([leaves[name] for name in way.sources])
                     result.update(zip(way.targets, arrays, strict=True))
                     done.update(way.sources)

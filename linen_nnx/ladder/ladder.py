@@ -11,6 +11,7 @@ bridged whole: ported at `nnx_in_linen`, not yet at `linen_in_nnx`.
 """
 
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,13 +28,14 @@ from linen_nnx.book.ops import Side
 from linen_nnx.book.rules import RuleBook
 from linen_nnx.book.tree import flatten, unflatten
 from linen_nnx.infer.twin import Twin, TwinError, attempt
-from linen_nnx.ladder import draws
 from linen_nnx.ladder.calls import Call
+from linen_nnx.ladder.feed import feed
 from linen_nnx.ladder.forms import WHOLE, Book, Forms, Leaves
-from linen_nnx.ladder.keys import aside, tag, watching
+from linen_nnx.ladder.keys import DrawError, aside, tag, watching
 from linen_nnx.ladder.port import Port
 from linen_nnx.ladder.program import Program, trace
 from linen_nnx.ladder.roots import Bound, LinenPart, LinenRoot, NnxRoot
+from linen_nnx.ladder.search import Findings, search
 from linen_nnx.ladder.stage import STAGES, Stage
 
 
@@ -327,11 +329,46 @@ class Ladder:
         """What is known of the draws of each kind of call."""
         return {pairing.kind: pairing for pairing in self.rules.draws}
 
-    def pair(self, call: Call) -> Pairing:
+    def pair(self, *args: Any, rngs: Any = None, method: Any = None, **kwargs: Any) -> RuleBook:
+        """The rule book, with the draws of this kind of call paired.
+
+        `apply` does the same when a kind of call first needs it. There, a draw without a partner
+        gets a stream of its own; here, it is an error. Save the book, and there is no search later.
+
+        Args:
+          args, kwargs, method: those of a call, as for `Stage.apply`; of arrays only shape counts.
+          rngs: the streams that the call is given, if the model looks whether it has them.
+
+        Raises:
+          DrawError: with each draw of the nnx model that has no partner, and why.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> from flax import linen as nn, nnx
+          >>> from linen_nnx import Ladder, Twin
+          >>> twin = Twin(linen=lambda: nn.Dropout(0.5, deterministic=False),
+          ...             nnx=lambda rngs: nnx.Dropout(0.5, deterministic=False, rngs=rngs),
+          ...             inputs=lambda: (jnp.ones((4, 2)),))
+          >>> Ladder(twin, say=lambda text: None).pair(jnp.ones((4, 2))).draws[0].pairs[0].linen
+          Draw(path='dropout', count=0, lane=())
+        """
+        call = Call(method, args, kwargs, dict(rngs or {}), self.at("linen").mutable or False)
+        found = self.find_draws(call)
+        if found.problem:
+            kind = found.pairing.kind
+            raise DrawError(f"In {kind}, draws of the nnx model have no partner: {found.own}")
+        return RuleBook(self.rules.rules, self.rules.unassigned, self.pairings.values())
+
+    def find_draws(self, call: Call) -> Findings:
         """Finds the draws of a kind of call, and says what it found in a line."""
-        found, line = draws.find(self, call)
-        self.pairings[found.kind] = found
-        self.say(line)
+        start = time.monotonic()
+        found = search(self, call)
+        pairing = found.pairing
+        self.pairings[pairing.kind] = pairing
+        line = f"{pairing.kind}: {len(pairing.pairs)} draws of the nnx model get Linen's keys"
+        if found.problem:
+            line += f"; {len(pairing.own)} have streams of their own: {found.own}"
+        self.say(f"{line} (paired in {time.monotonic() - start:.1f} s)")
         return found
 
     def keys(self, forms: Forms, call: Call) -> dict[str, dict[str, Array]] | None:
@@ -339,4 +376,4 @@ class Ladder:
         if not any(forms[part] == "nnx" and self.ports[part].streams for part in forms):
             return {part: {} for part in forms}
         pairing = self.pairings.get(call.kind(self.entry(call.method)).kind)
-        return None if pairing is None else draws.feed(self, forms, call, pairing)
+        return None if pairing is None else feed(self, forms, call, pairing)

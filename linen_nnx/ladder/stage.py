@@ -12,6 +12,7 @@ refused: variables are compared with the stage's abstract tree while tracing, at
 """
 
 from collections.abc import Collection, Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
@@ -25,6 +26,7 @@ from linen_nnx.ladder.forms import WHOLE, Forms, Leaves, check
 from linen_nnx.ladder.keys import Undrawn, is_mutable
 from linen_nnx.ladder.port import values
 from linen_nnx.ladder.roots import Bridged
+from linen_nnx.ladder.view import View
 
 if TYPE_CHECKING:
     from linen_nnx.ladder.ladder import Ladder
@@ -71,6 +73,11 @@ class Stage:
           {'params': {'kernel': ShapeDtypeStruct(shape=(2, 3), dtype=float32)}}
         """
         return unflatten(self._specs)
+
+    @cached_property
+    def view(self) -> View:
+        """The parameters as those of the all-nnx model: norms and masks that know no names."""
+        return View(self)
 
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Variables:
         """Initial variables, as `Module.init` of the Linen model draws them, in this stage's form.
@@ -135,7 +142,8 @@ class Stage:
         try:
             outputs, after, same = run(leaves, call, keys)
         except Undrawn:
-            self.ladder.pair(call)
+            self.ladder.program(call)  # Linen's own error, where the call lacks a key
+            self.ladder.find_draws(call)
             outputs, after, same = run(leaves, call, self.ladder.keys(self.forms, call))
         if not all(same.values()):
             self._check_updates(call, same)

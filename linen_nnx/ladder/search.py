@@ -1,17 +1,12 @@
-"""Gives the streams of an nnx model the keys that its Linen twin would draw.
+"""Looks for the pairs of a kind of call: both models run on an example, `pairing` compares.
 
-Which draw is which stands in a `Pairing`, of the rule book or found by `find` (`pairing.py`); the
-Linen keys come from a `Program`. A draw without a partner gets keys of its own: a function of the
-keys of the call and of its stream's path alone, so that a run that is repeated or resumed draws
-them again.
+The example is the twin's own where it fits the call, and small; the variables are random.
 """
 
-import time
-import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,137 +16,50 @@ from jax import Array
 from linen_nnx.book.draws import Draw, Pairing
 from linen_nnx.book.tree import unflatten
 from linen_nnx.ladder.calls import Call
-from linen_nnx.ladder.forms import WHOLE, Forms, Leaves
+from linen_nnx.ladder.feed import Streams, by_part, own_key, streams_of
+from linen_nnx.ladder.forms import Leaves
 from linen_nnx.ladder.keys import DrawError, aside, probing, typed, watching
 from linen_nnx.ladder.pairing import Match, Side, match
-from linen_nnx.ladder.program import LinenDraw, totals
+from linen_nnx.ladder.program import totals
 
 if TYPE_CHECKING:
     from linen_nnx.ladder.ladder import Ladder
 
-Streams = dict[str, tuple[int, ...]]
-Name = tuple[str, int]
+
+class Findings(NamedTuple):
+    """The draws of a kind of call; why those in `pairing.own` have no partner, or empty."""
+
+    pairing: Pairing
+    problem: str
+
+    @property
+    def own(self) -> str:
+        """The draws without a partner, by name, and why."""
+        return f"{', '.join(map(str, self.pairing.own))}: {self.problem}"
 
 
-def feed(
-    ladder: "Ladder", forms: Forms, call: Call, pairing: Pairing
-) -> dict[str, dict[str, Array]]:
-    """`{part: {stream: typed keys}}` of a call: `(*lanes, draws)`, or plain where none is paired.
+def search(ladder: "Ladder", call: Call) -> Findings:
+    """The draws of a kind of call.
 
     Raises:
-      DrawError: when the pairing does not fit the Linen model, or a stream of its own has no key.
-      Whatever Linen raises for the call.
+      DrawError: when a model cannot be run.
     """
-    streams = streams_of(ladder, forms)
-    pairs = {pair.nnx: pair.linen for pair in pairing.pairs if pair.nnx.path in streams}
-    own = {draw.path for draw in pairing.own if draw.path in streams}
-    known: dict[Name, Array] = {}
-    if pairs:
-        program = ladder.program(call)
-        _check_fit(program.draws, pairing)
-        known = program.keys(call.rngs)
-    result: dict[str, Array] = {}
-    for path, lanes in streams.items():
-        if path in own and not call.rngs:
-            raise DrawError(f"the nnx stream {path} needs PRNG: pass `rngs={{...}}` to apply")
-        plain = _own_key(call.rngs, path, lanes)
-        mine = {draw: linen for draw, linen in pairs.items() if draw.path == path}
-        result[path] = _stacked(mine, lanes, known, plain) if mine else plain
-    return by_part(forms, result)
-
-
-def by_part(parts: Collection[str], keys: Mapping[str, Array]) -> dict[str, dict[str, Array]]:
-    """`{part/stream: keys}` as `{part: {stream: keys}}`."""
-    result: dict[str, dict[str, Array]] = {part: {} for part in parts}
-    for path, key in keys.items():
-        part, _, inner = (WHOLE, "", path) if WHOLE in parts else path.partition("/")
-        result[part][inner] = key
-    return result
-
-
-def streams_of(ladder: "Ladder", forms: Forms) -> Streams:
-    """`{path: lanes}` of the streams of all parts in nnx form."""
-    found = {}
-    for part, form in forms.items():
-        for path, lanes in ladder.ports[part].streams.items() if form == "nnx" else ():
-            found[f"{part}/{path}" if part else path] = lanes
-    return found
-
-
-def _own_key(rngs: Mapping[str, Any], path: str, lanes: tuple[int, ...]) -> Array:
-    """Keys that are a stream's own, of the shape `lanes`."""
-    root = typed(rngs[min(rngs)]) if rngs else jax.random.key(0)
-    key = jax.random.fold_in(root, zlib.crc32(path.encode()))
-    return jax.random.split(key, lanes) if lanes else key
-
-
-def _stacked(
-    pairs: Mapping[Draw, Draw], lanes: tuple[int, ...], known: Mapping[Name, Array], plain: Array
-) -> Array:
-    """The keys of one stream, `(*lanes, draws)`."""
-    columns = []
-    for count in range(1 + max(draw.count for draw in pairs)):
-        linen = {draw.lane: partner for draw, partner in pairs.items() if draw.count == count}
-        names = {(draw.path, draw.count) for draw in linen.values()}
-        whole = known[names.pop()] if len(names) == 1 else None
-        # Where both sides loop over layers, the keys of all layers are one array already.
-        in_place = all(lane == draw.lane for lane, draw in linen.items())
-        if whole is not None and whole.shape == lanes and len(linen) == prod(lanes) and in_place:
-            columns.append(whole)
-            continue
-        keys = []
-        for lane in np.ndindex(*lanes):
-            partner = linen.get(lane)
-            if partner is None:
-                keys.append(jax.random.fold_in(plain[lane], count))
-            else:
-                keys.append(known[partner.path, partner.count][partner.lane])
-        columns.append(jnp.stack(keys).reshape(lanes))
-    return jnp.stack(columns, -1)
-
-
-def _check_fit(found: tuple[LinenDraw, ...], pairing: Pairing) -> None:
-    """Refuses a pairing that names draws which the Linen model does not make, or not so."""
-    lanes = {(draw.path, draw.count): draw.lanes for draw in found if not draw.problem}
-    wrong = []
-    for pair in pairing.pairs:
-        shape = lanes.get((pair.linen.path, pair.linen.count))
-        if shape is None or not _inside(pair.linen.lane, shape):
-            wrong.append(str(pair.linen))
-    if wrong:
-        drawn = ", ".join(f"{path}#{count}{list(shape)}" for (path, count), shape in lanes.items())
-        raise DrawError(
-            f"The rule book pairs draws that the Linen model does not make in {pairing.kind}: "
-            f"{', '.join(wrong)}. It makes: {drawn or 'none'}. Delete that entry of `draws:`; "
-            "it will be found again."
-        )
-
-
-def _inside(lane: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    return len(lane) == len(shape) and all(k < n for k, n in zip(lane, shape, strict=True))
-
-
-def find(ladder: "Ladder", call: Call) -> tuple[Pairing, str]:
-    """The draws of a kind of call, and a line that says what was found.
-
-    Both models are run on the twin's example, or on random arrays of the call's shapes.
-    """
-    start = time.monotonic()
     function = ladder.entry(call.method)
     kind = call.kind(function)
 
-    def search() -> Match:
+    def compare() -> Match:
         with probing():
             return _match(ladder, _with_keys(ladder, call.example(function, ladder.inputs)))
 
-    found = aside(search)
-    seconds = time.monotonic() - start
+    try:
+        found = aside(compare)
+    except Exception as error:  # the user's own models: whatever they raise, say when
+        raise DrawError(
+            f"The draws of {kind.kind} cannot be paired, as the models do not run on an example of "
+            f"the call: {type(error).__name__}: {error}"
+        ) from error
     pairing = replace(kind, pairs=found.pairs, idle=found.idle, own=found.own)
-    line = f"{kind.kind}: {len(found.pairs)} draws paired with those of the Linen model"
-    if found.own:
-        some = ", ".join(map(str, found.own[:4])) + (", ..." if len(found.own) > 4 else "")
-        line += f"; {len(found.own)} have streams of their own ({found.problem}): {some}"
-    return pairing, f"{line} ({seconds:.1f} s)"
+    return Findings(pairing, found.problem if found.own else "")
 
 
 def _with_keys(ladder: "Ladder", call: Call) -> Call:
@@ -257,7 +165,7 @@ def _named_keys(call: Call, seeds: Array) -> dict[str, Array]:
 
 
 def _plain_keys(rngs: Mapping[str, Any], streams: Streams) -> dict[str, Array]:
-    return {path: _own_key(rngs, path, lanes) for path, lanes in streams.items()}
+    return {path: own_key(rngs, path, lanes) for path, lanes in streams.items()}
 
 
 def _words() -> int:

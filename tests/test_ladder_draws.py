@@ -1,0 +1,260 @@
+"""The keys of an nnx model are those of its Linen twin; what cannot be so is said or refused."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flax.errors
+import jax
+import jax.numpy as jnp
+import pytest
+from conftest import STAGES
+from flax import linen as nn
+from flax import nnx
+from jax import Array
+from ladder_twins import CASES, WIDTH, rows
+from test_ladder import bits
+
+from linen_nnx import DrawError, Ladder, Refusal, RuleBook, RuleError, Twin
+from linen_nnx.book.draws import Draw
+
+X = rows(4, WIDTH)
+KEY = jax.random.key(3)
+BRIDGED = STAGES[1:]
+
+
+def zeros(model: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), model.abstract())
+
+
+def call(model: Any, variables: Any, rngs: Any, *args: Any, **kwargs: Any) -> list[bytes]:
+    """The bits of one compiled call."""
+    run = jax.jit(lambda variables, rngs: model.apply(variables, *args, rngs=rngs, **kwargs))
+    return bits(run(variables, rngs))
+
+
+class Plain:
+    """Models of dropout alone, whose keys are all that there is."""
+
+    class Linen(nn.Module):
+        @nn.compact
+        def __call__(self, x: Array, train: bool = True) -> Array:
+            for rate in (0.2, 0.4):
+                x = nn.Dropout(rate)(x, deterministic=not train)
+            return x
+
+    class Nnx(nnx.Module):
+        def __init__(self, count: int = 2, *, rngs: nnx.Rngs) -> None:
+            rates = (0.2, 0.4, 0.6)[:count]
+            self.drops = nnx.List([nnx.Dropout(rate, rngs=rngs) for rate in rates])
+
+        def __call__(self, x: Array, train: bool = True) -> Array:
+            for drop in self.drops:
+                x = drop(x, deterministic=not train)
+            return x
+
+
+def plain(said: Callable[[str], None] = print, count: int = 2, rules: Any = None) -> Ladder:
+    twin = Twin(Plain.Linen, lambda rngs: Plain.Nnx(count, rngs=rngs), lambda: (X,))
+    return Ladder(twin, rules or RuleBook([]), say=said)
+
+
+@pytest.mark.parametrize(
+    "rngs",
+    [
+        {"dropout": jax.random.key(3)},
+        {"params": jax.random.key(3)},  # to which Linen falls back
+        {"dropout": jax.random.PRNGKey(3)},  # a raw key
+        {"dropout": jax.random.key(3), "other": jax.random.key(4)},
+    ],
+    ids=["typed", "fallback", "raw", "more"],
+)
+def test_keys_of_any_form_give_linens_masks_with_one_pairing(rngs: Any) -> None:
+    due = call(Plain.Linen(), {}, rngs, X)
+    said: list[str] = []
+    climb = plain(said.append)
+
+    for stage in STAGES:
+        assert call(climb.at(stage), {}, rngs, X) == due, stage
+    assert len(said) == 1
+    assert said[0].startswith("__call__(train=True): 2 draws of the nnx model get Linen's keys (")
+
+
+def test_another_batch_size_needs_no_other_pairing() -> None:
+    said: list[str] = []
+    climb = plain(said.append)
+    for size in (4, 7):
+        x = rows(size, WIDTH)
+        due = call(Plain.Linen(), {}, {"dropout": KEY}, x)
+        assert call(climb.at("nnx"), {}, {"dropout": KEY}, x) == due
+    assert len(said) == 1
+
+
+def test_pairs_are_saved_with_the_rules_and_found_no_second_time(tmp_path: Path) -> None:
+    book = plain().pair(X)
+    book.save(tmp_path / "rules.yaml")
+
+    text = (tmp_path / "rules.yaml").read_text()
+    assert "- {linen: dropout/Dropout_1, nnx: drops/1/rngs}" in text
+    assert "given: {train: true}" in text
+    assert RuleBook.load(tmp_path / "rules.yaml") == book
+    said: list[str] = []
+    climb = plain(said.append, rules=tmp_path / "rules.yaml")
+    due = call(Plain.Linen(), {}, {"dropout": KEY}, X)
+    assert call(climb.at("nnx"), {}, {"dropout": KEY}, X) == due
+    assert said == []
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        (3, "expected a mapping with call, given, pairs, idle, own, got 3"),
+        ({"call": 3}, "`call` is a text and `given` a mapping"),
+        ({"call": "f", "extra": 1}, "expected a mapping with"),
+        ({"call": "f", "pairs": {}}, None),
+        ({"call": "f", "pairs": "ab"}, "`pairs` is a list, got 'ab'"),
+        ({"call": "f", "pairs": [{"linen": "a"}]}, "a pair is a mapping such as"),
+        ({"call": "f", "own": ["a#"]}, "a draw is a text such as `drop/rngs#1[2]`, got 'a#'"),
+        ({"call": "f", "own": ["a"], "idle": ["a"]}, "nnx draws that stand there twice: a"),
+    ],
+)
+def test_a_section_of_draws_that_cannot_be_read_says_what_it_must_be(
+    entry: Any, words: str | None
+) -> None:
+    content = {"version": 1, "rules": [], "draws": [entry]}
+    if words is None:
+        assert RuleBook.from_dict(content).draws[0].pairs == ()
+        return
+    with pytest.raises(RuleError) as caught:
+        RuleBook.from_dict(content)
+    assert f"entry 1 of `draws`: {words}" in str(caught.value)
+
+
+@pytest.mark.parametrize("draw", [Draw("a/b"), Draw("a", 2), Draw("a/0", 0, (1, 2))])
+def test_a_draw_is_read_back_from_its_text(draw: Draw) -> None:
+    assert Draw.parse(str(draw)) == draw
+
+
+def test_a_pairing_that_does_not_fit_the_model_is_refused() -> None:
+    book = plain().pair(X).to_dict()
+    book["draws"][0]["pairs"][0]["linen"] = "dropout/Dropout_7"
+
+    with pytest.raises(DrawError, match=r"does not make in __call__.*: dropout/Dropout_7"):
+        call(plain(rules=RuleBook.from_dict(book)).at("nnx"), {}, {"dropout": KEY}, X)
+
+
+@pytest.mark.parametrize("stage", ["nnx_in_linen", "nnx"])
+def test_draws_without_a_partner_have_repeatable_streams_of_their_own(stage: str) -> None:
+    said: list[str] = []
+    model = plain(said.append, count=3).at(stage)
+
+    first = call(model, {}, {"dropout": KEY}, X)
+    assert call(model, {}, {"dropout": KEY}, X) == first
+    assert call(plain(count=3).at(stage), {}, {"dropout": KEY}, X) == first
+    assert call(model, {}, {"dropout": jax.random.key(4)}, X) != first
+    assert len(said) == 1
+    assert "; 3 have streams of their own: drops/0/rngs, drops/1/rngs, drops/2/rngs: " in said[0]
+
+
+def test_pairing_what_has_no_partner_is_refused_when_it_is_asked_for() -> None:
+    with pytest.raises(DrawError, match=r"no partner: drops/0/rngs.*with one key for all draws"):
+        plain(count=3).pair(X)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_missing_key_is_linens_own_error_at_every_stage(stage: str) -> None:
+    for rngs in (None, {}):
+        with pytest.raises(flax.errors.InvalidRngError, match='needs PRNG for "dropout"'):
+            plain().at(stage).apply({}, X, rngs=rngs)
+
+
+def test_a_stream_of_its_own_without_any_key_is_refused() -> None:
+    twin = Twin(lambda: nn.Dense(2), lambda rngs: Extra(rngs=rngs), lambda: (X,))
+    rules = [{"linen": "params/{leaf}", "nnx": "dense/{leaf}"}]
+    model = Ladder(twin, RuleBook.from_dict({"version": 1, "rules": rules})).at("nnx")
+
+    with pytest.raises(DrawError, match="stream drop/rngs needs PRNG"):
+        model.apply(zeros(model), X)
+
+
+class Extra(nnx.Module):
+    def __init__(self, *, rngs: nnx.Rngs) -> None:
+        self.dense, self.drop = nnx.Linear(WIDTH, 2, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return self.dense(self.drop(x))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_updates_of_collections_that_are_not_mutable_are_linens_own_error(stage: str) -> None:
+    model = CASES["mlp"].ladder().at(stage)
+
+    with pytest.raises(flax.errors.ModifyScopeVariableError, match="Cannot update variable"):
+        model.apply(zeros(model), X, train=True, rngs={"dropout": KEY})
+
+
+@pytest.mark.parametrize("stage", BRIDGED)
+def test_intermediates_are_refused_where_linen_has_none(stage: str) -> None:
+    with pytest.raises(Refusal, match="capture_intermediates works at stage 'linen' alone"):
+        plain().at(stage).apply({}, X, train=False, capture_intermediates=True)
+
+
+class InLoop(nn.Module):
+    """Draws for as long as only a run tells."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        def body(module: nn.Module, state: Any) -> Any:
+            return state[0] + 1, nn.Dropout(0.5, deterministic=False)(state[1])
+
+        split = {"dropout": True, "params": True}
+        start = jnp.int32(0), x
+        return nn.while_loop(lambda _, s: s[0] < 2, body, self, start, split_rngs=split)[1]
+
+
+def test_linen_draws_that_no_trace_counts_are_named() -> None:
+    port = lambda rngs: nnx.Dropout(0.5, deterministic=False, rngs=rngs)  # noqa: E731
+
+    with pytest.raises(DrawError, match="drawn inside a while: how many draws there are, only"):
+        Ladder(Twin(InLoop, port, lambda: (X,)), RuleBook([])).pair(X)
+
+
+@pytest.mark.long
+def test_norms_and_masks_are_the_same_at_every_stage() -> None:
+    case = CASES["scan, list"]
+    climb = case.ladder()
+    norms, masks = set(), []
+    for stage in STAGES:
+        model = climb.at(stage)
+        params = model.init(jax.random.key(0), *case.inputs())["params"]
+        norms.add(bits(jax.jit(model.view.norm)(params))[0])
+        masks.append(sum(model.view.mask(lambda _, rank: rank > 1).values()))
+    assert len(norms) == 1
+    assert masks == [2, 4, 2, 4]  # kernels: the scanned ones are one leaf in Linen
+    assert climb.at("linen").view.ranks()["layers/Dense_0/bias"] == 1
+
+
+def test_explicit_keys_go_on_working() -> None:
+    class Linen(nn.Module):
+        @nn.compact
+        def __call__(self, x: Array, key: Array) -> Array:
+            return nn.Dropout(0.5, deterministic=False)(x, rng=key)
+
+    class Port(nnx.Module):
+        def __init__(self) -> None:
+            self.drop = nnx.Dropout(0.5)
+
+        def __call__(self, x: Array, key: Array) -> Array:
+            return self.drop(x, rngs=key)
+
+    climb = Ladder(Twin(Linen, lambda rngs: Port(), lambda: (X, KEY)), RuleBook([]))
+    masks = {tuple(call(climb.at(stage), {}, None, X, KEY)) for stage in STAGES}
+    assert len(masks) == 1
+
+
+def test_a_train_argument_by_place_or_by_name_is_one_kind_of_call() -> None:
+    said: list[str] = []
+    climb = plain(said.append)
+    for args, kwargs in (((X, True), {}), ((X,), {"train": True}), ((X,), {})):
+        call(climb.at("nnx"), {}, {"dropout": KEY}, *args, **kwargs)
+    assert len(said) == 1
