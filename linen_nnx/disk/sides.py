@@ -25,7 +25,8 @@ def guess_side(leaves: Sequence[Leaf], book: RuleBook) -> Side | None:
     if linen != nnx:
         return "linen" if linen > nnx else "nnx"
     level = any("params" in leaf.path.split("/")[:_DEPTH] for leaf in leaves)
-    boxed = any(leaf.keys[-1] == ("value", DICT) for leaf in leaves)
+    # Most leaves: one parameter may be called `value`, and an epoch beside a state has no box.
+    boxed = 2 * sum(leaf.keys[-1] == ("value", DICT) for leaf in leaves) > len(leaves)
     if level == boxed:
         return None
     return "linen" if level else "nnx"
