@@ -27,7 +27,7 @@ from training.table import table
 COUNT = int(os.environ.get("FUZZ_RUNS", "30"))  # more: FUZZ_RUNS=3000
 OPTIONS = (*SMALL["diabetes"], *QUIET, "steps=4", "eval.every=1", "checkpoint.every=1",
            "checkpoint.keep=2", "checkpoint.best=true")  # fmt: skip
-SLOWEST = 20  # seconds for one damage, on a busy machine; a hang would take for ever
+SLOWEST = 120  # seconds for one reading, on a busy machine; a hang would take for ever
 
 # What a careless or ill-willed writer may put where a run's file was.
 TEXTS = (

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.tally import BLOCKS, Tally, differences
+from training.tally import BLOCKS, Tally, check, differences
 
 ROWS = st.lists(st.binary(max_size=8), max_size=40)
 
@@ -56,3 +56,16 @@ def test_a_long_run_notes_a_short_list_and_names_the_few_rows_of_a_block(count: 
 
     text = " ".join(differences(kept, rows[:-2] + rows[-1:]))
     assert f"{count - 1} rows up to that step, where {count} were saved" in text
+
+
+@given(ROWS)
+def test_what_a_tally_notes_is_accepted_and_nothing_that_lacks_a_part(lines: list[bytes]):
+    kept = noted(numbered(lines))
+    check(kept)
+    wrong = [{**kept, "rows": len(lines) + 1}, {**kept, "size": 3}, {**kept, "size": True}, None]
+    wrong += [{**kept, "digests": [1] * len(lines)}, {**kept, "steps": None}]
+    wrong += [{key: value for key, value in kept.items() if key != gone} for gone in kept]
+    for other in wrong:
+        if lines or other != kept:
+            with pytest.raises(ValueError, match="rows"):
+                check(other)

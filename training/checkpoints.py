@@ -229,8 +229,7 @@ def steps_of(root: Path) -> list[int]:
 def _saved(path: Path) -> Saved:
     data, run = _item(path, "data"), _item(path, "run")
     with reading.named(path / "run" / "metadata"):
-        if not isinstance(run.get("config"), dict) or "stage" not in run or "rules" not in run:
-            raise ValueError("it has no config, stage and rules")
+        vouching.check_item(run)
     return Saved(path.absolute(), int(path.name), data, run)
 
 

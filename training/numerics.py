@@ -12,7 +12,7 @@ import os
 import shlex
 from collections.abc import Mapping
 from enum import Enum
-from importlib.metadata import version
+from importlib import import_module
 from typing import Any
 
 import jax
@@ -63,7 +63,7 @@ def recorded() -> dict[str, dict[str, Any]]:
     must stay, and `surroundings`, which may change."""
     settings = {name: _plain(setting(name)) for name in SETTINGS if name in jax.config.values}
     variables = {name: _flags(os.environ.get(name, "")) for name in VARIABLES}
-    packages = {name: version(name) for name in PACKAGES}
+    packages = {name: import_module(name).__version__ for name in PACKAGES}
     return {
         "numerics": settings | variables,
         "surroundings": packages

@@ -61,14 +61,16 @@ def join(cfg: Config) -> None:
     _find_devices()
     if jax.process_count() == 1:
         return
-    text = repr(dataclasses.replace(cfg, distributed=schema.Distributed(None, None, None)))
+    shared = dataclasses.replace(cfg, distributed=schema.Distributed(None, None, None))
+    text = repr((shared, numerics.recorded()))
     digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
     digests = multihost_utils.process_allgather(digest)
     others = [index for index, other in enumerate(digests) if (other != digests[0]).any()]
     if others:
         raise Refused(
             f"Process {others[0]} of {len(digests)} was started with another configuration than "
-            "process 0. Give all of them the same keys; distributed.process_id alone may differ."
+            "process 0. Give all of them the same keys, of which distributed.process_id alone may "
+            "differ, and the same settings of JAX in the environment."
         )
 
 

@@ -149,7 +149,9 @@ def _config_file(run_dir: Path) -> dict[str, Any]:
             f"{run_dir} is not empty and holds no run (no config.yaml). Choose another run_dir."
         )
     with reading.named(file, "No checkpoint was saved: remove the file, and the run begins anew."):
-        return reading.yaml_mapping(file)
+        content = reading.yaml_mapping(file)
+        vouching.check_recorded(content)
+        return content
 
 
 def _verify(cfg: Config, saved: checkpoints.Saved, rules: dict[str, Any] | None) -> None:

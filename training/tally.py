@@ -11,7 +11,7 @@ A checkpoint notes the digest of every row up to its step:
 So that a long run does not write a long list, there is one digest for a block of rows, and when
 there are `BLOCKS` of them, each two become one: rows 1 and 2 under hash(a4 7f), and so on. A run of
 up to 1,023 rows can tell each row, one of 100,000 rows each 128th part of a thousand. Adding a row
-takes about 1 us, however many there are.
+takes some microseconds, however many there are.
 """
 
 from collections.abc import Iterable, Mapping
@@ -75,6 +75,23 @@ class Tally:
         self._digests = [_joined(*pair) for pair in pairs]
         self._steps = self._steps[1::2]
         self._size *= 2
+
+
+def check(noted: Any) -> None:
+    """Raises `ValueError` for what no `Tally.noted` has returned."""
+    if not isinstance(noted, dict) or noted.keys() != {"rows", "size", "digests", "steps"}:
+        raise ValueError("its digests of rows are no mapping of rows, size, digests and steps")
+    rows, size = noted["rows"], noted["size"]
+    if type(rows) is not int or rows < 0:
+        raise ValueError("its number of rows is no whole number")
+    if type(size) is not int or size < 1 or size & (size - 1):
+        raise ValueError("its number of rows in a block is no power of two")
+    for name, kind in (("digests", str), ("steps", int)):
+        values = noted[name]
+        if not isinstance(values, list) or any(type(value) is not kind for value in values):
+            raise ValueError(f"its {name} of rows are no list of {kind.__name__}")
+        if len(values) != -(-rows // size):
+            raise ValueError(f"it has {len(values)} {name} for {rows} rows, {size} in a block")
 
 
 def differences(noted: Mapping[str, Any], rows: Iterable[tuple[bytes, int]]) -> list[str]:

@@ -70,6 +70,25 @@ def config_of(run: Mapping[str, Any]) -> dict[str, Any]:
     return {**run["config"], **{name: run[name] for name in RECORDED if name in run}}
 
 
+def check_item(run: Mapping[str, Any]) -> None:
+    """Raises `ValueError` where the item `run` of a checkpoint is not what a run writes."""
+    if not isinstance(run.get("config"), dict) or "stage" not in run or "rules" not in run:
+        raise ValueError("it has no config, stage and rules")
+    if run["rules"] is not None and not isinstance(run["rules"], dict):
+        raise ValueError("its rules are no mapping")
+    check_recorded(run)
+    if "metrics" in run:
+        tally.check(run["metrics"])
+
+
+def check_recorded(content: Mapping[str, Any]) -> None:
+    """The same of what an item `run` and `config.yaml` have in common."""
+    for name in RECORDED:
+        section = content.get(name, {})
+        if not isinstance(section, dict) or any(isinstance(v, dict) for v in section.values()):
+            raise ValueError(f"its {name} are no mapping of plain values")
+
+
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """The keys in which two configurations differ, with both values; "absent" for a missing one.
 
