@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from linen_nnx.book.rules import RuleBook
     from linen_nnx.disk.convert import convert
     from linen_nnx.errors import Refusal
-    from linen_nnx.infer.suggest import suggest
     from linen_nnx.infer.twin import Twin, TwinError
     from linen_nnx.ladder.forms import VariablesError
     from linen_nnx.ladder.keys import DrawError
     from linen_nnx.ladder.ladder import Ladder, Part
     from linen_nnx.ladder.stage import Stage
+    from linen_nnx.ladder.suggest import suggest
     from linen_nnx.ladder.view import View
     from linen_nnx.proof.bisect import bisect
     from linen_nnx.proof.verify import verify
@@ -47,7 +47,7 @@ _HOMES = {
     "View": "ladder.view",
     "bisect": "proof.bisect",
     "convert": "disk.convert",
-    "suggest": "infer.suggest",
+    "suggest": "ladder.suggest",
     "verify": "proof.verify",
 }
 

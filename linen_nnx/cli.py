@@ -229,6 +229,8 @@ def _suggest(twin: str, out: str | None, as_json: bool) -> int:
             print(f"    likely, not proven: {_one_rule(known.likely)}")
     print("".join(f"\nnote     {note}" for note in book.notes))
     print(f"{len(book.rules)} rules, {len(book.unassigned)} leaves unassigned")
+    for pairing in book.draws:
+        print(f"{pairing.kind}: {len(pairing.pairs)} draws paired")
     if book.unassigned:
         print("write rules for those by hand; until then the book translates nothing")
         if out is not None and any(known.likely for known in book.unassigned.values()):
@@ -259,7 +261,7 @@ def _rule(entry: dict[str, Any]) -> tuple[str, str, str]:
 
 def _suggested(twin: str) -> Any:
     """The rule book of a twin."""
-    from linen_nnx.infer.suggest import suggest
+    from linen_nnx.ladder.suggest import suggest
 
     return suggest(_loaded(twin))
 

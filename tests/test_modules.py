@@ -31,7 +31,7 @@ def files(package: str) -> list[Path]:
 # What the package `linen_nnx` exports, by the package that it comes from.
 HOMES = {
     "Refusal": "errors",
-    "RuleError": "book", "RuleBook": "book", "convert": "disk", "suggest": "infer",
+    "RuleError": "book", "RuleBook": "book", "convert": "disk", "suggest": "ladder",
     "DrawError": "ladder", "Ladder": "ladder", "Part": "ladder", "Stage": "ladder",
     "VariablesError": "ladder", "View": "ladder",
     "Twin": "infer", "TwinError": "infer", "bisect": "proof", "verify": "proof",

@@ -17,7 +17,7 @@ from flax import nnx
 
 from linen_nnx.infer.twin import Twin
 
-_EVALUATION = {
+EVALUATION = {
     "deterministic": True,
     "train": False,
     "training": False,
@@ -86,7 +86,7 @@ def _flags(model: Any, inputs: tuple[Any, ...]) -> dict[str, bool]:
     names = list(parameters)[1 + len(inputs) :]  # behind `self` and the inputs
     return {
         name: value
-        for name, value in _EVALUATION.items()
+        for name, value in EVALUATION.items()
         if name in names and parameters[name].default is not value
     }
 

@@ -10,6 +10,7 @@ A model is one part, or several named ones that one function puts together. A mo
 bridged whole: ported at `nnx_in_linen`, not yet at `linen_in_nnx`.
 """
 
+import inspect
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,11 +28,13 @@ from linen_nnx.book.draws import Pairing
 from linen_nnx.book.ops import Side
 from linen_nnx.book.rules import RuleBook
 from linen_nnx.book.tree import flatten, unflatten
+from linen_nnx.infer.calls import complete
 from linen_nnx.infer.twin import Twin, TwinError, attempt
 from linen_nnx.ladder.calls import Call
 from linen_nnx.ladder.feed import feed
 from linen_nnx.ladder.forms import WHOLE, Book, Forms, Leaves
 from linen_nnx.ladder.keys import DrawError, aside, tag, watching
+from linen_nnx.ladder.modes import in_mode
 from linen_nnx.ladder.port import Port
 from linen_nnx.ladder.program import Program, trace
 from linen_nnx.ladder.roots import Bound, LinenPart, LinenRoot, NnxRoot
@@ -95,7 +98,8 @@ class Ladder:
         """A ladder over a twin, or over parts. Nothing is computed before it is needed.
 
         Args:
-          twin: the model, if it is one part.
+          twin: the model, if it is one part. Its `call_nnx` is used for calls whose arguments it
+            takes; the other calls are those of the Linen model, in its train or evaluation mode.
           rules: a rule book or its file; None: what `suggest` finds for the models.
           parts: the parts by name, if there are several.
           forward: `(parts, *args, **kwargs) -> outputs`, the model put together; it runs under both
@@ -206,7 +210,8 @@ class Ladder:
 
     def first_leaves(self) -> Leaves:
         """The leaves of the Linen model's init on the example; to be traced."""
-        init = self.twin.init_linen or (lambda module, key, *inputs: module.init(key, *inputs))
+        init = complete(self.twin).init_linen
+        assert init is not None
         return flatten(nn.unbox(init(self.linen, jax.random.key(0), *self.inputs)))
 
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -268,7 +273,7 @@ class Ladder:
         if self.forward is None:
 
             def method(model: Any, *args: Any, **kwargs: Any) -> Any:
-                return self._on_nnx(model, call)(*args, **kwargs)
+                return self._on_nnx(model, call, args, kwargs)
 
             options: dict[str, Any] = {"nnx_method": method}
             root = bridged[WHOLE]
@@ -302,13 +307,17 @@ class Ladder:
         """The call of an nnx root."""
         if self.forward is not None:
             return self.entry(call.method)(root, *call.args, **call.kwargs)
-        return self._on_nnx(root, call)(*call.args, **call.kwargs)
+        if isinstance(root, LinenPart):
+            return root(*call.args, method=call.method, **call.kwargs)
+        return self._on_nnx(root, call, call.args, call.kwargs)
 
-    def _on_nnx(self, model: Any, call: Call) -> Callable[..., Any]:
-        """The method of a whole nnx model that has the name of the Linen method."""
-        if call.method is None:
-            return model
-        return getattr(model, call.name)
+    def _on_nnx(self, model: Any, call: Call, args: Any, kwargs: Any) -> Any:
+        """The call of a whole nnx model: of the method with the name of the Linen method."""
+        own = self.twin.call_nnx
+        if own is not None and call.method is None and _takes(own, model, *args, **kwargs):
+            return own(model, *args, **kwargs)
+        method = model if call.method is None else getattr(model, call.name)
+        return in_mode(model, method, self.entry(call.method), args, kwargs)
 
     def program(self, call: Call) -> Program:
         """The keys that the Linen model draws in a call; Linen's own error where it has one."""
@@ -377,3 +386,12 @@ class Ladder:
             return {part: {} for part in forms}
         pairing = self.pairings.get(call.kind(self.entry(call.method)).kind)
         return None if pairing is None else feed(self, forms, call, pairing)
+
+
+def _takes(function: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
+    """Whether a function can be called with these arguments."""
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True

@@ -64,7 +64,13 @@ def search(ladder: "Ladder", call: Call) -> Findings:
 
 def _with_keys(ladder: "Ladder", call: Call) -> Call:
     """The call with a key for each stream that it names or that the Linen model asks for."""
-    asked: set[str] = {"params", *call.rngs}
+    asked = {"params", *call.rngs, *asked_for(ladder, call)}
+    return replace(call, rngs=dict.fromkeys(sorted(asked), _a_key()))
+
+
+def asked_for(ladder: "Ladder", call: Call) -> set[str]:
+    """The streams that the Linen model draws from in a call; it is traced, not run."""
+    asked: set[str] = set()
 
     def note(name: str, key: Array) -> Array:
         asked.add(name.split("/")[0])
@@ -76,7 +82,7 @@ def _with_keys(ladder: "Ladder", call: Call) -> Call:
 
     start = dict.fromkeys({"params", *call.rngs}, _a_key())
     jax.eval_shape(traced, ladder.at("linen").abstract(), call.arrays, start)
-    return replace(call, rngs=dict.fromkeys(sorted(asked), _a_key()))
+    return asked
 
 
 def _a_key() -> Any:

@@ -1,0 +1,58 @@
+"""Proposes a rule book for a twin: rules for its leaves, and the pairs of its random draws.
+
+    book = suggest(twin)
+    book.save("rules.yaml")      # each rule with its evidence; what is open, with its candidates
+
+The rules are those of `infer.suggest`. With them known, both models are run with dropout on, and
+their draws paired (`pairing.py`): for the twin's own call, in training.
+"""
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+from linen_nnx.book.rules import RuleBook
+from linen_nnx.errors import Refusal
+from linen_nnx.infer import suggest as rules
+from linen_nnx.infer.calls import EVALUATION
+from linen_nnx.infer.twin import Twin
+from linen_nnx.ladder.calls import Call
+from linen_nnx.ladder.ladder import Ladder
+from linen_nnx.ladder.search import asked_for
+
+
+def suggest(twin: Twin) -> RuleBook:
+    """The rules and the pairs of draws that the evidence proves; the rest in `unassigned`.
+
+    Raises:
+      TwinError: when a part of the twin cannot be built or called.
+    """
+    book = rules.suggest(twin)
+    if book.unassigned:
+        return book  # the port cannot be filled yet
+    notes: list[str] = []
+    ladder = Ladder(twin, book, say=notes.append)
+    try:
+        call = _training(ladder)
+        if asked_for(ladder, call) - {"params"}:
+            ladder.find_draws(call)
+    except Refusal as refusal:
+        notes.append(f"no draws are paired: {refusal}")
+    except Exception as error:  # the user's own model: whatever it raises is the reason
+        notes.append(f"no draws are paired: in training, {type(error).__name__}: {error}")
+    return RuleBook(book.rules, book.unassigned, ladder.pairings.values(), [*book.notes, *notes])
+
+
+def _training(ladder: Ladder) -> Call:
+    """The twin's own call with dropout on."""
+    function = ladder.entry(None)
+    bound = inspect.signature(function).bind_partial(None, *ladder.inputs)
+    for name in _flags(function):
+        bound.arguments[name] = not EVALUATION[name]
+    mutable: Any = ladder.at("linen").mutable or False
+    return Call(None, bound.args[1:], dict(bound.kwargs), {}, mutable)
+
+
+def _flags(function: Any) -> Iterator[str]:
+    """The arguments that say whether a call trains."""
+    return (name for name in inspect.signature(function).parameters if name in EVALUATION)
