@@ -27,7 +27,9 @@ reverse. Several may be composed.
                                             dtype are needed only where no target tree is given
     - {op: init, fill: constructor, shape: [8], dtype: float32, data: eJxjYA...}
                                             the same, with the numbers that the model's own
-                                            constructor gave it (`suggest` writes them)
+                                            constructor gave it (`suggest` writes them);
+                                            `collection` names what is no parameter: no optimizer
+                                            keeps anything of it
 
 Both sides name the same captures, save those that a `stack` takes away.
 """
@@ -315,6 +317,7 @@ _ARGUMENTS: dict[str, Callable[[Any], Any]] = {
     "stddev": _check(lambda v: _is_number(v) and v >= 0, "a number, 0 or more"),
     "seed": _check(lambda v: _is_int(v) and v >= 0, "an integer, 0 or more"),
     "shape": _check(lambda v: _is_ints(v, 0), "a list of lengths"),
+    "collection": _check(lambda v: isinstance(v, str) and bool(v), "the name of a collection"),
     "data": _check(lambda v: isinstance(v, str), "packed bytes, as `suggest` writes them"),
     "dtype": _check(_is_dtype, "the name of a dtype, such as float32"),
 }

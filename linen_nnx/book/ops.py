@@ -424,7 +424,8 @@ class Init:
     Filled on the way there, dropped on the way back. Shape and dtype come from the target tree,
     or from `shape` and `dtype` where none is given. `{op: init, fill: constructor, shape: [4, 2],
     dtype: float32, data: ...}` holds the numbers that the model's own constructor gives the leaf:
-    `packed` bytes, row by row, the lowest byte of each number first.
+    `packed` bytes, row by row, the lowest byte of each number first. `collection` says what a leaf
+    of nnx is, if it is no parameter: then no optimizer keeps anything of it.
     """
 
     fill: "Filling"
@@ -433,6 +434,7 @@ class Init:
     shape: tuple[int, ...] | None = None
     dtype: str | None = None
     data: str | None = None
+    collection: str | None = None
 
     @property
     def spec(self) -> Spec | None:

@@ -296,7 +296,9 @@ def _planned(
         if to == "linen":
             targets = tuple([Id(*path.split("/", 1)) for path in step.targets])
         else:
-            collection = sources[0].collection if sources else "params"
+            init = step.rule.init
+            known = init.collection if init is not None else None
+            collection = sources[0].collection if sources else known or "params"
             targets = tuple([Id(collection, path) for path in step.targets])
         known = {id.collection for id in sources} - {""}
         if known and len(known | {id.collection for id in targets}) > 1:

@@ -12,7 +12,7 @@ moves the kernel's leaf of every mirror as it moves the kernel.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from linen_nnx.book.ops import Action, Fill, Multiply, Spec
@@ -298,7 +298,7 @@ class Mirror:
         try:
             spec = self._kept(step.specs[0], id.path)
             one = fill if not self.in_optimizer else first_value(self.field, fill, spec)
-            filled = Fill(one.fill, one.stddev, one.seed, one.path, spec)
+            filled = replace(one, spec=spec)
         except Unknown as unknown:
             self._refuse(f"`{path}` {unknown}")
             return

@@ -13,10 +13,12 @@ SM3's maximum of each axis and NovoGrad's norm of each array have no such form: 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from linen_nnx.book.ops import (
     Action,
+    Agree,
+    Copies,
     Fill,
     Gather,
     Merge,
@@ -69,12 +71,20 @@ def shifted(actions: Sequence[Action], lead: Shape) -> tuple[Action, ...]:
         elif isinstance(action, Spread):
             result.append(Spread(action.kind, action.axis + count, action.sizes))
         elif isinstance(action, Permute):
-            result.append(Permute((*range(count), *(axis + count for axis in action.perm))))
+            result.append(Permute(_behind(count, action.perm)))
+        elif isinstance(action, Copies | Agree):
+            perms = tuple(perm if perm is None else _behind(count, perm) for perm in action.perms)
+            result.append(replace(action, perms=perms))
         elif isinstance(action, Reform):
             result.append(Reform(tuple((*lead, *shape) for shape in action.shapes)))
         else:
             result.append(action)
     return tuple(result)
+
+
+def _behind(count: int, perm: tuple[int, ...]) -> tuple[int, ...]:
+    """A permutation of axes that leaves some in front where they are."""
+    return (*range(count), *(axis + count for axis in perm))
 
 
 def common_lead(pairs: Sequence[tuple[Shape, Shape]]) -> Shape | None:
@@ -215,7 +225,7 @@ def first_value(field: str, fill: Fill, spec: Spec) -> Fill:
     `fill`: how the parameter itself is filled; `spec`: of what the field keeps of it.
     """
     if field in COPIES:
-        return Fill(fill.fill, fill.stddev, fill.seed, fill.path, spec)
+        return replace(fill, spec=spec)
     if field in ZEROS:
         return Fill("zeros", 1.0, 0, fill.path, spec)
     raise Unknown(f"starts with a value that is not known: `{field}` is no moment that starts at 0")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from linen_nnx.book.grammar import did_you_mean
-from linen_nnx.book.ops import Side
+from linen_nnx.book.ops import Copies, Side
 from linen_nnx.book.plan import RuleError
 from linen_nnx.book.rules import RuleBook
 from linen_nnx.disk.beside import (
@@ -234,6 +234,13 @@ def _notes(carried: Carried, state: State, target: Form, settled: bool) -> list[
         notes.append(
             "Linen keeps no random state: a model that has some is restored into "
             "`nnx.state(model, nnx.All(nnx.Variable, nnx.Not(nnx.RngState)))`"
+        )
+    copied = [s for s in carried.steps if any(isinstance(a, Copies) for a in s.actions)]
+    if optimizer and copied:
+        names = ", ".join(f"`{step.sources[0].path}`" for step in copied[:3])
+        notes.append(
+            f"the optimizer's state of {names} is copied to each of its homes; it was made by the "
+            "sum of their gradients (--reset-optimizer starts afresh)"
         )
     return notes
 

@@ -8,7 +8,7 @@ Each gets an `init` rule with the values that the model's own constructor gives 
 both models compute the same: that has been run.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -26,16 +26,18 @@ def addition(trace: Trace, path: str, why: str) -> Rule:
     leaf = trace.leaves[path]
     values = trace.constructed(path)
     known = _flat(values)
-    shape, dtype = tuple(leaf.shape), str(np.dtype(leaf.dtype))
+    form: dict[str, Any] = {"shape": tuple(leaf.shape), "dtype": str(np.dtype(leaf.dtype))}
+    if leaf.collection != "params" and trace.side == "nnx":
+        form["collection"] = leaf.collection  # a Linen path says it itself
     if known is not None:
-        op = Init(known, shape=shape, dtype=dtype)
+        op = Init(known, **form)
         what = f"filled with {known}, as its constructor does"
     elif values.nbytes <= _LARGEST or not trace.varies(path):
         data = values.astype(values.dtype.newbyteorder("<")).tobytes()
-        op = Init("constructor", shape=shape, dtype=dtype, data=packed(data))
+        op = Init("constructor", data=packed(data), **form)
         what = "filled with the numbers of its constructor"
     else:
-        op = Init("normal", stddev=float(values.std()), shape=shape, dtype=dtype)
+        op = Init("normal", stddev=float(values.std()), **form)
         what = "its constructor draws it at random: drawn anew, with the same spread"
     return _one_sided(trace.side, path, op, f"{why}; {what}")
 

@@ -171,8 +171,8 @@ def trace_linen(twin: Twin) -> Trace:
 def trace_nnx(twin: Twin) -> Trace:
     """Traces the nnx side. Raises `TwinError` naming the part of the twin that failed."""
     arrays, rebuild = _inputs(twin)
-    trains = twin.call_linen is not None and twin.call_nnx is None and _trains(twin)
-    call: Any = calls.complete(twin, trains).call_nnx
+    in_training = trains(twin)
+    call: Any = calls.complete(twin, in_training).call_nnx
     model = attempt("nnx(rngs) of the twin", _built, twin)
     layers = {joined(path): type(module) for path, module in nnx.iter_modules(model)}
     graphdef, random, variables, bare = nnx.split(model, nnx.RngState, nnx.Variable, ...)
@@ -201,12 +201,14 @@ def trace_nnx(twin: Twin) -> Trace:
         tuple(joined(path) for path, _ in nnx.to_flat_state(state)) for state in (bare, random)
     ]
     traced = _trace("nnx", forward, leaves, arrays, layers, *constants)
-    chosen = calls.of_nnx(twin, model, rebuild(arrays), trains)
+    chosen = calls.of_nnx(twin, model, rebuild(arrays), in_training)
     return replace(traced, construct=construct, chosen=chosen, kinds=kinds)
 
 
-def _trains(twin: Twin) -> bool:
-    """Whether the twin's own Linen call updates anything, as it does in training."""
+def trains(twin: Twin) -> bool:
+    """Whether nnx is to be called in train mode: the twin's own Linen call updates something."""
+    if twin.call_linen is None or twin.call_nnx is not None:
+        return False
     return bool(trace_linen(twin).updates)
 
 

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from linen_nnx.book.ops import Copy
+from linen_nnx.book.grammar import Rule
+from linen_nnx.book.ops import Agree, Copy
 from linen_nnx.book.rules import RuleBook
 from linen_nnx.infer.compress import Item
 from linen_nnx.infer.ground import Ground
@@ -51,7 +52,7 @@ class Trial:
         """Runs both sides; `fixed` has values for more leaves of nnx."""
         linen, nnx = self.ground.sides
         book = RuleBook([item.rule for item in items])
-        before = self._numbers(items)
+        before = equalised(book, self._numbers(items))
         ours = self.ground.values[0].copy()
         theirs = self.ground.values[1].copy()
         for path, array in before.items():
@@ -61,7 +62,7 @@ class Trial:
             theirs[nnx.trace.numbers[path]] = array
         one = run(linen, self.ground.inputs, ours, gradient)
         two = run(nnx, self.ground.inputs, theirs, gradient)
-        after = book.to_nnx({**before, **_together(items, one.updates)}, partial=True)
+        after = book.to_nnx(equalised(book, {**before, **one.updates}), partial=True)
         shared = [path for path in two.updates if path in after]
         gap = difference(
             [*one.outputs, *(after[path] for path in shared)],
@@ -89,26 +90,28 @@ class Trial:
         linen = self.ground.sides[0]
         translated = {path for item in items for path in item.linen}
         values = distinct(linen, self.ground.values[0], translated)
-        every = {path: values[ids] for path, ids in linen.trace.numbers.items()}
-        return {**every, **_together(items, every)}
+        return {path: values[ids] for path, ids in linen.trace.numbers.items()}
 
 
-def _together(items: Sequence[Item], leaves: Mapping[str, Array]) -> dict[str, Array]:
-    """Some Linen leaves, with equal values in those that a rule makes one leaf of nnx."""
+def equalised(book: RuleBook, leaves: Mapping[str, Array]) -> dict[str, Array]:
+    """Linen leaves, with equal values in those that a rule makes one leaf of nnx."""
     result = dict(leaves)
-    for item in items:
-        copying = any(isinstance(op, Copy) for op in item.rule.ops)
-        if copying and len(item.linen) > 1 and item.linen <= leaves.keys():
-            one = RuleBook([item.rule])
-            first = {item.rule.nnx[0].text: _home(item, leaves)}
-            result |= one.to_linen(first)
+    joining = [rule for rule in book.rules if joins(rule)]
+    if not joining:
+        return result
+    for step in RuleBook(joining).plan(leaves, "nnx", partial=True).steps:
+        for action in step.actions:
+            if isinstance(action, Agree) and len(step.actions) == 1:
+                one = _turned(leaves[step.sources[0]], action.perms[0])
+                for path, perm in zip(step.sources, action.perms, strict=True):
+                    result[path] = one if perm is None else one.transpose(np.argsort(perm))
     return result
 
 
-def _home(item: Item, leaves: Mapping[str, Array]) -> Array:
-    """What the one leaf of nnx holds if all its Linen homes are equal to the first."""
-    (op,) = item.rule.ops
-    assert isinstance(op, Copy)
-    first = leaves[item.rule.linen[0].text]
-    perm = op.perms[0] if op.perms else None
-    return first if perm is None else first.transpose(np.argsort(perm))
+def joins(rule: Rule) -> bool:
+    """Whether a rule makes several equal Linen leaves one of nnx."""
+    return len(rule.linen) > 1 and any(isinstance(op, Copy) for op in rule.ops)
+
+
+def _turned(array: Array, perm: tuple[int, ...] | None) -> Array:
+    return array if perm is None else array.transpose(perm)

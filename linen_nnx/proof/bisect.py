@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from linen_nnx.book.rules import RuleBook
+from linen_nnx.infer.ground import COMPARABLE
+from linen_nnx.infer.outputs import matched
 from linen_nnx.infer.run import lively
 from linen_nnx.infer.suggest import propose
 from linen_nnx.infer.trace import trace_linen, trace_nnx
@@ -102,6 +104,12 @@ def bisect(
         inputs.append(jnp.asarray(lively(array, number), array.dtype) if even else array)
         notes += [f"input {number} was all one value, which hides much: it got noise"] * even
     both = Half(linen, leaves[0], inputs), Half(nnx, leaves[1], inputs)
+    outputs = [[value.wide for value in half.outs] for half in both]
+    if order := matched(traces, (outputs[0], outputs[1]), COMPARABLE):
+        for half, places in zip(both, order.places, strict=True):
+            half.reorder(places)
+        notes += order.notes
+    notes += [*traces[0].chosen, *traces[1].chosen]
     found = _Comparison(both, mate)
     layers, first = found.layers()
     return Bisection(tuple(layers), first, tuple(lint(configs, found.modules())), (*notes, *more))

@@ -34,6 +34,11 @@ class Half:
         self.updated = {path for path, value in new.items() if not same(value.own, old[path].own)}
         self.leaves = {**old, **new}
 
+    def reorder(self, places: Sequence[int]) -> None:
+        """Puts the outputs in another order, and leaves some out."""
+        self.outs = [self.outs[place] for place in places]
+        self.compiled = [self.compiled[place] for place in places]
+
     @cached_property
     def above(self) -> dict[int, set[int]]:
         """For each use the uses that flow into it."""

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
-from linen_nnx.infer.trace import place
+from linen_nnx.infer import calls
+from linen_nnx.infer.trace import place, trains
 from linen_nnx.infer.twin import Twin
 
 Settings = dict[str, Any]
@@ -76,8 +77,9 @@ def _given(module: Any, args: Any, kwargs: Any) -> Settings:
 def watch(twin: Twin) -> tuple[Twin, Configs]:
     """A twin that notes the settings of its modules when it is called."""
     configs: Configs = {}, {}
-    call_linen = twin.call_linen or (lambda module, *given: module.apply(*given))
-    call_nnx = twin.call_nnx or (lambda model, *inputs: model(*inputs))
+    whole = calls.complete(twin, trains(twin))
+    call_linen: Any = whole.call_linen
+    call_nnx: Any = whole.call_nnx
 
     def linen(*given: Any) -> Any:
         def seen(call_next: Any, args: Any, kwargs: Any, context: Any) -> Any:

@@ -16,6 +16,7 @@ from linen_nnx.infer.dataflow import flow
 from linen_nnx.infer.run import distinct
 from linen_nnx.infer.sides import Side, in_order
 from linen_nnx.infer.trace import Trace
+from linen_nnx.infer.trial import equalised, joins
 from linen_nnx.proof.compare import spec
 
 Array = np.ndarray
@@ -38,6 +39,7 @@ def mates(linen: Side, nnx: Side, book: RuleBook) -> tuple[Array, list[str]]:
     where the two sides have the same forms in the same order.
     """
     rules = [rule for rule in book.rules if rule.linen and rule.nnx and rule.lossless]
+    rules = [rule for rule in rules if not joins(rule)]  # of two Linen leaves neither is the mate
     plan = RuleBook(rules).plan(linen.trace.leaves, "nnx", nnx.trace.leaves, partial=True)
     mate = np.full(nnx.owner.size, -1)
     for path, numbers in plan.run(linen.trace.numbers).items():
@@ -73,7 +75,7 @@ def weights(
     for side in (linen, nnx):
         _check(side, found.get(side.trace.side, side.trace.leaves))
     notes: list[str] = []
-    found = found or {"linen": random_leaves(linen)}
+    found = found or {"linen": equalised(book, random_leaves(linen))}
     if "nnx" not in found:
         found["nnx"] = _carried(linen, nnx, found["linen"], book, mate, notes)
     elif "linen" not in found:

@@ -10,19 +10,23 @@ they differ by is the rounding of each. Anything else fails, and so does any NaN
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from linen_nnx.book.ops import Action, Fill, Multiply
+from linen_nnx.book.ops import Action, Agree, Copies, Fill, Multiply
 from linen_nnx.book.plan import RuleError
 from linen_nnx.book.rules import RuleBook
 from linen_nnx.disk.conversion import Conversion
 from linen_nnx.disk.sources import Reader
 from linen_nnx.disk.state import OPTIMIZER, Id, State
 from linen_nnx.disk.store import Leaf
+from linen_nnx.errors import Refusal
+from linen_nnx.infer.ground import COMPARABLE
+from linen_nnx.infer.jaxprs import holds
+from linen_nnx.infer.outputs import matched
 from linen_nnx.infer.run import lively
 from linen_nnx.infer.suggest import propose
 from linen_nnx.infer.trace import Trace
@@ -31,6 +35,7 @@ from linen_nnx.proof.subject import Arrays, Subject
 from linen_nnx.proof.verify import Check
 
 Array = np.ndarray
+_Both = tuple[Arrays, Arrays]
 _STEP_ULPS = 16  # of an optimizer's step on equal gradients: sums over leaves in another order
 _BLIND = 1e-10  # of the median gradient
 _SHOWN = 8
@@ -47,6 +52,23 @@ class _Route:
     @property
     def lossless(self) -> bool:
         return not any(isinstance(action, Multiply | Fill) for action in self.actions)
+
+    @property
+    def joins(self) -> bool:
+        """Whether several equal leaves become one."""
+        return any(isinstance(action, Agree) for action in self.actions)
+
+    @property
+    def copies(self) -> bool:
+        """Whether one leaf becomes several equal ones."""
+        return any(isinstance(action, Copies) for action in self.actions)
+
+    def run(self, arrays: Sequence[Array]) -> list[Array]:
+        """The targets from the sources."""
+        parts = list(arrays)
+        for action in self.actions:
+            parts = action.run(parts)
+        return parts
 
 
 class _Bound(NamedTuple):
@@ -91,18 +113,21 @@ def prove(
         twin is named.
     """
     fits = _fits(before, conversion.state) + _fits(after, result)
-    yield Check(
-        "leaves, as the models' code has them", not fits, fits or _random_state(after, result)
-    )
+    chosen = (*before.trace.chosen, *after.trace.chosen)
+    known = fits or (*_random_state(after, result), *chosen)
+    yield Check("leaves, as the models' code has them", not fits, known)
     if fits:
         return
-    pair = _Pair(before, after, _routes(conversion, result))
     old, new = _load(conversion.state, conversion.source.reader), _load(result, reader)
-    random = _randomised(before, old, pair.routes)
     given = before.trace.inputs
+    before, after, notes = _in_one_order((before, after), (old, new), given)
+    pair = _Pair(before, after, _routes(conversion, result))
+    random = _randomised(before, old, pair.routes)
     noisy = [lively(array, seed) for seed, array in enumerate(given)]
     finite = all(np.isfinite(out).all() for out in before.forward(random, noisy)[0].values())
     inputs = noisy if finite else given
+    if notes:
+        yield Check("outputs, one with the other", True, notes)
     cases = (
         _Case("the checkpoint's weights", old, new, given),
         _Case("randomised weights", random, {**new, **pair.translated(random)}, inputs),
@@ -135,11 +160,33 @@ class _Pair:
         for route in self.routes:
             known = all(key in arrays for key in route.sources)
             if known and (route.lossless or not lossless):
-                parts = [arrays[key] for key in route.sources]
-                for action in route.actions:
-                    parts = action.run(parts)
+                parts = route.run([arrays[key] for key in route.sources])
                 result.update(zip(route.targets, parts, strict=True))
         return result
+
+    def gradients_of(self, ours: Mapping[Id, Array], theirs: Mapping[Id, Array]) -> _Both:
+        """Both gradients of what keeps its bits, by the names of the result's leaves.
+
+        Where one leaf is several on the other side, the sum of theirs is its own.
+        """
+        left: Arrays = {}
+        right: Arrays = {}
+        for route in self.routes:
+            sources = [ours[key] for key in route.sources if key in ours]
+            targets = [theirs[key] for key in route.targets if key in theirs]
+            whole = len(sources) == len(route.sources) and len(targets) == len(route.targets)
+            if not whole or not route.lossless or not sources:
+                continue
+            if route.joins:
+                sources = [_summed(route, sources)]
+            elif route.copies:
+                targets = [_added_up(route, sources, targets)]
+                sources = [np.concatenate([source.ravel() for source in sources])]
+            else:
+                sources = route.run(sources)
+            left.update(zip(route.targets, sources, strict=False))
+            right.update(zip(route.targets, targets, strict=False))
+        return left, right
 
     def forward(self, case: _Case) -> Check:
         """Compares outputs, and the new values of all that either call updates."""
@@ -155,18 +202,43 @@ class _Pair:
         return _judge(f"forward pass, {case.name}", both, self.before.exact, _FORWARD)
 
     def gradients(self, case: _Case, blind: set[Id]) -> Check:
-        """Compares the gradients of all leaves but the blind, which have none but rounding."""
+        """Compares the gradients of all leaves but the blind, which have none but rounding.
 
-        def both(wide: bool) -> tuple[Arrays, Arrays]:
-            slopes = self.before.gradient(case.left, case.inputs, wide)
-            ours = self.translated(slopes, lossless=True)
-            theirs: Arrays = {**self.after.gradient(case.right, case.inputs, wide)}
-            shared = [key for key in ours if key in theirs and key not in unseen]
-            return {key: ours[key] for key in shared}, {key: theirs[key] for key in shared}
-
+        What one side alone freezes is compared as if neither did, and named.
+        """
         all_blind = (route for route in self.routes if {*route.sources} <= blind)
         unseen = {key for route in all_blind for key in route.targets}
-        return _judge(f"gradients, {case.name}", both, self.before.exact, _GRADIENT)
+
+        def both(wide: bool, plain: bool = False) -> _Both:
+            ours = self.before.gradient(case.left, case.inputs, wide, plain=plain)
+            theirs = self.after.gradient(case.right, case.inputs, wide, plain=plain)
+            left, right = self.gradients_of(ours, theirs)
+            return _without(left, unseen), _without(right, unseen)
+
+        frozen = self._frozen(both)
+        unseen |= frozen.keys()
+        name = f"gradients, {case.name}"
+        check = _judge(name, both, self.before.exact, _GRADIENT)
+        return replace(check, details=(*check.details, *frozen.values()))
+
+    def _frozen(self, both: Callable[[bool, bool], _Both]) -> dict[Id | str, str]:
+        """The leaves whose gradients differ by `stop_gradient` alone, each with a sentence."""
+        if not any(holds(s.trace.jaxpr, "stop_gradient") for s in (self.before, self.after)):
+            return {}
+        left, right = both(True, False)
+        real = _gaps(left, right, _GRADIENT.floor)
+        plain = _gaps(*both(True, True), _GRADIENT.floor)
+        sides = self.before.trace.side, self.after.trace.side
+        found: dict[Id | str, str] = {}
+        for key, gap in real.items():
+            if gap > _GRADIENT.relative >= plain[key]:
+                still = [not array[key].any() for array in (left, right)]
+                what = f"only {sides[still[0]]} trains it" if any(still) else "both train it"
+                found[key] = (
+                    f"`{_name(key)}`: {what}, as `stop_gradient` stands elsewhere on the two "
+                    "sides; without it the gradients are equal"
+                )
+        return found
 
     def optimizer(self, case: _Case) -> Iterator[Check]:
         """Compares one step on equal gradients, and the same from a fresh optimizer."""
@@ -174,6 +246,10 @@ class _Pair:
         before, after = self.before, self.after
         if before.step is None or after.step is None:
             yield Check(name, None, ("say what trained it: Twin(..., optimizer=...)",))
+            return
+        if any(route.joins for route in self.routes):
+            why = "two leaves become one, whose gradient is the sum of theirs: no step is the same"
+            yield Check(name, None, (why,))
             return
         slopes = before.gradient(case.left, case.inputs)
         moved = self.translated(slopes, lossless=True)
@@ -194,6 +270,54 @@ class _Pair:
         both = self.translated(ours), theirs
         yield _judge(name, lambda wide: both, before.exact)
         yield _control(case.left, ours, fresh)
+
+
+def _summed(route: _Route, sources: Sequence[Array]) -> Array:
+    """The sum of what several leaves hold, in the form of the one that they become."""
+    (agree,) = (action for action in route.actions if isinstance(action, Agree))
+    pairs = zip(sources, agree.perms, strict=True)
+    return np.asarray(sum(a if perm is None else a.transpose(perm) for a, perm in pairs))
+
+
+def _added_up(route: _Route, sources: Sequence[Array], targets: Sequence[Array]) -> Array:
+    """(elements,): for each element of a source the sum of what its copies hold."""
+    ends = np.cumsum([0, *(source.size for source in sources)])
+    numbers = [
+        np.arange(start, start + source.size).reshape(source.shape)
+        for start, source in zip(ends, sources, strict=False)
+    ]
+    total = np.zeros(ends[-1], targets[0].dtype)
+    for places, target in zip(route.run(numbers), targets, strict=True):
+        np.add.at(total, places.ravel(), target.ravel())
+    return total
+
+
+def _without(arrays: Arrays, keys: set[Id | str]) -> Arrays:
+    return {key: array for key, array in arrays.items() if key not in keys}
+
+
+def _in_one_order(
+    subjects: tuple[Subject, Subject], states: tuple[Arrays, Arrays], inputs: Sequence[Any]
+) -> tuple[Subject, Subject, tuple[str, ...]]:
+    """Both subjects with their outputs in one order, where they return them in other containers."""
+    traces = [subject.trace for subject in subjects]
+    if traces[0].outputs == traces[1].outputs or traces[0].side == traces[1].side:
+        return (*subjects, ())
+    swapped = traces[0].side == "nnx"  # the notes speak of Linen first
+    order = slice(None, None, -1) if swapped else slice(None)
+    outputs = [
+        list(subject.forward(state, inputs, wide=True)[0].values())
+        for subject, state in zip(subjects, states, strict=True)
+    ]
+    (one, two), (ours, theirs) = traces[order], outputs[order]
+    found = matched((one, two), (ours, theirs), COMPARABLE)
+    if found is None:
+        return (*subjects, ())
+    before, after = (
+        replace(subject, trace=subject.trace.with_outputs(places))
+        for subject, places in zip(subjects, found.places[order], strict=True)
+    )
+    return before, after, found.notes
 
 
 def _control(old: Arrays, carried: Arrays, fresh: Arrays) -> Check:
@@ -282,7 +406,19 @@ def _randomised(subject: Subject, state: Arrays, routes: Sequence[_Route]) -> Ar
         else:
             values = random.normal(size=leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1]))
         result[id] = np.asarray(values, state[id].dtype)
+    for route in routes:
+        if route.joins:
+            result.update(zip(route.sources, _equal(route, result), strict=True))
     return result
+
+
+def _equal(route: _Route, arrays: Arrays) -> list[Array]:
+    """The leaves that become one, each equal to the first."""
+    (agree,) = (action for action in route.actions if isinstance(action, Agree))
+    homes = [arrays[key] for key in route.sources]
+    perm = agree.perms[0]
+    one = homes[0] if perm is None else homes[0].transpose(perm)
+    return [one if perm is None else one.transpose(np.argsort(perm)) for perm in agree.perms]
 
 
 def _sight(subject: Subject, state: Arrays, inputs: Sequence[Any]) -> tuple[set[Id], Check]:
@@ -319,7 +455,7 @@ def _suspects(linen: Trace, nnx: Trace, book: RuleBook) -> Check:
         known = propose(linen, nnx)
         ours = RuleBook([r for r in book.rules if r.lossless]).to_nnx(numbers, partial=True)
         theirs = known.to_nnx(numbers, partial=True)
-    except RuleError as error:
+    except Refusal as error:
         return Check(name, None, (str(error),))
     names = [path for path in numbers if numbers[path].size]
     starts = [numbers[path].flat[0] for path in names]

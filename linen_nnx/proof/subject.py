@@ -69,17 +69,24 @@ class Subject:
         return {f"output {k}": out for k, out in enumerate(outs[:count])}, dict(updates)
 
     def gradient(
-        self, state: Arrays, inputs: Sequence[Any], wide: bool = False, updates: bool = False
+        self,
+        state: Arrays,
+        inputs: Sequence[Any],
+        wide: bool = False,
+        updates: bool = False,
+        plain: bool = False,
     ) -> dict[Id, Array]:
         """The gradient of a random projection of all outputs by every leaf of floats.
 
-        `wide`: in float64; `updates`: as if what the call updates were outputs, too.
+        `wide`: in float64; `updates`: as if what the call updates were outputs, too; `plain`: in
+        float64, as if the model had no `stop_gradient`.
         """
         count = len(self.trace.jaxpr.out_avals) if updates else self.trace.count
         with jax.enable_x64(wide):
             values = self._arguments(state, inputs, wide)
             leaves, given = values[: len(self.leaves)], values[len(self.leaves) :]
             pull = self.trace.pull_wide if wide else self._jitted_pull
+            pull = self.trace.pull_plain if plain else pull
             _, slopes = pull(leaves, given, count)
             found = zip(self.leaves, leaves, slopes, strict=True)
             return {id: np.asarray(slope) for id, leaf, slope in found if _is_float(leaf)}

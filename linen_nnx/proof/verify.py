@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from linen_nnx.book.ops import Mismatch
 from linen_nnx.book.plan import RuleError
 from linen_nnx.book.reading import read_json
 from linen_nnx.disk import checked, digests
@@ -273,10 +274,14 @@ def _different(
             continue
         for job in batch:
             arrays = [next(old) for _ in job.change.sources]
-            for action in job.change.actions:
-                arrays = action.run(arrays)
-            for expected, leaf in zip(arrays, job.targets, strict=True):
-                array = next(new)
+            there = [next(new) for _ in job.targets]
+            try:
+                for action in job.change.actions:
+                    arrays = action.run(arrays)
+            except Mismatch as mismatch:  # homes of one leaf that are not equal
+                yield f"{', '.join(leaf.path for leaf in job.change.sources)}: {mismatch}"
+                continue
+            for expected, array, leaf in zip(arrays, there, job.targets, strict=True):
                 same = expected.dtype == array.dtype and expected.shape == array.shape
                 if not same or expected.tobytes() != array.tobytes():
                     yield f"`{leaf.path}` differs from {[s.path for s in job.change.sources]}"
