@@ -35,6 +35,7 @@ from linen_nnx.ladder.feed import feed
 from linen_nnx.ladder.forms import WHOLE, Book, Forms, Leaves
 from linen_nnx.ladder.keys import DrawError, aside, tag, watching
 from linen_nnx.ladder.modes import in_mode
+from linen_nnx.ladder.move import move
 from linen_nnx.ladder.port import Port
 from linen_nnx.ladder.program import Program, trace
 from linen_nnx.ladder.roots import Bound, LinenPart, LinenRoot, NnxRoot
@@ -223,6 +224,34 @@ class Ladder:
     def translate(self, leaves: Mapping[str, Any], source: str, target: str) -> Leaves:
         """`{"collection/path": leaf}` of one stage as another stage holds it."""
         return self.book.translate(leaves, self.forms(source), self.forms(target))
+
+    def move(self, tree: Any, source: str, target: str) -> Any:
+        """A whole training state at another stage: any pytree, such as a `TrainState`.
+
+        Each subtree that mirrors the model is translated (parameters, statistics, moments,
+        averages), as `convert` does on disk; containers keep their types; the rest stays as it is.
+
+        Raises:
+          RuleError: with everything that has no home, or may not go along as it is.
+
+        Example:
+          >>> import jax, jax.numpy as jnp, optax
+          >>> from flax import linen as nn, nnx
+          >>> from linen_nnx import Ladder, Twin
+          >>> class Port(nnx.Module):
+          ...     def __init__(self, *, rngs):
+          ...         self.out = nnx.Linear(2, 3, use_bias=False, rngs=rngs)
+          ...     def __call__(self, x):
+          ...         return self.out(x)
+          >>> twin = Twin(linen=lambda: nn.Dense(3, use_bias=False),
+          ...             nnx=lambda rngs: Port(rngs=rngs), inputs=lambda: (jnp.ones((1, 2)),))
+          >>> state = optax.trace(0.9).init({"kernel": jnp.ones((2, 3))})
+          >>> moved = Ladder(twin).move(state, "linen", "nnx")
+          >>> type(moved).__name__, jax.tree.map(jnp.shape, moved.trace)
+          ('TraceState', {'out': {'kernel': (2, 3)}})
+        """
+        before, after = self.at(source).forms, self.at(target).forms
+        return tree if before == after else move(self.book, tree, before, after, target, self.say)
 
     def entry(self, method: Any) -> Callable[..., Any]:
         """The function `(module or parts, *args, **kwargs)` that a method is.
