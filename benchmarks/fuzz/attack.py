@@ -85,17 +85,30 @@ class Attack:
         """One input."""
         sample, file, damage, words = self._choose(number)
         random = Random(f"{self.seed} {number} damage")
-        file.write_bytes(damage(random, self.intact[file]))
+        damaged = damage(random, self.intact[file])
+        file.unlink()
+        if isinstance(damaged, bytes):
+            file.write_bytes(damaged)
+        else:
+            damaged(file)
         with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
             measured = _measured(words)
         if say:
             print(" ".join(words), out.getvalue(), measured, sep="\n")
-        file.write_bytes(self.intact[file])
+        self._restore(file)
         shutil.rmtree(self.folder / "out", ignore_errors=True)
         left = [path.name for path in self.folder.iterdir() if path.name.endswith(".partial")]
         if left and not measured["fault"]:
             measured["fault"] = f"left behind: {left}"
         return Outcome(number, _described(sample, file, damage, words), **measured)
+
+    def _restore(self, file: Path) -> None:
+        """Puts a file back as it was, whatever lies in its place."""
+        if file.is_dir() and not file.is_symlink():
+            file.rmdir()
+        else:
+            file.unlink(missing_ok=True)
+        file.write_bytes(self.intact[file])
 
     def _choose(self, number: int) -> tuple[Sample, Path, Any, list[str]]:
         """The file that an input damages, how, and the command that reads it."""

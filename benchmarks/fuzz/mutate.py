@@ -6,7 +6,10 @@ have a checksum or are compressed are damaged below it, so that the damage gets 
 
 import copy
 import json
+import os
 import struct
+from collections.abc import Callable
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -17,6 +20,32 @@ _ODD = (
     [], {}, [[]], [-1], [2**62, 2**62], {"": ""}, [None], ["params"], {"a": {"b": 1}},
 )  # fmt: skip
 _LONG = 100_000  # of a nesting, or of a text, that is to be too long
+
+
+Replacement = Callable[[Path], object]
+"""What puts something else in the place of a file that was there."""
+
+
+def strange(random: Random, data: bytes) -> Replacement:
+    """No file, or something that is none; now and then a sparse file of a terabyte."""
+    return random.choice((_nothing, os.mkfifo, os.mkdir, _device, _loop, _sparse))
+
+
+def _nothing(path: Path) -> None:
+    """A file that was lost."""
+
+
+def _device(path: Path) -> None:
+    path.symlink_to(f"/dev/{'zero' if len(path.name) % 2 else 'null'}")
+
+
+def _loop(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+def _sparse(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 1 << 40)
 
 
 def bytes_(random: Random, data: bytes) -> bytes:

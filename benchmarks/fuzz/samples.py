@@ -27,11 +27,13 @@ from linen_nnx.disk.convert import convert
 from linen_nnx.disk.state import STAGES
 from linen_nnx.disk.store import DICT, Key, Leaf, fresh_metadata, write_side_files
 
-Damage = Callable[[Random, bytes], bytes]
+Damage = Callable[[Random, bytes], bytes | mutate.Replacement]
 _BOOK = {
     "version": 1,
     "rules": [
-        {"linen": "params/encoder/{leaf}", "nnx": "encoder/{leaf}"},
+        {"linen": "params/encoder/kernel", "nnx": "encoder/kernel",
+         "ops": [{"op": "transpose", "perm": [1, 0]}]},
+        {"linen": "params/encoder/bias", "nnx": "encoder/bias"},
         {"linen": "params/head/{i}/kernel", "nnx": "head/kernel",
          "ops": [{"op": "stack", "capture": "i", "axis": 0}], "note": "stacked"},
     ],
@@ -39,7 +41,10 @@ _BOOK = {
 _STAGE = next(iter(STAGES))
 _TREE = {
     "params": {
-        "encoder": {"kernel": np.arange(600, dtype="float32"), "bias": np.ones(3, "bfloat16")},
+        "encoder": {
+            "kernel": np.arange(600, dtype="float32").reshape(30, 20),
+            "bias": np.ones(3, "bfloat16"),
+        },
         "head": {str(i): {"kernel": np.full((2, 3), i, "float32")} for i in range(2)},
     },
     "step": np.int64(7),
@@ -56,7 +61,7 @@ class Sample:
 
     def add(self, path: Path, *damages: Damage) -> None:
         """Has a file damaged, among others byte by byte."""
-        self.files[path] = (*damages, mutate.bytes_)
+        self.files[path] = (*damages, mutate.bytes_, mutate.strange)
 
 
 def make(folder: Path) -> list[Sample]:
@@ -87,8 +92,8 @@ def _leaves(zarr3: bool = False, chunk: int | None = None) -> list[tuple[Leaf, A
     for names, array in _walk(_TREE, ()):
         spec = Spec(tuple(array.shape), str(array.dtype))
         metadata = fresh_metadata(spec, zarr3)
-        if chunk and not zarr3 and array.shape == (600,):
-            metadata["chunks"] = [chunk]
+        if chunk and not zarr3 and array.shape == (30, 20):
+            metadata["chunks"] = [chunk, 20]
         keys = tuple(Key(name, DICT) for name in names)
         sharding = json.dumps({"sharding_type": "SingleDeviceSharding", "partition_spec": ["x"]})
         leaf = Leaf(keys, "jax.Array", metadata, sharding=sharding, write_shape=tuple(array.shape))
@@ -109,7 +114,7 @@ def _item(folder: Path, in_tree: bool, zarr3: bool = False) -> None:
     if in_tree:
         config = {"max_inline_value_bytes": 400}  # metadata, and no large array
         base = {"driver": "ocdbt", "base": base, "config": config}
-    leaves = _leaves(zarr3, chunk=None if in_tree else 150)
+    leaves = _leaves(zarr3, chunk=None if in_tree else 8)
     for leaf, array in leaves:
         spec = {"driver": "zarr3" if zarr3 else "zarr", "metadata": leaf.zarr}
         store = ts.KvStore.open(base).result() / f"{leaf.name}/"

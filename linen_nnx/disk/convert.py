@@ -28,6 +28,7 @@ from linen_nnx.errors import Refusal
 
 _SPARE = 16 << 20  # bytes of room for the new tree and the side files
 _METRICS = "metrics.jsonl"  # which a run directory takes along as it is
+_RUN_METADATA = Path("run", "metadata")
 _ORBAX_META = "_CHECKPOINT_METADATA"
 
 
@@ -148,6 +149,7 @@ def _check_target(path: Path, out: Path, conversions: list[Conversion], link: bo
         raise TargetError(f"{out} lies inside the source, which stays as it is: choose another")
     items = [part for conversion in conversions for part in conversion.parts]
     copied = 0 if link else sum(item.bytes_stored for item in items)
+    copied += sum(_taken_along(path, conversion, link) for conversion in conversions)
     needed = _SPARE + copied + sum(item.bytes_streamed for item in items)
     free = shutil.disk_usage(parent).free
     if free < needed:
@@ -155,6 +157,17 @@ def _check_target(path: Path, out: Path, conversions: list[Conversion], link: bo
             f"{parent} has {free / 1e9:.2f} GB free, the conversion needs {needed / 1e9:.2f} GB"
             + ("" if link else ": make room, or use --link on the source's file system")
         )
+
+
+def _taken_along(path: Path, conversion: Conversion, link: bool) -> int:
+    """Bytes of the files beside the items, which a result takes along as they are."""
+    source = conversion.source
+    folders = [] if link else [child for child in source.beside if child.is_dir()]
+    files = [file for folder in folders for file in files_below(folder)]
+    files += [child for child in source.beside if child.is_file()]
+    files += [file for item in source.paths for file in item.iterdir() if file.is_file()]
+    files += [path / _METRICS] if source.kind == "run" and (path / _METRICS).is_file() else []
+    return sum(file.stat().st_size for file in files)
 
 
 def _write(conversion: Conversion, folder: Path, placer: Placer) -> None:
@@ -258,8 +271,11 @@ def _carry_along(conversion: Conversion, folder: Path, placer: Placer) -> None:
         config = {**source.run["config"], "stage": stage}
         book = conversion.book.to_dict()  # the one that is beside it, too
         content = {**source.run, "config": config, "stage": stage, "rules": book}
-        shutil.copytree(source.folder / "run", folder / "run")
-        (folder / "run" / "metadata").write_text(json.dumps(content))
+        for file in files_below(source.folder / "run"):
+            if file.relative_to(source.folder) != _RUN_METADATA:
+                placer.place(file, folder / file.relative_to(source.folder))
+        (folder / _RUN_METADATA).parent.mkdir(exist_ok=True)
+        (folder / _RUN_METADATA).write_text(json.dumps(content))
     _rename_handlers(folder, source)
 
 
