@@ -271,3 +271,14 @@ def test_what_is_carried_along_and_is_no_file_is_refused(source, tmp_path, make)
     with pytest.raises(ValueError, match="strange is neither a file nor a folder"):
         convert(tmp_path / "root", tmp_path / "nnx", "nnx")
     assert os.listdir(tmp_path) == ["root"]
+
+
+def test_a_side_file_that_fits_on_no_disk_is_refused_and_not_copied(source, tmp_path):
+    step = tmp_path / "root" / "3"
+    shutil.copytree(source, step / "default")
+    shutil.copyfile(source / "rules.yaml", step / "rules.yaml")
+    (step / "notes.txt").touch()
+    os.truncate(step / "notes.txt", 1 << 43)  # without a block on disk
+    with pytest.raises(TargetError, match="GB free, the conversion needs"):
+        convert(tmp_path / "root", tmp_path / "nnx", "nnx")
+    assert os.listdir(tmp_path) == ["root"]
