@@ -1,6 +1,7 @@
 """A conversion removes and replaces nothing that is not its own, whatever lies in its way."""
 
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -8,7 +9,7 @@ import threading
 
 import numpy as np
 import pytest
-from convert_helpers import make_socket, restore, save_small
+from convert_helpers import make_socket, restore, save, save_small
 
 from linen_nnx.cli import main
 from linen_nnx.disk import digests, placing, transaction
@@ -213,6 +214,23 @@ def test_a_full_disk_is_one_message_and_leaves_nothing(source, other_disk, capsy
     assert os.listdir(other_disk) == ["ballast"]
     assert main(["run", str(source), str(other_disk / "nnx"), "--to", "nnx"]) == 1
     assert "GB free, the conversion needs" in capsys.readouterr().err
+
+
+def test_a_disk_that_fills_while_leaves_are_rewritten_is_one_message(
+    tmp_path, other_disk, monkeypatch, capsys
+):
+    noise = np.random.default_rng(0).standard_normal((1024, 2048), np.float32)
+    save(tmp_path / "linen", {"params": {"a": {"kernel": noise}}})
+    turn = {"linen": "params/a/kernel", "nnx": "b", "ops": [{"op": "transpose", "perm": [1, 0]}]}
+    (tmp_path / "rules").write_text(json.dumps({"version": 1, "rules": [turn]}))
+    (other_disk / "ballast").write_bytes(bytes(20 << 20))
+    roomy = shutil.disk_usage(other_disk)._replace(free=1 << 40)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: roomy)
+    words = ["--to", "nnx", "--rules", str(tmp_path / "rules")]
+    assert main(["run", str(tmp_path / "linen"), str(other_disk / "nnx"), *words]) == 1
+    error = capsys.readouterr().err
+    assert f"{other_disk / 'nnx'}: No space left on device; nothing of the result is left" in error
+    assert os.listdir(other_disk) == ["ballast"]
 
 
 def test_a_failing_disk_is_one_message_that_names_both_files(source, target, monkeypatch, capsys):

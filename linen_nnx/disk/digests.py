@@ -59,7 +59,8 @@ def write(directory: str | Path, known: Mapping[str, Digest] = MappingProxyType(
     files = {p: known[p] if p in known else hash_file(directory / p) for p in _files(directory)}
     content = {"version": 1, "algorithm": _ALGORITHM, "files": files}
     partial = directory / f".{NAME}.partial"
-    with partial.open("w") as file:
+    partial.unlink(missing_ok=True)  # of a killed process, or a link, which is not written through
+    with partial.open("x") as file:
         json.dump(content, file, indent=0)
         file.flush()
         os.fsync(file.fileno())

@@ -279,8 +279,14 @@ def _leaf(_: str, entry: Any) -> _Entry:
 
 def _key(entry: Any) -> Key:
     key, kind = checked.field(entry, "key"), checked.field(entry, "key_type")
-    text = str(checked.integer(key, 0, _INDEX)) if type(key) is int else checked.name(key)
-    return make_key(text, checked.integer(kind, SEQUENCE, DICT))
+    if type(key) is int:
+        key = str(checked.integer(key, 0, _INDEX))
+    return _named_key(checked.text(key), checked.integer(kind, SEQUENCE, DICT))
+
+
+@cache  # most keys of a tree recur
+def _named_key(text: str, kind: int) -> Key:
+    return make_key(checked.name(text), kind)
 
 
 def _write_shape(entry: dict[str, Any]) -> tuple[int, ...] | None:
