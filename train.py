@@ -44,5 +44,14 @@ def check_model(model: Mapping[str, Any]) -> None:
     create(model)
 
 
+def check_optimizer(optimizer: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` for transformations and arguments that optax does not have."""
+    from training.optimizer import check
+
+    check(optimizer)
+
+
+CHECKS = {"model": check_model, "optimizer": check_optimizer}
+
 if __name__ == "__main__":
-    cli.run(main, check_model)
+    cli.run(main, CHECKS)

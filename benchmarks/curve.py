@@ -30,7 +30,7 @@ SMALL = (
 
 def train(run_dir: Path, *overrides: str) -> list[bytes]:
     """Trains; returns the rows of metrics.jsonl."""
-    cfg = cli.compose(*SMALL, f"run_dir={run_dir}", *overrides, check_model=families.create)
+    cfg = cli.compose(*SMALL, f"run_dir={run_dir}", *overrides, checks={"model": families.create})
     loop.train(cfg)
     return (run_dir / "metrics.jsonl").read_bytes().splitlines()
 

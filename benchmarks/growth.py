@@ -46,7 +46,7 @@ def step(axis: str, value: int) -> dict[str, float]:
     from training.state import Program
 
     change = f"mesh.fsdp={value}" if axis == "devices" else f"model.{axis}={value}"
-    cfg = cli.compose(*BASE, change, check_model=families.create)
+    cfg = cli.compose(*BASE, change, checks={"model": families.create})
     family = families.create(cfg.model)
     example = next(data.train_iterator(datasets.load(cfg.data), cfg.data))
     layout = mesh.create(cfg.mesh, cfg.data.batch)
@@ -73,7 +73,7 @@ def suggestion(blocks: int) -> dict[str, float]:
     from model import families
     from training import cli
 
-    cfg = cli.compose(*BASE, f"model.depth={blocks}", check_model=families.create)
+    cfg = cli.compose(*BASE, f"model.depth={blocks}", checks={"model": families.create})
     family = families.create(cfg.model)
     options: Any = family.cfg
     linen, nnx = family.twin("linen"), family.twin("nnx")

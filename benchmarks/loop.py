@@ -77,7 +77,7 @@ def whole_loop(folder: Path, steps: int) -> tuple[float, list[float]]:
         f"stop_at={WARM + steps + 1}",
         "eval.every=100000",
         "log.progress=true",
-        check_model=families.create,
+        checks={"model": families.create},
     )
     with watched() as (begins, waits):
         loop.train(cfg)

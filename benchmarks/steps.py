@@ -44,7 +44,7 @@ Step = Callable[[], jax.Array]
 
 def program(overrides: list[str], stage: str) -> tuple[Config, Program, dict[str, Any]]:
     """A run's program at a stage, and one batch of its data on the device."""
-    cfg = cli.compose(*overrides, f"stage={stage}", check_model=families.create)
+    cfg = cli.compose(*overrides, f"stage={stage}", checks={"model": families.create})
     batch = jax.tree.map(jnp.asarray, next(data.train_iterator(datasets.load(cfg.data), cfg.data)))
     family = families.create(cfg.model)
     rules = start.load_rules(cfg, family)
@@ -87,15 +87,13 @@ def floor_step(made: Program, batch: dict[str, Any]) -> Step:
 def usual_optimizer(cfg: Config) -> optax.GradientTransformation:
     """The same mathematics as the configured AdamW, as one would write it by hand."""
     opt = cfg.optimizer
-    assert opt.clip_norm is not None and opt.b1 is not None and opt.b2 is not None
+    assert opt.clip_norm is not None and opt.chain is not None
     decays = lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)  # noqa: E731
     return optax.chain(
         optax.clip_by_global_norm(opt.clip_norm),
         optax.adamw(
             optimizer.schedule(opt, cfg.steps),
-            opt.b1,
-            opt.b2,
-            opt.eps or 1e-8,
+            **opt.chain[0]["scale_by_adam"],
             weight_decay=opt.weight_decay,
             mask=decays,
         ),

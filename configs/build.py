@@ -82,9 +82,10 @@ def build(cls: type[T], mapping: Mapping[str, Any], at: str = "") -> T:
     (but for fields with a default), each value of the field's type and within its range. A whole
     number is taken for a float; nothing else is converted.
 
-    Fields may be bool, int, float, str, Literal, a dataclass, a dict, or one of these `| None`,
-    and `Annotated[..., Range(...)]`. A rule between fields belongs in `__post_init__`, which
-    raises `ConfigError` with keys relative to the dataclass; it runs when the fields are right.
+    Fields may be bool, int, float, str, Literal, a dataclass, a list or dict of anything, a dict of
+    dataclasses, or one of these `| None`, and `Annotated[..., Range(...)]`. A rule between fields
+    belongs in `__post_init__`, which raises `ConfigError` with keys relative to the dataclass; it
+    runs when the fields are right.
 
     Args:
       cls: the dataclass.
@@ -135,10 +136,12 @@ def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
 
 
 def paths(mapping: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The dotted paths of all keys of a nested mapping, groups included."""
+    """The dotted paths of all keys of a nested mapping, groups and places in lists included."""
     found = []
     for key, value in mapping.items():
         found.append(f"{prefix}{key}")
+        if isinstance(value, list):
+            value = {str(index): entry for index, entry in enumerate(value)}
         if isinstance(value, Mapping):
             found += paths(value, f"{prefix}{key}.")
     return found
@@ -161,7 +164,7 @@ def _value(hint: Any, value: object, key: str) -> Any:
     if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
         return build(kind, value, key)
     if kind is dict and isinstance(value, Mapping):
-        return dict(value)
+        return _group(hint, value, key)
     result = float(value) if kind is float and type(value) is int else value
     # `type() is`, for True is an int to isinstance; finite, for YAML has .inf and .nan.
     fits = type(result) is kind and result != "" and (kind is not float or math.isfinite(result))
@@ -176,6 +179,21 @@ def _value(hint: Any, value: object, key: str) -> Any:
         close = difflib.get_close_matches(value, choices, n=1)
         text += f"; did you mean '{close[0]}'?" if close else ""
     raise ConfigError({key: text})
+
+
+def _group(hint: Any, value: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """A mapping of any keys, whose values are checked where `hint` says what they are."""
+    of = typing.get_args(hint)[1] if typing.get_args(hint) else Any
+    if of is Any:
+        return dict(value)
+    members, problems = {}, {}
+    for name, member in value.items():
+        try:
+            members[name] = _value(of, member, f"{key}.{name}")
+        except ConfigError as error:
+            problems |= error.problems
+    refuse(problems)
+    return members
 
 
 def _parts(hint: Any) -> tuple[Any, Range | None, Sequence[str] | None, bool]:
@@ -196,6 +214,12 @@ def _expected(hint: Any) -> str:
     kind, bounds, choices, nullable = _parts(hint)
     if choices:
         return "one of " + ", ".join([*choices, "null"] if nullable else choices)
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    names = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        list: "a list",
+    }
     text = names.get(kind, "a group of keys") + (f", {bounds}" if bounds else "")
     return text + (", or null" if nullable else "")

@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 
 from configs.build import (
     Count,
-    Decay,
     Fraction,
     Natural,
     NonNegative,
@@ -48,28 +47,23 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Half:
-    """What the optimizer does differently for one half of the model."""
+class Part:
+    """What the optimizer does differently for one part of the model."""
 
-    lr_factor: Positive
-    freeze: bool
-
-
-# Which of the settings that not every optimizer has each one needs, and may have.
-NEEDS = {"adamw": ("b1", "b2", "eps"), "sgd": (), "lion": ("b1", "b2"), "adafactor": ("eps",)}
-ALLOWS = {"adamw": (), "sgd": ("momentum",), "lion": (), "adafactor": ("momentum",)}
+    lr_factor: Positive = 1.0
+    freeze: bool = False
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    """The update rule, its schedule, and what is done to gradients before it."""
+    """The update rule, its schedule, and what is done to gradients before it.
 
-    name: Literal["adamw", "sgd", "lion", "adafactor"]
+    The entries of `chain` stay plain values: `training.chains` compares them with optax.
+    """
+
+    name: str
+    chain: list[Any] | None
     lr: Positive
-    b1: Decay | None
-    b2: Decay | None
-    eps: Positive | None
-    momentum: Decay | None
     weight_decay: NonNegative
     schedule: Literal["cosine", "linear", "constant"]
     warmup: Natural
@@ -77,20 +71,7 @@ class Optimizer:
     clip_norm: Positive | None
     accumulate: Count
     ema: Fraction | None
-    encoder: Half
-    head: Half
-
-    def __post_init__(self) -> None:
-        problems = {}
-        for key in ("b1", "b2", "eps", "momentum"):
-            value = getattr(self, key)
-            if value is None and key in NEEDS[self.name]:
-                problems[key] = f"got null; {self.name} needs a number"
-            if value is not None and key not in NEEDS[self.name] + ALLOWS[self.name]:
-                problems[key] = f"got {show(value)}; {self.name} does not have it: set null"
-        if self.encoder.freeze and self.head.freeze:
-            problems["head.freeze"] = "got true, with encoder.freeze true: nothing would be trained"
-        refuse(problems)
+    parts: dict[str, Part]
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,9 @@ def train(tmp_path: Path) -> Train:
         given = [text.removeprefix("run_dir=") for text in overrides if text[:8] == "run_dir="]
         run_dir = Path(given[0]) if given else tmp_path / f"run{next(runs)}"
         settings = [*SMALL[experiment], *QUIET, "checkpoint.best=false", "checkpoint.every=100000"]
-        cfg = cli.compose(*settings, f"run_dir={run_dir}", *overrides, check_model=families.create)
+        cfg = cli.compose(
+            *settings, f"run_dir={run_dir}", *overrides, checks={"model": families.create}
+        )
         loop.train(cfg)
         return run_dir
 

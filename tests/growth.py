@@ -48,5 +48,5 @@ if __name__ == "__main__":
         "experiment=diabetes", f"run_dir={run_dir}", f"steps={steps}", "log_every=1",
         "log.progress=false", "log.histograms_every=100", *more,
     )  # fmt: skip
-    loop.train(cli.compose(*overrides, check_model=families.create))
+    loop.train(cli.compose(*overrides, checks={"model": families.create}))
     print(json.dumps(found))

@@ -37,8 +37,8 @@ def test_four_stages_draw_the_same_loss_curve(train: Train, experiment: str, dty
 @pytest.mark.parametrize(
     "options",
     [
-        ("optimizer=sgd", "optimizer.momentum=0.9", "optimizer.schedule=linear",
-         "optimizer.encoder.freeze=true", "optimizer.head.lr_factor=0.5"),
+        ("optimizer=sgd", "optimizer.chain.0.trace.decay=0.9", "optimizer.schedule=linear",
+         "optimizer.parts.encoder.freeze=true", "optimizer.parts.head.lr_factor=0.5"),
         ("optimizer=lion", "optimizer.lr=1e-4", "optimizer.schedule=constant"),
         ("optimizer=adafactor", "optimizer.lr=1e-2"),
         ("optimizer.accumulate=3", "optimizer.ema=0.9", "optimizer.weight_decay=0.1"),

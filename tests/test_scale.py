@@ -51,7 +51,7 @@ def assert_near(run_dir: Path, other: Path) -> None:
 
 
 def program(experiment: str, *overrides: str) -> Program:
-    cfg = cli.compose(*SMALL[experiment], *QUIET, *overrides, check_model=families.create)
+    cfg = cli.compose(*SMALL[experiment], *QUIET, *overrides, checks={"model": families.create})
     family = families.create(cfg.model)
     inputs = load(cfg.data).example_batch(cfg.data.batch)["inputs"]
     layout = mesh.create(cfg.mesh, cfg.data.batch)

@@ -91,7 +91,9 @@ def forward_and_backward(dtype: str, *, scan: bool, excess: bool) -> dict[str, b
     from training.state import Program
 
     options = ("run_dir=unused", "stage=nnx", "init=native", f"model.dtype={dtype}")
-    cfg = cli.compose(*SMALL["lm"], *QUIET, *options, f"model.scan={scan}", check_model=create)
+    cfg = cli.compose(
+        *SMALL["lm"], *QUIET, *options, f"model.scan={scan}", checks={"model": create}
+    )
     family, dataset = create(cfg.model), datasets.load(cfg.data)
     stage = Stage(cfg.stage, family, dataset.example_batch(cfg.data.batch)["inputs"])
     program = Program(cfg, stage, start.load_rules(cfg, family))

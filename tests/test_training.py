@@ -97,8 +97,9 @@ def test_every_parameter_of_both_halves_moves(train: Train, stage_name: str) -> 
 @pytest.mark.parametrize("rule", ["adamw", "sgd"])
 @pytest.mark.parametrize("frozen", HALVES)
 def test_a_frozen_half_stays_exactly_as_it_was(train: Train, frozen: str, rule: str) -> None:
-    run_dir = train("digits", "steps=4", f"optimizer.{frozen}.freeze=true", "checkpoint.every=1",
-                    "checkpoint.keep=9", "optimizer.warmup=0", f"optimizer={rule}",
+    run_dir = train("digits", "steps=4", f"optimizer.parts.{frozen}.freeze=true",
+                    "checkpoint.every=1", "checkpoint.keep=9", "optimizer.warmup=0",
+                    f"optimizer={rule}",
                     "optimizer.weight_decay=0.1", "optimizer.ema=0.9",
                     "optimizer.accumulate=2")  # fmt: skip
     before, after = params(run_dir, 1), params(run_dir, 4)
@@ -112,7 +113,7 @@ def test_a_half_learns_at_its_own_rate(train: Train) -> None:
                "optimizer.clip_norm=null", "optimizer.schedule=constant")  # fmt: skip
     start = params(train("diabetes", *options, "optimizer.lr=1e-30"), 1)
     even = params(train("diabetes", *options), 1)
-    slow = params(train("diabetes", *options, "optimizer.encoder.lr_factor=0.5"), 1)
+    slow = params(train("diabetes", *options, "optimizer.parts.encoder.lr_factor=0.5"), 1)
     for path, leaf in start.items():
         factor = 0.5 if path.startswith("params/encoder") else 1.0
         np.testing.assert_allclose(

@@ -25,7 +25,7 @@ def proof(capsys, *arguments):
     [
         pytest.param("lm", "linen", "nnx", LM, marks=pytest.mark.long),
         ("digits", "nnx", "linen", ("optimizer=lion", "optimizer.lr=1e-3")),
-        ("diabetes", "linen_in_nnx", "linen", ("optimizer.encoder.freeze=true",)),
+        ("diabetes", "linen_in_nnx", "linen", ("optimizer.parts.encoder.freeze=true",)),
     ],
 )
 def test_a_runs_change_of_stage_is_proved_in_every_bit(

@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 
 from configs import schema
 from configs.build import build
+from configs.earlier import upgraded
 from linen_nnx.disk import digests
 from model.stages import check
 from training import processes, reading, vouching
@@ -73,7 +74,7 @@ class Saved:
     def config(self) -> schema.Config:
         """The configuration of its run. Raises `Refused` if this version has no such."""
         with reading.named(self.path / "run"):
-            return build(schema.Config, self.run["config"])
+            return build(schema.Config, upgraded(self.run["config"]))
 
     def restore(self, like: State) -> State:
         """The saved state, laid out as `like` (shapes, dtypes and shardings).

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from textwrap import indent
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import yaml
@@ -20,7 +21,8 @@ from configs.schema import Config
 from linen_nnx.errors import Refusal
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-CheckModel = Callable[[Mapping[str, Any]], object]
+# By group of the configuration: raises `ConfigError` for what is wrong with that mapping.
+Checks = Mapping[str, Callable[[Mapping[str, Any]], object]]
 
 USAGE = """\
 usage: python train.py [experiment=NAME] [stage=STAGE] [run_dir=DIR] [steps=N] [stop_at=K] [seed=N]
@@ -40,14 +42,14 @@ again resumes the run. run_dir holds config.yaml, metrics.jsonl, TensorBoard eve
 """
 
 
-def run(main: Callable[[Config], float | None], check_model: CheckModel | None = None) -> None:
+def run(main: Callable[[Config], float | None], checks: Checks = MappingProxyType({})) -> None:
     """Composes the configuration that `sys.argv` asks for, checks it, and calls `main` with it.
 
     Args:
       main: the program; called once, or once per job of a `--multirun`. Sweepers minimise what it
         returns.
-      check_model: raises `ConfigError` (with keys under `model.`) for what is wrong with the
-        mapping `model`, so that this is reported together with everything else.
+      checks: what else is to be looked at in the groups of the configuration (`model`, ...), so
+        that it is reported together with everything else.
 
     Raises:
       SystemExit: 2 for a usage error, 1 for any other `Refusal`, 130 for a Ctrl-C that nobody has
@@ -65,7 +67,7 @@ def run(main: Callable[[Config], float | None], check_model: CheckModel | None =
         entered = True
         # Not raised further: Hydra would announce a failed job before the message.
         try:
-            return main(check(composed, check_model))
+            return main(check(composed, checks))
         except ConfigError as error:
             _exit(error, 2)
         except Refusal as error:
@@ -79,20 +81,20 @@ def run(main: Callable[[Config], float | None], check_model: CheckModel | None =
     except Exception as error:
         if entered:
             raise
-        _exit(_composition_error(error, check_model), 2)
+        _exit(_composition_error(error, checks), 2)
 
 
-def compose(*overrides: str, check_model: CheckModel | None = None) -> Config:
+def compose(*overrides: str, checks: Checks = MappingProxyType({})) -> Config:
     """The configuration of `python train.py *overrides`, without a command line.
 
     Raises:
       ConfigError: for what `check` finds.
       hydra.errors.HydraException: for overrides that Hydra refuses.
     """
-    return check(_compose(overrides), check_model)
+    return check(_compose(overrides), checks)
 
 
-def check(composed: Any, check_model: CheckModel | None = None) -> Config:
+def check(composed: Any, checks: Checks = MappingProxyType({})) -> Config:
     """A composed DictConfig as a `Config`. Raises `ConfigError` with every problem found."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -107,11 +109,12 @@ def check(composed: Any, check_model: CheckModel | None = None) -> Config:
         config = build(Config, mapping)
     except ConfigError as error:
         problems |= error.problems
-    if check_model is not None and isinstance(mapping.get("model"), dict):
-        try:
-            check_model(mapping["model"])
-        except ConfigError as error:
-            problems = error.problems | problems
+    for group, check_group in checks.items():
+        if isinstance(mapping.get(group), dict):
+            try:
+                check_group(mapping[group])
+            except ConfigError as error:
+                problems = error.problems | problems
     if config is None or problems:
         raise ConfigError(problems)
     return config
@@ -152,7 +155,7 @@ def _compose(overrides: Sequence[str]) -> Any:
     return composed
 
 
-def _composition_error(error: Exception, check_model: CheckModel | None) -> ConfigError:
+def _composition_error(error: Exception, checks: Checks) -> ConfigError:
     """What Hydra could not compose, as our own error."""
     from hydra._internal.utils import get_args_parser
     from hydra.errors import MissingConfigException, OverrideParseException
@@ -163,14 +166,14 @@ def _composition_error(error: Exception, check_model: CheckModel | None) -> Conf
         return ConfigError({key: f"cannot be read ({_first_line(error)}); {hint}"})
     args = get_args_parser().parse_args()
     own_configs = args.config_dir or args.config_path or args.config_name
-    problems = {} if own_configs else _override_problems(args.overrides, check_model)
+    problems = {} if own_configs else _override_problems(args.overrides, checks)
     message = str(error).split("\n\n")[0].replace("\n", "\n    ")
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         message += did_you_mean(error.missing_cfg_file.rpartition("/")[2], error.options)
     return ConfigError(problems or {"configs": message})
 
 
-def _override_problems(overrides: Sequence[str], check_model: CheckModel | None) -> dict[str, str]:
+def _override_problems(overrides: Sequence[str], checks: Checks) -> dict[str, str]:
     """Which overrides name a choice or a key that does not exist, and what `check` says of the
     others; nothing, if the fault is not theirs."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -197,7 +200,7 @@ def _override_problems(overrides: Sequence[str], check_model: CheckModel | None)
             if key not in known and not x.is_add() and not key.startswith("hydra"):
                 problems[key] = "unknown key" + did_you_mean(key, known)
         right = [x.input_line or "" for x in parsed if x.key_or_group not in problems]
-        check(_compose(right), check_model)
+        check(_compose(right), checks)
     except ConfigError as error:
         problems |= error.problems
     except Exception:

@@ -1,18 +1,33 @@
-"""One Optax transformation over both halves of the model, built from the configuration."""
+"""One Optax transformation over all parts of the model, built from the configuration.
 
-from collections.abc import Callable
+    clip_norm -> chain -> weight_decay -> lr_factor of each part -> schedule        of each update
+
+Around it: a frozen part is left out, and `accumulate` batches are averaged. The chain is the
+configuration's (`training/chains.py`), or a Python function of one's own.
+"""
+
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
+from optax.contrib import ScheduleFreeState, schedule_free_eval_params
 
+from configs.build import ConfigError, refuse
 from configs.schema import Optimizer
 from model.stages import HALVES
-from training.leaves import View, path_name
+from training import chains
+from training.leaves import View, named, path_name
 
 Schedule = Callable[[Any], Any]
+Own = Callable[[Optimizer, Schedule, View], optax.GradientTransformation]
+
+NEEDS_MORE = (
+    "An update gets the gradients, the parameters and value=, the loss. What needs more, such as "
+    "a line search (value_fn) or a perturbed gradient, takes a training step of its own; lbfgs "
+    "does without: {lbfgs: {linesearch: null}}."
+)
 
 
 def schedule(cfg: Optimizer, steps: int) -> Schedule:
@@ -37,70 +52,163 @@ def schedule(cfg: Optimizer, steps: int) -> Schedule:
     )
 
 
-def create(cfg: Optimizer, steps: int, view: View) -> optax.GradientTransformation:
-    """Clipping, the update rule, decoupled weight decay, per-half factors, schedule; accumulated.
+def check(mapping: Mapping[str, Any]) -> None:
+    """Looks at the `optimizer` group of a configuration without a model.
+
+    Raises:
+        configs.build.ConfigError: naming everything wrong with `chain` and `weight_decay`.
+    """
+    chain = mapping.get("chain")
+    if not isinstance(chain, list):
+        return  # null, or a wrong type, of which the schema speaks
+    everything: Any = partial(jax.tree.map, lambda _: True)
+    masks = dict.fromkeys(("matrices", "rest", "all", *HALVES), everything)
+    rate = optax.constant_schedule(1.0)
+    chains.build(chain, chains.Surroundings(rate, masks, optax.tree.norm))
+    _check_settings(chain, mapping.get("weight_decay"), mapping.get("ema"))
+
+
+def create(
+    cfg: Optimizer, steps: int, view: View, own: Own | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """The transformation that a run trains with; its `update` also takes `value`, the loss.
 
     Weight decay acts on leaves of rank 2 and more that are not biases, judged on the nnx form of
-    the parameters and so alike at each stage. A frozen half has no moments, takes no part in the
+    the parameters and so alike at each stage. A frozen part has no moments, takes no part in the
     clipping norm and gets updates of exactly zero.
+
+    Args:
+        cfg: the `optimizer` group of the configuration.
+        steps: length of the run in batches.
+        view: the parameters, free of the names that a stage gives them.
+        own: what stands in for the chain where `cfg.chain` is null. It is called with `cfg`, the
+            schedule and `view`, and applies the learning rate itself.
+
+    Raises:
+        configs.build.ConfigError: for what does not fit the model; also by the transformation,
+            when the chain needs more in an update than it gets.
     """
-    frozen = {half: getattr(cfg, half).freeze for half in HALVES}
-    trained = [half for half in HALVES if not frozen[half]]
-    parts = []
-    if cfg.clip_norm is not None:
-        parts.append(_clip(cfg.clip_norm, view, trained))
-    parts.append(_rule(cfg))
+    _check_parts(cfg)
+    _check_settings(cfg.chain, cfg.weight_decay, cfg.ema)
+    trained = [half for half in HALVES if not (half in cfg.parts and cfg.parts[half].freeze)]
+    rate = schedule(cfg, steps)
+    norm = partial(view.norm, halves=trained)
+    parts = [] if cfg.clip_norm is None else [chains.clip_by_norm(cfg.clip_norm, norm)]
+    if cfg.chain is not None:
+        parts += chains.build(cfg.chain, chains.Surroundings(rate, _masks(view), norm))
+    elif own is not None:
+        parts.append(own(cfg, rate, view))
+    else:
+        text = "got null; this model family has no function `optimizer` to stand in for it"
+        raise ConfigError({"optimizer.chain": text})
+    takes_rate = cfg.chain is None or chains.takes_rate(cfg.chain)
     if cfg.weight_decay:
-        parts.append(optax.add_decayed_weights(cfg.weight_decay, _decays(view)))
+        parts.append(optax.add_decayed_weights(cfg.weight_decay, _masks(view)["matrices"]))
     for half in trained:
-        factor = getattr(cfg, half).lr_factor
+        factor = cfg.parts[half].lr_factor if half in cfg.parts else 1
         if factor != 1:
-            parts.append(optax.masked(optax.scale(factor), {h: h == half for h in HALVES}))
-    parts.append(optax.scale_by_learning_rate(schedule(cfg, steps)))
+            parts.append(optax.masked(optax.scale(factor), _of_part(half)))
+    if not takes_rate:
+        parts.append(optax.scale_by_learning_rate(rate))
     transformation = optax.chain(*parts)
-    if any(frozen.values()):
-        labels = {half: "frozen" if frozen[half] else "trained" for half in HALVES}
+    if len(trained) < len(HALVES):
+        labels = {half: "trained" if half in trained else "frozen" for half in HALVES}
         transformation = optax.partition(
             {"trained": transformation, "frozen": optax.set_to_zero()}, labels
         )
     if cfg.accumulate > 1:
-        transformation = optax.MultiSteps(transformation, cfg.accumulate).gradient_transformation()
-    return transformation
+        averaged = optax.MultiSteps(transformation, cfg.accumulate)
+        update: Any = averaged.update  # its own gradient_transformation() would lose `value`
+        transformation = optax.GradientTransformationExtraArgs(averaged.init, update)
+    return _explained(optax.with_extra_args_support(transformation))
 
 
-def _rule(cfg: Optimizer) -> optax.GradientTransformation:
-    # The schema has made sure that an optimizer's settings are there, and that others are null.
-    settings = {"b1": cfg.b1, "b2": cfg.b2, "eps": cfg.eps}
-    given: dict[str, Any] = {key: value for key, value in settings.items() if value is not None}
-    match cfg.name:
-        case "adamw":
-            return optax.scale_by_adam(**given)
-        case "lion":
-            return optax.scale_by_lion(**given)
-        case "adafactor":
-            parts = [
-                optax.scale_by_factored_rms(epsilon=given["eps"]),
-                optax.clip_by_block_rms(1.0),
-                optax.scale_by_param_block_rms(),
-            ]
-            if cfg.momentum is not None:
-                parts.append(optax.ema(cfg.momentum, debias=False))
-            return optax.chain(*parts)
-        case "sgd":
-            return optax.identity() if cfg.momentum is None else optax.trace(cfg.momentum)
+def evaluated(opt_state: Any, params: Any) -> Any:
+    """The parameters to evaluate: those of `schedule_free` are not the ones that it trains.
+
+    Args:
+        opt_state: of the transformation that `create` made.
+        params: the parameters that training has come to.
+    """
+    states: dict[str, ScheduleFreeState] = {}  # for each parameter that has one
+    for node in jax.tree.leaves(opt_state, is_leaf=_is_free):
+        if _is_free(node):
+            states |= {name: node._replace(z=fast) for name, fast in named(node.z).items()}
+
+    def average(path: Any, leaf: jax.Array) -> jax.Array:
+        state = states.get(path_name(path))
+        return leaf if state is None else schedule_free_eval_params(state, leaf)
+
+    return jax.tree_util.tree_map_with_path(average, params) if states else params
 
 
-def _decays(view: View) -> Callable[[Any], Any]:
-    decays = view.mask(lambda path, rank: rank >= 2 and not path.endswith("bias"))
-    return partial(jax.tree_util.tree_map_with_path, lambda path, _: decays[path_name(path)])
+def _is_free(node: Any) -> bool:
+    return isinstance(node, ScheduleFreeState)
 
 
-def _clip(max_norm: float, view: View, halves: list[str]) -> optax.GradientTransformation:
-    """`optax.clip_by_global_norm` with a norm that does not depend on the order of names."""
+def _check_settings(chain: list[Any] | None, weight_decay: Any, ema: Any) -> None:
+    problems = {}
+    if (chain is None or chains.takes_rate(chain)) and weight_decay:
+        problems["optimizer.weight_decay"] = (
+            f"got {weight_decay}, with a chain that applies the learning rate itself: give it "
+            "there as an argument, and set 0 here"
+        )
+    averages = [name for name in chains.names(chain or []) if name.startswith("schedule_free")]
+    if averages and ema is not None:
+        problems["optimizer.ema"] = f"got {ema}; {averages[0]} keeps an average itself: set null"
+    refuse(problems)
 
-    def clip(updates: Any, params: Any = None) -> Any:
-        norm = view.norm(updates, halves)
-        scale = jnp.where(norm < max_norm, 1.0, max_norm / norm)
-        return jax.tree.map(lambda u: u * scale.astype(u.dtype), updates)
 
-    return optax.stateless(clip)
+def _check_parts(cfg: Optimizer) -> None:
+    known = ", ".join(HALVES)
+    problems = {
+        f"optimizer.parts.{part}": f"the model has no such part; it has {known}"
+        for part in cfg.parts
+        if part not in HALVES
+    }
+    if all(half in cfg.parts and cfg.parts[half].freeze for half in HALVES):
+        problems["optimizer.parts"] = f"freeze all there is ({known}): nothing would be trained"
+    refuse(problems)
+
+
+def _masks(view: View) -> dict[str, Callable[[Any], Any]]:
+    """Which parameters a `mask` of the configuration means, by its name."""
+    matrices = view.mask(lambda path, rank: rank >= 2 and not path.endswith("bias"))
+    rest = {path: not is_matrix for path, is_matrix in matrices.items()}
+    by_leaf = {"matrices": matrices, "rest": rest, "all": dict.fromkeys(matrices, True)}
+    for half in HALVES:
+        by_leaf[half] = {path: path.split("/")[0] == half for path in matrices}
+    return {name: partial(_tree_of, mask) for name, mask in by_leaf.items()}
+
+
+def _tree_of(mask: Mapping[str, bool], params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: mask[path_name(path)], params)
+
+
+def _of_part(part: str) -> dict[str, bool]:
+    return {half: half == part for half in HALVES}
+
+
+def _explained(
+    transformation: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """The same, whose errors (raised while tracing, once) say which setting they are about."""
+
+    def init(params: Any) -> Any:
+        try:
+            return transformation.init(params)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise _unfit("cannot begin", error) from error
+
+    def update(updates: Any, state: Any, params: Any = None, **more: Any) -> Any:
+        try:
+            return transformation.update(updates, state, params, **more)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise _unfit("cannot make an update", error) from error
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _unfit(what: str, error: Exception) -> ConfigError:
+    line = str(error).splitlines()[0]
+    return ConfigError({"optimizer.chain": f"{what} with this model: {line}. {NEEDS_MORE}"})

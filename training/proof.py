@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs.build import build
+from configs.earlier import upgraded
 from configs.schema import Config
 from linen_nnx import RuleBook
 from linen_nnx.book.tree import flatten, unflatten
@@ -41,7 +42,7 @@ def subject(run: Mapping[str, Any]) -> Subject:
     Raises:
         ConfigError: for a configuration that this version of the template does not have.
     """
-    cfg = build(Config, {**run["config"], "stage": run["stage"]})
+    cfg = build(Config, {**upgraded(run["config"]), "stage": run["stage"]})
     source = dataclasses.replace(cfg.data, path=None, batch=min(cfg.data.batch, _ROWS))
     batch = datasets.load(source).example_batch(source.batch)
     family = families.create(cfg.model)

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import yaml
 
+from configs.earlier import upgraded
 from configs.schema import Config
 from linen_nnx import RuleBook
 from model import families
@@ -132,7 +133,7 @@ def _own(cfg: Config, run_dir: Path, rules: RuleBook | None) -> checkpoints.Save
         before = vouching.config_of(saved.run)
     else:
         before = _config_file(run_dir)
-    _compare_runs(before, {**dataclasses.asdict(cfg), **numerics.recorded()}, run_dir)
+    _compare_runs(upgraded(before), {**dataclasses.asdict(cfg), **numerics.recorded()}, run_dir)
     if saved is None and cfg.resume == "must":
         raise Refused(f"resume=must, but the run in {run_dir} has not saved a checkpoint yet.")
     if saved is not None and _begins_anew(cfg, saved.step):

@@ -84,7 +84,8 @@ class Program:
             )
         self.stage, self.rules, self.layout, self._cfg = stage, rules, layout, cfg
         self.view = View(stage, rules)
-        self.optimizer = optimizer.create(cfg.optimizer, cfg.steps, self.view)
+        own = stage.family.optimizer
+        self.optimizer = optimizer.create(cfg.optimizer, cfg.steps, self.view, own)
         self._schedule = optimizer.schedule(cfg.optimizer, cfg.steps)
         self.abstract = self._shapes()
         self._places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
@@ -143,7 +144,9 @@ class Program:
         # Without it XLA fuses the end of the backward pass into the update, whose rounding would
         # then depend on how a stage stores the leaves: stacked, or cut out of a scan's stack.
         grads = jax.lax.optimization_barrier(grads)
-        steps, opt_state = self.optimizer.update(grads, state.opt_state, params)
+        steps, opt_state = self.optimizer.update(
+            grads, state.opt_state, params, value=metrics["loss"]
+        )
         params = optax.apply_updates(params, steps)
         ema = state.ema
         if cfg.ema is not None and ema is not None:
@@ -187,8 +190,11 @@ class Program:
         return jax.device_get(tree) if self.layout is None else self.layout.fetch(tree)
 
     def evaluated(self, state: State) -> Variables:
-        """The variables that evaluation uses: the EMA of the parameters, if one is kept."""
-        return state.variables if state.ema is None else {**state.variables, "params": state.ema}
+        """The variables that evaluation uses: an average of the parameters, if one is kept."""
+        params = state.ema
+        if params is None:
+            params = optimizer.evaluated(state.opt_state, state.variables["params"])
+        return {**state.variables, "params": params}
 
 
 def initial_variables(cfg: Config, stage: Stage, rules: RuleBook | None) -> Variables:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from configs.earlier import upgraded
 from linen_nnx import RuleBook
 from training import metrics, reading, tally
 from training.errors import Refused
@@ -127,7 +128,7 @@ def _of_config(run_dir: Path, run: Mapping[str, Any]) -> Iterator[tuple[str, str
     except (OSError, ValueError) as error:
         yield CONFIG, f"cannot be read: {error}"
         return
-    for key, (said, is_) in changes(config_of(run), found).items():
+    for key, (said, is_) in changes(upgraded(config_of(run)), upgraded(found)).items():
         if not is_free(key):
             yield CONFIG, f"{key} is {is_}, and was {said}"
 

@@ -2,7 +2,8 @@
 
 Such a module holds `Config` (a frozen dataclass of the family's options), `rules(cfg)` (the name of
 its rule book in `configs/rules/`), `losses(outputs, batch)` (per-example metrics, "loss" among
-them) and `misfits(cfg, batch, classes)` (which options the data does not fit). The twins are
+them) and `misfits(cfg, batch, classes)` (which options the data does not fit). It may hold
+`optimizer(cfg, schedule, view)`, an Optax transformation for `optimizer.chain=null`. The twins are
 `model/linen/<name>.py` and `model/nnx/<name>.py`, each with an `Encoder` and a `Head`.
 """
 
@@ -27,12 +28,14 @@ class Family:
 
     Attributes:
         losses: (model outputs, batch) -> `{metric: (batch,) float32}`, with "loss" among them.
+        optimizer: stands in for `optimizer.chain` where that is null; see `training.optimizer`.
     """
 
     name: str
     cfg: Any
     losses: Callable[[Array, dict[str, Array]], dict[str, Array]]
     rules_path: Path
+    optimizer: Callable[..., Any] | None = None
 
     def check_data(self, batch: Mapping[str, Any], classes: int | None) -> None:
         """Compares the options with the data, which else would broadcast, or index out of bounds.
@@ -65,4 +68,5 @@ def create(model: Mapping[str, Any]) -> Family:
         refuse({"model.family": f"got {show(name)}{did_you_mean(str(name), known)}"})
     module = importlib.import_module(f"{__name__}.{name}")
     cfg = build(module.Config, model, at="model")
-    return Family(name, cfg, module.losses, RULES / f"{module.rules(cfg)}.yaml")
+    own = getattr(module, "optimizer", None)
+    return Family(name, cfg, module.losses, RULES / f"{module.rules(cfg)}.yaml", own)
