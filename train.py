@@ -51,7 +51,14 @@ def check_optimizer(optimizer: Mapping[str, Any]) -> None:
     check(optimizer)
 
 
-CHECKS = {"model": check_model, "optimizer": check_optimizer}
+def check_data(data: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` for options that the data set does not have."""
+    from training.datasets import create
+
+    create(data)
+
+
+CHECKS = {"model": check_model, "optimizer": check_optimizer, "data": check_data}
 
 if __name__ == "__main__":
     cli.run(main, CHECKS)

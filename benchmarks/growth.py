@@ -48,8 +48,9 @@ def step(axis: str, value: int) -> dict[str, float]:
     change = f"mesh.fsdp={value}" if axis == "devices" else f"model.{axis}={value}"
     cfg = cli.compose(*BASE, change, checks={"model": families.create})
     family = families.create(cfg.model)
-    example = next(data.train_iterator(datasets.load(cfg.data), cfg.data))
-    layout = mesh.create(cfg.mesh, cfg.data.batch)
+    dataset = datasets.load(datasets.create(cfg.data))
+    example = next(data.train_iterator(dataset))
+    layout = mesh.create(cfg.mesh, dataset.options.batch)
     stage = Stage(cfg.stage, family, example["inputs"])
     made = Program(cfg, stage, start.load_rules(cfg, family), layout)
     batch = example if layout is None else layout.batch(example)

@@ -100,7 +100,7 @@ def bare_steps(stage: str, steps: int) -> float:
 def evaluation() -> float:
     """Seconds of one reading of the validation set, as the default does it."""
     cfg, made, _ = program([LM], "nnx_in_linen")
-    state, dataset = made.init(), datasets.load(cfg.data)
+    state, dataset = made.init(), datasets.load(datasets.create(cfg.data))
     evaluate(cfg, made, dataset, state)
     begin = time.perf_counter()
     evaluate(cfg, made, dataset, state)

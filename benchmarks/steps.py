@@ -45,7 +45,8 @@ Step = Callable[[], jax.Array]
 def program(overrides: list[str], stage: str) -> tuple[Config, Program, dict[str, Any]]:
     """A run's program at a stage, and one batch of its data on the device."""
     cfg = cli.compose(*overrides, f"stage={stage}", checks={"model": families.create})
-    batch = jax.tree.map(jnp.asarray, next(data.train_iterator(datasets.load(cfg.data), cfg.data)))
+    dataset = datasets.load(datasets.create(cfg.data))
+    batch = jax.tree.map(jnp.asarray, next(data.train_iterator(dataset)))
     family = families.create(cfg.model)
     rules = start.load_rules(cfg, family)
     return cfg, Program(cfg, Stage(cfg.stage, family, batch["inputs"]), rules), batch

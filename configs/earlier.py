@@ -6,36 +6,53 @@ A run keeps its configuration in `config.yaml` and in each checkpoint; both go o
 from collections.abc import Mapping
 from typing import Any
 
+HALVES = ("encoder", "head")  # beside the optimizer's own keys, before there was `parts`
+
 
 def upgraded(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of a run in today's keys; one that has them already is returned as it is.
+    """The configuration of a run in today's keys; what is not an earlier form stays as it is.
 
-    >>> old = {"name": "sgd", "lr": 0.1, "momentum": 0.9, "encoder": {}, "head": {}}
-    >>> upgraded({"optimizer": old})["optimizer"]
-    {'name': 'sgd', 'lr': 0.1, 'chain': [{'trace': {'decay': 0.9}}], 'parts': {...}}
+    >>> old = {"name": "sgd", "momentum": 0.9, "encoder": {"freeze": False}, "head": {}}
+    >>> new = upgraded({"optimizer": old, "data": {"name": "digits", "path": None, "batch": 64}})
+    >>> new["optimizer"]["chain"], new["optimizer"]["parts"]
+    ([{'trace': {'decay': 0.9}}], {'encoder': {'freeze': False}, 'head': {}})
+    >>> new["data"]
+    {'name': 'digits', 'batch': 64}
     """
-    return {**mapping, "optimizer": _optimizer(mapping["optimizer"])}
+    result = dict(mapping)
+    optimizer, data = mapping.get("optimizer"), mapping.get("data")
+    if isinstance(optimizer, Mapping) and optimizer.keys() >= set(HALVES):
+        result["optimizer"] = _optimizer(optimizer)
+    if isinstance(data, Mapping) and data.get("name") in ("digits", "diabetes"):
+        # Every data set used to have the keys of text, with null where they made no sense.
+        absent = [key for key in ("path", "length") if data.get(key, "") is None]
+        result["data"] = {key: value for key, value in data.items() if key not in absent}
+    return result
 
 
 def _optimizer(group: Mapping[str, Any]) -> dict[str, Any]:
     """The optimizers used to be a menu of four, with the settings of all side by side."""
-    if "chain" in group:
-        return dict(group)
     settings = ("b1", "b2", "eps", "momentum")
     b1, b2, eps, momentum = (group.get(key) for key in settings)
-    chains: dict[str, list[Any]] = {
+    menu: dict[str, list[Any]] = {
         "adamw": [{"scale_by_adam": {"b1": b1, "b2": b2, "eps": eps}}],
         "lion": [{"scale_by_lion": {"b1": b1, "b2": b2}}],
         "sgd": ["identity" if momentum is None else {"trace": {"decay": momentum}}],
-        "adafactor": [
-            [
-                {"scale_by_factored_rms": {"epsilon": eps}},
-                {"clip_by_block_rms": {"threshold": 1.0}},
-                "scale_by_param_block_rms",
-                *([] if momentum is None else [{"ema": {"decay": momentum, "debias": False}}]),
-            ]
-        ],
+        "adafactor": [_adafactor(eps, momentum)],
     }
-    parts = {part: group[part] for part in ("encoder", "head")}
-    rest = {key: value for key, value in group.items() if key not in (*settings, *parts)}
-    return {**rest, "chain": chains[group["name"]], "parts": parts}
+    result = {key: value for key, value in group.items() if key not in (*settings, *HALVES)}
+    result["chain"] = menu.get(group.get("name", ""), [])
+    result["parts"] = {half: group[half] for half in HALVES}
+    return result
+
+
+def _adafactor(eps: Any, momentum: Any) -> list[Any]:
+    """A chain of its own, as the checkpoints of those runs have it."""
+    parts: list[Any] = [
+        {"scale_by_factored_rms": {"epsilon": eps}},
+        {"clip_by_block_rms": {"threshold": 1.0}},
+        "scale_by_param_block_rms",
+    ]
+    if momentum is not None:
+        parts.append({"ema": {"decay": momentum, "debias": False}})
+    return parts

@@ -25,28 +25,6 @@ Stage = Literal["linen", "nnx_in_linen", "linen_in_nnx", "nnx"]
 
 
 @dataclass(frozen=True)
-class Data:
-    """What is read, and how it is split and batched."""
-
-    name: Literal["text", "digits", "diabetes"]
-    path: str | None
-    length: Count | None
-    batch: Count
-    val_fraction: Fraction
-    seed: Natural
-
-    def __post_init__(self) -> None:
-        problems = {}
-        if self.name == "text" and self.length is None:
-            problems["length"] = "got null; text needs the length of a window, in bytes"
-        if self.name != "text":
-            for key in ("path", "length"):
-                if getattr(self, key) is not None:
-                    problems[key] = f"got {show(getattr(self, key))}; only text has it: set null"
-        refuse(problems)
-
-
-@dataclass(frozen=True)
 class Part:
     """What the optimizer does differently for one part of the model."""
 
@@ -156,7 +134,7 @@ class Debug:
 
 @dataclass(frozen=True)
 class Config:
-    """One run. `model` stays a plain mapping: its family checks it (see the module's docstring)."""
+    """One run. `model` and `data` stay plain mappings: their family and data set check them."""
 
     name: str
     mode: Literal["train", "eval"]
@@ -170,7 +148,7 @@ class Config:
     init_from: str | None
     init: Literal["linen", "native"]
     model: dict[str, Any]
-    data: Data
+    data: dict[str, Any]
     optimizer: Optimizer
     eval: Eval
     checkpoint: Checkpoint
@@ -186,4 +164,6 @@ class Config:
             problems["stop_at"] = f"got {self.stop_at}; expected at most steps, {self.steps}"
         if not isinstance(self.model.get("family"), str):
             problems["model.family"] = "missing; expected the name of a model family"
+        if not isinstance(self.data.get("name"), str):
+            problems["data.name"] = "missing; expected the name of a data set"
         refuse(problems)

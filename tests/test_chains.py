@@ -131,7 +131,7 @@ WRONG = {
     ],
     "chain.0.apply_if_finite.inner.clip_by_global_norm": [
         ({"apply_if_finite": {"inner": {"clip_by_global_norm": {"max_norm": 1.0}},
-                              "max_consecutive_errors": 3}}, "here its norm would depend on how"),
+                              "max_consecutive_errors": 3}}, "here its norm would depend on the"),
     ],
     "chain.0.stateless.f": [("stateless", "missing; expected what no YAML can hold")],
 }  # fmt: skip

@@ -26,6 +26,7 @@ PROGRAM = """
 import atexit, sys
 from configs.build import ConfigError
 from training.cli import run
+from training.datasets import create
 from training.errors import Refused
 
 atexit.register(lambda: "jax" in sys.modules and print("JAX WAS IMPORTED", file=sys.stderr))
@@ -45,7 +46,7 @@ def check_model(model):
     if model.get("depth", 1) > 9:
         raise ConfigError({"model.depth": "got more than 9"})
 
-run(main, {"model": check_model})
+run(main, {"model": check_model, "data": create})
 """
 
 
@@ -89,7 +90,7 @@ def parent(mapping: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
 
 DEFAULT = plain()
 # What a part or a model may leave out, and what a chain holds, has tests of its own.
-OPEN = ("model.", "optimizer.chain", "optimizer.parts.")
+OPEN = ("model.", "data.", "optimizer.chain", "optimizer.parts.")
 CHECKED = [path for path in leaves(DEFAULT) if not path.startswith(OPEN)]
 
 
@@ -111,7 +112,7 @@ def test_every_experiment_takes_every_stage_optimizer_and_debug_mode():
 
 def test_experiments_choose_their_groups():
     chosen = {
-        name: (config.model["family"], config.data.name)
+        name: (config.model["family"], config.data["name"])
         for name in EXPERIMENTS
         for config in [compose(f"experiment={name}")]
     }
@@ -198,7 +199,6 @@ def test_every_mismatch_is_in_one_error(wrong):
         ("optimizer.parts.head", 1, "got 1; expected a group of keys"),
         ("model", None, "got null; expected a group of keys"),
         ("stop_at", 601, "got 601; expected at most steps, 600"),
-        ("data.length", None, "got null; text needs the length of a window, in bytes"),
         ("optimizer.chain", "adamw", "got 'adamw'; expected a list, or null"),
     ],
 )
@@ -214,8 +214,6 @@ def test_a_wrong_value_is_told_with_what_is_expected(path, value, words):
 
 def test_settings_that_a_choice_does_not_have_are_refused():
     for overrides, key in [
-        (["experiment=digits", "data.path=x"], "data.path"),
-        (["experiment=digits", "data.length=8"], "data.length"),
         (["~model.family"], "model.family"),
     ]:
         with pytest.raises(ConfigError) as error:
@@ -274,6 +272,10 @@ def test_a_family_builds_its_own_options_with_paths_under_model():
         (["~stpes"], ["stpes: unknown key; did you mean 'steps'?"]),
         (["+stpes=3"], ["stpes: unknown key; did you mean 'steps'?"]),
         (["+data.foo=3"], ["data.foo: unknown key; known: data.batch, data.length, data.name"]),
+        (["data.length=null"], ["data.length: got null; expected a whole number, at least 1"]),
+        (["data.batch=0"], ["data.batch: got 0; expected a whole number, at least 1"]),
+        (["experiment=digits", "+data.path=x"], ["data.path: unknown key; known: data.batch, "]),
+        (["data.name=txt"], ["data.name: got 'txt'; did you mean 'text'?"]),
         (["~steps"], ["steps: missing; expected a whole number, at least 1"]),
         (["experiment=dgits"], ["experiment: got 'dgits'; did you mean 'digits'?"]),
         (["experiment=x"], ["experiment: got 'x'; known: diabetes, digits, lm, sweep"]),

@@ -1,5 +1,6 @@
 """What training may count on: the split, the order, the shards, the position, the baselines."""
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -13,31 +14,49 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.datasets import load_diabetes, load_digits
 
-from configs.schema import Data
-from training import text
-from training.data import eval_batches, train_iterator
-from training.datasets import Dataset, Rows, load
+from training import datasets
+from training.data import eval_batches, first_batch, train_iterator
+from training.datasets import Dataset, Rows, create, text
+from training.datasets.text import Windows, split_text
 from training.errors import Refused
-from training.text import Windows, split_text
 
 BASE = {
-    "text": Data(name="text", path=None, length=64, batch=8, val_fraction=0.1, seed=0),
-    "digits": Data(name="digits", path=None, length=None, batch=32, val_fraction=0.1, seed=0),
-    "diabetes": Data(name="diabetes", path=None, length=None, batch=16, val_fraction=0.1, seed=0),
+    "text": {
+        "path": None,
+        "length": 64,
+        "batch": 8,
+        "val_fraction": 0.1,
+        "seed": 0,
+    },
+    "digits": {"batch": 32, "val_fraction": 0.1, "seed": 0},
+    "diabetes": {"batch": 16, "val_fraction": 0.1, "seed": 0},
 }
 
 
-def config(name="text", **changes):
-    return Data(**{**vars(BASE[name]), **changes})
+def load(name="text", **changes):
+    return datasets.load(create({"name": name, **BASE[name], **changes}))
 
 
-def numbered(train=50, validation=23):
+def numbered(train=50, validation=23, **changes):
     """A dataset whose targets are the numbers of its examples."""
 
     def rows(n):
-        return Rows(np.arange(n, dtype=np.float32)[:, None], np.arange(n, dtype=np.int32))
+        inputs = np.arange(n, dtype=np.float32)[:, None]
+        return Rows({"inputs": inputs, "targets": np.arange(n, dtype=np.int32)})
 
-    return Dataset(rows(train), rows(validation), "", {}, digest="numbered")
+    options = create({"name": "digits", **BASE["digits"], **changes})
+    return Dataset(options, rows(train), rows(validation), "", digest="numbered")
+
+
+def weighed(dataset, *args, **kwargs):
+    """The evaluation batches, each with its weights as one more entry."""
+    for batch, weight in eval_batches(dataset, *args, **kwargs):
+        yield {**batch, "weight": weight}
+
+
+def in_one_order(dataset):
+    """The same split, read in the order of seed 0."""
+    return dataclasses.replace(dataset, options=dataclasses.replace(dataset.options, seed=0))
 
 
 def joined(batches, key="targets"):
@@ -111,7 +130,7 @@ def test_another_seed_holds_out_another_part_and_the_same_seed_the_same():
 def test_each_set_is_held_out_by_seed(name):
     first, again, other = (
         # read in the order of one seed, so that only the split can differ
-        bits(eval_batches(load(config(name, seed=seed)), config(name)))
+        bits(weighed(in_one_order(load(name, seed=seed))))
         for seed in (1, 1, 2)
     )
 
@@ -119,7 +138,7 @@ def test_each_set_is_held_out_by_seed(name):
 
 
 def test_an_epoch_of_text_reads_each_byte_as_target_at_eight_positions():
-    dataset = load(config(length=64))
+    dataset = load(length=64)
 
     stream = np.arange(len(dataset.train.data))
     windows = Windows(stream, dataset.train.runs, 64, dataset.train.stride)
@@ -133,9 +152,9 @@ def test_an_epoch_of_text_reads_each_byte_as_target_at_eight_positions():
 def test_inputs_are_the_bytes_of_the_text_and_targets_the_bytes_that_follow(tmp_path):
     content = bytes(np.random.default_rng(0).integers(1, 256, 5000, dtype=np.uint8))
     (tmp_path / "a.txt").write_bytes(content)
-    dataset = load(config(path=str(tmp_path / "a.txt"), length=32))
+    dataset = load(path=str(tmp_path / "a.txt"), length=32)
 
-    for batch in [dataset.example_batch(20), *eval_batches(dataset, config(length=32))]:
+    for batch in [first_batch(dataset), *weighed(dataset)]:
         assert batch["inputs"].dtype == batch["targets"].dtype == np.int32
         assert batch["inputs"].shape == batch["targets"].shape
         assert batch["inputs"].shape[1:] == (32,)
@@ -157,14 +176,14 @@ def folder(tmp_path):
 
 
 def test_a_folder_is_read_in_sorted_order_and_says_which_files_it_took(folder):
-    dataset = load(config(path=str(folder), length=16))
+    dataset = load(path=str(folder), length=16)
 
     assert bytes(dataset.train.data) == b"1" * 400 + b"\n" + b"2" * 400 + b"\n" + b"3" * 400 + b"\n"
     assert "4 files: a.txt, b/two.md, c.txt, empty.txt; 1 hidden left out" in dataset.description
 
 
 def test_a_glob_takes_what_matches_at_any_depth(folder):
-    dataset = load(config(path=str(folder / "**" / "*.md"), length=16))
+    dataset = load(path=str(folder / "**" / "*.md"), length=16)
 
     assert bytes(dataset.train.data) == b"2" * 400
     assert "two.md" in dataset.description
@@ -174,8 +193,8 @@ def test_a_long_list_of_files_is_counted_not_spelled_out(tmp_path):
     for i in range(30):
         (tmp_path / f"{i:02}.txt").write_bytes(b"words " * 100)
 
-    assert "(30 files: 00.txt, " in load(config(path=str(tmp_path))).description
-    assert "07.txt and 22 more)" in load(config(path=str(tmp_path))).description
+    assert "(30 files: 00.txt, " in load(path=str(tmp_path)).description
+    assert "07.txt and 22 more)" in load(path=str(tmp_path)).description
 
 
 def test_every_binary_file_is_named_in_one_message(folder):
@@ -183,7 +202,7 @@ def test_every_binary_file_is_named_in_one_message(folder):
     (folder / "y.bin").write_bytes(b"\0")
 
     with pytest.raises(Refused, match=r"(?s)x\.png looks binary .*byte at 3.*y\.bin looks binary"):
-        load(config(path=str(folder)))
+        load(path=str(folder))
 
 
 def test_a_path_that_yields_no_text_is_refused_by_name(tmp_path):
@@ -191,33 +210,35 @@ def test_a_path_that_yields_no_text_is_refused_by_name(tmp_path):
     (tmp_path / "none").mkdir()
 
     with pytest.raises(Refused, match=r"its 1 file\(s\) are empty"):
-        load(config(path=str(tmp_path / "empty.txt")))
+        load(path=str(tmp_path / "empty.txt"))
     with pytest.raises(Refused, match=r"absent\.txt', which matches nothing"):
-        load(config(path=str(tmp_path / "absent.txt")))
+        load(path=str(tmp_path / "absent.txt"))
     with pytest.raises(Refused, match=r"\*\.rst', which matches nothing"):
-        load(config(path=str(tmp_path / "*.rst")))
+        load(path=str(tmp_path / "*.rst"))
     with pytest.raises(Refused, match="a folder without files that are not hidden"):
-        load(config(path=str(tmp_path / "none")))
+        load(path=str(tmp_path / "none"))
 
 
 def test_the_default_text_is_the_language_reference_with_each_paragraph_once():
-    dataset = load(config())
+    dataset = load()
 
     paragraphs = bytes(dataset.train.data).decode().split("\n\n")
     assert len(paragraphs) == len(set(paragraphs)) > 1000
     assert 'The "assert" statement' in paragraphs[0]
-    assert dataset.digest == load(config()).digest
+    assert dataset.digest == load().digest
 
 
 # --- the bundled sets
 
 
 def test_digits_are_split_without_loss_and_in_the_same_proportions():
-    dataset = load(config("digits"))
+    dataset = load("digits")
     everything = load_digits()
 
-    inputs = np.concatenate([dataset.train.inputs, dataset.validation.inputs])
-    targets = np.concatenate([dataset.train.targets, dataset.validation.targets])
+    inputs, targets = (
+        np.concatenate([dataset.train.arrays[name], dataset.validation.arrays[name]])
+        for name in ("inputs", "targets")
+    )
     assert inputs.shape == (1797, 8, 8, 1)
     assert inputs.dtype == np.float32
     assert targets.shape == (1797,)
@@ -230,41 +251,43 @@ def test_digits_are_split_without_loss_and_in_the_same_proportions():
         (x.astype(np.float32).tobytes(), int(y))
         for x, y in zip(everything.images, everything.target, strict=True)
     )
-    whole, held_out = np.bincount(targets), np.bincount(dataset.validation.targets)
+    whole, held_out = np.bincount(targets), np.bincount(dataset.validation.arrays["targets"])
     assert held_out.tolist() == [round(count / 10) for count in whole]
 
 
 def test_the_majority_baseline_is_the_accuracy_of_the_commonest_training_digit():
-    dataset = load(config("digits", val_fraction=0.3, seed=4))
+    dataset = load("digits", val_fraction=0.3, seed=4)
 
-    commonest, _ = Counter(dataset.train.targets.tolist()).most_common(1)[0]
-    hits = sum(y == commonest for y in dataset.validation.targets.tolist())
+    commonest, _ = Counter(dataset.train.arrays["targets"].tolist()).most_common(1)[0]
+    hits = sum(y == commonest for y in dataset.validation.arrays["targets"].tolist())
     assert dataset.baselines == {"majority": hits / len(dataset.validation)}
 
 
 def test_diabetes_is_standardised_with_training_statistics_alone():
-    dataset = load(config("diabetes", val_fraction=0.25))
+    dataset = load("diabetes", val_fraction=0.25)
     raw = load_diabetes(scaled=False)
 
     train, validation = dataset.train, dataset.validation
-    assert train.inputs.shape[1:] == (10,)
-    assert train.targets.shape[1:] == (1,)
-    assert train.inputs.dtype == train.targets.dtype == np.float32
+    assert train.arrays["inputs"].shape[1:] == (10,)
+    assert train.arrays["targets"].shape[1:] == (1,)
+    assert train.arrays["inputs"].dtype == train.arrays["targets"].dtype == np.float32
     assert len(train) + len(validation) == len(raw.data)
     assert len(validation) == 110
-    assert np.allclose(train.inputs.mean(axis=0), 0, atol=1e-5)
-    assert np.allclose(train.inputs.std(axis=0), 1, atol=1e-5)
-    assert not np.allclose(validation.inputs.std(axis=0), 1, atol=1e-3)
-    targets = np.sort(np.concatenate([train.targets, validation.targets]).ravel())
+    assert np.allclose(train.arrays["inputs"].mean(axis=0), 0, atol=1e-5)
+    assert np.allclose(train.arrays["inputs"].std(axis=0), 1, atol=1e-5)
+    assert not np.allclose(validation.arrays["inputs"].std(axis=0), 1, atol=1e-3)
+    targets = np.sort(
+        np.concatenate([train.arrays["targets"], validation.arrays["targets"]]).ravel()
+    )
     std, mean = np.polyfit(targets, np.sort(raw.target), 1)
     assert np.allclose(targets * std + mean, np.sort(raw.target), atol=1e-3)
 
 
 def test_the_mean_baseline_is_the_error_of_predicting_the_training_mean():
-    dataset = load(config("diabetes"))
+    dataset = load("diabetes")
 
-    guess = dataset.train.targets.astype(float).mean()
-    error = np.mean((dataset.validation.targets - guess) ** 2)
+    guess = dataset.train.arrays["targets"].astype(float).mean()
+    error = np.mean((dataset.validation.arrays["targets"] - guess) ** 2)
     assert dataset.baselines == {"mean": pytest.approx(error)}
 
 
@@ -298,12 +321,11 @@ def test_the_bigram_baseline_scores_exactly_the_targets_that_evaluation_scores(t
     )
     content += bytes([255 - seed]) * 3  # rare: after it, validation may ask for what was never seen
     (tmp_path / "t").write_bytes(content)
-    cfg = config(path=str(tmp_path / "t"), length=10, batch=7, seed=seed)
-    dataset = load(cfg)
+    dataset = load(path=str(tmp_path / "t"), length=10, batch=7, seed=seed)
 
     pairs = [
         pair
-        for batch in eval_batches(dataset, cfg)
+        for batch in weighed(dataset)
         for weight, x, y in zip(batch["weight"], batch["inputs"], batch["targets"], strict=True)
         if weight
         for pair in zip(x.tolist(), y.tolist(), strict=True)
@@ -324,10 +346,10 @@ def test_the_bigram_baseline_knows_bytes_with_one_follower_and_bytes_never_seen(
 
 
 def test_counting_in_pieces_changes_no_bit_of_the_baseline(monkeypatch):
-    whole = load(config()).baselines["bigram"]
+    whole = load().baselines["bigram"]
     monkeypatch.setattr(text, "CHUNK", 1000)
 
-    assert load(config()).baselines["bigram"] == whole < math.log(256)
+    assert load().baselines["bigram"] == whole < math.log(256)
 
 
 # --- order, shards, position
@@ -341,7 +363,7 @@ def test_counting_in_pieces_changes_no_bit_of_the_baseline(monkeypatch):
 @settings(max_examples=50, deadline=None)
 def test_each_epoch_is_a_new_order_of_all_examples(examples, batch, seed):
     batch = min(batch, examples)
-    iterator = train_iterator(numbered(examples), config("digits", batch=batch, seed=seed))
+    iterator = train_iterator(numbered(examples, batch=batch, seed=seed))
     rows = joined(islice(iterator, -(-3 * examples // batch)))
     iterator.close()
 
@@ -352,9 +374,7 @@ def test_each_epoch_is_a_new_order_of_all_examples(examples, batch, seed):
 
 
 def test_the_order_depends_on_the_seed():
-    one, two, again = (
-        joined(islice(train_iterator(numbered(), config("digits", seed=s)), 3)) for s in (0, 1, 0)
-    )
+    one, two, again = (joined(islice(train_iterator(numbered(seed=s)), 3)) for s in (0, 1, 0))
 
     assert (one == again).all()
     assert (one != two).any()
@@ -363,31 +383,28 @@ def test_the_order_depends_on_the_seed():
 @pytest.mark.parametrize("name", BASE)
 @pytest.mark.parametrize("count", [2, 4])
 def test_processes_together_read_the_batches_of_one_process(name, count):
-    cfg = config(name)
-    dataset = load(cfg)
+    dataset = load(name)
 
-    for read in (lambda *p: islice(train_iterator(dataset, cfg, *p), 60), eval_part(dataset, cfg)):
+    for read in (lambda *p: islice(train_iterator(dataset, *p), 60), eval_part(dataset)):
         whole = list(read(0, 1))
         parts = zip(*(read(p, count) for p in range(count)), strict=True)
         together = [{k: np.concatenate([p[k] for p in part]) for k in part[0]} for part in parts]
         assert bits(together) == bits(whole)
 
 
-def eval_part(dataset, cfg):
-    return lambda *process: eval_batches(dataset, cfg, None, *process)
+def eval_part(dataset):
+    return lambda *process: weighed(dataset, None, *process)
 
 
 @pytest.mark.parametrize("name", BASE)
 @pytest.mark.parametrize("k", [0, 1, 57])
 def test_a_position_saved_after_k_batches_resumes_with_the_next_one_bit_for_bit(name, k):
-    cfg = config(name)
-    dataset = load(cfg)
-    uninterrupted = train_iterator(dataset, cfg)
+    uninterrupted = train_iterator(load(name))
     for _ in range(k):
         next(uninterrupted)
     position = json.loads(json.dumps(uninterrupted.get_state()))
 
-    resumed = train_iterator(load(cfg), cfg)
+    resumed = train_iterator(load(name))
     next(resumed)
     resumed.set_state(position)
     assert resumed.get_state() == position
@@ -396,7 +413,7 @@ def test_a_position_saved_after_k_batches_resumes_with_the_next_one_bit_for_bit(
 
 
 def test_reading_ahead_does_not_move_the_position():
-    iterator = train_iterator(numbered(), config("digits"))
+    iterator = train_iterator(numbered())
 
     for k in range(1, 20):
         next(iterator)
@@ -406,28 +423,26 @@ def test_reading_ahead_does_not_move_the_position():
 def test_a_position_in_other_data_is_refused_with_every_difference(tmp_path):
     text = tmp_path / "t"
     text.write_bytes(b"some words " * 500)
-    cfg = config(path=str(text))
-    position = train_iterator(load(cfg), cfg).get_state()
+    position = train_iterator(load(path=str(text))).get_state()
 
     text.write_bytes(b"same lines " * 500)
-    changed = config(path=str(text), batch=4, seed=9)
+    changed = load(path=str(text), batch=4, seed=9)
     with pytest.raises(Refused) as error:
-        train_iterator(load(changed), changed).set_state(position)
+        train_iterator(changed).set_state(position)
     message = str(error.value)
     assert message.count(": was ") == 3
     for part in ("digest: was", "batch: was 8, is 4", "seed: was 0, is 9", "begin another run"):
         assert part in message
 
     with pytest.raises(Refused, match="this one has next_index"):
-        train_iterator(load(cfg), cfg).set_state({"next_index": 3})
+        train_iterator(changed).set_state({"next_index": 3})
 
 
 def test_a_position_does_not_depend_on_where_the_file_lies(tmp_path):
     states = []
     for name in ("here", "there"):
         (tmp_path / name).write_bytes(b"some words " * 500)
-        cfg = config(path=str(tmp_path / name))
-        states.append(train_iterator(load(cfg), cfg).get_state())
+        states.append(train_iterator(load(path=str(tmp_path / name))).get_state())
 
     assert states[0] == states[1]
 
@@ -438,8 +453,8 @@ def test_a_position_does_not_depend_on_where_the_file_lies(tmp_path):
 @given(validation=st.integers(1, 40), batch=st.integers(1, 30), seed=st.integers(0, 2**40))
 @settings(max_examples=50, deadline=None)
 def test_evaluation_weighs_every_validation_example_once(validation, batch, seed):
-    dataset, cfg = numbered(validation=validation), config("digits", batch=batch, seed=seed)
-    batches = list(eval_batches(dataset, cfg))
+    dataset = numbered(validation=validation, batch=batch, seed=seed)
+    batches = list(weighed(dataset))
 
     weight = joined(batches, "weight")
     assert weight.dtype == np.float32
@@ -447,8 +462,8 @@ def test_evaluation_weighs_every_validation_example_once(validation, batch, seed
     assert len(batches) == -(-validation // batch)
     assert sorted(joined(batches)[weight == 1]) == list(range(validation))
     assert weight.sum() == validation
-    assert bits(batches) == bits(eval_batches(dataset, cfg))
-    assert bits(eval_batches(dataset, cfg, limit=2)) == bits(batches[:2])
+    assert bits(batches) == bits(weighed(dataset))
+    assert bits(weighed(dataset, limit=2)) == bits(batches[:2])
 
 
 # --- refusals
@@ -456,27 +471,25 @@ def test_evaluation_weighs_every_validation_example_once(validation, batch, seed
 
 def test_a_batch_larger_than_the_training_set_is_refused():
     with pytest.raises(Refused, match="500, more than the 398 training examples of diabetes"):
-        load(config("diabetes", batch=500))
+        load("diabetes", batch=500)
 
 
 def test_rows_that_processes_cannot_share_are_refused_for_both_splits():
-    cfg = config("digits", batch=10)
-
-    for read in (train_iterator, eval_batches):
-        with pytest.raises(Refused, match="10, which 4 processes cannot share"):
-            read(numbered(), cfg, process_count=4)
+    for read in (train_iterator, weighed):
+        with pytest.raises(Refused, match=r"10 rows .*, which 4 processes cannot share"):
+            next(iter(read(numbered(batch=10), process_count=4)))
 
 
 def test_a_split_that_starves_a_class_or_the_statistics_is_refused():
     with pytest.raises(Refused, match="of digit 0, 0 would be validation, and both sides need"):
-        load(config("digits", val_fraction=0.001))
+        load("digits", val_fraction=0.001)
     with pytest.raises(Refused, match="no spread to standardise by"):
-        load(config("diabetes", val_fraction=0.999, batch=1))
+        load("diabetes", val_fraction=0.999, batch=1)
 
 
 def test_any_seed_of_the_config_splits_every_set():
     for name in BASE:
-        assert len(load(config(name, seed=2**63)).validation)
+        assert len(load(name, seed=2**63).validation)
 
 
 # --- start-up
@@ -485,9 +498,9 @@ def test_any_seed_of_the_config_splits_every_set():
 def test_text_is_loaded_without_scikit_learn_and_described_without_jax():
     code = """if True:
         import sys
-        from configs.schema import Data
-        from training.datasets import load
-        load(Data(name="text", path=None, length=64, batch=8, val_fraction=0.1, seed=0))
+        from training.datasets import create, load
+        options = {"path": None, "length": 64, "batch": 8, "val_fraction": 0.1, "seed": 0}
+        load(create({"name": "text", **options}))
         heavy = {"sklearn", "jax", "grain", "scipy"} & set(sys.modules)
         sys.exit(f"imported: {heavy}" if heavy else 0)
     """

@@ -16,7 +16,7 @@ def train(tmp_path: Path, *overrides: str) -> tuple[list[dict[str, Any]], dict[s
     loop.train(cfg)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, lines) if row["split"] == "eval"]
-    return rows, datasets.load(cfg.data).baselines
+    return rows, datasets.load(datasets.create(cfg.data)).baselines
 
 
 @pytest.mark.long

@@ -21,7 +21,8 @@ from configs.build import ConfigError
 from model import families
 from model.stages import Stage
 from training import cli, mesh, processes, signals, start
-from training.datasets import load
+from training.data import first_batch
+from training.datasets import create, load
 from training.errors import Refused
 from training.state import Program, State
 from training.table import table
@@ -53,8 +54,8 @@ def assert_near(run_dir: Path, other: Path) -> None:
 def program(experiment: str, *overrides: str) -> Program:
     cfg = cli.compose(*SMALL[experiment], *QUIET, *overrides, checks={"model": families.create})
     family = families.create(cfg.model)
-    inputs = load(cfg.data).example_batch(cfg.data.batch)["inputs"]
-    layout = mesh.create(cfg.mesh, cfg.data.batch)
+    inputs = first_batch(load(create(cfg.data)))["inputs"]
+    layout = mesh.create(cfg.mesh, cfg.data["batch"])
     return Program(cfg, Stage(cfg.stage, family, inputs), start.load_rules(cfg, family), layout)
 
 
@@ -91,8 +92,7 @@ def test_a_mesh_draws_the_curve_of_one_device_and_four_stages_one_curve(
 @pytest.mark.parametrize("experiment", ["lm", "digits"])
 def test_each_device_holds_an_eighth(experiment: str, stage: str) -> None:
     made = program(experiment, f"stage={stage}", "mesh.fsdp=8", "optimizer.ema=0.9")
-    dataset = load(made._cfg.data)
-    batch = made.layout.batch(dataset.example_batch(made._cfg.data.batch))
+    batch = made.layout.batch(first_batch(load(create(made._cfg.data))))
 
     state, _ = made.train_step(made.init(), batch)
 

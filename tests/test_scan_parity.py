@@ -94,10 +94,10 @@ def forward_and_backward(dtype: str, *, scan: bool, excess: bool) -> dict[str, b
     cfg = cli.compose(
         *SMALL["lm"], *QUIET, *options, f"model.scan={scan}", checks={"model": create}
     )
-    family, dataset = create(cfg.model), datasets.load(cfg.data)
-    stage = Stage(cfg.stage, family, dataset.example_batch(cfg.data.batch)["inputs"])
+    family, dataset = create(cfg.model), datasets.load(datasets.create(cfg.data))
+    stage = Stage(cfg.stage, family, data.first_batch(dataset)["inputs"])
     program = Program(cfg, stage, start.load_rules(cfg, family))
-    batch = next(data.train_iterator(dataset, cfg.data))
+    batch = next(data.train_iterator(dataset))
 
     def loss(params: Any) -> tuple[jax.Array, jax.Array]:
         variables, key = {"params": params}, jax.random.key(1)

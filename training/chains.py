@@ -184,9 +184,19 @@ def _entry(key: str, entry: Any, around: Surroundings, top: bool = False) -> Tra
 def _call(key: str, factory: Factory, given: Mapping[str, Any], around: Surroundings) -> Any:
     arguments = _arguments(key, factory, given, around)
     try:
-        return factory(**arguments)
+        return _deaf_to_more(factory(**arguments))
     except (TypeError, ValueError, NotImplementedError) as error:
         raise ConfigError({key: f"optax refuses it: {str(error).splitlines()[0]}"}) from None
+
+
+def _deaf_to_more(made: Any) -> Any:
+    """A transformation that says it takes more than gradients, and takes none by name, as `sam`."""
+    if not isinstance(made, optax.GradientTransformationExtraArgs):
+        return made
+    kinds = {parameter.kind for parameter in inspect.signature(made.update).parameters.values()}
+    if kinds & {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}:
+        return made
+    return optax.GradientTransformation(made.init, made.update)
 
 
 def _arguments(

@@ -18,8 +18,9 @@ def evaluate(cfg: Config, program: Program, dataset: Dataset, state: State) -> d
     """The validation means of the family's losses, each example with equal weight."""
     totals: dict[str, float] = {}
     pending = []
-    for batch in data.eval_batches(dataset, cfg.data, cfg.eval.batches, *share()):
-        pending.append(program.eval_step(state, program.place(batch)))
+    for pair in data.eval_batches(dataset, cfg.eval.batches, *share()):
+        batch, weight = program.place(pair)
+        pending.append(program.eval_step(state, batch, weight))
     for sums in jax.device_get(pending):
         for name, value in sums.items():
             totals[name] = totals.get(name, 0.0) + float(value)

@@ -44,7 +44,7 @@ def train(cfg: Config) -> int | None:
 
 def _train(cfg: Config, dataset: Dataset, program: Program, example: dict[str, Any]) -> int | None:
     with processes.together():
-        batches = data.train_iterator(dataset, cfg.data, *share())
+        batches = data.train_iterator(dataset, *share())
 
     # Start: resume, init_from or scratch. Nothing is written yet.
     saved = start.find(cfg, program.rules)
@@ -73,7 +73,7 @@ def _train(cfg: Config, dataset: Dataset, program: Program, example: dict[str, A
     checkpoints = Checkpoints(run_dir, cfg.checkpoint, start.run_item(cfg, program.rules))
     checkpoints.forget_after(first)
     board = Board(run_dir, first, dataclasses.asdict(cfg), on=cfg.log.tensorboard and writes)
-    terminal = Terminal(last, first, cfg.data.batch, progress=cfg.log.progress)
+    terminal = Terminal(last, first, dataset.options.batch, progress=cfg.log.progress)
     recorder = Recorder(metrics, board, terminal, cfg.log_every)
 
     # Steps. What is due after step k is done before batch k + 1 is drawn.

@@ -38,19 +38,27 @@ class Layout:
         self.whole = NamedSharding(self.mesh, PartitionSpec())
         self._gather = jax.jit(lambda tree: tree, out_shardings=self.whole)
 
-    def batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """The global batch, of which each process gives its own rows."""
-        return {
-            name: jax.make_array_from_process_local_data(self.rows, rows)
-            for name, rows in batch.items()
-        }
+    def batch(self, batch: Any) -> Any:
+        """The global batch, a pytree of arrays, of which each process gives its own rows.
 
-    def shapes(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.ShapeDtypeStruct]:
+        Raises:
+            Refused: the rows cannot be shared out evenly, as may happen with a stream of batches.
+        """
+        rows = len(jax.tree.leaves(batch)[0]) * jax.process_count()
+        if rows % self.mesh.size:
+            raise Refused(
+                f"A batch has {rows} rows, which {self.mesh.size} devices cannot share evenly: let "
+                f"the data give multiples of {self.mesh.size}, or use fewer devices (mesh.data)."
+            )
+        return jax.tree.map(
+            lambda array: jax.make_array_from_process_local_data(self.rows, array), batch
+        )
+
+    def shapes(self, batch: Any) -> Any:
         """What `batch` returns, without values, from a batch that has the rows of all processes."""
-        return {
-            name: jax.ShapeDtypeStruct(rows.shape, rows.dtype, sharding=self.rows)
-            for name, rows in batch.items()
-        }
+        return jax.tree.map(
+            lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=self.rows), batch
+        )
 
     def fetch(self, tree: Any) -> Any:
         """The whole of each array as numpy, in every process; to be called by all of them."""

@@ -22,7 +22,7 @@ from linen_nnx.infer.trace import Leaf, Trace
 from linen_nnx.proof.subject import Arrays, Subject
 from model import families
 from model.stages import Stage
-from training import datasets
+from training import data, datasets
 from training.leaves import named
 from training.state import Program, State
 
@@ -32,9 +32,9 @@ _ROWS = 8  # of a batch, at most
 def subject(run: Mapping[str, Any]) -> Subject:
     """The model of a run at its stage, and its training step.
 
-    The example inputs are a batch of the run's data; of text, of the text that Python brings along,
-    since a proof must not depend on files that may have moved. The outputs are those of evaluation
-    and of training.
+    The example inputs are a batch of the run's data, or the one that its data set makes without
+    files, since a proof should not depend on files that may have moved. The outputs are those of
+    evaluation and of training.
 
     Args:
         run: what the run's checkpoint says of it: `config`, `stage`, `rules`.
@@ -43,10 +43,10 @@ def subject(run: Mapping[str, Any]) -> Subject:
         ConfigError: for a configuration that this version of the template does not have.
     """
     cfg = build(Config, {**upgraded(run["config"]), "stage": run["stage"]})
-    source = dataclasses.replace(cfg.data, path=None, batch=min(cfg.data.batch, _ROWS))
-    batch = datasets.load(source).example_batch(source.batch)
+    rows = min(cfg.data["batch"], _ROWS)
+    batch = data.example(datasets.create({**cfg.data, "batch": rows}))
     family = families.create(cfg.model)
-    stage = Stage(cfg.stage, family, batch["inputs"])
+    stage = Stage(cfg.stage, family, family.inputs(batch))
     rules = None if run["rules"] is None else RuleBook.from_dict(run["rules"])
     program = Program(cfg, stage, rules)
     updated: list[str] = []
@@ -74,11 +74,11 @@ def subject(run: Mapping[str, Any]) -> Subject:
             now, _ = program.train_step(now, batch)
         return {keys[path]: np.asarray(leaf) for path, leaf in named(now.tree()).items()}
 
-    jaxpr = jax.make_jaxpr(forward)(list(stage.abstract.values()), batch["inputs"])
+    jaxpr = jax.make_jaxpr(forward)(list(stage.abstract.values()), family.inputs(batch))
     leaves = {
         path: Leaf(spec.shape, spec.dtype, path.split("/")[0])
         for path, spec in stage.abstract.items()
     }
-    inputs = (jnp.asarray(batch["inputs"]),)
+    inputs = (jnp.asarray(family.inputs(batch)),)
     trace = Trace("linen", jaxpr, leaves, inputs, tuple(updated), {})
     return Subject(trace, flat=True, step=step, exact=True)

@@ -27,11 +27,11 @@ def show(cfg: Config, program: Program, dataset: Dataset, state: State, board: B
     if not cfg.log.samples:
         return ""
     step = int(state.step)
-    if cfg.data.name == "text":
+    if cfg.data["name"] == "text":
         prompt, text = write_text(cfg, program, dataset, state)
         board.text(step, "sample", f"{prompt}|{text}")
         return f"sample after the prompt {prompt[-40:]!r}:\n{text}"
-    if cfg.data.name == "digits":
+    if cfg.data["name"] == "digits":
         image, wrong = misclassified(cfg, program, dataset, state)
         if image is not None:
             board.image(step, "misclassified", image)
@@ -88,9 +88,9 @@ def misclassified(
 
     found = []
     variables = program.evaluated(state)
-    for batch in data.eval_batches(dataset, cfg.data, cfg.eval.batches):
+    for batch, weight in data.eval_batches(dataset, cfg.eval.batches):
         guesses = program.fetch(_guesses(program.stage, variables, batch["inputs"]))
-        for index in np.flatnonzero((guesses != batch["targets"]) & (batch["weight"] > 0)):
+        for index in np.flatnonzero((guesses != batch["targets"]) & (weight > 0)):
             found.append((batch["inputs"][index, ..., 0], batch["targets"][index], guesses[index]))
     shown = found[: cfg.log.samples]
     if not shown:

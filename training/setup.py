@@ -7,7 +7,7 @@ import jax
 from configs.schema import Config
 from model import families
 from model.stages import Stage
-from training import datasets, mesh, processes, start
+from training import data, datasets, mesh, processes, start
 from training.state import Program
 
 
@@ -26,13 +26,14 @@ def prepare(cfg: Config) -> tuple[datasets.Dataset, Program, dict[str, Any]]:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     processes.join(cfg)
     with processes.together():
-        layout = mesh.create(cfg.mesh, cfg.data.batch)
-        dataset = datasets.load(cfg.data)
+        options = datasets.create(cfg.data)
+        layout = mesh.create(cfg.mesh, options.batch)
+        dataset = datasets.load(options)
         family = families.create(cfg.model)
         rules = start.load_rules(cfg, family)
-        example = dataset.example_batch(cfg.data.batch)
+        example = data.first_batch(dataset)
         family.check_data(example, dataset.classes)
-        program = Program(cfg, Stage(cfg.stage, family, example["inputs"]), rules, layout)
+        program = Program(cfg, Stage(cfg.stage, family, family.inputs(example)), rules, layout)
     return dataset, program, example if layout is None else layout.shapes(example)
 
 

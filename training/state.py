@@ -18,11 +18,10 @@ from linen_nnx import RuleBook
 from linen_nnx.book.tree import flatten, unflatten
 from model.stages import HALVES, Stage, Variables, translate
 from training import optimizer
+from training.datasets import Batch
 from training.errors import Refused
 from training.leaves import View
 from training.mesh import Layout
-
-Batch = dict[str, Any]
 
 OWN = {"step", "split", "lr", "weight", *(f"grad_norm_{half}" for half in HALVES)}  # metrics' names
 RUN_STATE = {"step", "opt_state", "ema"}  # beside the collections in the tree that is saved
@@ -69,7 +68,8 @@ class Program:
         abstract: the state's shapes, dtypes and shardings.
         train_step: `(state, batch) -> (state, metrics)`, jitted, donating `state`; metrics are
             float32 scalars: the batch means of the family's losses, `lr`, and `grad_norm_<half>`.
-        eval_step: `(state, batch) -> {metric: sum, "weight": sum}`, jitted; uses the EMA if kept.
+        eval_step: `(state, batch, weight) -> {metric: sum, "weight": sum}`, jitted, with `weight`
+            (rows,) float32; uses the average of the parameters if one is kept.
     """
 
     def __init__(
@@ -131,7 +131,9 @@ class Program:
 
         def loss_fn(params: Variables) -> tuple[Array, tuple[Variables, dict[str, Array]]]:
             variables = {"params": params, **rest}
-            outputs, updates = self.stage.apply(variables, batch["inputs"], train=True, key=key)
+            outputs, updates = self.stage.apply(
+                variables, self.stage.family.inputs(batch), train=True, key=key
+            )
             means = {name: v.mean() for name, v in self._losses(outputs, batch).items()}
             return means["loss"], (updates, means)
 
@@ -158,15 +160,17 @@ class Program:
         state = State(state.step + 1, {"params": params, **rest, **updates}, opt_state, ema)
         return state, metrics
 
-    def _eval_step(self, state: State, batch: Batch) -> dict[str, Array]:
-        outputs, _ = self.stage.apply(self.evaluated(state), batch["inputs"], train=False)
+    def _eval_step(self, state: State, batch: Batch, weight: Array) -> dict[str, Array]:
+        outputs, _ = self.stage.apply(
+            self.evaluated(state), self.stage.family.inputs(batch), train=False
+        )
         values = self._losses(outputs, batch)
-        sums = {name: (value * batch["weight"]).sum() for name, value in values.items()}
-        return {**sums, "weight": batch["weight"].sum()}
+        sums = {name: (value * weight).sum() for name, value in values.items()}
+        return {**sums, "weight": weight.sum()}
 
     def _losses(self, outputs: Array, batch: Batch) -> dict[str, Array]:
         """The family's losses; refused while tracing, where (rows, 1) or so would broadcast."""
-        values, rows = self.stage.family.losses(outputs, batch), len(batch["inputs"])
+        values, rows = self.stage.family.losses(outputs, batch), len(jax.tree.leaves(batch)[0])
         wrong = [
             f"  {name}: got {value.dtype}{list(value.shape)}, expected float32[{rows}]"
             for name, value in values.items()
@@ -181,8 +185,8 @@ class Program:
             )
         return values
 
-    def place(self, batch: Batch) -> Batch:
-        """A batch as the steps take it: of a mesh, the whole one, from this process's rows."""
+    def place(self, batch: Any) -> Any:
+        """Arrays of a batch as the steps take them: on a mesh, whole, from this process's rows."""
         return batch if self.layout is None else self.layout.batch(batch)
 
     def fetch(self, tree: Any) -> Any:

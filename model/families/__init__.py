@@ -37,6 +37,10 @@ class Family:
     rules_path: Path
     optimizer: Callable[..., Any] | None = None
 
+    def inputs(self, batch: Any) -> Any:
+        """What the model is called with, of a batch."""
+        return batch["inputs"]
+
     def check_data(self, batch: Mapping[str, Any], classes: int | None) -> None:
         """Compares the options with the data, which else would broadcast, or index out of bounds.
 

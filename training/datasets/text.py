@@ -1,22 +1,77 @@
-"""Text as a byte stream: which files, which windows, which of them are held out, how well the
-simplest model of them does.
+"""Windows of bytes out of any text: which files, which windows, which of them are held out, how
+well the simplest model of them does.
 
 No tokenizer: a token is a byte, 0 to 255.
 """
 
-from __future__ import annotations
-
+import dataclasses
 import glob
+import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from configs.build import Count, Fraction
+from training import datasets
+from training.datasets import Batch, Dataset, digest
 from training.errors import Refused, refuse
+
+# Training windows over each byte: of one alone, a byte would always be at the same position.
+POSITIONS = 8
 
 BLOCKS = 200  # of a text, each wholly training or wholly validation
 WINDOWS_PER_BLOCK = 4  # at least, so that a short text still has whole windows on both sides
 CHUNK = 1 << 22  # bytes of text counted at a time: bounds memory, not results
 FILES_NAMED = 8  # in a description
+
+
+@dataclass(frozen=True)
+class Options(datasets.Options):
+    """See `configs/data/text.yaml` for meanings and units."""
+
+    path: str | None
+    length: Count
+    val_fraction: Fraction
+
+
+def load(options: Options) -> Dataset:
+    """Inputs and targets (length,) int32: the bytes of a text, and those that follow.
+
+    The stream is cut into about 200 equal blocks, at least four windows long, and a seeded choice
+    of them is validation (at least one block), so that no validation window shares a byte with a
+    training window. Training windows begin every `length // 8` bytes, so that an epoch shows each
+    byte at eight positions; validation windows every `length` bytes, so that each target is scored
+    once. Baselines, in nats per byte: `uniform`, `bigram`.
+
+    Raises:
+        Refused: the files cannot be used, or the text is too short.
+    """
+    text, origin = read_text(options.path)
+    data, length = np.frombuffer(text, np.uint8), options.length
+    runs = split_text(len(data), length, options.val_fraction, options.seed)
+    train = Windows(data, runs[0], length, stride=max(length // POSITIONS, 1))
+    validation = Windows(data, runs[1], length, stride=length)
+    train_bytes, validation_bytes = (int(np.diff(kind).sum()) for kind in runs)
+    return Dataset(
+        options=options,
+        train=train,
+        validation=validation,
+        description=(
+            f"{origin}: {len(data)} bytes; {train_bytes} to train on ({len(train)} windows "
+            f"of {length}, one every {train.stride}), {validation_bytes} to validate with "
+            f"({len(validation)} windows, no overlap)"
+        ),
+        digest=digest(data),
+        baselines={"uniform": math.log(256), "bigram": bigram_nats(train, validation)},
+        classes=256,
+    )
+
+
+def example(options: Options) -> Batch:
+    """A batch of the text that Python brings along: a proof must not need files that may move."""
+    train = load(dataclasses.replace(options, path=None)).train
+    return train.take(np.arange(options.batch) % len(train))
 
 
 def read_text(path: str | None) -> tuple[bytes, str]:
