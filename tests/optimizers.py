@@ -46,6 +46,8 @@ ARGUMENTS = {
     "with_extra_args_support": {"tx": "adam"},
     "schedule_free_adamw": {"learning_rate": 0.1},
     "schedule_free_sgd": {"learning_rate": 0.1},
+    "rprop": {"learning_rate": 0.1},
+    "scale_by_lbfgs": {},
     "sm3": {"learning_rate": 0.1},
     "galore": {"rank": 2},
     "scale_by_galore": {"rank": 2},
@@ -68,6 +70,7 @@ BOOKS = {
     ],
 }  # fmt: skip
 STEPS = 4
+DRAWS = 6  # of parameters and gradients: one alone may add up to the same by luck
 
 
 def tree(seed):
@@ -84,11 +87,9 @@ def tree(seed):
 
 
 def trained(name, stage, rules):
-    """The parameters, in nnx form, after some updates at a stage; raises `ConfigError`."""
-    at = {path: translate(tree(seed), rules, "nnx", stage) for path, seed in
-          (("params", 0), *((f"grads{step}", step + 1) for step in range(STEPS)))}  # fmt: skip
-    params = unflatten(at["params"])["params"]
-    view = View(SimpleNamespace(name=stage, abstract=at["params"]), rules)
+    """The parameters of each draw, in nnx form, after some updates; raises `ConfigError`."""
+    abstract = translate(tree(0), rules, "nnx", stage)
+    view = View(SimpleNamespace(name=stage, abstract=abstract), rules)
     cfg = Optimizer(
         name="named", chain=[{name: ARGUMENTS.get(name, {})}], lr=0.1, weight_decay=0.0,
         schedule="constant", warmup=0, end_lr_factor=1.0, clip_norm=None, accumulate=1, ema=None,
@@ -101,25 +102,31 @@ def trained(name, stage, rules):
         updates, state = transformation.update(grads, state, params, value=value)
         return optax.apply_updates(params, updates), state
 
-    state = transformation.init(params)
-    for index in range(STEPS):
-        grads = unflatten(at[f"grads{index}"])["params"]
-        params, state = step(params, state, grads, 1.0 / (index + 1))
-    moved = translate(flatten({"params": params}), rules, stage, "nnx")
-    return {path: np.asarray(leaf) for path, leaf in moved.items()}
+    found = {}
+    for draw in range(DRAWS):
+        first = 10 * draw
+        params = unflatten(translate(tree(first), rules, "nnx", stage))["params"]
+        state = transformation.init(params)
+        for index in range(STEPS):
+            grads = unflatten(translate(tree(first + index + 1), rules, "nnx", stage))["params"]
+            params, state = step(params, state, grads, 1.0 / (index + 1))
+        moved = translate(flatten({"params": params}), rules, stage, "nnx")
+        for path, leaf in moved.items():
+            found[draw, path] = np.asarray(leaf)
+    return found
 
 
 def difference(name, form):
     """The largest difference between stages, as a share of how far a leaf moved; 0: same bits."""
     rules = RuleBook.from_dict({"version": 1, "rules": BOOKS[form]})
-    start = tree(0)
     results = [trained(name, stage, rules) for stage in ("nnx", "nnx_in_linen", "linen")]
     worst = 0.0
-    for path, leaf in results[0].items():
-        move = np.abs(leaf - start[path]).max()
+    for (draw, path), leaf in results[0].items():
+        move = np.abs(leaf - tree(10 * draw)[path]).max()
         for other in results[1:]:
-            if leaf.tobytes() != other[path].tobytes():
-                worst = max(worst, float(np.abs(leaf - other[path]).max() / max(move, 1e-30)))
+            if leaf.tobytes() != other[draw, path].tobytes():
+                apart = np.abs(leaf - other[draw, path]).max()
+                worst = max(worst, float(apart / max(move, 1e-30)))
     return worst
 
 

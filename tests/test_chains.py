@@ -59,7 +59,7 @@ def updates(transformation, steps=3):
          optax.chain(optax.masked(optax.adam(0.1), MASKS["matrices"]),
                      optax.masked(optax.sgd(0.1), MASKS["rest"]))),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, list) else "by hand",
 )  # fmt: skip
 def test_a_named_chain_is_the_one_that_python_would_write(chain, by_hand):
     named = optax.chain(*chains.build(chain, AROUND))

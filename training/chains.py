@@ -30,6 +30,21 @@ T = TypeVar("T")
 Factory = Callable[..., Any]
 Transformation = optax.GradientTransformation
 
+# What these compute is not elementwise, and so depends on how a stage names and stacks leaves: in
+# their roundings, or where a leaf is a stack, wholly. Measured: docs/optimizers.md.
+SUMS = {
+    "dadapt_adamw", "dog", "dowg", "lbfgs", "mechanize", "momo", "momo_adam", "normalize",
+    "normalize_by_update_norm", "polyak_sgd", "prodigy", "sam", "scale_by_lbfgs",
+    "scale_by_polyak",
+}  # fmt: skip
+WHOLE = {
+    "adafactor", "adaptive_grad_clip", "centralize", "clip_by_block_rms", "fromage", "galore",
+    "lamb", "lars", "muon", "novograd", "scale_by_distance_over_gradients",
+    "scale_by_factored_rms", "scale_by_galore", "scale_by_muon", "scale_by_novograd",
+    "scale_by_param_block_norm", "scale_by_param_block_rms", "scale_by_sm3",
+    "scale_by_trust_ratio", "sm3",
+}  # fmt: skip
+DRAWS = {"add_noise", "differentially_private_aggregate", "dpsgd", "noisy_sgd"}
 UNANNOTATED = ("dog", "dowg", "scale_by_factored_rms")  # factories that do not say what they return
 EXAMPLE = "{adamw: {b1: 0.8}}"
 
@@ -114,6 +129,25 @@ def names(chain: list[Any]) -> list[str]:
         name, given = _parted(entry)
         if name in factories():
             found += [name, *names(list(given.values()))]
+    return found
+
+
+def depending_on_stage(chain: list[Any]) -> dict[str, str]:
+    """The factories of a chain whose updates are not the same bits at every stage, with the reason.
+
+    >>> depending_on_stage(["adam", "muon"])
+    {'muon': 'looks at each leaf as a whole, which at another stage may be a stack'}
+    """
+    reasons = {
+        "adds up over all leaves, in the order of their names": SUMS,
+        "looks at each leaf as a whole, which at another stage may be a stack": WHOLE,
+        "draws noise for one leaf after another, in the order of their names": DRAWS,
+    }
+    found = {}
+    for name in names(chain):
+        for reason, those in reasons.items():
+            if name in those:
+                found[name] = reason
     return found
 
 

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from configs.schema import Config, Optimizer
 from model.stages import HALVES, STAGES
+from training import chains
 from training.cli import CONFIGS
 from training.datasets import Dataset
 from training.metrics import Metrics
@@ -52,6 +53,10 @@ def _learning_rate(cfg: Optimizer, steps: int) -> Iterator[str]:
     yield f"optimizer: {cfg.name}, lr {cfg.lr:g}" + (
         f", {cfg.lr / own:.3g} times the {own:g} of optimizer={cfg.name}" if is_far else ""
     )
+    for name, reason in chains.depending_on_stage(cfg.chain or []).items():
+        yield (
+            f"{name} {reason}: the curve may be another one at another stage (docs/optimizers.md)"
+        )
     updates = steps // cfg.accumulate
     if cfg.warmup >= updates:
         yield (
