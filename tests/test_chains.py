@@ -173,7 +173,10 @@ def test_a_learning_rate_applied_twice_is_refused():
     ("changes", "problems"),
     [
         ({"chain": ["adamw"], "weight_decay": 0.1}, ["optimizer.weight_decay"]),
-        ({"chain": ["schedule_free_adamw"], "ema": 0.9}, ["optimizer.ema"]),
+        (
+            {"chain": [{"schedule_free_adamw": {"learning_rate": 0.1}}], "ema": 0.9},
+            ["optimizer.ema"],
+        ),
         ({"chain": ["adamv"]}, ["optimizer.chain.0"]),
         ({"chain": ["scale_by_adam"], "weight_decay": 0.1, "ema": 0.9}, []),
         ({"chain": ["adamw"], "weight_decay": 0.0}, []),
