@@ -39,6 +39,12 @@ ARGUMENTS = {
     "noisy_sgd": {"seed": 0},
     "sam": {"optimizer": "sgd", "adv_optimizer": ["normalize", "sgd"]},
     "scale": {"step_size": 0.5},
+    "scale_by_rprop": {"learning_rate": 0.01},
+    "scale_by_schedule": {
+        "step_size_fn": {
+            "linear_schedule": {"init_value": 1.0, "end_value": 0.5, "transition_steps": 4}
+        }
+    },
     "schedule_free": {"base_optimizer": "adam"},
     "selective_transform": {"optimizer": "adam", "freeze_mask": "rest"},
     "split_real_and_imaginary": {"inner": "adam"},
@@ -47,7 +53,6 @@ ARGUMENTS = {
     "schedule_free_adamw": {"learning_rate": 0.1},
     "schedule_free_sgd": {"learning_rate": 0.1},
     "rprop": {"learning_rate": 0.1},
-    "scale_by_lbfgs": {},
     "sm3": {"learning_rate": 0.1},
     "galore": {"rank": 2},
     "scale_by_galore": {"rank": 2},

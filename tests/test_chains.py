@@ -53,6 +53,10 @@ def updates(transformation, steps=3):
          optax.chain(chains.clip_by_norm(0.1, optax.tree.norm), optax.sgd(0.1))),
         ([{"adam": {"mu_dtype": "bfloat16"}}], optax.adam(0.1, mu_dtype=jnp.bfloat16)),
         ([{"prodigy": {"betas": [0.8, 0.99]}}], optax.contrib.prodigy(0.1, betas=(0.8, 0.99))),
+        (["scale_by_adam", {"scale_by_schedule": {"step_size_fn": {"linear_schedule": {
+            "init_value": -0.1, "end_value": 0.0, "transition_steps": 9}}}}],
+         optax.chain(optax.scale_by_adam(),
+                     optax.scale_by_schedule(optax.linear_schedule(-0.1, 0.0, 9)))),
         (["muon"], optax.contrib.muon(0.1, weight_decay_mask=MASKS["matrices"])),
         ([{"masked": {"inner": "adam", "mask": "matrices"}},
           {"masked": {"inner": "sgd", "mask": "rest"}}],
@@ -230,7 +234,15 @@ def test_the_remedy_for_lbfgs_works(train):
           "optimizer.weight_decay=0")  # fmt: skip
 
 
-@pytest.mark.parametrize("chain", ["[polyak_sgd]", "[momo]", "[adam,reduce_on_plateau]"])
+@pytest.mark.parametrize(
+    "chain",
+    [
+        "[polyak_sgd]",
+        "[momo]",
+        "[adam,reduce_on_plateau]",
+        "[{sam: {optimizer: sgd, adv_optimizer: [normalize, sgd]}}]",
+    ],
+)
 def test_an_update_gets_the_loss_where_it_asks_for_it(train, chain):
     train("diabetes", "steps=3", f"optimizer.chain={chain}", "optimizer.weight_decay=0",
           "optimizer.accumulate=2")  # fmt: skip

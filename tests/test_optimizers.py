@@ -1,6 +1,5 @@
 """The claim of docs/optimizers.md: which updates are the same bits however leaves are named."""
 
-import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ from optimizers import measure
 from training import chains
 
 PAGE = (Path(__file__).parents[1] / "docs" / "optimizers.md").read_text()
-ROUNDING = 1e-3  # of how far a leaf has moved; measured at most 5e-6
+ROUNDING = 1e-3  # of how far a leaf has moved; measured at most 5e-5
 SOME = ["adam", "clip_by_global_norm", "momo", "muon"]
 
 
@@ -21,7 +20,7 @@ def row(name):
 def check(name):
     measured, reason = measure(name), row(name)
     if isinstance(measured, str):
-        assert re.search(rf"\\| .*`{name}`.* \\| not by name", PAGE), measured
+        assert f"`{name}`" in PAGE.split("## What cannot be named")[1], measured
     elif reason is None:
         assert measured == {"renamed": 0.0, "stacked": 0.0}
     elif name in chains.SUMS:

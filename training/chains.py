@@ -207,6 +207,9 @@ def _entry(key: str, entry: Any, around: Surroundings, top: bool = False) -> Tra
         text = f"got '{name}', which is no transformation of optax or optax.contrib{hint}"
         raise ConfigError({key: text})
     key = f"{key}.{name}"
+    if name == "sam":  # which fails on `value`, though its type says that it takes it
+        made = _call(key, factories()[name], given, around)
+        return optax.GradientTransformation(made.init, made.update)
     if name != "clip_by_global_norm":
         return _call(key, factories()[name], given, around)
     if not top:
@@ -218,19 +221,9 @@ def _entry(key: str, entry: Any, around: Surroundings, top: bool = False) -> Tra
 def _call(key: str, factory: Factory, given: Mapping[str, Any], around: Surroundings) -> Any:
     arguments = _arguments(key, factory, given, around)
     try:
-        return _deaf_to_more(factory(**arguments))
+        return factory(**arguments)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise ConfigError({key: f"optax refuses it: {str(error).splitlines()[0]}"}) from None
-
-
-def _deaf_to_more(made: Any) -> Any:
-    """A transformation that says it takes more than gradients, and takes none by name, as `sam`."""
-    if not isinstance(made, optax.GradientTransformationExtraArgs):
-        return made
-    kinds = {parameter.kind for parameter in inspect.signature(made.update).parameters.values()}
-    if kinds & {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}:
-        return made
-    return optax.GradientTransformation(made.init, made.update)
 
 
 def _arguments(
@@ -305,7 +298,7 @@ def _expected(parameter: inspect.Parameter, around: Surroundings) -> str:
     words = {
         f"a transformation, as {EXAMPLE}": _is_transformation(kinds),
         "a number": "float" in kinds,
-        "a schedule, as {exponential_decay: {...}}": "float" in kinds and "Callable" in kinds,
+        "a schedule, as {exponential_decay: {...}}": _may_be_schedule(parameter, kinds),
         "a whole number": "int" in kinds and "float" not in kinds,
         "true or false": kinds == {"bool"},
         "text": "str" in kinds,
@@ -335,6 +328,10 @@ def _kinds(parameter: inspect.Parameter) -> tuple[set[str], list[str]]:
         else:
             kinds.add(getattr(origin, "__name__", str(origin)))
     return kinds, choices
+
+
+def _may_be_schedule(parameter: inspect.Parameter, kinds: set[str]) -> bool:
+    return "Callable" in kinds and ("float" in kinds or parameter.name == "step_size_fn")
 
 
 def _is_mask(parameter: inspect.Parameter) -> bool:
