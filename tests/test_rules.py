@@ -1,5 +1,6 @@
 """The rule book: its laws over random trees and books, and each of its errors."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from linen_nnx import RuleBook, RuleError
 from linen_nnx.book.grammar import parse_rule
+from linen_nnx.book.index import Index
 from linen_nnx.book.ops import Mismatch, packed
 from linen_nnx.book.patterns import Pattern
 from linen_nnx.book.rules import Unassigned
@@ -864,3 +866,39 @@ def test_likely_rules_are_written_as_comments_that_can_be_uncommented(tmp_path):
     head = text[: text.index("unassigned:\n")]  # deleted, as the comment says
     (tmp_path / "closed.yaml").write_text(head.replace("# - ", "- ").replace("#   ", "  "))
     assert RuleBook.load(tmp_path / "closed.yaml").rules == (likely,)
+
+
+PATHS = st.lists(
+    st.sampled_from(["a", "a_1", "b_12", "w3_4", "7", "kernel"]), min_size=1, max_size=4
+)
+PATTERNS = st.lists(
+    st.sampled_from(["a", "a_{i}", "{name}", "b_{j}", "w3_{k}", "{l}", "kernel", "{rest...}"]),
+    min_size=1,
+    max_size=4,
+)
+
+
+@given(st.lists(PATTERNS, max_size=12), st.lists(PATHS, max_size=12))
+def test_the_index_finds_what_trying_every_pattern_finds(patterns, paths):
+    parsed = []
+    for elements in patterns:
+        with contextlib.suppress(ValueError):  # more than one `{rest...}`
+            parsed.append(Pattern("/".join(elements)))
+    index = Index([[pattern] for pattern in parsed])
+    for path in map("/".join, paths):
+        found = {(hit.rule, tuple(hit.captures.items())) for hit in index.match(path)}
+        matches = ((rule, pattern.match(path)) for rule, pattern in enumerate(parsed))
+        assert found == {(rule, tuple(m.items())) for rule, m in matches if m is not None}
+
+
+def test_five_thousand_rules_are_planned_in_seconds():
+    entries = [
+        {"linen": f"params/{{block}}/d_{n}/{{leaf}}", "nnx": f"m_{{block}}/s{n}/{{leaf}}"}
+        for n in range(5000)
+    ]
+    rules = RuleBook.from_dict({"version": 1, "rules": entries})
+    leaf = np.ones(2, np.float32)
+    leaves = {f"params/{block}/d_{n}/kernel": leaf for n in range(5000) for block in "ab"}
+    start = time.process_time()
+    assert len(rules.plan(leaves, "nnx").steps) == 10_000
+    assert time.process_time() - start < 5

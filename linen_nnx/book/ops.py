@@ -241,38 +241,7 @@ class Cast:
         return cast
 
 
-@dataclass(frozen=True)
-class Merge:
-    """Keeps one of each `count` arrays, which must be equal: placeholders that say nothing.
-
-    The list it takes is ordered as that of `Gather`.
-    """
-
-    count: int
-    inner: int
-
-    def run(self, arrays: Sequence[Any]) -> list[Any]:
-        kept = []
-        for group in Gather("stack", 0, self.count, self.inner).groups(arrays):
-            if any((array != group[0]).any() for array in group):
-                raise Mismatch("placeholders that would become one are not equal")
-            kept.append(group[0])
-        return kept
-
-
-@dataclass(frozen=True)
-class Repeat:
-    """Gives each array `count` times; the inverse of `Merge`."""
-
-    count: int
-
-    def run(self, arrays: Sequence[Any]) -> list[Any]:
-        return [array for array in arrays for _ in range(self.count)]
-
-
-Action = (
-    Gather | Spread | Permute | Reform | Multiply | Copies | Agree | Fill | Cast | Merge | Repeat
-)
+Action = Gather | Spread | Permute | Reform | Multiply | Copies | Agree | Fill | Cast
 
 
 # Ops: as written in a rule book, both directions.

@@ -11,9 +11,8 @@ ways is refused when it is built, so that matching a path and writing it again a
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 _CAPTURE = re.compile(r"\{([^{}]*)\}")
 _NAME = re.compile(r"[a-z][a-z0-9_]*(\.\.\.)?")
@@ -126,37 +125,3 @@ def _element_regex(text: str, element: str, captures: list[str]) -> str:
             regex += _SUB["integer" if is_integer(name) else "element"].format(name)
         regex += re.escape(literal)
     return regex
-
-
-class Hit(NamedTuple):
-    """A pattern that matches a path: its rule and part by number, and the text of each capture."""
-
-    rule: int
-    part: int
-    captures: dict[str, str]
-
-
-class Index:
-    """Finds the patterns that match a path: literal ones by one look-up, others by length."""
-
-    def __init__(self, rules: Iterable[Sequence[Pattern]]) -> None:
-        """`rules`: the patterns of each rule on one side, its parts."""
-        self._literal: dict[str, list[Hit]] = {}
-        self._by_length: dict[int | None, list[tuple[int, int, Pattern]]] = {}
-        for rule, patterns in enumerate(rules):
-            for part, pattern in enumerate(patterns):
-                if pattern.literal:
-                    self._literal.setdefault(pattern.text, []).append(Hit(rule, part, {}))
-                else:
-                    same = self._by_length.setdefault(pattern.length, [])
-                    same.append((rule, part, pattern))
-
-    def match(self, path: str) -> list[Hit]:
-        """Every pattern that matches `path`."""
-        hits = list(self._literal.get(path, ()))
-        for length in (path.count("/") + 1, None):
-            for rule, part, pattern in self._by_length.get(length, ()):
-                captures = pattern.match(path)
-                if captures is not None:
-                    hits.append(Hit(rule, part, captures))
-        return hits

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from linen_nnx.book.grammar import Rule, did_you_mean
+from linen_nnx.book.index import Hit
 from linen_nnx.book.ops import PART, Action, Block, Drop, Fill, Init, Mismatch, Side, Spec, Stack
-from linen_nnx.book.patterns import Hit, Pattern, is_integer
+from linen_nnx.book.patterns import Pattern, is_integer
 from linen_nnx.book.tree import branches_of
 from linen_nnx.errors import Refusal
 
@@ -25,7 +26,7 @@ _TREE = (
     "fresh one will do, or both models with --twin); or state `shape` and `dtype`, with no capture "
     "in the last name"
 )
-_HINTED = 20  # problems of one kind that get a suggestion: difflib is slow on long lists
+_COMPARED = 50_000  # names compared for suggestions, which takes difflib about two seconds
 
 
 class RuleError(Refusal):
@@ -119,6 +120,7 @@ class _Attempt:
         self.used: set[int] = set()
         self.broken: set[int] = set()  # rules with a problem of their own: no follow-up errors
         self.unmatched: list[str] = []
+        self.compared = 0  # names so far, for suggestions
         self.ambiguous: dict[tuple[Side, tuple[int, ...]], list[str]] = {}  # by side and rules
 
     def match(self) -> None:
@@ -282,7 +284,7 @@ class _Attempt:
             return
         due = self.target.get(path)
         if due is None:
-            near = did_you_mean(path, self.target)
+            near = did_you_mean(path, self.target) if self._may_compare(self.target) else ""
             self.problems.append(f"{_origin(step)} becomes `{path}`, which the target lacks{near}")
         elif not due.same(spec):
             self.problems.append(
@@ -299,9 +301,9 @@ class _Attempt:
             if number not in self.used
             for pattern in rule.side(self.side)
         ]
-        for count, path in enumerate(self.unmatched):
+        for path in self.unmatched:
             near = hint
-            if not hint and count < _HINTED:
+            if not hint and self._may_compare([*patterns, *unfilled]):
                 near = _letter_for_a_name(path, patterns) or self._nearest(path, patterns, unfilled)
             self.problems.append(
                 f"no rule matches the {self.side} leaf `{path}` ({self.source[path]}){near}"
@@ -315,6 +317,11 @@ class _Attempt:
         fits = [p for p in unfilled if self.target and self.target[p].same(self.source[path])]
         near = difflib.get_close_matches(path, fits, n=1, cutoff=0.4)
         return f"; the nearest open {self.to} leaf is `{near[0]}`" if near else ""
+
+    def _may_compare(self, names: Collection[Any]) -> bool:
+        """Whether a suggestion from so many names is still to be had in reasonable time."""
+        self.compared += len(names)
+        return self.compared <= _COMPARED
 
     def _collection_hint(self) -> str:
         """Whether all unmatched Linen leaves would match with a collection added or removed."""

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 from linen_nnx.book.draws import Pairing, parse_pairing
 from linen_nnx.book.grammar import Rule, noting, parse_rule, rule_to_dict, unknown
+from linen_nnx.book.index import Hit, Index
 from linen_nnx.book.ops import Side
-from linen_nnx.book.patterns import Hit, Index
 from linen_nnx.book.plan import Plan, RuleError, make_plan
 from linen_nnx.book.reading import parse_json, read_text
 

@@ -12,8 +12,8 @@ order. A rule may name such a leaf by its path beside the model, and settles it:
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from linen_nnx.book.index import Hit
 from linen_nnx.book.ops import Side
-from linen_nnx.book.patterns import Hit
 from linen_nnx.book.rules import RuleBook
 from linen_nnx.disk.mirrors import prefix_keys, remedy
 from linen_nnx.disk.moves import Move, Place, Step

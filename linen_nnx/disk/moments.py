@@ -21,10 +21,8 @@ from linen_nnx.book.ops import (
     Copies,
     Fill,
     Gather,
-    Merge,
     Permute,
     Reform,
-    Repeat,
     Spec,
     Spread,
 )
@@ -215,8 +213,8 @@ def factored_actions(
 def _placeholders(action: Gather | Spread) -> tuple[Action, ...]:
     """The same for arrays that say nothing: as many as there are parameters, and all equal."""
     if isinstance(action, Gather):
-        return (Merge(action.count, action.inner),)
-    return (Repeat(len(action.sizes)),)
+        return (Agree((None,) * action.count, action.inner),)
+    return (Copies((None,) * len(action.sizes)),)
 
 
 def first_value(field: str, fill: Fill, spec: Spec) -> Fill:

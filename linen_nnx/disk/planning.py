@@ -34,7 +34,7 @@ MODEL_ALONE = (".safetensors", ".npz")
 
 
 def plan_conversion(
-    path: str | Path,
+    path: str | Path | Source,
     to: str,
     rules: str | Path | RuleBook | None = None,
     step: int | None = None,
@@ -51,7 +51,8 @@ def plan_conversion(
     """Plans the conversion of the checkpoint at `path`.
 
     Args:
-      path: a run directory, a CheckpointManager's root or step, an Orbax item, or a file.
+      path: a run directory, a CheckpointManager's root or step, an Orbax item, or a file; or
+        what `sources.find` has found there.
       to: `linen` or `nnx` for stock layouts; a stage's name for this template's own runs. For a
         whole run directory `linen` and `nnx` are the stages of that name.
       rules: the rule book, or its file; runs and converted checkpoints have one with them.
@@ -71,7 +72,7 @@ def plan_conversion(
       RuleError: with everything that does not fit.
     """
     options = Options(reset_optimizer, model_only, side, item, step, tuple(prefix))
-    source = find(path, step, item, part, prefix)
+    source = path if isinstance(path, Source) else find(path, step, item, part, prefix)
     form, target = _forms(source, to)
     book = _rule_book(source, rules)
     if form is None:

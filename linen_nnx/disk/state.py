@@ -7,6 +7,7 @@ variables, bare parameters), stock nnx (`nnx.State` of a model, of `nnx.Optimize
 template's own runs, whose halves may differ in form.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -120,27 +121,32 @@ def without_boxes(leaves: Sequence[Leaf], known: Callable[[str], bool]) -> list[
     parameter of that name may be, too: then the rule book knows the path with it and not the path
     without.
     """
-    children: dict[tuple[Key, ...], set[Key]] = {}
-    for leaf in leaves:
-        for n, key in enumerate(leaf.keys):
-            if key == _BOX:
-                children.setdefault(leaf.keys[:n], set())
-    for leaf in leaves if children else ():
-        for n, key in enumerate(leaf.keys):
-            if leaf.keys[:n] in children:
-                children[leaf.keys[:n]].add(key)
-    boxes = {node for node, keys in children.items() if keys == {_BOX}}
+    count = _children(leaves) if any(_box_in(leaf.keys) for leaf in leaves) else {}
     tree = []
     for leaf in leaves:
         names = tuple([key[0] for key in leaf.keys])
         at = _box_in(leaf.keys)
-        if at and leaf.keys[:at] in boxes:
+        if at and count[leaf.keys[:at]] == 1:
             suffixes = ["/".join(names[n:]) for n in range(len(names) - 1)]
             last = at == len(names) - 1
-            own = any(map(known, suffixes)) and not any(known(s[:-6]) for s in suffixes)
-            names = names if last and own else (*names[:at], *names[at + 1 :])
+            # Most boxes are known by the first question, which is asked again of every leaf.
+            own = last and not any(known(s[:-6]) for s in suffixes) and any(map(known, suffixes))
+            names = names if own else (*names[:at], *names[at + 1 :])
         tree.append((names, leaf))
     return tree
+
+
+def _children(leaves: Sequence[Leaf]) -> Counter[tuple[Key, ...]]:
+    """How many children each inner node has."""
+    seen: set[tuple[Key, ...]] = set()
+    count: Counter[tuple[Key, ...]] = Counter()
+    for leaf in leaves:
+        node = leaf.keys
+        while node and node not in seen:
+            seen.add(node)
+            node = node[:-1]
+            count[node] += 1
+    return count
 
 
 _BOX = Key("value", DICT)

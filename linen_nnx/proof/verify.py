@@ -136,7 +136,7 @@ def _verify_one(
         options = {**options, "rules": _rules(result, twin)}
     suffix = result.folder.suffix * (result.folder.suffix in SUFFIXES)
     try:
-        conversion = plan_conversion(path, to, suffix=suffix, **options)
+        conversion = plan_conversion(source, to, suffix=suffix, **options)
         leaves = result.leaves
     except (RuleError, StoreError) as error:
         yield Check("coverage, shapes, dtypes", False, getattr(error, "problems", (str(error),)))
@@ -149,7 +149,7 @@ def _verify_one(
             different += _different(one, source_of(result, result.folder / name), progress)
     yield Check("every bit, through the rule book", not different, tuple(different))
     progress("the way back")
-    yield _inverse(conversion, result, options["part"], intact=not different)
+    yield _inverse(conversion, result, intact=not different)
     if twin is None and (own_runs is None or source.run is None):
         return
     progress("running both models")
@@ -168,7 +168,7 @@ def _rules(result: Source, twin: "Twin | None") -> Any:
     return suggest(twin)
 
 
-def _inverse(conversion: Conversion, result: Source, part: str, intact: bool) -> Check:
+def _inverse(conversion: Conversion, result: Source, intact: bool) -> Check:
     """The way back from the result: the same leaves, each with its own bits.
 
     Where nothing but a name changes, the bits are those compared before (`intact`).
@@ -183,11 +183,9 @@ def _inverse(conversion: Conversion, result: Source, part: str, intact: bool) ->
     if source.run is not None and conversion.to.stage is None:
         return Check(name, None, ("a stock layout does not say of which stage it was",))
     form = conversion.state.form
-    step = result.step.number if result.step else None
-    options: dict[str, Any] = {"step": step, "like": source, "part": part}
-    options |= {"model_only": conversion.options.model_only, "item": conversion.options.item}
+    options = {"like": source, "model_only": conversion.options.model_only}
     try:
-        back = plan_conversion(result.path, form.stage or form.side, conversion.book, **options)
+        back = plan_conversion(result, form.stage or form.side, conversion.book, **options)
     except (RuleError, StoreError) as error:
         return Check(name, False, getattr(error, "problems", (str(error),)))
     wrong = _not_undone(conversion, back)
