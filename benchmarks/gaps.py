@@ -30,6 +30,8 @@ class Gap:
     """The issue of google/flax."""
     then: str = ""
     """What can be done once it is closed."""
+    breaks: str = ""
+    """What of this project breaks if it no longer holds."""
 
 
 def _spectral_norm() -> str:

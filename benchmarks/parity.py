@@ -25,6 +25,7 @@ import jax
 from benchmarks.compare import DTYPES, MODES, QUANTITIES, Cell, Pair, compare
 from benchmarks.gaps import GAPS, Gap
 from benchmarks.pairs import PAIRS
+from benchmarks.private import PRIVATE
 
 _NAME, _COLUMN, _WIDTH = 30, 9, 100  # characters
 
@@ -101,6 +102,8 @@ def probe(gap: Gap) -> Probe:
         return Probe(gap, "", [f"`{gap.name}` cannot be measured: {_reason(error)}"])
     if evidence:
         return Probe(gap, evidence, [])
+    if gap.breaks:
+        return Probe(gap, "", [f"`{gap.name}` no longer holds: {gap.breaks}."])
     if gap.issue is None:
         closed = f"`{gap.name}` no longer holds, so there is no need to {gap.meaning}."
     else:
@@ -114,7 +117,7 @@ def probe(gap: Gap) -> Probe:
 def main(
     argv: Sequence[str] | None = None,
     pairs: Sequence[Pair] = PAIRS,
-    gaps: Sequence[Gap] = GAPS,
+    gaps: Sequence[Gap] = (*GAPS, *PRIVATE),
 ) -> int:
     """Measures and prints. Returns the exit code: 0 all as expected, 1 not so (2 is for usage)."""
     parser = argparse.ArgumentParser(

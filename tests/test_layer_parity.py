@@ -12,7 +12,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from benchmarks import gaps, pairs, parity
+from benchmarks import gaps, pairs, parity, private
 from benchmarks.compare import DTYPES, Pair, compare
 
 ROWS = {pair.name: pair for pair in pairs.PAIRS}
@@ -40,7 +40,7 @@ def test_a_pair_is_as_the_table_says(name: str) -> None:
     assert len(row.cells) == 8
 
 
-@pytest.mark.parametrize("gap", gaps.GAPS, ids=lambda gap: gap.name)
+@pytest.mark.parametrize("gap", [*gaps.GAPS, *private.PRIVATE], ids=lambda gap: gap.name)
 def test_a_known_gap_is_still_there(gap: gaps.Gap) -> None:
     result = parity.probe(gap)
 
@@ -57,7 +57,7 @@ def test_every_pair_that_differs_says_why_and_what_makes_it_exact() -> None:
 
 
 def test_every_row_has_its_own_name() -> None:
-    names = [row.name for row in (*pairs.PAIRS, *gaps.GAPS)]
+    names = [row.name for row in (*pairs.PAIRS, *gaps.GAPS, *private.PRIVATE)]
 
     assert len(set(names)) == len(names)
 

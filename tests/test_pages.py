@@ -73,7 +73,7 @@ def test_yaml_on_the_pages_is_a_rule_book_or_starts_a_run() -> None:
                     assert RuleBook.from_dict(documents[0]).rules
                 else:
                     assert_starts_a_run(*documents)
-    assert kinds == [2, 1, 1, 1]
+    assert kinds == [2, 1, 1, 1, 1]
 
 
 def assert_starts_a_run(service: dict, job: dict) -> None:

@@ -211,9 +211,14 @@ class Ladder:
 
     def first_leaves(self) -> Leaves:
         """The leaves of the Linen model's init on the example; to be traced."""
-        init = complete(self.twin).init_linen
-        assert init is not None
-        return flatten(nn.unbox(init(self.linen, jax.random.key(0), *self.inputs)))
+        twin, key = self.twin, jax.random.key(0)
+        if twin.init_linen is None:
+            try:
+                return flatten(nn.unbox(self.linen.init(key, *self.inputs)))
+            except TypeError:  # it wants to be told whether it trains
+                twin = complete(twin)
+        assert twin.init_linen is not None
+        return flatten(nn.unbox(twin.init_linen(self.linen, key, *self.inputs)))
 
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
         """`Module.init` of the Linen model."""
@@ -383,11 +388,12 @@ class Ladder:
         Example:
           >>> import jax.numpy as jnp
           >>> from flax import linen as nn, nnx
-          >>> from linen_nnx import Ladder, Twin
+          >>> from linen_nnx import Ladder, RuleBook, Twin
           >>> twin = Twin(linen=lambda: nn.Dropout(0.5, deterministic=False),
           ...             nnx=lambda rngs: nnx.Dropout(0.5, deterministic=False, rngs=rngs),
           ...             inputs=lambda: (jnp.ones((4, 2)),))
-          >>> Ladder(twin, say=lambda text: None).pair(jnp.ones((4, 2))).draws[0].pairs[0].linen
+          >>> ladder = Ladder(twin, RuleBook([]), say=lambda text: None)
+          >>> ladder.pair(jnp.ones((4, 2))).draws[0].pairs[0].linen
           Draw(path='dropout', count=0, lane=())
         """
         call = Call(method, args, kwargs, dict(rngs or {}), self.at("linen").mutable or False)
