@@ -63,8 +63,9 @@ def search(ladder: "Ladder", call: Call) -> Findings:
 
 
 def _with_keys(ladder: "Ladder", call: Call) -> Call:
-    """The call with a key for each stream that it names or that the Linen model asks for."""
-    asked = {"params", *call.rngs, *asked_for(ladder, call)}
+    """The call with a key for each stream that it names; else for each that Linen asks for."""
+    # With the streams that a call is given, so that its own trace serves both.
+    asked = set(call.rngs) or {"params", *asked_for(ladder, call)}
     return replace(call, rngs=dict.fromkeys(sorted(asked), _a_key()))
 
 
