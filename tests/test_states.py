@@ -1,23 +1,28 @@
 """Whole training states as people have them: what mirrors no parameter, and what mirrors oddly."""
 
+import re
+from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+import yaml
 from convert_helpers import bits, restore, save
-from flax import nnx
+from flax import nnx, serialization
 from flax.training.train_state import TrainState
 
-from linen_nnx import RuleBook, RuleError
+from linen_nnx import RuleBook, RuleError, Twin
 from linen_nnx.cli import main
 from linen_nnx.disk.convert import convert
 from linen_nnx.disk.planning import plan_conversion
 from linen_nnx.proof.verify import verify
 
+LIBRARY = Path(__file__).parent.parent / "docs" / "library.md"
 DENSE = {"linen": "params/d/{leaf}", "nnx": "a/{leaf}"}
 PARAMS = {"d": {"kernel": jnp.ones((6, 3)), "bias": jnp.arange(3.0)}}
 
@@ -114,6 +119,25 @@ def test_a_parameters_name_outside_of_any_mirror_is_refused_until_a_rule_drops_i
     assert plan_conversion(tmp_path / "linen", "nnx", book(DENSE, drop)).dropped == ["odd/d/kernel"]
 
 
+def advised(why, rules):
+    """The book with the rule that a message advises."""
+    (text,) = set(re.findall(r"\{(?:linen|nnx): .*?\}(?:\]\})?", why))
+    return book(*rules.to_dict()["rules"], yaml.safe_load(text))
+
+
+@pytest.mark.parametrize("side", ["linen", "nnx"])
+def test_the_rule_that_a_refusal_advises_works(tmp_path, side):
+    odd = {"d": {"kernel": jnp.ones((6, 3))}, "note": jnp.ones(1)}
+    model = {"params": PARAMS} if side == "linen" else {"model": nnx.state(Linear(nnx.Rngs(0)))}
+    if side == "nnx":
+        odd["a"] = odd.pop("d")
+    save(tmp_path / side, {**model, "odd": odd})
+    to = "nnx" if side == "linen" else "linen"
+    why = refused(tmp_path / side, RENAME, to)
+    conversion = plan_conversion(tmp_path / side, to, advised(why, RENAME))
+    assert conversion.dropped == [f"odd/{'d' if side == 'linen' else 'a'}/kernel"]
+
+
 # Optimizers
 
 
@@ -139,9 +163,8 @@ def test_a_row_that_may_depend_on_the_form_is_refused_until_a_rule_says_otherwis
     whole = sum(leaf.size for leaf in jax.tree.leaves(STACKED))
     save(tmp_path / "linen", train_state(own_transformation(whole), STACKED))
     why = refused(tmp_path / "linen", STACK)
-    assert "if it does not, say so by a rule, {linen: 'opt_state/row', nnx: 'opt_state/row'}" in why
     assert "else go on with a fresh optimizer (--reset-optimizer)" in why
-    kept = book(*STACK.to_dict()["rules"], {"linen": "opt_state/row", "nnx": "opt_state/row"})
+    kept = advised(why, STACK)
     convert(tmp_path / "linen", tmp_path / "nnx", "nnx", rules=kept)
     row = restore(tmp_path / "nnx")["optimizer"]["opt_state"]["row"]["value"]
     assert row.shape == (whole,)
@@ -167,6 +190,20 @@ def test_all_parameters_in_a_row_are_refused_where_their_order_changes(tmp_path)
     )
     plan_conversion(tmp_path / "linen", "nnx", same)
     assert "in the order of their names, which changes" in refused(tmp_path / "linen", other)
+
+
+def test_muon_which_chooses_by_axes_is_refused_where_rules_change_their_number(tmp_path):
+    save(tmp_path / "linen", train_state(optax.contrib.muon(0.1), STACKED))
+    why = refused(tmp_path / "linen", STACK)
+    assert "chooses its parameters by their number of axes" in why
+    plan_conversion(tmp_path / "linen", "nnx", STACK, reset_optimizer=True)
+
+
+def test_a_mask_that_may_choose_by_axes_is_noted(tmp_path):
+    tx = optax.masked(optax.trace(0.9), lambda params: jax.tree.map(lambda x: x.ndim > 2, params))
+    save(tmp_path / "linen", train_state(tx, STACKED))
+    notes = plan_conversion(tmp_path / "linen", "nnx", STACK).notes
+    assert any("whose number of axes rules change" in note for note in notes)
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
@@ -288,6 +325,23 @@ def test_an_init_rule_with_captures_fills_where_its_node_is(tmp_path):
     assert paths == [f"model/l/{n}/bias/value" for n in range(3)]
 
 
+def test_an_init_rule_that_cannot_be_placed_takes_its_places_from_a_tree_or_the_twin(
+    tmp_path, capsys
+):
+    save(tmp_path / "linen", train_state(optax.adam(0.1), KERNEL))
+    bare = {"op": "init", "fill": "zeros"}
+    rules = book(MOVED, {"nnx": "{node}/bias", "ops": [bare]})
+    why = refused(tmp_path / "linen", rules)
+    assert "--like" in why
+    assert "--twin" in why
+    save(tmp_path / "fresh", _fresh_nnx(optax.adam(0.1)))
+    plan_conversion(tmp_path / "linen", "nnx", rules, like=tmp_path / "fresh")
+    rules.save(tmp_path / "r.yaml")
+    words = ["plan", str(tmp_path / "linen"), "--to", "nnx", "--rules", str(tmp_path / "r.yaml")]
+    assert main([*words, "--twin", f"{__file__}:TWIN"]) == 0
+    assert "optimizer/opt_state/0/mu/a/bias/value" in capsys.readouterr().out
+
+
 # `TrainState.params` that holds the whole dict of variables
 
 
@@ -306,6 +360,43 @@ def test_the_level_params_comes_off_and_goes_on_again(tmp_path, given):
     options = {"like": tmp_path / "linen"} if given else {}
     convert(tmp_path / "nnx", tmp_path / "back", "linen", rules=RENAME, **options)
     assert bits(restore(tmp_path / "back", state)) == bits(state)
+
+
+class Dense(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3, name="d")(x)
+
+
+class Linear(nnx.Module):
+    def __init__(self, rngs):
+        self.a = nnx.Linear(6, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.a(x)
+
+
+class Bare(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3, use_bias=False, name="d")(x)
+
+
+TWIN = Twin(linen=Bare, nnx=Linear, inputs=lambda: (jnp.ones((2, 6)),))
+
+
+@pytest.mark.parametrize("name", ["whole dict", "sm3"])
+def test_the_models_prove_a_step_from_states_of_odd_forms(tmp_path, name):
+    tx = optax.sm3(0.1) if name == "sm3" else optax.MultiSteps(optax.adam(0.1), 1)
+    params = PARAMS if name == "sm3" else {"params": PARAMS}
+    save(tmp_path / "linen", stepped(train_state(tx, params)))
+    convert(tmp_path / "linen", tmp_path / "nnx", "nnx", rules=RENAME)
+    twin = Twin(linen=Dense, nnx=Linear, inputs=lambda: (jnp.ones((2, 6)),), optimizer=tx)
+    checks = {
+        check.name: check for check in verify(tmp_path / "linen", tmp_path / "nnx", twin=twin)
+    }
+    assert passes(checks.values()), checks
+    assert checks["one optimizer step from the carried state"].passed
 
 
 # Which side a tree is of
@@ -364,6 +455,21 @@ def test_random_state_and_constants_are_left_out_and_said(tmp_path, capsys):
     assert "no nnx.Variable) are left out: `table`" in out
 
 
+def test_the_restore_of_the_docs_works_with_dropout_constants_and_extra_entries(tmp_path):
+    tx = optax.adam(0.1)
+    state = stepped(train_state(tx, obs_mean=jnp.arange(6.0), ema=PARAMS))
+    step_of(tmp_path / "linen", default=state)
+    convert(tmp_path / "linen", tmp_path / "nnx", "nnx", rules=RENAME)
+    (snippet,) = re.findall(r"```python\n(import orbax.*?)```", LIBRARY.read_text(), re.S)
+    assert "nnx.Not(nnx.RngState)" in snippet
+    run = snippet.replace("/absolute/path/converted", str(tmp_path / "nnx"))
+    names = {"MyNnx": lambda width, rngs: Noisy(rngs), "tx": tx}
+    exec(run, names)
+    assert (names["model"].a.kernel[...] == state.params["d"]["kernel"]).all()
+    moments = names["optimizer"].opt_state[0].mu
+    assert (moments["a"]["kernel"][...] == state.opt_state[0].mu["d"]["kernel"]).all()
+
+
 # The model alone
 
 
@@ -390,6 +496,41 @@ def test_verify_knows_of_a_fresh_optimizer_by_the_report(tmp_path):
     more = ["--to", "nnx", "--rules", str(tmp_path / "r.yaml"), "--reset-optimizer"]
     assert main(["run", *words, *more]) == 0
     assert main(["verify", *words]) == 0
+
+
+# Files of Flax, which hold whole states
+
+
+CHAIN = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
+
+
+def test_a_whole_state_in_msgpack_goes_to_nnx_and_back_into_msgpack(tmp_path):
+    state = stepped(train_state(CHAIN))
+    source, back = tmp_path / "state.msgpack", tmp_path / "back.msgpack"
+    source.write_bytes(serialization.to_bytes(state))
+    convert(source, tmp_path / "nnx", "nnx", rules=RENAME)
+    restored = restore(tmp_path / "nnx", _fresh_nnx(CHAIN))
+    moment = restored["optimizer"]["opt_state"][1][0]["mu"]["a"]["kernel"]
+    assert (moment[...] == state.opt_state[1][0].mu["d"]["kernel"]).all()
+    assert passes(verify(source, tmp_path / "nnx"))
+    convert(tmp_path / "nnx", back, "linen")
+    assert bits(serialization.from_bytes(train_state(CHAIN), back.read_bytes())) == bits(state)
+
+
+def test_a_whole_state_in_msgpack_restores_into_a_train_state_by_orbax(tmp_path):
+    model = Linear(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, CHAIN, wrt=nnx.Param)
+    optimizer.update(model, nnx.state(model, nnx.Param))
+    whole = {"model": nnx.state(model), "optimizer": nnx.state(optimizer)}
+    pure = nnx.to_pure_dict(nnx.State(whole))
+    (tmp_path / "nnx.msgpack").write_bytes(serialization.msgpack_serialize(pure))
+    fresh = train_state(CHAIN)
+    save(tmp_path / "fresh", fresh)
+    options = {"rules": RENAME, "like": tmp_path / "fresh"}
+    convert(tmp_path / "nnx.msgpack", tmp_path / "linen", "linen", **options)
+    state = restore(tmp_path / "linen", fresh)
+    assert int(state.step) == 1
+    assert (state.params["d"]["kernel"] == model.a.kernel[...]).all()
 
 
 # Items of a step beside the training state's
@@ -456,4 +597,7 @@ def test_model_and_optimizer_in_items_of_their_own_are_converted_together(tmp_pa
         rules=RENAME, item="model_state", reset_optimizer=True,
     )  # fmt: skip
     assert not (reset.out / "1" / "optimizer_state").exists()
+    words = ["run", str(tmp_path / "nnx"), str(tmp_path / "one.safetensors"), "--to", "linen"]
+    assert main(words) == 1
+    assert main([*words, "--model-only"]) == 0
     assert passes(verify(tmp_path / "linen", tmp_path / "reset"))

@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from linen_nnx.book.index import Hit
 from linen_nnx.book.ops import Side
 from linen_nnx.book.rules import RuleBook
-from linen_nnx.disk.mirrors import prefix_keys, remedy
+from linen_nnx.disk.mirrors import prefix_keys, remedy, reshaped
 from linen_nnx.disk.moves import Move, Place, Step
 from linen_nnx.disk.state import OPTIMIZER, Id, State, is_key
 from linen_nnx.disk.store import DICT, Key, Leaf, make_key
+
+_OF_MUON = "ns_coeffs"  # as optax.contrib.muon calls the coefficients of its iteration
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ class Scope:
 
     steps: Sequence[Step]
     state: State
+    everything: Sequence[Step]
+    """What the rules do to all parameters."""
 
     @property
     def renamed(self) -> bool:
@@ -151,7 +155,7 @@ def scopes(
             node = node.rpartition("/")[0]
         if node not in known:
             inside = [s for s in everything if by_node.get(node, set()) & {*s.sources}]
-            known[node] = Scope(inside if node else everything, state)
+            known[node] = Scope(inside if node else everything, state, everything)
         found[path] = known[node]
     return found
 
@@ -179,6 +183,11 @@ def check_plain(
         return f"`{leaf.path}` has a parameter's name outside of any mirror: {remedy(path, side)}"
     if beside or path.split("/")[0] != OPTIMIZER or is_key(leaf) or not leaf.spec.shape:
         return None
+    if names[-1] == _OF_MUON and reshaped(scope.everything, scope.state):
+        return (
+            f"`{leaf.path}` is Muon's, which chooses its parameters by their number of axes, and "
+            f"rules change that: {remedy(path, side)}"
+        )
     lengths = {*leaf.spec.shape}
     row = scope.in_a_row()
     if scope.renamed and not (row in lengths and scope.reordered()):

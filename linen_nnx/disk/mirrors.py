@@ -145,6 +145,17 @@ def remedy(path: str, side: str) -> str:
     return f"drop it by a rule, {{{side}: {named!r}, ops: [{{op: drop}}]}}"
 
 
+def reshaped(steps: Sequence[Step], state: State) -> set[Id]:
+    """The leaves of a model that have another number of axes afterwards."""
+    found: set[Id] = set()
+    for step in steps:
+        for id in step.sources:
+            before = len(state.model[id].spec.shape)
+            if step.actions and any(len(spec.shape) != before for spec in step.specs):
+                found.add(id)
+    return found
+
+
 @dataclass(frozen=True)
 class Mirror:
     """One subtree of the rest that mirrors the model.
@@ -176,6 +187,7 @@ class Mirror:
 
     def moves(self, steps: Sequence[Step]) -> Iterator[Move[Leaf, Place]]:
         """The moves of this subtree."""
+        self._note_choice(steps)
         yield from self._branches(steps)
         for step in steps:
             if step.sources:
@@ -191,6 +203,16 @@ class Mirror:
     @property
     def in_optimizer(self) -> bool:
         return self.prefix.split("/")[0] == OPTIMIZER
+
+    def _note_choice(self, steps: Sequence[Step]) -> None:
+        """Notes where an optimizer keeps moments of some parameters, and may now choose others."""
+        chosen = self.in_optimizer and self.given is None and len(self._pairs) < len(self.names)
+        if chosen and any(id in self._pairs for id in reshaped(steps, self.state)):
+            self.notes.append(
+                f"`{self.prefix}` is kept for some parameters, whose number of axes rules change: "
+                "if they were chosen by it, give a fresh checkpoint of the target's form with "
+                "--like, which is compared, or go on with a fresh optimizer (--reset-optimizer)"
+            )
 
     def _refuse(self, what: str) -> None:
         self.problems.append(f"{what}: {remedy(self.prefix, self.state.form.side)}")

@@ -4,6 +4,7 @@
 or from whoever knows how to build the model of a saved run.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -126,16 +127,18 @@ def _step(
 
     leaves = subject.leaves.items()
     by_path = {id.path: id for id, leaf in leaves if leaf.collection == "params"}
+    above = _level(by_path, state) if subject.flat else ""
 
     def tree(arrays: Mapping[Any, Array]) -> Any:
-        params = {path: jnp.asarray(arrays[id]) for path, id in by_path.items()}
+        params = {f"{above}{path}": jnp.asarray(arrays[id]) for path, id in by_path.items()}
         if subject.flat:
             return unflatten(params)
         return nnx.from_flat_state([(_keys(path), nnx.Param(x)) for path, x in params.items()])
 
     def flatten(tree: Any) -> dict[str, Any]:
-        box = "" if subject.flat else "/value"
-        return {path.removesuffix(box): leaf for path, leaf in named(tree).items()}
+        if subject.flat:
+            return named(tree)
+        return {_BOX.sub("", path): leaf for path, leaf in named(tree).items()}
 
     params = tree(state)
     start = jax.jit(tx.init)(params)
@@ -157,9 +160,23 @@ def _step(
 
     moved, after = jax.jit(update)(tree(gradients), start, params)
     return {
-        **{by_path[path]: np.asarray(leaf) for path, leaf in flatten(moved).items()},
+        **{
+            by_path[path.removeprefix(above)]: np.asarray(leaf)
+            for path, leaf in flatten(moved).items()
+        },
         **{f"{OPTIMIZER}/{path}": np.asarray(leaf) for path, leaf in flatten(after).items()},
     }
+
+
+_BOX = re.compile(r"/value(?=(/[0-9]+)*$)")  # which nnx has around an array, or a list of them
+
+
+def _level(params: Mapping[str, Id], state: Arrays) -> str:
+    """`params/` where `TrainState.params` holds `{"params": ...}`: there moments do so, too."""
+    ends = [f"/params/{path}" for path in params]
+    kept = [key for key in state if isinstance(key, str) and key.startswith(f"{OPTIMIZER}/")]
+    moments = [key for key in kept if any(key.endswith(f"/{path}") for path in params)]
+    return "params/" if moments and all(key.endswith(tuple(ends)) for key in moments) else ""
 
 
 def _keys(path: str) -> tuple[str | int, ...]:
