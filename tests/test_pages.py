@@ -13,7 +13,7 @@ from pages import EXAMPLES, PAGES, ROOT, Block, Shell, blocks, follow, inline, m
 
 from configs.build import paths
 from linen_nnx import RuleBook
-from training import cli
+from training import cli, optimizer
 
 # Paths in rule books and checkpoints, and what a run writes.
 ELSEWHERE = {
@@ -62,18 +62,20 @@ def test_extras_that_are_to_be_installed_exist() -> None:
     assert extras <= {*project["optional-dependencies"]}
 
 
-def test_yaml_on_the_pages_is_a_rule_book_or_starts_a_run() -> None:
-    kinds = []
+def test_yaml_on_the_pages_is_a_rule_book_an_optimizer_or_starts_a_run() -> None:
+    found = 0
     for page in PAGES:
         for block in blocks(page):
             if block.language == "yaml" and block.file is None:
                 documents = list(yaml.safe_load_all(block.text))
-                kinds.append(len(documents))
-                if len(documents) == 1:
-                    assert RuleBook.from_dict(documents[0]).rules
-                else:
+                found += 1
+                if len(documents) > 1:
                     assert_starts_a_run(*documents)
-    assert kinds == [2, 1, 1, 1, 1]
+                elif "chain" in documents[0]:
+                    optimizer.check(documents[0])
+                else:
+                    assert RuleBook.from_dict(documents[0]).rules
+    assert found
 
 
 def assert_starts_a_run(service: dict, job: dict) -> None:
