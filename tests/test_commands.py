@@ -87,6 +87,7 @@ INLINE = {
         for name in ("convert", "steps", "loop", "growth")
     },
     "make parity": 'make parity ARGS="--only dense"',
+    "make fuzz": "make -n fuzz && python -m benchmarks.fuzz --help",
     ".ci/run": "bash -n .ci/run && test -x .ci/run",
     "cp -r": "cp -r docs copied",
     # What it would install is on no list of ours; its hooks are the commands of `make lint`.
@@ -95,8 +96,22 @@ INLINE = {
     "python convert.py inspect CKPT": "python convert.py inspect --help | grep CKPT",
     **{
         f"convert.py {name}": f"python convert.py {name} --help"
-        for name in ("suggest", "verify", "bisect")
+        for name in ("run", "suggest", "verify", "bisect")
     },
+    **{
+        f"{option} {value}": f"python convert.py run --help | grep -e '{option} '"
+        for option, value in (
+            ("--prefix", "model-"),
+            ("--prefix", "model- --prefix optimizer-"),
+            ("--from", "linen"),
+            ("--from", "nnx"),
+        )
+    },
+    "convert.py inspect PATH": "python convert.py inspect --help | grep CKPT",
+    "python train.py data=NAME": "python train.py data=text --cfg job",
+    # Tests of their own hold these two pages against what the commands print.
+    "python tests/formats_table.py": "test -f tests/formats_table.py",
+    "python -m tests.optimizers": "test -f tests/optimizers.py",
     # test_examples.py holds what it suggests together with the rule book of the example.
     "python convert.py suggest examples/bert/twin.py:twin": (
         "python convert.py suggest --help && test -f examples/bert/twin.py"
@@ -300,7 +315,12 @@ def test_no_block_is_left_out_and_no_table_names_what_no_page_shows() -> None:
     followed = {"Two commands", "Commands", "Changing stage", "Converting checkpoints", "Scale"}
     assert {block.section for block in blocks(README)} == followed | {"Layout"}
     others = {page.name for page in PAGES if blocks(page)} - {"README.md"}
-    assert others == {"family.md", "library.md", "migrate.md", "rules.md"}  # family: test_docs.py
+    # The others have tests of their own: test_docs, test_data_kinds, test_ladder_docs, test_pages.
+    assert others - {"family.md", "data.md", "ladder.md", "optimizers.md"} == {
+        "library.md",
+        "migrate.md",
+        "rules.md",
+    }
     assert {*INSTEAD, *EXTRAS} <= in_blocks()
     assert {*INLINE} <= {*inline()}
 

@@ -48,7 +48,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def configured(run_dir: Path, *overrides: str) -> cli.Config:
-    return cli.compose(*OPTIONS, f"run_dir={run_dir}", *overrides, check_model=families.create)
+    return cli.compose(
+        *OPTIONS, f"run_dir={run_dir}", *overrides, checks={"model": families.create}
+    )
 
 
 def damage(content: bytes, chance: random.Random) -> bytes:
@@ -122,7 +124,7 @@ def readers(
 
     def begin(cfg: cli.Config) -> None:
         _, program, _ = prepare(cfg)
-        batches = loop.data.train_iterator(prepare(cfg)[0], cfg.data)
+        batches = loop.data.train_iterator(prepare(cfg)[0])
         with contextlib.closing(batches), lock.held(Path(cfg.run_dir)):
             saved = start.find(cfg, program.rules)
             start.begin(cfg, program, batches, saved)

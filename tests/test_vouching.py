@@ -39,7 +39,9 @@ def run_dir(trained: Path, tmp_path: Path) -> Path:
 
 
 def configured(run_dir: Path, *overrides: str) -> cli.Config:
-    return cli.compose(*OPTIONS, f"run_dir={run_dir}", *overrides, check_model=families.create)
+    return cli.compose(
+        *OPTIONS, f"run_dir={run_dir}", *overrides, checks={"model": families.create}
+    )
 
 
 def found(run_dir: Path, *overrides: str) -> Saved | None:
