@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from training import checkpoints, processes
 from training.errors import Refused
@@ -72,18 +73,22 @@ def _hush_echoes() -> Callable[[], None]:
         What undoes this.
     """
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    before = sys.excepthook
+    before, unraisable = sys.excepthook, sys.unraisablehook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if str(error) != "Event loop is closed":  # to which a callback comes too late
             before(kind, error, trace)
 
+    def ignored(unraised: Any) -> None:
+        if str(unraised.exc_value) != "Event loop is closed":
+            unraisable(unraised)
+
     def speak() -> None:
-        sys.excepthook = before
+        sys.excepthook, sys.unraisablehook = before, unraisable
         for logger in loggers:
             logger.removeFilter(_is_news)
 
-    sys.excepthook = hook
+    sys.excepthook, sys.unraisablehook = hook, ignored
     for logger in loggers:
         logger.addFilter(_is_news)
     return speak

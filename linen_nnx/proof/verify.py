@@ -21,7 +21,7 @@ from linen_nnx.disk.conversion import REPORT, RULES, Conversion, options_in
 from linen_nnx.disk.planning import MODEL_ALONE, plan_conversion
 from linen_nnx.disk.rekey import Job
 from linen_nnx.disk.sources import SUFFIXES, Beside, Source, check_beside, find, parts
-from linen_nnx.disk.state import State, read_state
+from linen_nnx.disk.state import OPTIMIZER, State, read_state
 from linen_nnx.disk.store import Leaf, StoreError
 from linen_nnx.errors import Refusal
 
@@ -176,6 +176,8 @@ def _inverse(conversion: Conversion, result: Source, intact: bool) -> Check:
     name = "exact inverse"
     source = conversion.source
     lost = [path for one in conversion.parts for path in (*one.dropped, *one.filled)]
+    # The model's leaves first: of an optimizer's state there are many, and ten are shown.
+    lost.sort(key=lambda path: OPTIMIZER in path.split("/"))
     lost += [name for name, one in conversion.beside.items() if one is None]
     if lost or not conversion.book.invertible:
         what = f" ({', '.join(lost[:10])})" if lost else ""
