@@ -4,5 +4,5 @@ from linen_nnx.cli import program
 
 if __name__ == "__main__":
     raise SystemExit(
-        program(own_runs="training.proof:subject", own_files="training.vouching:check")
+        program(own_runs="training.proof:subject", own_files="training.runtime.vouching:check")
     )

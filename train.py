@@ -1,16 +1,15 @@
 """Trains a model at one stage of the migration from Linen to nnx; see `python train.py --help`."""
 
-from training import signals
+from training.runtime import signals
 
 if __name__ == "__main__":
     signals.end_on_signals()  # before the imports, which take time
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from configs.schema import Config
-from training import cli
+from training.config import CHECKS
+from training.runtime import cli
 
 
 def main(cfg: Config) -> float | None:
@@ -26,7 +25,7 @@ def main(cfg: Config) -> float | None:
     """
     from training.evaluation import report
     from training.loop import train
-    from training.metrics import read
+    from training.runtime.metrics import read
 
     if cfg.mode == "eval":
         return report(cfg)
@@ -37,28 +36,5 @@ def main(cfg: Config) -> float | None:
     return min(losses, default=None)
 
 
-def check_model(model: Mapping[str, Any]) -> None:
-    """Raises `ConfigError` for model options that the family does not have."""
-    from model.families import create
-
-    create(model)
-
-
-def check_optimizer(optimizer: Mapping[str, Any]) -> None:
-    """Raises `ConfigError` for transformations and arguments that optax does not have."""
-    from training.optimizer import check
-
-    check(optimizer)
-
-
-def check_data(data: Mapping[str, Any]) -> None:
-    """Raises `ConfigError` for options that the data set does not have."""
-    from training.datasets import create
-
-    create(data)
-
-
-CHECKS = {"model": check_model, "optimizer": check_optimizer, "data": check_data}
-
 if __name__ == "__main__":
-    cli.run(main, CHECKS)
+    cli.run(main, Config, CHECKS)

@@ -11,9 +11,8 @@ import json
 import tempfile
 from pathlib import Path
 
-from model import families
-from model.stages import STAGES
-from training import cli, loop
+from linen_nnx.ladder.stage import STAGES
+from training import compose, loop
 
 SMALL = (
     "experiment=lm",
@@ -30,8 +29,7 @@ SMALL = (
 
 def train(run_dir: Path, *overrides: str) -> list[bytes]:
     """Trains; returns the rows of metrics.jsonl."""
-    cfg = cli.compose(*SMALL, f"run_dir={run_dir}", *overrides, checks={"model": families.create})
-    loop.train(cfg)
+    loop.train(compose(*SMALL, f"run_dir={run_dir}", *overrides))
     return (run_dir / "metrics.jsonl").read_bytes().splitlines()
 
 

@@ -20,7 +20,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from benchmarks.convert import RENAME, ROOT, conversion, make, run
 from benchmarks.rounds import save, table
@@ -40,26 +39,18 @@ def step(axis: str, value: int) -> dict[str, float]:
     """One point: run in a process of its own."""
     import jax
 
-    from model import families
-    from model.stages import Stage
-    from training import cli, data, datasets, mesh, start
-    from training.state import Program
+    from training import compose
+    from training.assemble import prepare
 
     change = f"mesh.fsdp={value}" if axis == "devices" else f"model.{axis}={value}"
-    cfg = cli.compose(*BASE, change, checks={"model": families.create})
-    family = families.create(cfg.model)
-    dataset = datasets.load(datasets.create(cfg.data))
-    example = next(data.train_iterator(dataset))
-    layout = mesh.create(cfg.mesh, dataset.options.batch)
-    stage = Stage(cfg.stage, family, example["inputs"])
-    made = Program(cfg, stage, start.load_rules(cfg, family), layout)
-    batch = example if layout is None else layout.batch(example)
-    state = made.init()
+    setup = prepare(compose(*BASE, change))
+    program = setup.program
+    batch, state = program.place(setup.example), program.init()
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
     times: list[float] = []
     while len(times) < 12 or sum(times[2:]) < 2:
         begin = time.perf_counter()
-        state, _ = jax.block_until_ready(made.train_step(state, batch))
+        state, _ = jax.block_until_ready(program.train_step(state, batch))
         times.append(time.perf_counter() - begin)
     seconds = statistics.median(times[2:])
     return {"seconds": seconds, "compile": times[0] - seconds, "state_mb": held / 1e6}
@@ -70,26 +61,25 @@ def suggestion(blocks: int) -> dict[str, float]:
     import jax
     import jax.numpy as jnp
 
+    import model
     from linen_nnx import Twin, suggest
-    from model import families
-    from training import cli
+    from training import compose
 
-    cfg = cli.compose(*BASE, f"model.depth={blocks}", checks={"model": families.create})
-    family = families.create(cfg.model)
-    options: Any = family.cfg
-    linen, nnx = family.twin("linen"), family.twin("nnx")
-    tokens = jnp.zeros((1, options.length), jnp.int32)
-    keywords = {"train": False, "key": None}
+    family = model.create(compose(*BASE, f"model.depth={blocks}").model)
+    encoder = family.module.parts(family.options)["encoder"]
+    tokens = jnp.zeros((1, family.options.length), jnp.int32)
     twin = Twin(
-        linen=lambda: linen.Encoder(options),
-        nnx=lambda rngs: nnx.Encoder(options, rngs=rngs),
+        linen=encoder.linen,
+        nnx=encoder.nnx,
         inputs=lambda: (tokens,),
-        call_linen=lambda module, variables, x: module.apply(variables, x, **keywords),
-        call_nnx=lambda model, x: model(x, **keywords),
-        init_linen=lambda module, key, x: module.init(key, x, **keywords),
+        call_linen=lambda module, variables, x: module.apply(variables, x, train=False),
+        call_nnx=lambda model, x: model(x, train=False),
+        init_linen=lambda module, key, x: module.init(key, x, train=False),
     )
-    leaves = len(jax.tree.leaves(jax.eval_shape(
-        lambda: linen.Encoder(options).init(jax.random.key(0), tokens, **keywords))))  # fmt: skip
+    variables = jax.eval_shape(
+        lambda: encoder.module().init(jax.random.key(0), tokens, train=False)
+    )
+    leaves = len(jax.tree.leaves(variables))
     begin = time.perf_counter()
     book = suggest(twin)
     seconds = time.perf_counter() - begin

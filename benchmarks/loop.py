@@ -25,11 +25,10 @@ from unittest import mock
 import jax
 
 from benchmarks.rounds import save, table
-from benchmarks.steps import program, stage_step
-from model import families
-from training import cli, data, datasets, loop
+from benchmarks.steps import prepared, stage_step
+from training import compose, data, loop
 from training.evaluation import evaluate
-from training.state import Program
+from training.runtime.program import Program
 
 ROOT = Path(__file__).parent.parent
 WARM = 10  # steps before the clock starts
@@ -53,7 +52,7 @@ def watched() -> Iterator[tuple[list[float], list[float]]]:
             return inner(state, batch)
 
         train_step.lower = inner.lower  # pyrefly: ignore
-        self.train_step = train_step  # pyrefly: ignore
+        self.train_step = train_step
 
     def following(self: data.TrainIterator) -> Any:
         begin = time.perf_counter()
@@ -70,14 +69,13 @@ def watched() -> Iterator[tuple[list[float], list[float]]]:
 
 def whole_loop(folder: Path, steps: int) -> tuple[float, list[float]]:
     """Seconds a step in the loop, and the waits for batches after the first."""
-    cfg = cli.compose(
+    cfg = compose(
         LM,
         f"run_dir={folder}",
         "steps=100000",  # so that the end of the run, with its evaluation, is not reached
         f"stop_at={WARM + steps + 1}",
         "eval.every=100000",
         "log.progress=true",
-        checks={"model": families.create},
     )
     with watched() as (begins, waits):
         loop.train(cfg)
@@ -86,8 +84,7 @@ def whole_loop(folder: Path, steps: int) -> tuple[float, list[float]]:
 
 def bare_steps(stage: str, steps: int) -> float:
     """Seconds a step on one batch, one after another."""
-    _, made, batch = program([LM], stage)
-    step = stage_step(made, batch)
+    step = stage_step(*prepared([LM], stage))
     for _ in range(WARM):
         jax.block_until_ready(step())
     begin = time.perf_counter()
@@ -99,11 +96,11 @@ def bare_steps(stage: str, steps: int) -> float:
 
 def evaluation() -> float:
     """Seconds of one reading of the validation set, as the default does it."""
-    cfg, made, _ = program([LM], "nnx_in_linen")
-    state, dataset = made.init(), datasets.load(datasets.create(cfg.data))
-    evaluate(cfg, made, dataset, state)
+    setup, _ = prepared([LM], "nnx_in_linen")
+    state = setup.program.init()
+    evaluate(setup, state)
     begin = time.perf_counter()
-    evaluate(cfg, made, dataset, state)
+    evaluate(setup, state)
     return time.perf_counter() - begin
 
 

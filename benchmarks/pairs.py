@@ -343,7 +343,7 @@ PAIRS = (
         why="XLA compiles the body of a loop by itself, and so fuses and rounds it otherwise than "
         "the same layers written out",
         fix="call nnx's layers in a loop too: nnx.scan, or jax.lax.scan over their stacked states "
-        "(model/nnx/transformer.py)",
+        "(model/transformer/nnx.py)",
     ),
     Pair(
         "remat",

@@ -6,12 +6,14 @@ The floor is the same step with everything around it taken away: one jitted func
 list of arrays, made of the `linen` stage's own jaxpr. The idioms are what one would write without
 this template, for the same model, losses, clipping, optimizer and schedule: a `TrainState` under
 `jax.jit`, and an `nnx.Optimizer` under `nnx.jit`, with and without `nnx.cached_partial`.
-Every method starts from the same parameters, and the first losses are compared.
+Every method starts from the same parameters. Its loss is compared where dropout is off: an nnx
+model draws other masks by itself than Linen does.
 """
 
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,12 @@ from flax.training.train_state import TrainState
 from benchmarks.rounds import interleave, ratios, save, summarise, table
 from configs.schema import Config
 from linen_nnx.book.tree import flatten, unflatten
-from model import families
-from model.stages import STAGES, Stage
-from training import cli, data, datasets, optimizer, start
-from training.state import Program
+from linen_nnx.ladder.stage import STAGES
+from model import Family
+from training import compose, optimizer
+from training.assemble import Setup, prepare
+from training.runtime.program import Program
+from training.step import Step
 
 SIZES = {  # name: (overrides, steps in one measurement)
     "small": (["experiment=diabetes"], 300),
@@ -39,37 +43,34 @@ SIZES = {  # name: (overrides, steps in one measurement)
 FLOOR = "floor"
 DEEP = ["experiment=lm", "model.width=32", "model.depth=12", "data.length=32", "data.batch=4"]
 
-Step = Callable[[], jax.Array]
+Timed = Callable[[], jax.Array]
+"""One update; returns its loss."""
 
 
-def program(overrides: list[str], stage: str) -> tuple[Config, Program, dict[str, Any]]:
-    """A run's program at a stage, and one batch of its data on the device."""
-    cfg = cli.compose(*overrides, f"stage={stage}", checks={"model": families.create})
-    dataset = datasets.load(datasets.create(cfg.data))
-    batch = jax.tree.map(jnp.asarray, next(data.train_iterator(dataset)))
-    family = families.create(cfg.model)
-    rules = start.load_rules(cfg, family)
-    return cfg, Program(cfg, Stage(cfg.stage, family, batch["inputs"]), rules), batch
+def prepared(overrides: list[str], stage: str) -> tuple[Setup, dict[str, Any]]:
+    """A run's setup at a stage, and one batch of its data on the device."""
+    setup = prepare(compose(*overrides, f"stage={stage}", "compile_cache=null"))
+    return setup, jax.tree.map(jnp.asarray, setup.example)
 
 
-def stage_step(made: Program, batch: dict[str, Any]) -> Step:
-    """The template's own step; each call is one update and returns its loss."""
-    state = made.init()
+def stage_step(setup: Setup, batch: dict[str, Any]) -> Timed:
+    """The template's own step."""
+    state = setup.program.init()
 
     def step() -> jax.Array:
         nonlocal state
-        state, metrics = made.train_step(state, batch)
+        state, metrics = setup.program.train_step(state, batch)
         return metrics["loss"]
 
     return step
 
 
-def floor_step(made: Program, batch: dict[str, Any]) -> Step:
+def floor_step(setup: Setup, batch: dict[str, Any]) -> Timed:
     """The jaxpr of the step as a function of a flat list of arrays."""
-    state = made.init()
+    state, train_step = setup.program.init(), setup.program.train_step
     leaves = jax.tree.leaves(state)
-    outputs = jax.tree.structure(jax.eval_shape(made.train_step, state, batch))
-    traced = jax.make_jaxpr(made.train_step)(state, batch)
+    outputs = jax.tree.structure(jax.eval_shape(train_step, state, batch))
+    traced = jax.make_jaxpr(train_step)(state, batch)
     inner = traced.jaxpr.eqns[-1].params["jaxpr"]  # within the jit of `train_step`
     call = jax.extend.core.jaxpr_as_fun(inner)
     flat = jax.jit(lambda *arrays: call(*arrays), donate_argnums=range(len(leaves)))
@@ -101,25 +102,42 @@ def usual_optimizer(cfg: Config) -> optax.GradientTransformation:
     )
 
 
+class Applied:
+    """What a family's loss is given as `model`: here the model itself."""
+
+    train = True
+
+    def __init__(self, model: Callable[..., jax.Array]) -> None:
+        self._model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._model(*args, **kwargs)
+
+
+def loss_of(family: Family, model: Callable[..., jax.Array], batch: dict[str, Any]) -> jax.Array:
+    """The mean loss of a batch."""
+    return family.module.loss(Applied(model), batch, {})["loss"].mean()
+
+
 class Linen(nn.Module):
     """The whole model as a Linen code base has it."""
 
     encoder: nn.Module
     head: nn.Module
+    forward: Callable[..., jax.Array]
 
-    def __call__(self, inputs: jax.Array, key: jax.Array) -> jax.Array:
-        features, shared = self.encoder(inputs, train=True, key=jax.random.fold_in(key, 0))
-        return self.head(features, shared, train=True, key=jax.random.fold_in(key, 1))
+    def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
+        return self.forward(self, *args, **kwargs)
 
 
-def train_state_step(cfg: Config, made: Program, batch: dict[str, Any]) -> Step:
+def train_state_step(setup: Setup, batch: dict[str, Any]) -> Timed:
     """`TrainState` under `jax.jit`, donated."""
-    family = made.stage.family
-    twin = family.twin("linen")
-    model = Linen(twin.Encoder(family.cfg), twin.Head(family.cfg))
+    cfg, family = setup.cfg, setup.family
+    halves = family.module.parts(family.options)
+    model = Linen(halves["encoder"].module(), halves["head"].module(), family.module.forward)
     state = TrainState.create(
         apply_fn=model.apply,
-        params=made.init().variables["params"],
+        params=setup.program.init()["params"],
         tx=usual_optimizer(cfg),
     )
 
@@ -127,8 +145,8 @@ def train_state_step(cfg: Config, made: Program, batch: dict[str, Any]) -> Step:
         key = jax.random.fold_in(jax.random.key(cfg.seed), state.step)
 
         def loss_fn(params: Any) -> jax.Array:
-            outputs: Any = state.apply_fn({"params": params}, batch["inputs"], key)
-            return family.losses(outputs, batch)["loss"].mean()
+            model = partial(state.apply_fn, {"params": params}, rngs={"dropout": key})
+            return loss_of(family, model, batch)
 
         loss, grads = jax.value_and_grad(loss_fn)(state.params)
         return state.apply_gradients(grads=grads), loss
@@ -146,39 +164,34 @@ def train_state_step(cfg: Config, made: Program, batch: dict[str, Any]) -> Step:
 class Nnx(nnx.Module):
     """The whole model as an nnx code base has it."""
 
-    def __init__(self, encoder: nnx.Module, head: nnx.Module) -> None:
-        self.encoder, self.head = encoder, head
+    def __init__(self, family: Family, rngs: nnx.Rngs) -> None:
+        halves = family.module.parts(family.options)
+        self.encoder, self.head = halves["encoder"].nnx(rngs), halves["head"].nnx(rngs)
+        self.forward = family.module.forward
 
-    def __call__(self, inputs: jax.Array, key: jax.Array) -> jax.Array:
-        features, shared = self.encoder(inputs, train=True, key=jax.random.fold_in(key, 0))
-        return self.head(features, shared, train=True, key=jax.random.fold_in(key, 1))
+    def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
+        return self.forward(self, *args, **kwargs)
 
 
-def nnx_step(cfg: Config, made: Program, batch: dict[str, Any], cached: bool) -> Step:
+def nnx_step(setup: Setup, batch: dict[str, Any], cached: bool) -> Timed:
     """`nnx.Optimizer` under `nnx.jit`; `cached`: with `nnx.cached_partial`."""
-    family = made.stage.family
-    twin, rngs = family.twin("nnx"), nnx.Rngs(0)
-    model = Nnx(twin.Encoder(family.cfg, rngs=rngs), twin.Head(family.cfg, rngs=rngs))
-    leaves = flatten(made.init().variables["params"])
+    family = setup.family
+    model = Nnx(family, nnx.Rngs(0, dropout=setup.cfg.seed))
+    leaves = flatten(setup.program.init()["params"])
     pure = nnx.state(model, nnx.Param)
     nnx.replace_by_pure_dict(pure, _integers(unflatten(leaves)))
     nnx.update(model, pure)
-    held = nnx.Optimizer(model, usual_optimizer(cfg), wrt=nnx.Param)
+    held = nnx.Optimizer(model, usual_optimizer(setup.cfg), wrt=nnx.Param)
 
     def update(model: Nnx, held: Any, batch: dict[str, Any]) -> jax.Array:
-        key = jax.random.fold_in(jax.random.key(cfg.seed), held.step[...])
-
-        def loss_fn(model: Nnx) -> jax.Array:
-            return family.losses(model(batch["inputs"], key), batch)["loss"].mean()
-
-        loss, grads = nnx.value_and_grad(loss_fn)(model)
+        loss, grads = nnx.value_and_grad(lambda model: loss_of(family, model, batch))(model)
         held.update(model, grads)
         return loss
 
     compiled = nnx.jit(update, donate_argnums=(0, 1))
     if cached:
-        partial = nnx.cached_partial(compiled, model, held)
-        return lambda: partial(batch)
+        again = nnx.cached_partial(compiled, model, held)
+        return lambda: again(batch)
     return lambda: compiled(model, held, batch)
 
 
@@ -189,26 +202,27 @@ def _integers(tree: Any) -> Any:
     return {int(k) if k.isdigit() else k: _integers(v) for k, v in tree.items()}
 
 
-def methods(overrides: list[str], idioms: bool = True) -> tuple[dict[str, Step], dict[str, Any]]:
+def methods(overrides: list[str], idioms: bool = True) -> tuple[dict[str, Timed], dict[str, Any]]:
     """Every step by name, and the compiled cost of the stages."""
     steps, costs = {}, {}
     for stage in STAGES:
-        cfg, made, batch = program(overrides, stage)
-        compiled = made.train_step.lower(made.init(), batch).compile()
+        setup, batch = prepared(overrides, stage)
+        program = setup.program
+        compiled = program.train_step.lower(program.init(), batch).compile()
         cost: Any = compiled.cost_analysis()
         costs[stage] = {"flops": cost["flops"], "bytes": cost["bytes accessed"]}
         if stage == "linen":
-            steps[FLOOR] = floor_step(made, batch)
-        steps[stage] = stage_step(made, batch)
+            steps[FLOOR] = floor_step(setup, batch)
+        steps[stage] = stage_step(setup, batch)
         if idioms and stage == "linen":
-            steps["TrainState, jax.jit"] = train_state_step(cfg, made, batch)
+            steps["TrainState, jax.jit"] = train_state_step(setup, batch)
         if idioms and stage == "nnx":
-            steps["nnx.Optimizer, nnx.jit"] = nnx_step(cfg, made, batch, cached=False)
-            steps["nnx.Optimizer, nnx.cached_partial"] = nnx_step(cfg, made, batch, cached=True)
+            steps["nnx.Optimizer, nnx.jit"] = nnx_step(setup, batch, cached=False)
+            steps["nnx.Optimizer, nnx.cached_partial"] = nnx_step(setup, batch, cached=True)
     return steps, costs
 
 
-def timed(step: Step, count: int) -> Callable[[], float]:
+def timed(step: Timed, count: int) -> Callable[[], float]:
     """Seconds a step, over `count` of them, the last one waited for."""
 
     def measure() -> float:
@@ -221,15 +235,21 @@ def timed(step: Step, count: int) -> Callable[[], float]:
     return measure
 
 
-def step_cost(size: str, rounds: int) -> dict[str, Any]:
-    """The figures of one size; refuses to compare methods whose first losses differ."""
-    overrides, count = SIZES[size]
-    steps, costs = methods(overrides)
+def check(overrides: list[str]) -> None:
+    """Refuses to compare methods whose first losses differ, without dropout."""
+    steps, _ = methods([*overrides, "model.dropout=0"])
     first = {name: float(step()) for name, step in steps.items()}
     base = first[FLOOR]
     wrong = {name: loss for name, loss in first.items() if abs(loss - base) > 1e-4 * abs(base)}
     if wrong:
         raise SystemExit(f"these methods compute something else: {wrong}, the floor {base}")
+
+
+def step_cost(size: str, rounds: int) -> dict[str, Any]:
+    """The figures of one size."""
+    overrides, count = SIZES[size]
+    check(overrides)
+    steps, costs = methods(overrides)
     measures = {name: timed(step, count) for name, step in steps.items()}
     interleave(measures, 2)  # warm-up
     return {"steps": summarise(interleave(measures, rounds), FLOOR), "costs": costs}
@@ -239,11 +259,12 @@ def trace_cost(rounds: int) -> dict[str, Any]:
     """Seconds to trace and lower, and to compile, the step of each stage at 12 blocks."""
 
     def measure(stage: str, compiles: bool) -> Callable[[], float]:
-        cfg, made, batch = program(DEEP, stage)
-        state = made.abstract
+        setup, batch = prepared(DEEP, stage)
+        state, variables = setup.program.abstract, setup.stage.abstract()
 
         def run() -> float:
-            again = Program(cfg, made.stage, made.rules)  # a function that jit has not seen
+            # A function that jit has not seen.
+            again = Program(Step(setup), variables, setup.initial, setup.layout)
             begin = time.perf_counter()
             lowered = again.train_step.lower(state, batch)
             if compiles:

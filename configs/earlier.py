@@ -13,13 +13,17 @@ def upgraded(mapping: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration of a run in today's keys; what is not an earlier form stays as it is.
 
     >>> old = {"name": "sgd", "momentum": 0.9, "encoder": {"freeze": False}, "head": {}}
-    >>> new = upgraded({"optimizer": old, "data": {"name": "digits", "path": None, "batch": 64}})
+    >>> data = {"name": "digits", "path": None, "batch": 64}
+    >>> new = upgraded({"optimizer": old, "data": data, "init": "linen"})
     >>> new["optimizer"]["chain"], new["optimizer"]["parts"]
     ([{'trace': {'decay': 0.9}}], {'encoder': {'freeze': False}, 'head': {}})
     >>> new["data"]
     {'name': 'digits', 'batch': 64}
+    >>> "init" in new
+    False
     """
-    result = dict(mapping)
+    # Who drew the initial parameters, Linen or the stage: of no bearing once a run has begun.
+    result = {key: value for key, value in mapping.items() if key != "init"}
     optimizer, data = mapping.get("optimizer"), mapping.get("data")
     if isinstance(optimizer, Mapping) and optimizer.keys() >= set(HALVES):
         result["optimizer"] = _optimizer(optimizer)

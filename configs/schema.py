@@ -146,7 +146,6 @@ class Config:
     log_every: Count
     resume: Literal["auto", "never", "must"]
     init_from: str | None
-    init: Literal["linen", "native"]
     model: dict[str, Any]
     data: dict[str, Any]
     optimizer: Optimizer

@@ -1,1 +1,128 @@
-"""What a fork replaces: the model families, with a Linen and an nnx twin each, and the stages."""
+"""Model families: one folder each, found by its name, and what a family has to give.
+
+    Options                       a frozen dataclass: the keys of `configs/model/<family>.yaml`
+    parts(options)                `{name: Part}`, each part written in Linen and in nnx; or one Part
+    forward(parts, ...)           several parts put together; it runs under a Linen and an nnx root
+    inputs(batch)                 the arguments of an example call of the model
+    loss(model, batch, rngs)      `{metric: values}` with "loss" among them; see `Metrics`
+    rules.yaml                    which Linen leaf is which nnx leaf (convert.py suggest finds it)
+
+and, where it needs them:
+
+    STREAMS                       names of the random streams that model and loss draw from
+    rules(options)                the name of its rule book, if options choose between several
+    methods(options)              more entries like `forward`, by name
+    derived(means)                metrics that are no mean of examples: perplexity, F1
+    optimizer(cfg, schedule, view)       an Optax transformation in place of `optimizer.chain`
+    show(setup, state, board)     samples to look at, as `training/samples.py` shows text and images
+    misfits(options, batch, classes)     options that the data does not fit, by key
+
+`model/mlp/` is the smallest example; docs/family.md builds one from the start.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+from jax import Array
+
+from configs.build import build, did_you_mean, refuse, show
+from linen_nnx import Ladder, Part, RuleBook, Twin
+
+Batch = Any
+"""A pytree of arrays with the examples along their first axes."""
+
+Rngs = Mapping[str, Array]
+"""Typed keys by the name of their stream, another set for each step."""
+
+Metrics = dict[str, Array | tuple[Array, Array]]
+"""By metric: values of the examples, (batch,) float32, whose mean counts; or values and weights of
+one shape, (batch, ...) float32, of which the sum of products over the sum of weights counts."""
+
+
+class Applied(Protocol):
+    """The model with the variables at hand, as a loss calls it; collections go on by themselves."""
+
+    train: bool
+    """Whether this is a training step: then `loss` asks for dropout, batch statistics and so on."""
+
+    def __call__(
+        self, *args: Any, method: str | None = None, rngs: Rngs | None = None, **kwargs: Any
+    ) -> Any:
+        """Runs `forward`, or another method. By default with the keys of the step: a second call
+        that is to draw other masks needs keys of its own."""
+        ...
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family with one setting of its options."""
+
+    name: str
+    options: Any
+    module: ModuleType
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """The random streams that model and loss draw from."""
+        return getattr(self.module, "STREAMS", ("dropout",))
+
+    @cached_property
+    def rules_path(self) -> Path:
+        """Where the family's rule book is, if it has one."""
+        choose = getattr(self.module, "rules", lambda options: "rules.yaml")
+        return Path(self.module.__path__[0]) / choose(self.options)
+
+    def ladder(self, batch: Batch, rules: RuleBook | None) -> Ladder:
+        """The family's model at all stages; `batch` is an example, of any number of rows."""
+        parts = self.module.parts(self.options)
+        if isinstance(parts, Part):
+            inputs = partial(self.module.inputs, batch)
+            return Ladder(Twin(parts.module, parts.nnx, inputs), rules)
+        more = getattr(self.module, "methods", lambda options: {})
+        return Ladder(
+            parts=parts,
+            forward=self.module.forward,
+            inputs=lambda: self.module.inputs(batch),
+            methods=more(self.options),
+            rules=rules,
+        )
+
+    @property
+    def parts(self) -> list[str]:
+        """The names of its parts; none of a model of one part."""
+        parts = self.module.parts(self.options)
+        return [] if isinstance(parts, Part) else list(parts)
+
+    def check_data(self, batch: Batch, classes: int | None) -> None:
+        """Compares the options with the data, which else would broadcast, or index out of bounds.
+
+        Args:
+            batch: one batch of the data.
+            classes: how many values a target can have; None where it is a number.
+
+        Raises:
+            configs.build.ConfigError: naming every option that does not fit.
+        """
+        misfits = getattr(self.module, "misfits", lambda options, batch, classes: {})
+        found = misfits(self.options, batch, classes)
+        refuse({f"model.{key}": text for key, text in found.items()})
+
+
+def create(model: Mapping[str, Any]) -> Family:
+    """The family that `model["family"]` names, with its options.
+
+    Raises:
+        configs.build.ConfigError: for an unknown family or option, naming every problem.
+    """
+    name: Any = model.get("family")
+    known = [module.name for module in pkgutil.iter_modules(__path__) if module.ispkg]
+    if name not in known:
+        refuse({"model.family": f"got {show(name)}{did_you_mean(str(name), known)}"})
+    module = importlib.import_module(f"{__name__}.{name}")
+    return Family(name, build(module.Options, model, at="model"), module)

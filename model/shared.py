@@ -10,20 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-Key = Array | None  # of a step's dropout, typed; None: no dropout (evaluation)
 Shared = dict[str, Array]  # what the encoder lends to the head, by name
-
-
-def fold(key: Key, index: int) -> Key:
-    """The dropout key of the `index`-th layer or half below `key`; None stays None (evaluation)."""
-    return None if key is None else jax.random.fold_in(key, index)
-
-
-def fold_each(key: Key, count: int) -> Key:
-    """`fold(key, i)` for i in 0..count-1, stacked to (count,): the keys of a scanned stack."""
-    if key is None:
-        return None
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
 
 
 def causal_attention(

@@ -52,8 +52,7 @@ def train(tmp_path: Path) -> Train:
     Returns the run directory, a fresh one below `tmp_path` unless `run_dir=` is among the
     overrides; only what is asked for is evaluated, saved and shown.
     """
-    from model import families
-    from training import cli, loop
+    from training import compose, loop
 
     runs = iter(range(1000))
 
@@ -61,10 +60,7 @@ def train(tmp_path: Path) -> Train:
         given = [text.removeprefix("run_dir=") for text in overrides if text[:8] == "run_dir="]
         run_dir = Path(given[0]) if given else tmp_path / f"run{next(runs)}"
         settings = [*SMALL[experiment], *QUIET, "checkpoint.best=false", "checkpoint.every=100000"]
-        cfg = cli.compose(
-            *settings, f"run_dir={run_dir}", *overrides, checks={"model": families.create}
-        )
-        loop.train(cfg)
+        loop.train(compose(*settings, f"run_dir={run_dir}", *overrides))
         return run_dir
 
     return call

@@ -14,8 +14,8 @@ from typing import Any
 if __name__ == "__main__":
     import jax
 
-    from model import families
-    from training import cli, loop
+    from training import compose, loop
+    from training.assemble import Setup
 
     compilations = 0
     found: list[dict[str, int]] = []
@@ -25,15 +25,15 @@ if __name__ == "__main__":
         global compilations
         compilations += event == "/jax/core/compile/backend_compile_duration"
 
-    def measured(cfg: Any, program: Any, dataset: Any, state: Any) -> dict[str, float]:
-        values = evaluate(cfg, program, dataset, state)
+    def measured(setup: Setup, state: dict[str, Any]) -> dict[str, float]:
+        values = evaluate(setup, state)
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # what has been freed does not count
         status = Path("/proc/self/status").read_text().splitlines()
         fields = dict(line.split(":", 1) for line in status)
         found.append(
             {
-                "step": int(state.step),
+                "step": int(state["step"]),
                 "kilobytes": int(fields["VmRSS"].split()[0]),
                 "files": len(os.listdir("/proc/self/fd")),
                 "compilations": compilations,
@@ -48,5 +48,5 @@ if __name__ == "__main__":
         "experiment=diabetes", f"run_dir={run_dir}", f"steps={steps}", "log_every=1",
         "log.progress=false", "log.histograms_every=100", *more,
     )  # fmt: skip
-    loop.train(cli.compose(*overrides, checks={"model": families.create}))
+    loop.train(compose(*overrides))
     print(json.dumps(found))

@@ -5,7 +5,6 @@
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -13,14 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import linen as nn
+from flax import nnx
 
 from configs.build import ConfigError
 from configs.schema import Optimizer
-from linen_nnx import RuleBook
+from linen_nnx import Ladder, Part, RuleBook
 from linen_nnx.book.tree import flatten, unflatten
-from model.stages import translate
 from training import chains, optimizer
-from training.leaves import View
+from training.runtime.view import View
 
 # What a factory is called with, where it cannot do without; the others have their defaults.
 ARGUMENTS = {
@@ -91,10 +91,69 @@ def tree(seed):
     }
 
 
-def trained(name, stage, rules):
+class Affine(nn.Module):
+    """A kernel and a bias, and nothing done with them."""
+
+    shape: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self):
+        self.param("kernel", nn.initializers.zeros, self.shape)
+        self.param("bias", nn.initializers.zeros, (*self.shape[:-2], self.shape[-1]))
+
+
+class LinenEncoder(nn.Module):
+    stacked: bool
+
+    @nn.compact
+    def __call__(self, x):
+        shapes = {"Scan": (2, 6, 5)} if self.stacked else {"z": (6, 5), "y": (6, 5)}
+        for name, shape in shapes.items():
+            Affine(shape, name=name)()
+        return x
+
+
+class LinenHead(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        Affine((5, 4), name="x")()
+        self.param("scale", nn.initializers.zeros, (4,))
+        return x
+
+
+class NnxEncoder(nnx.Module):
+    def __init__(self, rngs):
+        self.layers = nnx.List([nnx.Linear(6, 5, rngs=rngs) for _ in range(2)])
+
+    def __call__(self, x):
+        return x
+
+
+class NnxHead(nnx.Module):
+    def __init__(self, rngs):
+        self.last = nnx.Linear(5, 4, rngs=rngs)
+        self.a_scale = nnx.Param(jnp.zeros(4))
+
+    def __call__(self, x):
+        return x
+
+
+def ladder(form):
+    """A model that has the leaves of `tree`, in Linen as a book of `BOOKS` says."""
+    return Ladder(
+        parts={
+            "encoder": Part(LinenEncoder(form == "stacked"), NnxEncoder),
+            "head": Part(LinenHead(), NnxHead),
+        },
+        forward=lambda parts, x: parts.head(parts.encoder(x)),
+        inputs=lambda: (jnp.zeros(1),),
+        rules=RuleBook.from_dict({"version": 1, "rules": BOOKS[form]}),
+    )
+
+
+def trained(name, stage, model):
     """The parameters of each draw, in nnx form, after some updates; raises `ConfigError`."""
-    abstract = translate(tree(0), rules, "nnx", stage)
-    view = View(SimpleNamespace(name=stage, abstract=abstract), rules)
+    view = View(model.at(stage))
     cfg = Optimizer(
         name="named", chain=[{name: ARGUMENTS.get(name, {})}], lr=0.1, weight_decay=0.0,
         schedule="constant", warmup=0, end_lr_factor=1.0, clip_norm=None, accumulate=1, ema=None,
@@ -110,12 +169,12 @@ def trained(name, stage, rules):
     found = {}
     for draw in range(DRAWS):
         first = 10 * draw
-        params = unflatten(translate(tree(first), rules, "nnx", stage))["params"]
+        params = unflatten(model.translate(tree(first), "nnx", stage))["params"]
         state = transformation.init(params)
         for index in range(STEPS):
-            grads = unflatten(translate(tree(first + index + 1), rules, "nnx", stage))["params"]
+            grads = unflatten(model.translate(tree(first + index + 1), "nnx", stage))["params"]
             params, state = step(params, state, grads, 1.0 / (index + 1))
-        moved = translate(flatten({"params": params}), rules, stage, "nnx")
+        moved = model.translate(flatten({"params": params}), stage, "nnx")
         for path, leaf in moved.items():
             found[draw, path] = np.asarray(leaf)
     return found
@@ -123,8 +182,8 @@ def trained(name, stage, rules):
 
 def difference(name, form):
     """The largest difference between stages, as a share of how far a leaf moved; 0: same bits."""
-    rules = RuleBook.from_dict({"version": 1, "rules": BOOKS[form]})
-    results = [trained(name, stage, rules) for stage in ("nnx", "nnx_in_linen", "linen")]
+    model = ladder(form)
+    results = [trained(name, stage, model) for stage in ("nnx", "nnx_in_linen", "linen")]
     worst = 0.0
     for (draw, path), leaf in results[0].items():
         move = np.abs(leaf - tree(10 * draw)[path]).max()

@@ -21,14 +21,13 @@ from hypothesis import strategies as st
 from pairs import PAIRS
 from random_twins import random_twin
 
+import model
 from linen_nnx import RuleBook, RuleError, Twin, bisect
 from linen_nnx.cli import main
 from linen_nnx.infer.sides import in_order
 from linen_nnx.infer.trace import trace_linen
 from linen_nnx.proof.compare import Value, difference, judge
 from linen_nnx.proof.mates import random_leaves, side_of
-from model import families
-from model.stages import _Hybrid, _NnxHybrid
 
 PARTS = (("LayerNorm_0", "norm", "scale"), ("up", "up", "kernel"), ("down", "down", "kernel"))
 
@@ -305,19 +304,8 @@ def test_checkpoints_that_do_not_fit_are_refused_with_every_reason(saved):
 
 def of_family(options, inputs):
     """The twin of one of this template's families, in evaluation, and its rules."""
-    made = families.create(options)
-    linen, nnx_ = made.twin("linen"), made.twin("nnx")
-    twin = Twin(
-        linen=lambda: _Hybrid(linen.Encoder(made.cfg), linen.Head(made.cfg)),
-        nnx=lambda rngs: _NnxHybrid(
-            nnx_.Encoder(made.cfg, rngs=rngs), nnx_.Head(made.cfg, rngs=rngs)
-        ),
-        inputs=lambda: (inputs,),
-        call_linen=lambda module, variables, x: module.apply(variables, x, train=False, key=None),
-        call_nnx=lambda model, x: model(x, train=False, key=None, mutable=[]),
-        init_linen=lambda module, key, x: module.init(key, x, train=False, key=None),
-    )
-    return twin, made.rules_path
+    made = model.create(options)
+    return made.ladder({"inputs": inputs}, None).twin, made.rules_path
 
 
 @pytest.mark.parametrize("stage", ["linen", "nnx_in_linen", "nnx"])

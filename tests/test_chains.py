@@ -9,8 +9,7 @@ import pytest
 from configs.build import ConfigError
 from configs.earlier import upgraded
 from configs.schema import Optimizer, Part
-from training import chains, optimizer
-from training.cli import compose
+from training import chains, compose, optimizer
 
 PARAMS = {"encoder": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
 MASKS = {
@@ -262,7 +261,7 @@ def test_without_a_chain_the_family_must_bring_an_optimizer(train):
 
 
 def test_a_function_of_the_family_stands_in_for_the_chain(train, monkeypatch):
-    from model.families import mlp
+    from model import mlp
 
     options = ("steps=3", "optimizer.weight_decay=0")
     by_name = train("diabetes", *options, "optimizer.chain=[adam]")

@@ -6,6 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,18 +17,22 @@ from hypothesis import strategies as st
 
 from configs.build import ConfigError, Range, build, paths
 from configs.schema import Config
-from training.cli import CONFIGS, compose
+from training.config import CHECKS
+from training.runtime import cli
+from training.runtime.cli import CONFIGS
 
 ROOT = Path(__file__).resolve().parent.parent
+compose = partial(cli.compose, schema=Config)
 EXPERIMENTS = ["lm", "digits", "diabetes"]
 
 # An entry script like train.py. Whatever happens, it tells on stderr if jax was imported.
 PROGRAM = """
 import atexit, sys
 from configs.build import ConfigError
-from training.cli import run
+from configs.schema import Config
+from training.runtime.cli import run
 from training.datasets import create
-from training.errors import Refused
+from training.runtime.errors import Refused
 
 atexit.register(lambda: "jax" in sys.modules and print("JAX WAS IMPORTED", file=sys.stderr))
 
@@ -42,11 +47,11 @@ def main(config):
         raise KeyboardInterrupt
     print("ran", config.name, config.stage, config.steps)
 
-def check_model(model):
-    if model.get("depth", 1) > 9:
+def check_model(mapping):
+    if mapping["model"].get("depth", 1) > 9:
         raise ConfigError({"model.depth": "got more than 9"})
 
-run(main, {"model": check_model, "data": create})
+run(main, Config, {"model": check_model, "data": lambda mapping: create(mapping["data"])})
 """
 
 
@@ -370,10 +375,8 @@ def test_a_model_that_the_data_does_not_fit_is_refused(overrides, named, tmp_pat
 
 @pytest.mark.parametrize("change", ["model.family=3", "~model.family"])
 def test_a_model_without_the_name_of_a_family_is_refused(change):
-    from model.families import create
-
     with pytest.raises(ConfigError) as error:
-        compose(change, "steps=0", checks={"model": create})
+        compose(change, "steps=0", checks={"model": CHECKS["model"]})
     assert error.value.problems.keys() == {"model.family", "steps"}
 
 

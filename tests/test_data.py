@@ -18,7 +18,7 @@ from training import datasets
 from training.data import eval_batches, first_batch, train_iterator
 from training.datasets import Dataset, Rows, create, text
 from training.datasets.text import Windows, split_text
-from training.errors import Refused
+from training.runtime.errors import Refused
 
 BASE = {
     "text": {

@@ -14,9 +14,9 @@ import yaml
 from conftest import QUIET, SMALL, STAGES
 
 from configs.build import ConfigError
-from training import cli, data, datasets, loop
+from training import compose, data, datasets, loop
 from training.datasets import Dataset, Options, Rows
-from training.errors import Refused
+from training.runtime.errors import Refused
 
 PAGE = Path(__file__).parents[1] / "docs" / "data.md"
 OPTIONS = Options(name="mine", batch=4, seed=0)
@@ -241,7 +241,7 @@ def run(folder, name, stage, run_dir, *overrides, **options):
     """Trains on a data set of the page; returns what it measured."""
     experiment = {"ring": "diabetes", "lines": "lm"}[name]
     small = [*SMALL[experiment], *QUIET, "checkpoint.best=false", "eval.batches=null"]
-    cfg = cli.compose(*small, f"stage={stage}", f"run_dir={folder / run_dir}", *overrides)
+    cfg = compose(*small, f"stage={stage}", f"run_dir={folder / run_dir}", *overrides)
     mapping = yaml.safe_load((folder / "configs" / "data" / f"{name}.yaml").read_text())
     if name == "lines":
         mapping |= {"path": str(folder / "texts"), "length": 32}

@@ -15,10 +15,10 @@ from conftest import QUIET, SMALL, Train
 
 from linen_nnx import RuleBook
 from linen_nnx.disk import digests
-from training import checkpoints
-from training.disk import system_error
-from training.errors import Refused
-from training.metrics import Metrics
+from training.runtime import checkpoints
+from training.runtime.disk import system_error
+from training.runtime.errors import Refused
+from training.runtime.metrics import Metrics
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = ("steps=12", "checkpoint.every=2", "checkpoint.keep=9")

@@ -9,8 +9,8 @@ import pytest
 from conftest import Train
 from tensorboardX.event_file_writer import EventsWriter
 
-from training import events
-from training.board import Board
+from training.runtime import events
+from training.runtime.board import Board
 
 WORDS = "cannot be written (No space left on device). Training goes on without it."
 

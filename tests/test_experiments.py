@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 
-from model import families
-from training import cli, datasets, loop
+from training import compose, datasets, loop
 
 
 def train(tmp_path: Path, *overrides: str) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Trains an experiment unchanged; returns its evaluation rows and the baselines of its data."""
-    cfg = cli.compose(*overrides, f"run_dir={tmp_path / 'run'}", checks={"model": families.create})
+    cfg = compose(*overrides, f"run_dir={tmp_path / 'run'}")
     loop.train(cfg)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, lines) if row["split"] == "eval"]

@@ -76,12 +76,6 @@ def test_dropout_is_on_in_the_curves_that_are_compared(train: Train) -> None:
     )
 
 
-def test_native_initialisation_differs_from_the_linen_twins(train: Train) -> None:
-    assert curve(train("diabetes", "steps=2", "stage=nnx", "init=native")) != curve(
-        train("diabetes", "steps=2", "stage=nnx")
-    )
-
-
 def first_difference(curves: dict[str, bytes]) -> str:
     lines = {stage: text.split(b"\n") for stage, text in curves.items()}
     for rows in zip(*lines.values(), strict=False):

@@ -10,8 +10,8 @@ import jax
 import pytest
 from conftest import QUIET, SMALL
 
-from training import numerics, processes
-from training.errors import Refused
+from training.runtime import numerics, processes
+from training.runtime.errors import Refused
 
 ROOT = Path(__file__).parent.parent
 

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 from conftest import QUIET, SMALL, STAGES, Train
 
-from training import lock, signals, start
-from training.errors import Refused
+from training import moving
+from training.runtime import lock, signals, start
+from training.runtime.errors import Refused
 
 ROOT = Path(__file__).parent.parent
 SAVING = ("checkpoint.every=4", "eval.every=10", "steps=30", "checkpoint.best=true")
@@ -130,7 +131,7 @@ def test_a_run_in_a_relative_folder_is_taken_up_as_it_is(
         raise AssertionError("the run's own checkpoint was taken for another run's")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(start, "_translated", translated)
+    monkeypatch.setattr(moving, "moved", translated)
     whole = train("diabetes", "steps=4")
     train("diabetes", "steps=4", "stop_at=2", "run_dir=here")
     assert curve(train("diabetes", "steps=4", "run_dir=here")) == curve(whole)
@@ -370,7 +371,7 @@ def test_init_from_something_else_is_refused(train: Train, tmp_path: Path) -> No
 
 def test_init_from_another_model_names_every_difference(train: Train, tmp_path: Path) -> None:
     first = train("diabetes", "steps=1", "model.hidden=8")
-    from model.stages import VariablesError
+    from linen_nnx import VariablesError
 
     with pytest.raises(VariablesError, match=r"encoder/linear/kernel.*\[10, 8\].*\[10, 64\]"):
         train("diabetes", "steps=2", f"init_from={first}", f"run_dir={tmp_path / 'other'}")

@@ -5,6 +5,7 @@ digests, so that what reads the files has to find it itself.
 """
 
 import contextlib
+import copy
 import json
 import os
 import random
@@ -17,11 +18,12 @@ from typing import Any
 import pytest
 from conftest import QUIET, SMALL
 
+from configs.schema import Config
 from linen_nnx.disk import digests
 from linen_nnx.errors import Refusal
-from model import families
-from training import cli, evaluation, lock, loop, setup, start
-from training.metrics import Metrics, read
+from training import assemble, compose, data, evaluation, loop, moving
+from training.runtime import lock, start
+from training.runtime.metrics import Metrics, read
 from training.table import table
 
 COUNT = int(os.environ.get("FUZZ_RUNS", "30"))  # more: FUZZ_RUNS=3000
@@ -47,10 +49,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-def configured(run_dir: Path, *overrides: str) -> cli.Config:
-    return cli.compose(
-        *OPTIONS, f"run_dir={run_dir}", *overrides, checks={"model": families.create}
-    )
+def configured(run_dir: Path, *overrides: str) -> Config:
+    return compose(*OPTIONS, f"run_dir={run_dir}", *overrides)
 
 
 def damage(content: bytes, chance: random.Random) -> bytes:
@@ -113,21 +113,26 @@ def readers(
     """Everything that reads a run directory, without what compiles and computes."""
     built: dict[str, Any] = {}
 
-    def prepare(cfg: cli.Config) -> Any:
-        key = repr((cfg.model, cfg.data, cfg.optimizer, cfg.stage, cfg.init, cfg.seed, cfg.steps))
+    def prepare(cfg: Config) -> Any:
+        key = repr((cfg.model, cfg.data, cfg.optimizer, cfg.stage, cfg.seed, cfg.steps))
         if key not in built:
-            built[key] = setup.prepare(cfg)
-        return built[key]
+            built[key] = assemble.prepare(cfg)
+        setup = copy.copy(built[key])
+        setup.cfg = cfg
+        vars(setup).pop("run", None)  # which is the other configuration's
+        return setup
 
     monkeypatch.setattr(evaluation, "prepare", prepare)
     monkeypatch.setattr(evaluation, "evaluate", lambda *_: {"loss": 0.0})
 
-    def begin(cfg: cli.Config) -> None:
-        _, program, _ = prepare(cfg)
-        batches = loop.data.train_iterator(prepare(cfg)[0])
+    def begin(cfg: Config) -> None:
+        setup = prepare(cfg)
+        batches = data.train_iterator(setup.dataset)
         with contextlib.closing(batches), lock.held(Path(cfg.run_dir)):
-            saved = start.find(cfg, program.rules)
-            start.begin(cfg, program, batches, saved)
+            saved = start.find(setup.run)
+            start.begin(setup.run, setup.program, saved, lambda other: moving.moved(setup, other))
+            if saved is not None:
+                moving.set_position(batches, saved)
             Metrics(Path(cfg.run_dir), saved.step if saved else 0, write=False)
 
     return {

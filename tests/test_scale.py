@@ -18,13 +18,10 @@ from conftest import QUIET, SMALL, STAGES, Train
 
 from configs import schema
 from configs.build import ConfigError
-from model import families
-from model.stages import Stage
-from training import cli, mesh, processes, signals, start
-from training.data import first_batch
-from training.datasets import create, load
-from training.errors import Refused
-from training.state import Program, State
+from training import compose
+from training.assemble import Setup, prepare
+from training.runtime import processes, signals
+from training.runtime.errors import Refused
 from training.table import table
 
 ROOT = Path(__file__).parent.parent
@@ -51,15 +48,11 @@ def assert_near(run_dir: Path, other: Path) -> None:
     assert apart.max() <= NOISE, dict(enumerate(apart))
 
 
-def program(experiment: str, *overrides: str) -> Program:
-    cfg = cli.compose(*SMALL[experiment], *QUIET, *overrides, checks={"model": families.create})
-    family = families.create(cfg.model)
-    inputs = first_batch(load(create(cfg.data)))["inputs"]
-    layout = mesh.create(cfg.mesh, cfg.data["batch"])
-    return Program(cfg, Stage(cfg.stage, family, inputs), start.load_rules(cfg, family), layout)
+def setup(experiment: str, *overrides: str) -> Setup:
+    return prepare(compose(*SMALL[experiment], *QUIET, *overrides))
 
 
-def host(state: State) -> list[bytes]:
+def host(state: dict[str, Any]) -> list[bytes]:
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
 
 
@@ -91,12 +84,12 @@ def test_a_mesh_draws_the_curve_of_one_device_and_four_stages_one_curve(
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("experiment", ["lm", "digits"])
 def test_each_device_holds_an_eighth(experiment: str, stage: str) -> None:
-    made = program(experiment, f"stage={stage}", "mesh.fsdp=8", "optimizer.ema=0.9")
-    batch = made.layout.batch(first_batch(load(create(made._cfg.data))))
+    made = setup(experiment, f"stage={stage}", "mesh.fsdp=8", "optimizer.ema=0.9")
+    batch = made.program.place(made.example)
 
-    state, _ = made.train_step(made.init(), batch)
+    state, _ = made.program.train_step(made.program.init(), batch)
 
-    parts = {"params": state.variables["params"], "ema": state.ema, "opt": state.opt_state}
+    parts = {"params": state["params"], "ema": state["ema"], "opt": state["opt_state"]}
     whole, held = 0, 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(parts):
         divisible = any(size % 8 == 0 for size in leaf.shape)
@@ -109,13 +102,14 @@ def test_each_device_holds_an_eighth(experiment: str, stage: str) -> None:
 
 @pytest.mark.parametrize("experiment", ["lm", "digits", "diabetes"])
 def test_a_mesh_starts_from_the_same_bits(experiment: str) -> None:
-    assert host(program(experiment, "mesh.fsdp=8").init()) == host(program(experiment).init())
+    whole, cut = setup(experiment), setup(experiment, "mesh.fsdp=8")
+    assert host(cut.program.init()) == host(whole.program.init())
 
 
 def test_a_stack_of_layers_lies_as_its_layers_do() -> None:
     """Were it cut between layers instead, its gradient's norm would round differently."""
-    made = program("lm", "stage=linen", "model.scan=true", "model.depth=8", "mesh.fsdp=8")
-    params = made.abstract.variables["params"]["encoder"]["ScanBlock"]
+    made = setup("lm", "stage=linen", "model.scan=true", "model.depth=8", "mesh.fsdp=8")
+    params = made.program.abstract["params"]["encoder"]["ScanBlock"]
     for leaf in jax.tree.leaves(params):
         assert leaf.shape[0] == 8
         assert leaf.sharding.shard_shape(leaf.shape)[0] == 8
@@ -139,8 +133,7 @@ def test_the_rest_of_the_devices() -> None:
         "mesh.data=-1": {"data": 8, "fsdp": 1},
         "mesh.fsdp=-1 mesh.data=2": {"data": 2, "fsdp": 4},
     }.items():
-        layout = program("diabetes", *asked.split()).layout
-        assert layout is not None
+        layout: Any = setup("diabetes", *asked.split()).layout
         assert dict(layout.mesh.shape) == shape
 
 
@@ -371,7 +364,7 @@ def test_processes_that_a_launcher_has_started_meet(
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args: joined.append(args))
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
 
-    processes.join(cli.compose("experiment=diabetes"))
+    processes.join(compose("experiment=diabetes"))
 
     assert joined == [(environment.get("JAX_COORDINATOR_ADDRESS"), None, None)] * joins
 
@@ -383,7 +376,7 @@ def test_processes_are_counted_by_the_environment(monkeypatch: pytest.MonkeyPatc
         "PROCESS_ID": "3",
     }.items():
         monkeypatch.setenv(f"JAX_{name}", value)
-    assert cli.compose("experiment=diabetes").distributed == schema.Distributed("a:1", 4, 3)
+    assert compose("experiment=diabetes").distributed == schema.Distributed("a:1", 4, 3)
 
 
 @pytest.mark.parametrize(
@@ -403,7 +396,7 @@ def test_processes_are_counted_by_the_environment(monkeypatch: pytest.MonkeyPatc
 )
 def test_a_mesh_or_processes_that_cannot_be_are_refused(overrides: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
-        cli.compose("experiment=diabetes", *overrides.split())
+        compose("experiment=diabetes", *overrides.split())
 
 
 @pytest.mark.slow

@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 from conftest import QUIET, SMALL, STAGES, Train
 
+from training import compose
+from training.assemble import prepare
+
 
 def curve(run_dir: Path) -> bytes:
     return (run_dir / "metrics.jsonl").read_bytes()
@@ -57,9 +60,11 @@ def test_scanned_blocks_draw_the_same_curve_in_linen_and_nnx(
 def test_a_loop_stays_close_to_the_blocks_written_out(
     train: Train, dtype: str, bound: float
 ) -> None:
-    # Native: Linen would draw other parameters for a stack.
-    settings = ("stage=nnx", "init=native", "steps=50", f"model.dtype={dtype}")
-    loop, written_out = (train("lm", *settings, f"model.scan={scan}") for scan in (True, False))
+    # From one state, as Linen draws other parameters and other masks for a stack.
+    settings = ("stage=nnx", "steps=51", f"model.dtype={dtype}", "model.dropout=0.0")
+    first = train("lm", *settings, "stop_at=1")
+    more = (*settings, f"init_from={first}")
+    loop, written_out = (train("lm", *more, f"model.scan={scan}") for scan in (True, False))
 
     assert 0 < distance(loop, written_out) <= bound
 
@@ -81,34 +86,24 @@ def test_in_bfloat16_a_loop_alters_nothing_once_fusions_may_not_skip_rounding() 
 
 
 def forward_and_backward(dtype: str, *, scan: bool, excess: bool) -> dict[str, bytes]:
-    """The logits and the gradients by leaf of one batch at stage nnx, parameters alike.
+    """The logits and the gradients by leaf of one batch at stage nnx, parameters alike, no dropout.
 
     `excess` lets XLA keep float32 inside a fusion where the program says bfloat16, its default.
     """
-    from model.families import create
-    from model.stages import Stage
-    from training import cli, data, datasets, start
-    from training.state import Program
-
-    options = ("run_dir=unused", "stage=nnx", "init=native", f"model.dtype={dtype}")
-    cfg = cli.compose(
-        *SMALL["lm"], *QUIET, *options, f"model.scan={scan}", checks={"model": create}
-    )
-    family, dataset = create(cfg.model), datasets.load(datasets.create(cfg.data))
-    stage = Stage(cfg.stage, family, data.first_batch(dataset)["inputs"])
-    program = Program(cfg, stage, start.load_rules(cfg, family))
-    batch = next(data.train_iterator(dataset))
+    options = ("run_dir=unused", "stage=nnx", f"model.dtype={dtype}", "model.dropout=0.0")
+    setup = prepare(compose(*SMALL["lm"], *QUIET, *options, f"model.scan={scan}"))
+    batch, rngs = setup.example, setup.keys(0)
+    start = prepare(compose(*SMALL["lm"], *QUIET, *options)).program.init()
 
     def loss(params: Any) -> tuple[jax.Array, jax.Array]:
-        variables, key = {"params": params}, jax.random.key(1)
-        logits, _ = stage.apply(variables, batch["inputs"], train=True, key=key)
-        return family.losses(logits, batch)["loss"].mean(), logits
+        model = setup.model({"params": params}, rngs, train=True)
+        return setup.metrics(model, batch, rngs)["loss"].mean(), model.outputs[0]
 
     step = jax.jit(
         jax.grad(loss, has_aux=True), compiler_options={"xla_allow_excess_precision": excess}
     )
-    grads, logits = step(program.init().variables["params"])
-    leaves = {"logits": logits, **program.view.leaves(grads)}
+    grads, logits = step(start["params"])
+    leaves = {"logits": logits, **setup.view.leaves(grads)}
     return {name: np.asarray(leaf).tobytes() for name, leaf in leaves.items()}
 
 

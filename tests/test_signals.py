@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from conftest import QUIET, SMALL
 
-from training import signals
+from training.runtime import signals
 
 ROOT = Path(__file__).parent.parent
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
-STARTING = "from training import signals\nsignals.end_on_signals()"
+STARTING = "from training.runtime import signals\nsignals.end_on_signals()"
 TRAINING = f"{STARTING}\ncounted = signals.counted()\ncounted.__enter__()"
 WAITS = "print('ready', flush=True)\nwhile True: pass"
 

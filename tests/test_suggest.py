@@ -17,11 +17,10 @@ from hypothesis import strategies as st
 from pairs import PAIRS, stack_of
 from random_twins import random_twin
 
+import model
 from linen_nnx import RuleBook, RuleError, Twin, TwinError, suggest
 from linen_nnx.infer.dataflow import flow
 from linen_nnx.infer.trace import Leaf, Trace, trace_linen, trace_nnx
-from model import families
-from model.stages import _Hybrid, _NnxHybrid
 
 FAMILIES = {
     "transformer": {"family": "transformer", "vocab": 7, "length": 4, "depth": 2, "width": 8,
@@ -121,18 +120,8 @@ def test_leaves_that_no_output_sees_are_named_as_such(name):
     ids=["transformer", "transformer_scan", "convnet", "mlp"],
 )
 def test_the_rule_books_of_this_template_are_found_without_being_read(family, options):
-    made = families.create({**FAMILIES[family], **options})
-    linen, nnx_ = made.twin("linen"), made.twin("nnx")
-    twin = Twin(
-        linen=lambda: _Hybrid(linen.Encoder(made.cfg), linen.Head(made.cfg)),
-        nnx=lambda rngs: _NnxHybrid(
-            nnx_.Encoder(made.cfg, rngs=rngs), nnx_.Head(made.cfg, rngs=rngs)
-        ),
-        inputs=lambda: (INPUTS[family],),
-        call_linen=lambda module, variables, x: module.apply(variables, x, train=False, key=None),
-        call_nnx=lambda model, x: model(x, train=False, key=None, mutable=[]),
-        init_linen=lambda module, key, x: module.init(key, x, train=False, key=None),
-    )
+    made = model.create({**FAMILIES[family], **options})
+    twin = made.ladder({"inputs": INPUTS[family]}, None).twin
     truth = RuleBook.load(made.rules_path)
 
     book = suggest(twin)

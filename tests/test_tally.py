@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.tally import BLOCKS, Tally, check, differences
+from training.runtime.tally import BLOCKS, Tally, check, differences
 
 ROWS = st.lists(st.binary(max_size=8), max_size=40)
 

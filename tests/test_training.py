@@ -12,12 +12,16 @@ import optax
 import pytest
 from conftest import STAGES, Train
 
+from linen_nnx import RuleError, Stage
 from linen_nnx.book.tree import flatten
-from model import families
-from model.stages import HALVES, Stage, VariablesError
-from training import checkpoints, cli
-from training.errors import Refused
+from model import create, mlp
+from training import compose, losses
+from training.assemble import load_rules
 from training.evaluation import report
+from training.runtime import checkpoints
+from training.runtime.errors import Refused
+
+HALVES = ("encoder", "head")
 
 
 def rows(run_dir: Path, split: str) -> list[dict[str, Any]]:
@@ -49,36 +53,32 @@ def test_one_small_sgd_step_lowers_the_loss_whatever_the_seed(
     stage_name: str, features: int, hidden: int, outputs: int
 ) -> None:
     """Of the hybrid and its siblings: 50 seeds for each of 12 programs, dropout on."""
-    family = families.create({
+    family = create({
         "family": "mlp", "features": features, "hidden": hidden, "outputs": outputs,
         "dropout": 0.2, "dtype": "float32",
     })  # fmt: skip
-    stage = Stage(stage_name, family, jnp.zeros((8, features)))
+    example = {"inputs": jnp.zeros((8, features)), "targets": jnp.zeros((8, outputs))}
+    stage = family.ladder(example, load_rules(family)).at(stage_name)
 
-    def losses(seed: Any) -> Any:
+    def losses_of(seed: Any) -> Any:
         keys = jax.random.split(jax.random.key(seed), 4)
-        variables = stage._root.init(keys[0])
+        params = stage.init(keys[0], example["inputs"])["params"]
         batch = {
             "inputs": jax.random.normal(keys[1], (8, features)),
             "targets": jax.random.normal(keys[2], (8, outputs)),
         }
+        rngs = {"dropout": keys[3]}
 
-        def loss(leaves: Any) -> Any:
-            from linen_nnx.book.tree import unflatten
+        def loss(params: Any) -> Any:
+            model = losses.Model(stage, {"params": params}, rngs, train=True)
+            return family.module.loss(model, batch, rngs)["loss"].mean()
 
-            tree = unflatten(leaves)
-            out, _ = stage.apply(tree, batch["inputs"], train=True, key=keys[3])
-            return family.losses(out, batch)["loss"].mean()
-
-        before, grads = jax.value_and_grad(loss)(variables)
-        after = loss(jax.tree.map(lambda p, g: p - 1e-3 * g, variables, grads))
-        norms = {
-            half: optax.tree.norm([g for p, g in grads.items() if p.split("/")[1] == half])
-            for half in HALVES
-        }
+        before, grads = jax.value_and_grad(loss)(params)
+        after = loss(jax.tree.map(lambda p, g: p - 1e-3 * g, params, grads))
+        norms = {half: optax.tree.norm(grads[half]) for half in HALVES}
         return before, after, norms
 
-    before, after, norms = jax.jit(jax.vmap(losses))(jnp.arange(50))
+    before, after, norms = jax.jit(jax.vmap(losses_of))(jnp.arange(50))
     assert (np.asarray(after) < np.asarray(before)).all()
     for half in HALVES:
         assert (np.asarray(norms[half]) > 0).all()
@@ -231,14 +231,12 @@ def test_a_profile_ends_with_a_run_that_is_shorter(train: Train, tmp_path: Path)
     assert not (tmp_path / "short").exists()
 
 
-def test_a_family_without_a_rule_book_trains_in_nnx_alone(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_family_without_a_rule_book_is_told_how_to_find_one(
+    train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(families, "RULES", tmp_path)
-    for options in (("stage=linen",), ("stage=nnx",), ("init=native",)):
-        with pytest.raises(Refused, match=r"There is no rule book .*init=native, which needs none"):
-            train("diabetes", "steps=2", *options)
-    train("diabetes", "steps=2", "stage=nnx", "init=native")
+    monkeypatch.setattr(mlp, "rules", lambda options: "missing.yaml", raising=False)
+    with pytest.raises(Refused, match=r"There is no rule book .*missing.yaml"):
+        train("diabetes", "steps=2")
 
 
 def test_twins_that_differ_are_refused_before_anything_is_written(
@@ -246,44 +244,42 @@ def test_twins_that_differ_are_refused_before_anything_is_written(
 ) -> None:
     from flax import nnx
 
-    from model.nnx import mlp
+    from model.mlp import nnx as port
 
-    class Encoder(mlp.Encoder):
+    class Encoder(port.Encoder):
         def __init__(self, cfg: Any, *, rngs: nnx.Rngs) -> None:
             super().__init__(cfg, rngs=rngs)
             self.linear = nnx.Linear(cfg.features, cfg.hidden, param_dtype="bfloat16", rngs=rngs)
 
-    monkeypatch.setattr(mlp, "Encoder", Encoder)
-    with pytest.raises(VariablesError, match=r"encoder/linear/kernel: got float32.*bfloat16"):
+    monkeypatch.setattr(port, "Encoder", Encoder)
+    with pytest.raises(RuleError, match=r"encoder/linear/kernel.*float32.*bfloat16"):
         train("diabetes", "steps=2", f"run_dir={tmp_path / 'run'}")
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("returned", ["(batch, 1)", "bfloat16", "no loss", "weight"])
+@pytest.mark.parametrize("returned", ["(batch, 1)", "bfloat16", "no loss", "lr"])
 def test_losses_that_are_no_number_an_example_are_refused_before_anything_is_written(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, returned: str
 ) -> None:
-    from model.families import mlp
+    real = mlp.loss
 
-    real = mlp.losses
-
-    def losses(outputs: Any, batch: Any) -> dict[str, Any]:
-        loss = real(outputs, batch)["loss"]
+    def loss(model: Any, batch: Any, rngs: Any) -> dict[str, Any]:
+        loss = real(model, batch, rngs)["loss"]
         return {
             "(batch, 1)": {"loss": loss, "error": loss[:, None]},
             "bfloat16": {"loss": loss.astype("bfloat16")},
             "no loss": {"error": loss},
-            "weight": {"loss": loss, "weight": loss},
+            "lr": {"loss": loss, "lr": loss},
         }[returned]
 
     message = {
         "(batch, 1)": r"error: got float32\[16, 1\], expected float32\[16\]",
         "bfloat16": r"loss: got bfloat16\[16\], expected float32\[16\]",
         "no loss": "loss: missing",
-        "weight": "weight: the run itself has a metric of that name",
+        "lr": "lr: the run itself has a metric of that name",
     }[returned]
-    monkeypatch.setattr(mlp, "losses", losses)
-    with pytest.raises(Refused, match=rf"(?s)losses\(\) of the model family `mlp`.*{message}"):
+    monkeypatch.setattr(mlp, "loss", loss)
+    with pytest.raises(Refused, match=message):
         train("diabetes", "steps=2", f"run_dir={tmp_path / 'run'}")
     assert not (tmp_path / "run").exists()
 
@@ -296,7 +292,6 @@ def test_a_collection_named_as_the_runs_own_state_is_refused(
     import flax.linen as nn
     from flax import nnx
     from flax.nnx.variablelib import VariableTypeCache
-
     from model.linen import mlp as in_linen
     from model.nnx import mlp as in_nnx
 
@@ -435,7 +430,7 @@ def test_tensorboard_lists_first_the_settings_in_which_runs_differ(
 def test_events_of_a_run_killed_before_its_first_save_are_drawn_once(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from training.board import Board
+    from training.runtime.board import Board
 
     for steps in (5, 3):  # the second begins anew and has come less far yet
         board = Board(tmp_path, 0, {}, on=True)
@@ -481,7 +476,7 @@ def test_mode_eval_finds_what_the_run_has_found_and_writes_nothing(
     last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
     capsys.readouterr()
 
-    report(cli.compose("mode=eval", f"run_dir={run_dir}", "eval.batches=null"))
+    report(compose("mode=eval", f"run_dir={run_dir}", "eval.batches=null"))
 
     shown = capsys.readouterr().out
     assert f"checkpoints, step 6, stage nnx: validation loss {last['loss']:.6f}" in shown

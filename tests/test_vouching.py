@@ -11,13 +11,15 @@ import jax
 import pytest
 from conftest import QUIET, SMALL
 
+from configs.schema import Config
 from linen_nnx.cli import main
 from linen_nnx.disk import digests
-from model import families
-from training import cli, lock, loop, numerics, start
-from training.checkpoints import Saved
-from training.errors import Refused
+from training import compose, loop
+from training.assemble import prepare
 from training.evaluation import report
+from training.runtime import lock, numerics, start
+from training.runtime.checkpoints import Saved
+from training.runtime.errors import Refused
 
 OPTIONS = (*SMALL["diabetes"], *QUIET, "steps=9", "eval.every=3", "checkpoint.every=3",
            "checkpoint.keep=9", "checkpoint.best=false")  # fmt: skip
@@ -38,17 +40,15 @@ def run_dir(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
-def configured(run_dir: Path, *overrides: str) -> cli.Config:
-    return cli.compose(
-        *OPTIONS, f"run_dir={run_dir}", *overrides, checks={"model": families.create}
-    )
+def configured(run_dir: Path, *overrides: str) -> Config:
+    return compose(*OPTIONS, f"run_dir={run_dir}", *overrides)
 
 
 def found(run_dir: Path, *overrides: str) -> Saved | None:
     """What a resume goes on from: all of it that reads, without the compiling and the training."""
     cfg = configured(run_dir, *overrides)
     with lock.held(run_dir):
-        return start.find(cfg, start.load_rules(cfg, families.create(cfg.model)))
+        return start.find(prepare(cfg).run)
 
 
 def refusal(run_dir: Path, *overrides: str) -> str:
@@ -165,7 +165,7 @@ def test_a_changed_rule_book_is_found_and_written_anew_once_removed(run_dir: Pat
 def test_evaluation_compares_as_a_resume_does(run_dir: Path) -> None:
     edit(run_dir / "metrics.jsonl", DAMAGE["changed"][0])
     with pytest.raises(Refused, match=r"row 3 \(step 3\) was changed"):
-        report(cli.compose("mode=eval", f"run_dir={run_dir}"))
+        report(compose("mode=eval", f"run_dir={run_dir}"))
 
 
 def test_a_run_of_before_goes_on_and_says_that_nothing_vouches_for_it(
@@ -268,7 +268,7 @@ def test_a_debug_flag_of_jax_stays_on(flag: str, tmp_path: Path) -> None:
 
 
 def converted(*words: object) -> int:
-    return main([*map(str, words)], own_files="training.vouching:check")
+    return main([*map(str, words)], own_files="training.runtime.vouching:check")
 
 
 def test_a_damaged_run_is_not_converted_but_its_checkpoint_alone_is(

@@ -24,7 +24,7 @@ import numpy as np
 
 from training import datasets
 from training.datasets import Batch, Dataset, Source
-from training.errors import Refused
+from training.runtime.errors import Refused
 
 # One thread, a few batches ahead: a batch takes far less time than a step, and more threads would
 # only contend for the interpreter with the loop.

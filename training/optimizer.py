@@ -6,7 +6,7 @@ Around it: a frozen part is left out, and `accumulate` batches are averaged. The
 configuration's (`training/chains.py`), or a Python function of one's own.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,10 +15,10 @@ import optax
 from optax.contrib import ScheduleFreeState, schedule_free_eval_params
 
 from configs.build import ConfigError, refuse
-from configs.schema import Optimizer
-from model.stages import HALVES
+from configs.schema import Optimizer, Part
 from training import chains
-from training.leaves import View, named, path_name
+from training.runtime.names import named, path_name
+from training.runtime.view import View
 
 Schedule = Callable[[Any], Any]
 Own = Callable[[Optimizer, Schedule, View], optax.GradientTransformation]
@@ -52,8 +52,8 @@ def schedule(cfg: Optimizer, steps: int) -> Schedule:
     )
 
 
-def check(mapping: Mapping[str, Any]) -> None:
-    """Looks at the `optimizer` group of a configuration without a model.
+def check(mapping: Mapping[str, Any], parts: Sequence[str]) -> None:
+    """Looks at the `optimizer` group of a configuration; `parts` are those of its model.
 
     Raises:
         configs.build.ConfigError: naming everything wrong with `chain` and `weight_decay`.
@@ -62,7 +62,7 @@ def check(mapping: Mapping[str, Any]) -> None:
     if not isinstance(chain, list):
         return  # null, or a wrong type, of which the schema speaks
     everything: Any = partial(jax.tree.map, lambda _: True)
-    masks = dict.fromkeys(("matrices", "rest", "all", *HALVES), everything)
+    masks = dict.fromkeys(("matrices", "rest", "all", *parts), everything)
     rate = optax.constant_schedule(1.0)
     chains.build(chain, chains.Surroundings(rate, masks, optax.tree.norm))
     _check_settings(chain, mapping.get("weight_decay"), mapping.get("ema"))
@@ -88,11 +88,11 @@ def create(
         configs.build.ConfigError: for what does not fit the model; also by the transformation,
             when the chain needs more in an update than it gets.
     """
-    _check_parts(cfg)
+    _check_parts(cfg, view.parts)
     _check_settings(cfg.chain, cfg.weight_decay, cfg.ema)
-    trained = [half for half in HALVES if not (half in cfg.parts and cfg.parts[half].freeze)]
+    trained = [part for part in view.parts if not _is_frozen(cfg, part)]
     rate = schedule(cfg, steps)
-    norm = partial(view.norm, halves=trained)
+    norm = partial(view.norm, parts=trained)
     parts = [] if cfg.clip_norm is None else [chains.clip_by_norm(cfg.clip_norm, norm)]
     if cfg.chain is not None:
         parts += chains.build(cfg.chain, chains.Surroundings(rate, _masks(view), norm))
@@ -104,15 +104,15 @@ def create(
     takes_rate = cfg.chain is None or chains.takes_rate(cfg.chain)
     if cfg.weight_decay:
         parts.append(optax.add_decayed_weights(cfg.weight_decay, _masks(view)["matrices"]))
-    for half in trained:
-        factor = cfg.parts[half].lr_factor if half in cfg.parts else 1
+    for part in trained:
+        factor = cfg.parts[part].lr_factor if part in cfg.parts else 1
         if factor != 1:
-            parts.append(optax.masked(optax.scale(factor), _of_part(half)))
+            parts.append(optax.masked(optax.scale(factor), _masks(view)[part]))
     if not takes_rate:
         parts.append(optax.scale_by_learning_rate(rate))
     transformation = optax.chain(*parts)
-    if len(trained) < len(HALVES):
-        labels = {half: "trained" if half in trained else "frozen" for half in HALVES}
+    if len(trained) < len(view.parts):
+        labels = {part: "trained" if part in trained else "frozen" for part in view.parts}
         transformation = optax.partition(
             {"trained": transformation, "frozen": optax.set_to_zero()}, labels
         )
@@ -159,14 +159,18 @@ def _check_settings(chain: list[Any] | None, weight_decay: Any, ema: Any) -> Non
     refuse(problems)
 
 
-def _check_parts(cfg: Optimizer) -> None:
-    known = ", ".join(HALVES)
+def _is_frozen(cfg: Optimizer, part: str) -> bool:
+    return part in cfg.parts and cfg.parts[part].freeze
+
+
+def _check_parts(cfg: Optimizer, parts: Sequence[str]) -> None:
+    known = ", ".join(parts)
     problems = {
         f"optimizer.parts.{part}": f"the model has no such part; it has {known}"
-        for part in cfg.parts
-        if part not in HALVES
+        for part, asked in cfg.parts.items()
+        if part not in parts and asked != Part()  # config.yaml lists encoder and head for everyone
     }
-    if all(half in cfg.parts and cfg.parts[half].freeze for half in HALVES):
+    if all(_is_frozen(cfg, part) for part in parts):
         problems["optimizer.parts"] = f"freeze all there is ({known}): nothing would be trained"
     refuse(problems)
 
@@ -176,17 +180,13 @@ def _masks(view: View) -> dict[str, Callable[[Any], Any]]:
     matrices = view.mask(lambda path, rank: rank >= 2 and not path.endswith("bias"))
     rest = {path: not is_matrix for path, is_matrix in matrices.items()}
     by_leaf = {"matrices": matrices, "rest": rest, "all": dict.fromkeys(matrices, True)}
-    for half in HALVES:
-        by_leaf[half] = {path: path.split("/")[0] == half for path in matrices}
+    for part in view.parts:
+        by_leaf[part] = {path: view.part_of(path) == part for path in matrices}
     return {name: partial(_tree_of, mask) for name, mask in by_leaf.items()}
 
 
 def _tree_of(mask: Mapping[str, bool], params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: mask[path_name(path)], params)
-
-
-def _of_part(part: str) -> dict[str, bool]:
-    return {half: half == part for half in HALVES}
 
 
 def _explained(

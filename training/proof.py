@@ -4,7 +4,6 @@
 configuration; the comparison itself is `linen_nnx/proof/prove.py`.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,11 +19,10 @@ from linen_nnx.book.tree import flatten, unflatten
 from linen_nnx.disk.state import Id
 from linen_nnx.infer.trace import Leaf, Trace
 from linen_nnx.proof.subject import Arrays, Subject
-from model import families
-from model.stages import Stage
 from training import data, datasets
-from training.leaves import named
-from training.state import Program, State
+from training.assemble import Setup
+from training.runtime.mesh import OneDevice
+from training.runtime.names import named
 
 _ROWS = 8  # of a batch, at most
 
@@ -45,40 +43,37 @@ def subject(run: Mapping[str, Any]) -> Subject:
     cfg = build(Config, {**upgraded(run["config"]), "stage": run["stage"]})
     rows = min(cfg.data["batch"], _ROWS)
     batch = data.example(datasets.create({**cfg.data, "batch": rows}))
-    family = families.create(cfg.model)
-    stage = Stage(cfg.stage, family, family.inputs(batch))
-    rules = None if run["rules"] is None else RuleBook.from_dict(run["rules"])
-    program = Program(cfg, stage, rules)
+    setup = Setup(cfg, None, batch, RuleBook.from_dict(run["rules"]), OneDevice())
+    program, abstract = setup.program, flatten(setup.stage.abstract())
     updated: list[str] = []
 
-    def forward(leaves: list[jax.Array], inputs: jax.Array) -> list[jax.Array]:
-        variables = unflatten(dict(zip(stage.abstract, leaves, strict=True)))
-        evaluated, _ = stage.apply(variables, inputs, train=False)
-        key = jax.random.key(cfg.seed)
-        trained, updates = stage.apply(variables, inputs, train=True, key=key)
-        news = flatten(updates)
+    def forward(leaves: list[jax.Array], batch: Any) -> list[Any]:
+        variables = unflatten(dict(zip(abstract, leaves, strict=True)))
+        rngs = setup.keys(0)
+        outputs: list[Any] = []
+        for is_training in (False, True):
+            model = setup.model(variables, rngs, train=is_training)
+            setup.metrics(model, batch, rngs)
+            outputs += jax.tree.leaves(model.outputs)
+        news = flatten(model.collections)
         updated[:] = news
-        return [evaluated, trained, *news.values()]
+        return [*outputs, *news.values()]
 
     def step(state: Arrays, gradients: Mapping[Any, Any], fresh: bool) -> Arrays:
         """As many batches as one update takes, each this one; `gradients` are the run's own."""
         keys = {"/".join(key) if isinstance(key, Id) else key: key for key in state}
-        like = named(program.abstract.tree())
-        leaves = [jnp.array(state[keys[path]]) for path in like]
-        shape = jax.tree.structure(program.abstract.tree())
-        now = State.from_tree(jax.tree.unflatten(shape, leaves))
+        leaves = [jnp.array(state[keys[path]]) for path in named(program.abstract)]
+        now = jax.tree.unflatten(jax.tree.structure(program.abstract), leaves)
         if fresh:
-            start = jax.jit(program.optimizer.init)(now.variables["params"])
-            now = dataclasses.replace(now, opt_state=start)
+            now["opt_state"] = jax.jit(setup.steps.optimizer.init)(now["params"])
         for _ in range(cfg.optimizer.accumulate):
             now, _ = program.train_step(now, batch)
-        return {keys[path]: np.asarray(leaf) for path, leaf in named(now.tree()).items()}
+        return {keys[path]: np.asarray(leaf) for path, leaf in named(now).items()}
 
-    jaxpr = jax.make_jaxpr(forward)(list(stage.abstract.values()), family.inputs(batch))
+    jaxpr = jax.make_jaxpr(forward)(list(abstract.values()), batch)
     leaves = {
-        path: Leaf(spec.shape, spec.dtype, path.split("/")[0])
-        for path, spec in stage.abstract.items()
+        path: Leaf(spec.shape, spec.dtype, path.split("/")[0]) for path, spec in abstract.items()
     }
-    inputs = (jnp.asarray(family.inputs(batch)),)
+    inputs = tuple(map(jnp.asarray, jax.tree.leaves(batch)))
     trace = Trace("linen", jaxpr, leaves, inputs, tuple(updated), {})
     return Subject(trace, flat=True, step=step, exact=True)

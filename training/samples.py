@@ -8,31 +8,34 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from configs.schema import Config
-from model.stages import Stage, Variables
+from linen_nnx import Stage
 from training import data
-from training.board import Board
-from training.datasets import Dataset
-from training.state import Program, State
+from training.assemble import Setup
+from training.runtime.board import Board
+from training.runtime.program import State
 
 SCALE, GAP, CAPTION = 10, 6, 24  # pixels: of a digit's, between digits, beneath one
 
 
-def show(cfg: Config, program: Program, dataset: Dataset, state: State, board: Board) -> str:
-    """Shows samples of the model in TensorBoard, if the data has a kind that can be shown.
+def show(setup: Setup, state: State, board: Board) -> str:
+    """Shows samples of the model in TensorBoard: the family's own, or what the data's kind allows.
 
     Returns:
         What a terminal can show of them; empty where there is nothing.
     """
+    cfg = setup.cfg
     if not cfg.log.samples:
         return ""
-    step = int(state.step)
+    own = getattr(setup.family.module, "show", None)
+    if own is not None:
+        return own(setup, state, board)
+    step = int(state["step"])
     if cfg.data["name"] == "text":
-        prompt, text = write_text(cfg, program, dataset, state)
+        prompt, text = write_text(setup, state)
         board.text(step, "sample", f"{prompt}|{text}")
         return f"sample after the prompt {prompt[-40:]!r}:\n{text}"
     if cfg.data["name"] == "digits":
-        image, wrong = misclassified(cfg, program, dataset, state)
+        image, wrong = misclassified(setup, state)
         if image is not None:
             board.image(step, "misclassified", image)
         where = ": see TensorBoard" if wrong and cfg.log.tensorboard else ""
@@ -40,28 +43,34 @@ def show(cfg: Config, program: Program, dataset: Dataset, state: State, board: B
     return ""
 
 
-def write_text(cfg: Config, program: Program, dataset: Dataset, state: State) -> tuple[str, str]:
+def write_text(setup: Setup, state: State) -> tuple[str, str]:
     """A prompt, `log.prompt` or validation text, and `log.samples` bytes written after it.
 
     Sampled at temperature 0.8 with a key that depends on the seed and the step alone.
     """
-    prompt = dataset.validation.take(np.array([0]))["inputs"]
+    cfg = setup.cfg
+    prompt = setup.dataset.validation.take(np.array([0]))["inputs"]
     if cfg.log.prompt is not None:  # a window is full: a short prompt has spaces before it
         length = prompt.shape[1]
         given = cfg.log.prompt.encode()[-length:].rjust(length)
         prompt = np.frombuffer(given, np.uint8).astype(prompt.dtype)[None]
-    key = jax.random.fold_in(jax.random.key(cfg.seed + 1), int(state.step))
-    written = _written(program.stage, cfg.log.samples, program.evaluated(state), prompt, key)
-    return _decoded(prompt[0]), _decoded(program.fetch(written))
+    key = jax.random.fold_in(jax.random.key(cfg.seed + 1), int(state["step"]))
+    written = _written(setup.stage, cfg.log.samples, _variables(setup, state), prompt, key)
+    return _decoded(prompt[0]), _decoded(setup.program.fetch(written))
+
+
+def _variables(setup: Setup, state: State) -> State:
+    """The variables that evaluation uses."""
+    return {**setup.collections(state), "params": setup.steps.evaluated(state)}
 
 
 # Compiled once for a run: the stage is static, its variables are not.
 @partial(jax.jit, static_argnums=(0, 1))
-def _written(stage: Stage, count: int, variables: Variables, prompt: Array, key: Array) -> Array:
+def _written(stage: Stage, count: int, variables: State, prompt: Array, key: Array) -> Array:
     """(count,) bytes that the model writes after the prompt (1, length)."""
 
     def extend(window: Array, index: Array) -> tuple[Array, Array]:
-        logits, _ = stage.apply(variables, window, train=False)
+        logits = stage.apply(variables, window, train=False)
         byte = jax.random.categorical(jax.random.fold_in(key, index), logits[:, -1] / 0.8)
         byte = byte.astype(window.dtype)
         return jnp.concatenate([window[:, 1:], byte[:, None]], axis=1), byte[0]
@@ -70,14 +79,12 @@ def _written(stage: Stage, count: int, variables: Variables, prompt: Array, key:
 
 
 @partial(jax.jit, static_argnums=0)
-def _guesses(stage: Stage, variables: Variables, inputs: Array) -> Array:
+def _guesses(stage: Stage, variables: State, inputs: Array) -> Array:
     """(batch,) classes with the highest score."""
-    return stage.apply(variables, inputs, train=False)[0].argmax(-1)
+    return stage.apply(variables, inputs, train=False).argmax(-1)
 
 
-def misclassified(
-    cfg: Config, program: Program, dataset: Dataset, state: State
-) -> tuple[np.ndarray | None, int]:
+def misclassified(setup: Setup, state: State) -> tuple[np.ndarray | None, int]:
     """A sheet of up to `log.samples` validation digits that the model gets wrong.
 
     Returns:
@@ -87,9 +94,9 @@ def misclassified(
     from PIL import Image, ImageDraw, ImageFont
 
     found = []
-    variables = program.evaluated(state)
-    for batch, weight in data.eval_batches(dataset, cfg.eval.batches):
-        guesses = program.fetch(_guesses(program.stage, variables, batch["inputs"]))
+    cfg, variables = setup.cfg, _variables(setup, state)
+    for batch, weight in data.eval_batches(setup.dataset, cfg.eval.batches):
+        guesses = setup.program.fetch(_guesses(setup.stage, variables, batch["inputs"]))
         for index in np.flatnonzero((guesses != batch["targets"]) & (weight > 0)):
             found.append((batch["inputs"][index, ..., 0], batch["targets"][index], guesses[index]))
     shown = found[: cfg.log.samples]

@@ -5,43 +5,46 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 from omegaconf import OmegaConf
 
-from configs.schema import Config, Optimizer
-from model.stages import HALVES, STAGES
+from configs.schema import Optimizer
+from linen_nnx.book.tree import flatten
 from training import chains
-from training.cli import CONFIGS
+from training.assemble import Setup
 from training.datasets import Dataset
-from training.metrics import Metrics
-from training.state import Program
+from training.runtime.cli import CONFIGS
+from training.runtime.metrics import Metrics
+from training.runtime.view import WHOLE
 
 FAR = 5  # a learning rate so many times another is worth a word
 
 
-def opening(cfg: Config, dataset: Dataset, program: Program, step: int) -> str:
+def opening(setup: Setup, step: int) -> str:
     """What is trained, on what, from where, on which devices if on several."""
-    counts = dict.fromkeys(HALVES, 0)
-    for path, spec in program.stage.abstract.items():
-        if path.startswith("params/"):
-            counts[path.split("/")[1]] += math.prod(spec.shape)
-    form = STAGES[cfg.stage]
-    halves = ", ".join(f"{half} {getattr(form, half)} {n:,}" for half, n in counts.items())
+    cfg = setup.cfg
+    counts = dict.fromkeys(setup.parts, 0)
+    for path, spec in _parameters(setup).items():
+        counts[setup.view.part_of(path)] += math.prod(spec.shape)
+    forms = {part or WHOLE: form for part, form in setup.stage.forms.items()}
+    parts = ", ".join(f"{part} {forms[part]} {n:,}" for part, n in counts.items())
     begin = f"going on from step {step}" if step else "from scratch"
     lines = [
         f"{cfg.name} at stage {cfg.stage}: {cfg.model['family']} with {sum(counts.values()):,} "
-        f"parameters ({halves})",
-        f"data: {dataset.description}",
+        f"parameters ({parts})",
+        f"data: {setup.dataset.description}",
         f"run: {Path(cfg.run_dir)}, {begin}",
         *_learning_rate(cfg.optimizer, cfg.steps),
     ]
-    if program.layout is not None:
-        lines.append(f"mesh: {program.layout.describe(program.abstract)}")
-    elif jax.device_count() > 1:
-        lines.append(f"mesh: 1 device of {jax.device_count()}; mesh.data=-1 uses all")
+    if devices := setup.layout.describe(setup.program.abstract):
+        lines.append(f"mesh: {devices}")
     if not step:
-        lines.append(parameters(program))
+        lines.append(parameters(setup))
     return "\n".join(lines)
+
+
+def _parameters(setup: Setup) -> dict[str, Any]:
+    """The shape of each parameter, by its path at the stage."""
+    return flatten(setup.stage.abstract()["params"])
 
 
 def _learning_rate(cfg: Optimizer, steps: int) -> Iterator[str]:
@@ -65,14 +68,12 @@ def _learning_rate(cfg: Optimizer, steps: int) -> Iterator[str]:
         )
 
 
-def parameters(program: Program) -> str:
-    """A table of the parameters by module, of both halves: count, bytes, dtypes."""
+def parameters(setup: Setup) -> str:
+    """A table of the parameters by module, of all parts: count, bytes, dtypes."""
     rows: dict[str, list[Any]] = {}
-    for path, spec in program.stage.abstract.items():
-        collection, half, *names = path.split("/")
-        if collection != "params":
-            continue
-        for module in {"/".join((half, *names[:-1][:2])), half}:
+    for path, spec in _parameters(setup).items():
+        part, *names = path.split("/")
+        for module in {"/".join((part, *names[:-1][:2])), part}:
             row = rows.setdefault(module, [0, 0, set()])
             row[0] += math.prod(spec.shape)
             row[1] += math.prod(spec.shape) * spec.dtype.itemsize

@@ -11,10 +11,10 @@ from typing import Any
 
 from rich.table import Table
 
-from training import reading, vouching
-from training.errors import Refused
-from training.metrics import read
-from training.terminal import CONSOLE
+from training.runtime import reading, vouching
+from training.runtime.errors import Refused
+from training.runtime.metrics import read
+from training.runtime.terminal import CONSOLE
 
 
 def table(paths: list[Path]) -> Table:

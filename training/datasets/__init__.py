@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from configs.build import Count, Natural, build, did_you_mean, refuse, show
-from training.errors import Refused
+from training.runtime.errors import Refused
 
 Batch = Any  # a pytree of arrays, rows first: a dict, a tuple, nested
 

@@ -7,7 +7,7 @@ import numpy as np
 from configs.build import Fraction
 from training import datasets
 from training.datasets import Dataset, Rows, digest
-from training.errors import Refused
+from training.runtime.errors import Refused
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 from configs.build import Count, Fraction
 from training import datasets
 from training.datasets import Batch, Dataset, digest
-from training.errors import Refused, refuse
+from training.runtime.errors import Refused, refuse
 
 # Training windows over each byte: of one alone, a byte would always be at the same position.
 POSITIONS = 8

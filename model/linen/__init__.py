@@ -1,1 +1,0 @@
-"""The Linen twins. Once the last rung is climbed, this folder can be deleted."""

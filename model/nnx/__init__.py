@@ -1,1 +1,0 @@
-"""The nnx twins."""

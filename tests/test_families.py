@@ -1,0 +1,125 @@
+"""The families of the template: the same bits at every stage, and one array used by both parts."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import STAGES
+
+import model
+from configs.build import ConfigError
+from linen_nnx import Stage
+from linen_nnx.book.tree import flatten, unflatten
+from training.assemble import load_rules
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "transformer": {
+        "family": "transformer", "depth": 2, "width": 8, "heads": 2, "mlp_factor": 2, "vocab": 11,
+        "length": 6, "dropout": 0.5, "dtype": "float32", "remat": False, "scan": False,
+    },
+    "convnet": {
+        "family": "convnet", "depth": 1, "width": 4, "channels": 1, "classes": 3, "dropout": 0.5,
+        "dtype": "float32", "remat": False,
+    },
+    "mlp": {
+        "family": "mlp", "features": 5, "hidden": 4, "outputs": 2, "dropout": 0.5,
+        "dtype": "float32",
+    },
+}  # fmt: skip
+INPUTS = {
+    "transformer": jnp.arange(18).reshape(3, 6) % 11,
+    "convnet": jnp.linspace(0, 1, 3 * 8 * 8).reshape(3, 8, 8, 1),
+    "mlp": jnp.linspace(-1, 1, 15).reshape(3, 5),
+}
+RNGS = {"dropout": jax.random.key(3)}
+
+
+def staged(name: str, stage: str, **options: Any) -> tuple[Stage, dict[str, Any]]:
+    """A stage, and variables that are alike at every stage."""
+    family = model.create(OPTIONS[name] | options)
+    made = family.ladder({"inputs": INPUTS[name]}, load_rules(family)).at(stage)
+    return made, made.init(jax.random.key(0), INPUTS[name])
+
+
+def bits(tree: Any) -> list[bytes]:
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIONS)
+def test_outputs_are_the_same_bits_at_every_stage_with_dropout_on(name: str) -> None:
+    found = []
+    for stage_name in STAGES:
+        stage, variables = staged(name, stage_name)
+
+        def run(variables: Any, stage: Stage = stage) -> Any:
+            return stage.apply(
+                variables, INPUTS[name], train=True, rngs=RNGS, mutable=stage.mutable
+            )
+
+        outputs, updates = jax.jit(run)(variables)
+        found.append((bits(outputs), sorted(bits(updates))))
+    assert found == [found[0]] * len(STAGES)
+
+
+TABLE = ("Embed_0/embedding", "token_embed/embedding")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage_name", STAGES)
+def test_the_gradient_of_the_shared_table_is_the_sum_over_its_two_uses(
+    monkeypatch: pytest.MonkeyPatch, stage_name: str
+) -> None:
+    """The table embeds the bytes, and the head scores with it: one leaf, two paths of gradient.
+
+    Each byte occurs once, so that every entry is a sum of two numbers, in whatever order; and
+    nothing is jitted, so that the three gradients are made of the same operations, fused nowhere.
+    """
+    tokens = jnp.array([[7, 2, 9, 0, 4, 5]])
+    weights = jnp.linspace(-1, 1, 6 * 11).reshape(1, 6, 11)
+
+    def gradient() -> np.ndarray:
+        stage, variables = staged("transformer", stage_name, dropout=0.0)
+        leaves = flatten(variables)
+        (path,) = [path for path in leaves if path.endswith(TABLE)]
+
+        def loss(table: Any) -> Any:
+            full = unflatten({**leaves, path: table})
+            return (stage.apply(full, tokens, train=False) * weights).sum()
+
+        return np.asarray(jax.grad(loss)(leaves[path]))
+
+    whole = gradient()
+    with monkeypatch.context() as patch:
+        cut_head(patch, features=False, shared=True)
+        embedding = gradient()
+    with monkeypatch.context() as patch:
+        cut_head(patch, features=True, shared=False)
+        scoring = gradient()
+    assert np.abs(embedding).max() > 0
+    assert np.abs(scoring).max() > 0
+    np.testing.assert_array_equal(whole, embedding + scoring)
+
+
+def cut_head(patch: pytest.MonkeyPatch, *, features: bool, shared: bool) -> None:
+    """Lets no gradient through one of the head's two inputs."""
+    from model import transformer
+
+    def forward(parts: Any, tokens: Any, *, train: bool = False) -> Any:
+        x, lent = parts.encoder(tokens, train=train)
+        x = jax.lax.stop_gradient(x) if features else x
+        lent = jax.lax.stop_gradient(lent) if shared else lent
+        return parts.head(x, lent, train=train)
+
+    patch.setattr(transformer, "forward", forward)
+
+
+def test_an_unknown_family_or_option_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"did you mean.*transformer"):
+        model.create({"family": "transfomer"})
+    options = OPTIONS["convnet"].copy()
+    options["widht"] = options.pop("width")
+    with pytest.raises(ConfigError, match=r"(?s)model\.widht.*model\.width.*missing"):
+        model.create(options)

@@ -1,0 +1,56 @@
+"""The configuration of a run, built in Python as on the command line.
+
+>>> from training import compose
+>>> cfg = compose("experiment=digits", "steps=10")
+>>> cfg.steps, cfg.model["family"]
+(10, 'convnet')
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from configs.build import ConfigError
+from configs.schema import Config
+from training.runtime import cli
+
+
+def compose(*overrides: str) -> Config:
+    """The configuration of `python train.py *overrides`, checked.
+
+    Args:
+        overrides: as on the command line: `"experiment=digits"`, `"optimizer.lr=1e-3"`.
+
+    Raises:
+        configs.build.ConfigError: naming every key that is unknown, missing or wrong.
+        hydra.errors.HydraException: for overrides that Hydra refuses.
+    """
+    return cli.compose(*overrides, schema=Config, checks=CHECKS)
+
+
+def _model(mapping: Mapping[str, Any]) -> None:
+    """Refuses model options that the family does not have."""
+    import model
+
+    model.create(mapping["model"])
+
+
+def _optimizer(mapping: Mapping[str, Any]) -> None:
+    """Refuses transformations and arguments that optax does not have."""
+    import model
+    from training.optimizer import check
+
+    try:
+        parts = model.create(mapping["model"]).parts
+    except (ConfigError, KeyError, TypeError):
+        parts = []  # which `_model` tells
+    check(mapping["optimizer"], parts)
+
+
+def _data(mapping: Mapping[str, Any]) -> None:
+    """Refuses options that the data set does not have."""
+    from training.datasets import create
+
+    create(mapping["data"])
+
+
+CHECKS: cli.Checks = {"model": _model, "optimizer": _optimizer, "data": _data}

@@ -1,0 +1,81 @@
+"""The debug modes: what a deliberately unusual run does beside training (`debug=...`).
+
+one_step   a few steps, an evaluation, a save: see configs/debug/one_step.yaml
+overfit    every step reads the first batch
+nans       the first operation that gives a NaN or an infinity raises
+profile    steps 6 to 15 are recorded, and the compiled step is written as text
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from configs.schema import Config
+from training.assemble import Setup
+from training.runtime import processes
+from training.runtime.errors import Refused
+from training.runtime.program import State
+from training.runtime.terminal import say
+
+PROFILED = range(5, 15)  # steps after the first that debug=profile records
+
+
+@contextmanager
+def checks(cfg: Config) -> Iterator[None]:
+    """debug=nans: the first operation that gives a NaN or an infinity raises FloatingPointError.
+
+    As contexts, since some library code turns the global flags off for its thread and on again.
+    What JAX_DEBUG_NANS and JAX_DEBUG_INFS have turned on stays on.
+    """
+    on = cfg.debug.mode == "nans"
+    with (
+        jax.debug_nans(on or jax.debug_nans.value),
+        jax.debug_infs(on or jax.debug_infs.value),
+    ):
+        yield
+
+
+def batches(cfg: Config, drawn: Any) -> Iterator[Any]:
+    """The batches of training; debug=overfit repeats the first."""
+    first = next(drawn)
+    while True:
+        yield first
+        if cfg.debug.mode != "overfit":
+            first = next(drawn)
+
+
+class Profile:
+    """debug=profile: a hook of the loop, to be called before each step."""
+
+    def __init__(self, setup: Setup, first: int) -> None:
+        """Raises `Refused` if the run is too short to be profiled."""
+        self._setup, self._first, self._recording = setup, first, ExitStack()
+        last = setup.cfg.stop_at or setup.cfg.steps
+        self._on = setup.cfg.debug.mode == "profile"
+        if self._on and last - first <= PROFILED.start:
+            raise Refused(
+                f"debug=profile records what follows the first {PROFILED.start} steps; this run "
+                f"would go from step {first} to {last}. Give more steps, or another run_dir."
+            )
+
+    def before(self, step: int, state: State) -> None:
+        """Begins or ends the recording where it is due; `step` steps are done."""
+        if not self._on:
+            return
+        if step - self._first == PROFILED.start and processes.first():
+            run_dir = Path(self._setup.cfg.run_dir)
+            program = self._setup.program
+            compiled = program.train_step.lower(state, self._setup.traced).compile()
+            (run_dir / "train_step.hlo.txt").write_text(compiled.as_text() or "")
+            self._recording.callback(say, f"The profile in {run_dir} is for TensorBoard or xprof.")
+            self._recording.enter_context(jax.profiler.trace(run_dir))
+        if step - self._first == PROFILED.stop:
+            jax.block_until_ready(state)
+            self.close()
+
+    def close(self) -> None:
+        """Ends a recording that goes on."""
+        self._recording.close()

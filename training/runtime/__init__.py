@@ -1,0 +1,1 @@
+"""What makes a run exact: start, checkpoints, metrics, mesh, processes. Not yours to change."""

@@ -1,0 +1,288 @@
+"""Checkpoints of a run: the latest few under `checkpoints/`, the best one under `best/`.
+
+Each step directory is self-sufficient: the item `state` is the state as it is, `data`
+the position of the data iterator, and `run` the resolved configuration (its stage included) with
+the rule book, so that a checkpoint alone suffices to change stage. `digests.json` beside them holds
+a hash of every file, for Orbax restores a flipped bit as a wrong value.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from linen_nnx.disk import digests
+from linen_nnx.ladder.forms import check
+from training.runtime import processes, reading, vouching
+from training.runtime.errors import Refused
+from training.runtime.names import named
+from training.runtime.terminal import say
+
+State = dict[str, Any]
+
+REASON = 300  # characters of an error of Orbax's that a message repeats
+ROOTS = ("checkpoints", "best")  # of a run directory
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint found on disk, its arrays unread."""
+
+    path: Path
+    step: int
+    data: dict[str, Any]
+    run: dict[str, Any]
+
+    def verify(self) -> bool:
+        """Compares every file with its digest; False if there are none to compare with.
+
+        Raises:
+            Refused: when a file is missing, foreign or altered, naming each.
+        """
+        try:
+            return digests.check(self.path)
+        except digests.DigestError as error:
+            others = [step for step in steps_of(self.path.parent) if step != self.step]
+            raise Refused(
+                f"{error}\nRemove {self.path} to go on from an earlier step "
+                f"({', '.join(map(str, others)) or 'there is none'})."
+            ) from None
+
+    def intact(self, rules: dict[str, Any] | None = None) -> None:
+        """Compares everything with its digests: this checkpoint, and what lies beside it in its run
+        directory; says what has none.
+
+        Args:
+            rules: a rule book that `rules.yaml` may be, beside the checkpoint's own.
+
+        Raises:
+            Refused: naming everything that differs.
+        """
+        if not self.verify():
+            say(f"{self.path} has no digests to verify it with; its arrays are taken as they are.")
+        root = self.path.parent
+        if root.name in ROOTS and not vouching.check(root.parent, self.step, self.run, rules):
+            say(f"{self.path} vouches for no metrics.jsonl: its rows are taken as they are.")
+
+    def restore(self, like: State) -> State:
+        """The saved state, laid out as `like` (shapes, dtypes and shardings).
+
+        Raises:
+            VariablesError: when shapes, dtypes or names differ, naming each. Orbax would cast.
+            Refused: when it cannot be read.
+        """
+        with _readable(self.path / "state"):
+            handler: Any = ocp.PyTreeCheckpointHandler()  # pyrefly: ignore
+            found = named(handler.metadata(self.path / "state").tree)
+        check(found, named(like), f"the state in {self.path}")
+        with _readable(self.path / "state"), ocp.StandardCheckpointer() as reader:
+            state = reader.restore(self.path / "state", like)
+        if int(state["step"]) != self.step:
+            raise Refused(
+                f"{self.path} holds the state after step {int(state['step'])}: its folder was "
+                f"renamed. Call it {int(state['step'])} again."
+            )
+        return state
+
+
+def latest(root: Path) -> Saved | None:
+    """The newest checkpoint below a checkpoint root; None where there is none.
+
+    Raises:
+        Refused: when it is there and cannot be read.
+    """
+    steps = steps_of(root)
+    return _saved(root / str(steps[-1])) if steps else None
+
+
+def find(path: Path) -> Saved:
+    """The newest checkpoint of a run directory or a checkpoint root, or the step directory itself.
+
+    Raises:
+        Refused: when there is none, saying what was found instead.
+    """
+    if saved := latest(path / "checkpoints") or latest(path):
+        return saved
+    if (path / "state").is_dir() and path.name.isdigit():
+        return _saved(path)
+    if not path.exists():
+        raise Refused(f"There is no checkpoint at {path}: no such file or directory.")
+    entries = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
+    raise Refused(
+        f"There is no checkpoint of this template at {path}. Expected a run directory (with "
+        f"checkpoints/<step>/), a checkpoint root or a step directory; found {entries}."
+    )
+
+
+class Checkpoints:
+    """Asynchronous saves of one run."""
+
+    def __init__(self, run_dir: Path, keep: int, best: bool, run: dict[str, Any]) -> None:
+        """`keep` of the latest, and the best too; `run` is what the item of that name holds."""
+        self._run, self._run_dir = run, run_dir
+        self._latest = _manager(run_dir / "checkpoints", keep)
+        self._best = _manager(run_dir / "best", None) if best else None
+        self._background = ThreadPoolExecutor(1, "digests")
+        self._saving: Future[None] | None = None
+
+    def save(
+        self,
+        state: State,
+        data: dict[str, Any],
+        metrics: dict[str, Any],
+        *,
+        latest: bool = True,
+        best: bool = False,
+    ) -> None:
+        """Saves the state after its step; returns once its arrays are copied from the device.
+
+        A checkpoint that is the latest and the best is written once, and linked.
+
+        Args:
+            state: what to save; it may be donated afterwards.
+            data: the data iterator's position after this step.
+            metrics: the digests of the rows up to this step, see `training.runtime.tally`.
+            latest: keep it among the latest.
+            best: keep it as the best so far, if the run keeps one.
+        """
+        best = best and self._best is not None
+        manager = self._latest if latest else self._best
+        if manager is None or not (latest or best):
+            return
+        self._wait()
+        step = int(state["step"])
+        saved = manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                data=ocp.args.JsonSave(data),
+                run=ocp.args.JsonSave(self._run | {"metrics": metrics}),
+            ),
+        )
+        if not saved:
+            raise Refused(
+                f"Orbax did not save step {step}: {manager.directory} holds step "
+                f"{manager.latest_step()} already."
+            )
+        self._saving = self._background.submit(self._finish, manager, step, best)
+
+    def _finish(self, manager: ocp.CheckpointManager, step: int, best: bool) -> None:
+        """What follows a save, in the background: digests, and the folder of the best."""
+        _digest(manager, step)
+        if not best or not processes.first():
+            return
+        kept = self._run_dir / "best" / str(step)
+        if manager is self._latest:
+            _link_tree(Path(manager.directory) / str(step), kept)
+        for other in steps_of(kept.parent):
+            if other != step:
+                shutil.rmtree(kept.parent / str(other))
+
+    def forget_after(self, step: int) -> None:
+        """Deletes checkpoints that the run, going on from `step`, will draw again: of the best, and
+        of a debug run that begins anew."""
+        for manager in filter(None, (self._latest, self._best)):
+            for later in [saved for saved in manager.all_steps() if saved > step]:
+                manager.delete(later)
+
+    def close(self) -> None:
+        """Waits until every save is on disk, with its digests."""
+        self._wait()
+        self._background.shutdown()
+        for manager in filter(None, (self._latest, self._best)):
+            manager.close()
+
+    def _wait(self) -> None:
+        """Waits for the save before: a later one may delete the directory that is being hashed.
+
+        Raises:
+            Exception: whatever has gone wrong with it, once.
+        """
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
+
+
+def save_aside(path: Path, state: State) -> None:
+    """Writes a state that no run should resume from, to be looked at. Replaces an earlier one."""
+    with processes.together():
+        if processes.first() and path.exists():
+            shutil.rmtree(path)
+    with ocp.StandardCheckpointer() as writer:
+        writer.save(path.absolute(), state)
+
+
+def _digest(manager: ocp.CheckpointManager, step: int) -> None:
+    manager.wait_until_finished()
+    if processes.first():
+        path = Path(manager.directory) / str(step)
+        try:
+            digests.write(path)
+        except OSError:
+            shutil.rmtree(path)  # not one to go on from, for nothing vouches for it
+            raise
+
+
+def _link_tree(source: Path, target: Path) -> None:
+    """The same files under another name, at once: hard links, or copies where there are none."""
+    part = target.with_name(f".{target.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of a run that was killed here
+    shutil.copytree(source, part, copy_function=_link)
+    part.replace(target)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _manager(root: Path, keep: int | None) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+    return ocp.CheckpointManager(root.absolute(), options=options)
+
+
+def steps_of(root: Path) -> list[int]:
+    """The committed steps below a checkpoint root; half-written ones have another name."""
+    if not root.is_dir():
+        return []
+    names = [entry.name for entry in root.iterdir() if (entry / "state").is_dir()]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def _saved(path: Path) -> Saved:
+    data, run = _item(path, "data"), _item(path, "run")
+    with reading.named(path / "run" / "metadata"):
+        vouching.check_item(run)
+    return Saved(path.absolute(), int(path.name), data, run)
+
+
+def _item(path: Path, item: str) -> dict[str, Any]:
+    """A small item of a checkpoint, which is JSON."""
+    hint = (
+        f"The checkpoint {path} was not written by this template, or it is damaged. Remove it to "
+        "go on from an earlier one."
+    )
+    file = path / item / "metadata"
+    with reading.named(file, hint):
+        return reading.json_mapping(file)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Whatever Orbax raises for damaged files, of which it has many kinds, is refused."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0][:REASON]
+        raise Refused(
+            f"{path} cannot be read: {type(error).__name__}: {reason}\nThe checkpoint is damaged, "
+            f"or of another kind. Remove {path.parent} to go on from an earlier one."
+        ) from error

@@ -1,0 +1,235 @@
+"""From the command line to a checked `Config`, and from an error to one message.
+
+`run(main)` is the whole of an entry script: Hydra composes the configuration (with `--multirun`,
+`--cfg job`, shell completion and all), `configs.build` checks it, and `main(config)` gets frozen
+dataclasses. A usage error ends with exit code 2, any other `Refusal` with 1, both with a message
+alone; any other exception is a bug and keeps its traceback. Nothing here imports jax.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from textwrap import indent
+from types import MappingProxyType
+from typing import Any, NoReturn, TypeVar
+
+import yaml
+
+from configs.build import ConfigError, build, did_you_mean, paths, show
+from linen_nnx.errors import Refusal
+
+T = TypeVar("T")
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+# By group of the configuration: raises `ConfigError` for what is wrong with that mapping.
+Checks = Mapping[str, Callable[[Mapping[str, Any]], object]]
+
+USAGE = """\
+usage: python train.py [experiment=NAME] [stage=STAGE] [run_dir=DIR] [steps=N] [stop_at=K] [seed=N]
+                       [log_every=N] [resume=HOW] [init_from=PATH] [key=value ...]
+
+Trains the model of an experiment at one stage of the migration from Linen to NNX. The same command
+again resumes the run. run_dir holds config.yaml, metrics.jsonl, TensorBoard events, checkpoints/.
+
+  python train.py                                    the default experiment
+  python train.py experiment=digits stage=nnx        another one, at another stage
+  python train.py stop_at=300                        stop early, to be continued; same schedules
+  python train.py stage=nnx init_from=runs/lm-linen  go on at another stage
+  python train.py debug=one_step                     the whole path once
+  python train.py experiment=digits --cfg job        show the configuration, train nothing
+  python train.py --multirun stage=linen,nnx         several runs, one after another
+  python train.py --hydra-help                       the flags of Hydra, which composes all this
+"""
+
+
+def run(
+    main: Callable[[Any], float | None], schema: type, checks: Checks = MappingProxyType({})
+) -> None:
+    """Composes the configuration that `sys.argv` asks for, checks it, and calls `main` with it.
+
+    Args:
+      main: the program; called once, or once per job of a `--multirun`. Sweepers minimise what it
+        returns.
+      checks: what else is to be looked at in the groups of the configuration (`model`, ...), so
+        that it is reported together with everything else.
+
+    Raises:
+      SystemExit: 2 for a usage error, 1 for any other `Refusal`, 130 for a Ctrl-C that nobody has
+        dealt with; after a message on stderr.
+    """
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(help_page())
+        return
+    import hydra
+
+    entered = False
+
+    def job(composed: Any) -> float | None:
+        nonlocal entered
+        entered = True
+        # Not raised further: Hydra would announce a failed job before the message.
+        try:
+            return main(check(composed, schema, checks))
+        except ConfigError as error:
+            _exit(error, 2)
+        except Refusal as error:
+            _exit(error, 1)
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through, for us to report
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")(job)()
+    except KeyboardInterrupt:
+        _exit("Interrupted. The same command goes on from the last checkpoint.", 130)
+    except Exception as error:
+        if entered:
+            raise
+        _exit(_composition_error(error, schema, checks), 2)
+
+
+def compose(*overrides: str, schema: type[T], checks: Checks = MappingProxyType({})) -> T:
+    """The configuration of `python train.py *overrides`, without a command line.
+
+    Raises:
+      ConfigError: for what `check` finds.
+      hydra.errors.HydraException: for overrides that Hydra refuses.
+    """
+    return check(_compose(overrides), schema, checks)
+
+
+def check(composed: Any, schema: type[T], checks: Checks = MappingProxyType({})) -> T:
+    """A composed DictConfig as a `schema`. Raises `ConfigError` with every problem found."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        mapping: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError({str(error.full_key): _first_line(error)}) from None
+    problems: dict[str, str] = {}
+    config = None
+    try:
+        config = build(schema, mapping)
+    except ConfigError as error:
+        problems |= error.problems
+    for group, check_group in checks.items():
+        if isinstance(mapping.get(group), dict):
+            try:
+                check_group(mapping)
+            except ConfigError as error:
+                problems = error.problems | problems
+    if config is None or problems:
+        raise ConfigError(problems)
+    return config
+
+
+def help_page() -> str:
+    """What `--help` prints: the usage, then the groups and keys as the files of `configs/` have
+    them, comments included."""
+    text = [USAGE, "Groups, each choice a file configs/GROUP/CHOICE.yaml:"]
+    groups = _groups()
+    for group in sorted(groups, key=lambda group: group != "experiment"):
+        for option in groups[group]:
+            lines = (CONFIGS / group / f"{option}.yaml").read_text().splitlines()
+            about = next(line for line in lines if not line.startswith("# @package"))
+            text.append(f"  {group + '=' + option:<22} {about.removeprefix('# ')}")
+    # A block of config.yaml that opens with a comment speaks of the file or of Hydra itself.
+    blocks = (CONFIGS / "config.yaml").read_text().split("\n\n")
+    keys = [block for block in blocks if not block.startswith(("#", "defaults:"))]
+    text += ["\nKeys, as in configs/config.yaml:", indent("\n".join(keys), "  ")]
+    for group, option in _defaults().items():
+        if group not in ("experiment", "debug"):
+            lines = (CONFIGS / group / f"{option}.yaml").read_text().splitlines()[1:]
+            text += [f"\nKeys of {group}={option}:", *(f"  {group}.{line}" for line in lines)]
+    return "\n".join(text)
+
+
+def _compose(overrides: Sequence[str]) -> Any:
+    """The DictConfig of these overrides, still with its interpolations."""
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import open_dict
+
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3", job_name="train"):
+        composed = hydra.compose("config", list(overrides), return_hydra_config=True)
+    HydraConfig.instance().set_config(composed)  # what ${hydra:...} reads
+    with open_dict(composed):
+        del composed["hydra"]
+    return composed
+
+
+def _composition_error(error: Exception, schema: type, checks: Checks) -> ConfigError:
+    """What Hydra could not compose, as our own error."""
+    from hydra._internal.utils import get_args_parser
+    from hydra.errors import MissingConfigException, OverrideParseException
+
+    if isinstance(error, OverrideParseException):
+        hint = "expected key=value, with text that holds any of =,:{}[]() in quotes: 'key=\"a=b\"'"
+        key = repr(error.override)
+        return ConfigError({key: f"cannot be read ({_first_line(error)}); {hint}"})
+    args = get_args_parser().parse_args()
+    own_configs = args.config_dir or args.config_path or args.config_name
+    problems = {} if own_configs else _override_problems(args.overrides, schema, checks)
+    message = str(error).split("\n\n")[0].replace("\n", "\n    ")
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        message += did_you_mean(error.missing_cfg_file.rpartition("/")[2], error.options)
+    return ConfigError(problems or {"configs": message})
+
+
+def _override_problems(overrides: Sequence[str], schema: type, checks: Checks) -> dict[str, str]:
+    """Which overrides name a choice or a key that does not exist, and what `check` says of the
+    others; nothing, if the fault is not theirs."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import OmegaConf
+
+    groups = _groups()
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    problems = {}
+    for x in parsed:
+        value = x.value()
+        if x.key_or_group in groups and not x.is_delete():
+            options = groups[x.key_or_group]
+            if isinstance(value, (str, bool, int, float, type(None))) and value not in options:
+                known = did_you_mean(str(value), options)
+                problems[x.key_or_group] = f"got {show(value)}{known}"
+    if problems:
+        return problems  # which keys there are depends on the choices
+    try:
+        chosen = [x.input_line or "" for x in parsed if x.key_or_group in groups]
+        unresolved: Any = OmegaConf.to_container(_compose(chosen))
+        known = [*groups, *paths(unresolved)]
+        for x in parsed:
+            key = x.key_or_group
+            if key not in known and not x.is_add() and not key.startswith("hydra"):
+                problems[key] = "unknown key" + did_you_mean(key, known)
+        right = [x.input_line or "" for x in parsed if x.key_or_group not in problems]
+        check(_compose(right), schema, checks)
+    except ConfigError as error:
+        problems |= error.problems
+    except Exception:
+        pass  # composing fails for a reason that the first exception has told
+    return problems
+
+
+def _defaults() -> dict[str, str]:
+    """The config groups and the option of each that config.yaml chooses."""
+    entries = yaml.safe_load((CONFIGS / "config.yaml").read_text())["defaults"]
+    chosen = [pair for entry in entries if isinstance(entry, dict) for pair in entry.items()]
+    return {group: option for group, option in chosen if not group.startswith("override ")}
+
+
+def _groups() -> dict[str, list[str]]:
+    """The options of each config group."""
+    return {g: sorted(file.stem for file in (CONFIGS / g).glob("*.yaml")) for g in _defaults()}
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if not line.startswith("Error parsing")]
+    return lines[0]
+
+
+def _exit(error: Exception | str, code: int) -> NoReturn:
+    print(error, file=sys.stderr)
+    if code == 2:
+        print("Keys and what they mean: python train.py --help", file=sys.stderr)
+    raise SystemExit(code)

@@ -1,0 +1,209 @@
+"""Where a run starts: the one place that decides between resume, init_from and scratch.
+
+    1. its own run directory holds a checkpoint: go on from it (resume=auto or must), unless it is
+       a debug run that has come to its last step, which begins anew (resume=auto);
+    2. else `init_from`: take the whole state of another run, at whatever stage, and go on from it;
+    3. else scratch.
+
+Nothing is written before every check has passed.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from linen_nnx import RuleBook
+from training.runtime import checkpoints, metrics, numerics, processes, reading, vouching
+from training.runtime.errors import Refused
+from training.runtime.program import Program, State
+from training.runtime.terminal import say
+
+CONFIG_PART = "config.yaml.part"  # config.yaml while it is being written
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the runtime must know of a run.
+
+    Attributes:
+        run_dir: its directory.
+        config: its configuration as plain values, which `config.yaml` holds.
+        stage: the rung of the migration.
+        forms: `{part: "linen" or "nnx"}` at that stage.
+        rules: the rule book of its model.
+        last: the step at which it ends.
+        resume: whether it goes on from its own checkpoint: `auto`, `never`, `must`.
+        init_from: a checkpoint to go on from where it has none of its own.
+        verify: whether checkpoints are compared with their digests.
+        begins_anew: whether it is a run for debugging, which begins anew after its last step.
+        upgraded: brings the configuration of an earlier version up to date.
+    """
+
+    run_dir: Path
+    config: Mapping[str, Any]
+    stage: str
+    forms: Mapping[str, str]
+    rules: RuleBook | None
+    last: int
+    resume: str
+    init_from: str | None
+    verify: bool
+    begins_anew: bool
+    upgraded: Callable[[Mapping[str, Any]], dict[str, Any]]
+
+    def item(self) -> dict[str, Any]:
+        """What a checkpoint says of its run, in plain values.
+
+        Its configuration, the form of each part, the rule book, and with which settings of JAX and
+        where it is computed.
+        """
+        return {
+            "config": dict(self.config),
+            "stage": self.stage,
+            "forms": dict(self.forms),
+            "rules": None if self.rules is None else self.rules.to_dict(),
+            **numerics.recorded(),
+        }
+
+
+def find(run: Run) -> checkpoints.Saved | None:
+    """The checkpoint that the run goes on from; None to start from scratch.
+
+    Raises:
+        Refused: when the run directory belongs to another run, or what was asked for is missing or
+            damaged.
+    """
+    with processes.together():
+        saved = _own(run)
+        if saved is None and run.init_from is not None:
+            saved = _foreign(run, Path(run.init_from))
+        return saved
+
+
+def begin(
+    run: Run,
+    program: Program,
+    saved: checkpoints.Saved | None,
+    moved: Callable[[checkpoints.Saved], State],
+) -> State:
+    """The state that the run starts from.
+
+    Args:
+        run, program: the run.
+        saved: what `find` found.
+        moved: makes a state of this run of a checkpoint that is another's.
+
+    Raises:
+        Refusal: when `saved` does not fit the run.
+    """
+    if saved is None:
+        return program.init()
+    own = saved.path.parent == run.run_dir.absolute() / "checkpoints"
+    return saved.restore(program.abstract) if own else moved(saved)
+
+
+def write_run(run: Run) -> None:
+    """Writes `config.yaml` and `rules.yaml` into the run directory, or brings them up to date."""
+    if not processes.first():
+        return
+    part = run.run_dir / CONFIG_PART
+    part.write_text(yaml.safe_dump(vouching.config_of(run.item()), sort_keys=False))
+    part.replace(run.run_dir / vouching.CONFIG)
+    if run.rules is not None:
+        run.rules.save(run.run_dir / vouching.RULES)
+
+
+def _own(run: Run) -> checkpoints.Saved | None:
+    """The newest checkpoint of the run directory, if the run may go on from it."""
+    run_dir = run.run_dir
+    # A run that was killed while it wrote its first file has begun nothing.
+    if {entry.name for entry in run_dir.iterdir()} <= {CONFIG_PART}:
+        if run.resume == "must":
+            raise Refused(f"resume=must, but there is no run in {run_dir}.")
+        return None
+    if run.resume == "never":
+        raise Refused(
+            f"resume=never, but {run_dir} already holds a run. Nothing is overwritten here: choose "
+            "another run_dir, or remove that folder yourself."
+        )
+    saved = checkpoints.latest(run_dir / "checkpoints")
+    if saved is not None:
+        _verify(run, saved)
+        before = vouching.config_of(saved.run)
+    else:
+        before = _config_file(run_dir)
+    _compare_runs(run.upgraded(before), {**run.config, **numerics.recorded()}, run_dir)
+    if saved is None and run.resume == "must":
+        raise Refused(f"resume=must, but the run in {run_dir} has not saved a checkpoint yet.")
+    if saved is not None and run.begins_anew and saved.step == run.last:
+        say(f"The run in {run_dir} is for debugging and has ended: it begins anew.")
+        return None
+    return saved
+
+
+def _config_file(run_dir: Path) -> dict[str, Any]:
+    """The configuration of a run that has saved nothing yet."""
+    file = run_dir / vouching.CONFIG
+    if not file.exists():
+        raise Refused(
+            f"{run_dir} is not empty and holds no run (no config.yaml). Choose another run_dir."
+        )
+    with reading.named(file, "No checkpoint was saved: remove the file, and the run begins anew."):
+        content = reading.yaml_mapping(file)
+        vouching.check_recorded(content)
+        return content
+
+
+def _verify(run: Run, saved: checkpoints.Saved) -> None:
+    """Compares the checkpoint of this run, and the files beside it, with their digests."""
+    if not run.verify:
+        say(f"checkpoint.verify=false: {saved.path} and {metrics.FILE} are taken as they are.")
+    elif processes.first():  # which reads every byte, for all of them
+        saved.intact(None if run.rules is None else run.rules.to_dict())
+
+
+def _foreign(run: Run, path: Path) -> checkpoints.Saved:
+    """The checkpoint that `init_from` names, if something is left to train."""
+    saved = checkpoints.find(path)
+    if saved.step >= run.last:
+        raise Refused(
+            f"init_from {saved.path} is at step {saved.step}, and this run ends at step "
+            f"{run.last}: nothing is left to train. Give more steps, or translate it as it is: "
+            "convert.py run."
+        )
+    if run.verify and processes.first():
+        saved.verify()
+    if changed := numerics.changes_since(saved.run):
+        say("\n".join([f"{saved.path} was trained otherwise; from here on:", *changed]))
+    return saved
+
+
+def _compare_runs(before: dict[str, Any], now: dict[str, Any], run_dir: Path) -> None:
+    """Says what has changed since the run began; refuses what would bend its curve."""
+    own = [name for name in {*before, *now} if name not in vouching.RECORDED]
+    changed = vouching.changes(
+        {name: before[name] for name in own if name in before},
+        {name: now[name] for name in own if name in now},
+    )
+    words = {key: f"  {key}: was {was}, is {is_}" for key, (was, is_) in changed.items()}
+    bending = [text for key, text in words.items() if not vouching.is_free(key)]
+    settings = before.get("numerics", {}), now["numerics"]
+    bending += numerics.differences(*settings)
+    if bending:
+        back = numerics.restored(*settings)
+        raise Refused(
+            f"{run_dir} belongs to another run:\n"
+            + "\n".join(bending)
+            + "\nGoing on would bend its curve. Choose another run_dir (and init_from="
+            f"{run_dir}, to start from its state), or set these back"
+            + (f" (in the environment: {back})." if back else ".")
+        )
+    if "numerics" not in before:
+        say(f"{run_dir} does not say under which settings of JAX it began: none are compared.")
+    lines = list(words.values())
+    lines += numerics.differences(before.get("surroundings", {}), now["surroundings"])
+    if lines:
+        say("Changed since the run was last started:\n" + "\n".join(lines))
