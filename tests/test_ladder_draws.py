@@ -135,12 +135,29 @@ def test_a_draw_is_read_back_from_its_text(draw: Draw) -> None:
     assert Draw.parse(str(draw)) == draw
 
 
-def test_a_pairing_that_does_not_fit_the_model_is_refused() -> None:
+def test_a_stream_that_has_changed_since_it_was_paired_is_paired_anew_and_that_is_said() -> None:
     book = plain().pair(X).to_dict()
     book["draws"][0]["pairs"][0]["linen"] = "dropout/Dropout_7"
+    said: list[str] = []
 
-    with pytest.raises(DrawError, match=r"does not make in __call__.*: dropout/Dropout_7"):
-        call(plain(rules=RuleBook.from_dict(book)).at("nnx"), {}, {"dropout": KEY}, X)
+    found = call(
+        plain(said.append, rules=RuleBook.from_dict(book)).at("nnx"), {}, {"dropout": KEY}, X
+    )
+    assert found == call(plain().at("linen"), {}, {"dropout": KEY}, X)
+    assert len(said) == 1
+
+
+def test_a_pair_may_stand_for_many() -> None:
+    content = plain().pair(X).to_dict()
+    assert len(content["draws"][0]["pairs"]) == 2
+    content["draws"][0]["pairs"] = [{"linen": "dropout/Dropout_{i}", "nnx": "drops/{i}/rngs"}]
+    book = RuleBook.from_dict(content)
+    assert RuleBook.from_dict(book.to_dict()) == book
+    said: list[str] = []
+
+    found = call(plain(said.append, rules=book).at("nnx"), {}, {"dropout": KEY}, X)
+    assert found == call(plain().at("linen"), {}, {"dropout": KEY}, X)
+    assert not said
 
 
 @pytest.mark.parametrize("stage", ["nnx_in_linen", "nnx"])

@@ -12,10 +12,10 @@ import optax
 import pytest
 from conftest import STAGES, Train
 
-from linen_nnx import RuleError, Stage
+from linen_nnx import RuleBook, RuleError, Stage
 from linen_nnx.book.tree import flatten
 from model import create, mlp
-from training import compose, losses
+from training import assemble, compose, losses
 from training.assemble import load_rules
 from training.evaluation import report
 from training.runtime import checkpoints
@@ -186,7 +186,7 @@ def test_a_debug_run_that_has_ended_begins_anew(
     train("diabetes", *options)
 
     shown = capsys.readouterr().out
-    assert f"debug={mode}: the run in {run_dir} has ended, and begins anew." in shown
+    assert f"The run in {run_dir} is for debugging and has ended: it begins anew." in shown
     assert "from scratch" in shown
     assert (run_dir / "metrics.jsonl").read_bytes() == before
     again = params(run_dir, rows_of(run_dir))
@@ -292,29 +292,31 @@ def test_a_collection_named_as_the_runs_own_state_is_refused(
     import flax.linen as nn
     from flax import nnx
     from flax.nnx.variablelib import VariableTypeCache
-    from model.linen import mlp as in_linen
-    from model.nnx import mlp as in_nnx
 
-    class Head(nn.Module):
-        cfg: Any
+    from model.mlp import linen as in_linen
+    from model.mlp import nnx as in_nnx
 
+    class Head(in_linen.Head):
         @nn.compact
         def __call__(self, x: Any, shared: Any, **options: Any) -> Any:
             self.variable(name, "count", jnp.zeros, ())
-            return nn.Dense(1)(x)
+            return super().__call__(x, shared, **options)
 
     kind = type(name, (nnx.Variable,), {})
     monkeypatch.setitem(VariableTypeCache, name, kind)
 
-    class Encoder(in_nnx.Encoder):
+    class Port(in_nnx.Head):
         def __init__(self, cfg: Any, *, rngs: nnx.Rngs) -> None:
             super().__init__(cfg, rngs=rngs)
             self.count = kind(jnp.zeros(()))
 
+    book = load_rules(create(compose("experiment=diabetes").model)).to_dict()
+    book["rules"].append({"linen": f"{name}/head/count", "nnx": "head/count"})
+    monkeypatch.setattr(assemble, "load_rules", lambda family: RuleBook.from_dict(book))
     monkeypatch.setattr(in_linen, "Head", Head)
-    monkeypatch.setattr(in_nnx, "Encoder", Encoder)
+    monkeypatch.setattr(in_nnx, "Head", Port)
     with pytest.raises(Refused, match=rf"has collections named {name}, under which a checkpoint"):
-        train("diabetes", "steps=2", f"stage={stage}", "init=native", f"run_dir={tmp_path / 'run'}")
+        train("diabetes", "steps=2", f"stage={stage}", f"run_dir={tmp_path / 'run'}")
     assert not (tmp_path / "run").exists()
 
 
@@ -350,7 +352,7 @@ def test_the_step_is_compiled_once_however_a_run_begins(
     finally:
         jax.config.update("jax_log_compiles", False)
 
-    compiled = [text for text in caplog.messages if "XLA compilation of jit(_train_step)" in text]
+    compiled = [text for text in caplog.messages if "XLA compilation of jit(train)" in text]
     assert len(compiled) == 3
 
 

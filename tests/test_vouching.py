@@ -14,7 +14,7 @@ from conftest import QUIET, SMALL
 from configs.schema import Config
 from linen_nnx.cli import main
 from linen_nnx.disk import digests
-from training import compose, loop
+from training import compose, debug, loop
 from training.assemble import prepare
 from training.evaluation import report
 from training.runtime import lock, numerics, start
@@ -258,7 +258,7 @@ def test_every_setting_of_the_list_is_one_of_jaxs() -> None:
 def test_a_debug_flag_of_jax_stays_on(flag: str, tmp_path: Path) -> None:
     jax.config.update(flag, True)
     try:
-        with loop._checks(configured(tmp_path)):
+        with debug.checks(configured(tmp_path)):
             assert numerics.setting(flag)
     finally:
         jax.config.update(flag, False)

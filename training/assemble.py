@@ -1,6 +1,7 @@
 """What a run is made of, built from its configuration: devices, data, model, compiled steps."""
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -134,6 +135,9 @@ def prepare(cfg: Config) -> Setup:
     if cfg.compile_cache is not None:
         jax.config.update("jax_compilation_cache_dir", cfg.compile_cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        # A cache that a full disk does not take costs the next start some seconds, and no more. Its
+        # warning, one for each program, would bury the message that ends the run.
+        warnings.filterwarnings("ignore", "Error writing persistent compilation cache", UserWarning)
     processes.join(dataclasses.asdict(cfg))
     with processes.together():
         options = datasets.create(cfg.data)

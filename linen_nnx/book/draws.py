@@ -14,14 +14,22 @@ A Linen draw is named by the stream that was asked for and the path of the modul
 draw by the path of its `nnx.RngStream`. `#1` is the second draw of that name (the first has no
 number), `[2]` the one of layer 2 where layers are looped over: `dropout/Layers/Dropout_0#1[2]`.
 
+A pair may stand for many, as a rule may: what is captured of a Linen draw names its nnx draw.
+Twelve blocks, looped over in Linen and a list in nnx, take one line:
+
+          - {linen: "dropout/Layers/Dropout_0[{i}]", nnx: "layers/{i}/drop/rngs"}
+
 `idle` are draws of the port that change no output, `own` those that have no partner: they have
 streams of their own.
 """
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+from linen_nnx.book.patterns import Pattern
 
 _TEXT = re.compile(r"([^#\[\]]+)(?:#(\d+))?(?:\[(\d+(?:,\d+)*)\])?")
 _KEYS = ("call", "given", "pairs", "idle", "own")
@@ -65,6 +73,24 @@ class Pair(NamedTuple):
     nnx: Draw
 
 
+class Family(NamedTuple):
+    """Pairs that differ in what is captured alone: `blocks_{i}/drop` and `blocks/{i}/drop/rngs`."""
+
+    linen: Pattern
+    nnx: Pattern
+
+    def pair(self, linen: Draw) -> Pair | None:
+        """The pair that a Linen draw is one half of, if it is of this family.
+
+        Example:
+          >>> family = Family(Pattern("dropout/Layers/Drop[{i}]"), Pattern("layers/{i}/rngs"))
+          >>> str(family.pair(Draw.parse("dropout/Layers/Drop[2]")).nnx)
+          'layers/2/rngs'
+        """
+        captures = self.linen.match(str(linen))
+        return None if captures is None else Pair(linen, Draw.parse(self.nnx.format(captures)))
+
+
 @dataclass(frozen=True)
 class Pairing:
     """What the draws of one kind of call are: its method and its arguments that are no arrays.
@@ -73,6 +99,7 @@ class Pairing:
       call: the name of the method.
       given: `{argument: value}` of every argument that is no array.
       pairs, idle, own: see the module.
+      families: the pairs that stand for many.
     """
 
     call: str
@@ -80,6 +107,14 @@ class Pairing:
     pairs: tuple[Pair, ...] = ()
     idle: tuple[Draw, ...] = ()
     own: tuple[Draw, ...] = ()
+    families: tuple[Family, ...] = ()
+
+    def among(self, draws: Iterable[Draw]) -> tuple[Pair, ...]:
+        """All pairs, where `draws` are those that the Linen model makes."""
+        found = list(self.pairs)
+        for draw in draws:
+            found += filter(None, [family.pair(draw) for family in self.families])
+        return tuple(found)
 
     @property
     def kind(self) -> str:
@@ -91,6 +126,9 @@ class Pairing:
         """The mapping that `parse_pairing` reads."""
         entry: dict[str, Any] = {"call": self.call, "given": dict(self.given)}
         entry["pairs"] = [{"linen": str(pair.linen), "nnx": str(pair.nnx)} for pair in self.pairs]
+        entry["pairs"] += [
+            {"linen": family.linen.text, "nnx": family.nnx.text} for family in self.families
+        ]
         for name in ("idle", "own"):
             if draws := getattr(self, name):
                 entry[name] = list(map(str, draws))
@@ -104,16 +142,38 @@ def parse_pairing(entry: Any) -> Pairing:
     given = entry.get("given") or {}
     if not isinstance(entry["call"], str) or not isinstance(given, Mapping):
         raise ValueError(f"`call` is a text and `given` a mapping, got {entry!r}")
-    pairs = []
+    pairs, families = [], []
     for pair in _list(entry, "pairs"):
         if not isinstance(pair, Mapping) or set(pair) != {"linen", "nnx"}:
             raise ValueError(f"a pair is a mapping such as {{linen: a, nnx: b}}, got {pair!r}")
-        pairs.append(Pair(Draw.parse(pair["linen"]), Draw.parse(pair["nnx"])))
+        if any("{" in text for text in pair.values() if isinstance(text, str)):
+            families.append(_family(pair))
+        else:
+            pairs.append(Pair(Draw.parse(pair["linen"]), Draw.parse(pair["nnx"])))
     idle, own = (tuple(map(Draw.parse, _list(entry, name))) for name in ("idle", "own"))
-    named = [*(pair.nnx for pair in pairs), *idle, *own]
-    if twice := sorted({str(draw) for draw in named if named.count(draw) > 1}):
-        raise ValueError(f"nnx draws that stand there twice: {', '.join(twice)}")
-    return Pairing(entry["call"], dict(given), tuple(pairs), idle, own)
+    if twice := named_twice([*(pair.nnx for pair in pairs), *idle, *own]):
+        raise ValueError(f"nnx draws that stand there twice: {twice}")
+    return Pairing(entry["call"], dict(given), tuple(pairs), idle, own, tuple(families))
+
+
+def _family(pair: Mapping[str, Any]) -> Family:
+    """The pairs of a mapping that holds captures. Raises `ValueError` if they do not fit."""
+    family = Family(Pattern(pair["linen"]), Pattern(pair["nnx"]))
+    one, two = (set(pattern.captures) for pattern in family)
+    if one != two:
+        raise ValueError(
+            f"a pair captures the same on both sides, got {sorted(one)} of {pair['linen']!r} and "
+            f"{sorted(two)} of {pair['nnx']!r}"
+        )
+    for pattern in family:  # what it stands for has to be a draw
+        Draw.parse(pattern.format(dict.fromkeys(pattern.captures, "0")))
+    return family
+
+
+def named_twice(draws: Iterable[Draw]) -> str:
+    """The draws that stand in a list more than once, in one text."""
+    counts = Counter(draws)
+    return ", ".join(sorted(str(draw) for draw, count in counts.items() if count > 1))
 
 
 def _list(entry: Mapping[str, Any], name: str) -> list[Any]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from linen_nnx.book.draws import Draw, Pairing
+from linen_nnx.book.draws import Draw, Pair, Pairing, named_twice
 from linen_nnx.ladder.calls import Call
 from linen_nnx.ladder.forms import WHOLE, Forms
 from linen_nnx.ladder.keys import DrawError, typed
@@ -33,25 +33,32 @@ def feed(
 ) -> dict[str, dict[str, Array]]:
     """`{part: {stream: typed keys}}` of a call: `(*lanes, draws)`, or plain where none is paired.
 
+    A stream of which the pairing says nothing has no entry: to draw from it is an error.
+
     Raises:
-      DrawError: when the pairing does not fit the Linen model, or a stream of its own has no key.
+      DrawError: when a draw is paired twice, or a stream of its own has no key.
       Whatever Linen raises for the call.
     """
     streams = streams_of(ladder, forms)
-    pairs = {pair.nnx: pair.linen for pair in pairing.pairs if pair.nnx.path in streams}
-    own = {draw.path for draw in pairing.own if draw.path in streams}
+    own = {draw.path for draw in pairing.own}
+    idle = {draw.path for draw in pairing.idle}
+    pairs: dict[Draw, Draw] = {}
     known: dict[Name, Array] = {}
-    if pairs:
+    if pairing.pairs or pairing.families:
         program = ladder.program(call)
-        _check_fit(program.draws, pairing)
-        known = program.keys(call.rngs)
+        found = _fitting(program.draws, pairing)
+        pairs = {pair.nnx: pair.linen for pair in found if pair.nnx.path in streams}
+        known = program.keys(call.rngs) if pairs else {}
     result: dict[str, Array] = {}
     for path, lanes in streams.items():
         if path in own and not call.rngs:
             raise DrawError(f"the nnx stream {path} needs PRNG: pass `rngs={{...}}` to apply")
         plain = own_key(call.rngs, path, lanes)
         mine = {draw: linen for draw, linen in pairs.items() if draw.path == path}
-        result[path] = _stacked(mine, lanes, known, plain) if mine else plain
+        if mine:
+            result[path] = _stacked(mine, lanes, known, plain)
+        elif path in own or path in idle:
+            result[path] = plain
     return by_part(forms, result)
 
 
@@ -105,22 +112,18 @@ def _stacked(
     return jnp.stack(columns, -1)
 
 
-def _check_fit(found: tuple[LinenDraw, ...], pairing: Pairing) -> None:
-    """Refuses a pairing that names draws which the Linen model does not make, or not so."""
-    lanes = {(draw.path, draw.count): draw.lanes for draw in found if not draw.problem}
-    wrong = []
-    for pair in pairing.pairs:
-        shape = lanes.get((pair.linen.path, pair.linen.count))
-        if shape is None or not _inside(pair.linen.lane, shape):
-            wrong.append(str(pair.linen))
-    if wrong:
-        drawn = ", ".join(f"{path}#{count}{list(shape)}" for (path, count), shape in lanes.items())
-        raise DrawError(
-            f"The rule book pairs draws that the Linen model does not make in {pairing.kind}: "
-            f"{', '.join(wrong)}. It makes: {drawn or 'none'}. Delete that entry of `draws:`; "
-            "it will be found again."
-        )
+def _fitting(found: tuple[LinenDraw, ...], pairing: Pairing) -> list[Pair]:
+    """The pairs of a pairing whose draws the Linen model makes.
 
-
-def _inside(lane: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    return len(lane) == len(shape) and all(k < n for k, n in zip(lane, shape, strict=True))
+    A stream of which one pair names another draw has changed since it was paired (a rate that was
+    set to 0, a layer less): it gets no keys, and is paired anew if it is drawn from.
+    """
+    made = set()
+    for draw in found:
+        if not draw.problem:
+            made |= {Draw(draw.path, draw.count, lane) for lane in np.ndindex(draw.lanes)}
+    pairs = pairing.among(made)
+    if twice := named_twice(pair.nnx for pair in pairs):
+        raise DrawError(f"The rule book pairs nnx draws twice in {pairing.kind}: {twice}.")
+    changed = {pair.nnx.path for pair in pairs if pair.linen not in made}
+    return [pair for pair in pairs if pair.nnx.path not in changed]

@@ -4,7 +4,7 @@ Everything here leans on names of Flax or jax that are public by their spelling 
 they act. Each has a row in `make parity`, which fails when an installed version differs.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -112,10 +112,10 @@ def adopt(model: nnx.Module, part: str = "") -> None:
             vars(node)["path"] = "/".join(map(str, [part, *path] if part else path))
 
 
-def set_mode(model: nnx.Module, mode: str) -> None:
-    """Sets the `mode` of each stream of a model."""
-    for _, node in nnx.iter_graph(model):
-        if isinstance(node, Stream):
+def set_mode(model: nnx.Module, mode: str, streams: Collection[str] | None = None) -> None:
+    """Sets the `mode` of some streams of a model by their paths, or of all."""
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, Stream) and (streams is None or "/".join(map(str, path)) in streams):
             node.mode = mode
 
 

@@ -333,8 +333,7 @@ class Ladder:
                 parts[part] = LinenPart(bound, self.linen_type(part), unflatten(own))
             elif own or not self.ports[part].leaves:
                 inner = {name.split("/", 1)[1]: leaf for name, leaf in own.items()}
-                mine = None if keys is None else keys[part]
-                parts[part] = self.ports[part].fill(inner, mine, mode)
+                parts[part] = self.ports[part].fill(inner, keys[part], mode)
         return parts[WHOLE] if WHOLE in parts else NnxRoot(parts)
 
     def run_nnx(self, root: Any, call: Call) -> Any:
@@ -415,12 +414,15 @@ class Ladder:
         self.say(f"{line} (paired in {time.monotonic() - start:.1f} s)")
         return found
 
-    def keys(self, forms: Forms, call: Call) -> dict[str, dict[str, Array]] | None:
-        """`{part: {stream: keys}}` of the parts in nnx form; None for an unknown kind of call."""
-        if not any(forms[part] == "nnx" and self.ports[part].streams for part in forms):
-            return {part: {} for part in forms}
-        pairing = self.pairings.get(call.kind(self.entry(call.method)).kind)
-        return None if pairing is None else feed(self, forms, call, pairing)
+    def keys(self, forms: Forms, call: Call) -> dict[str, dict[str, Array]]:
+        """`{part: {stream: keys}}` of the streams of parts in nnx form of which something is known.
+
+        Of an unknown kind of call nothing is.
+        """
+        pairing = None
+        if any(forms[part] == "nnx" and self.ports[part].streams for part in forms):
+            pairing = self.pairings.get(call.kind(self.entry(call.method)).kind)
+        return {part: {} for part in forms} if pairing is None else feed(self, forms, call, pairing)
 
 
 def _takes(function: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:

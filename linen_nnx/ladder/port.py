@@ -36,10 +36,10 @@ class Port:
         model = attempt("nnx(rngs)", _abstract, create)
         adopt(model, name)
         self.kind = type(model)
-        self._structures: dict[str, Any] = {}
-        for mode in ("tag", "mute", "plain"):
+        self._structures: dict[tuple[str, tuple[str, ...]], Any] = {}
+        for mode in ("tag", "plain"):
             set_mode(model, mode)
-            self._structures[mode], state = nnx.split(model)
+            self._structures[mode, ()], state = nnx.split(model)
         self._flat = nnx.to_flat_state(state)
         self._constants = _constants(create, self._flat)
         self.leaves: Leaves = {}
@@ -58,7 +58,7 @@ class Port:
     def fill(
         self,
         leaves: Mapping[str, Any] | None,
-        keys: Mapping[str, Array] | None,
+        keys: Mapping[str, Array],
         mode: str = "plain",
         counts: Mapping[str, Array] | None = None,
     ) -> nnx.Module:
@@ -67,16 +67,16 @@ class Port:
         Args:
           leaves: `{path: array}` for each Variable; None leaves them abstract, to be filled later.
           keys: `{stream: typed keys}`, of the shape `lanes` or, as given keys, `(*lanes, draws)`.
-            None: any keys, for streams that nothing is to be drawn from.
-          mode: see `keys.Stream`.
+            To draw from a stream that has none raises `Undrawn`.
+          mode: `plain`, or `tag`, see `keys.Stream`.
           counts: `{stream: count}` of streams that have been drawn from before.
         """
         state = []
         for path, leaf in self._flat:
             stream = joined(path[:-1])
             if isinstance(leaf, nnx.RngKey):
-                key = _placeholder(leaf.shape) if keys is None else typed(keys[stream])
-                leaf = leaf.replace(key)
+                key = keys.get(stream)
+                leaf = leaf.replace(_placeholder(leaf.shape) if key is None else typed(key))
             elif isinstance(leaf, nnx.RngCount):
                 count = (counts or {}).get(stream)
                 leaf = leaf.replace(jnp.zeros(leaf.shape, leaf.dtype) if count is None else count)
@@ -85,7 +85,17 @@ class Port:
             elif leaves is not None:
                 leaf = leaf.replace(leaves[joined(path)])
             state.append((path, leaf))
-        return nnx.merge(self._structures[mode], nnx.from_flat_state(state), copy=True)
+        muted = tuple(stream for stream in self.streams if stream not in keys)
+        return nnx.merge(self._structure(mode, muted), nnx.from_flat_state(state), copy=True)
+
+    def _structure(self, mode: str, muted: tuple[str, ...]) -> Any:
+        """The graphdef of a mode, with some streams muted."""
+        if (mode, muted) not in self._structures:
+            whole = self._structures[mode, ()]
+            model = nnx.merge(whole, nnx.from_flat_state(self._flat), copy=True)
+            set_mode(model, "mute", muted)
+            self._structures[mode, muted] = nnx.graphdef(model)
+        return self._structures[mode, muted]
 
 
 def values(model: nnx.Module) -> tuple[Leaves, dict[str, str]]:

@@ -44,14 +44,14 @@ class NnxRoot(nnx.Module):
 class Bridged:
     """What `bridge.to_linen` takes for an nnx class: calls fill the form of a `Port`."""
 
-    def __init__(self, port: Port, keys: Any, mode: str) -> None:
-        self.port, self.keys, self.mode = port, keys, mode
+    def __init__(self, port: Port, keys: Any) -> None:
+        self.port, self.keys = port, keys
         self.model: nnx.Module | None = None
         """The module of the latest call."""
 
     def __call__(self) -> nnx.Module:
         before = counts(self.model) if self.model is not None else None
-        self.model = self.port.fill(None, self.keys, self.mode, before)
+        self.model = self.port.fill(None, self.keys, counts=before)
         return self.model
 
     def __getattr__(self, name: str) -> Any:

@@ -169,7 +169,7 @@ class Stage:
     def _in_nnx(self, leaves: Leaves, call: Call, keys: Any) -> tuple[Any, Leaves, dict[str, bool]]:
         """An nnx root: outputs, all leaves afterwards, and which are the arrays that were given."""
         ladder = self.ladder
-        root = ladder.nnx_root(self.forms, leaves, call, keys, _mode(keys))
+        root = ladder.nnx_root(self.forms, leaves, call, keys)
         outputs = ladder.run_nnx(root, call)
         found, types = values(root)
         after = {}
@@ -185,8 +185,7 @@ class Stage:
         bridged: dict[str, Bridged] = {}
         for part, form in self.forms.items():
             if form == "nnx":
-                mine = None if keys is None else keys[part]
-                bridged[part] = Bridged(ladder.ports[part], mine, _mode(keys))
+                bridged[part] = Bridged(ladder.ports[part], keys[part])
         tree: dict[tuple[Any, ...], Any] = {}
         kinds: dict[str, set[str]] = {}
         for name, leaf in leaves.items():
@@ -230,11 +229,6 @@ class Stage:
         """The leaves of the parts in nnx form."""
         ladder = self.ladder
         return [(n, leaf) for n, leaf in leaves.items() if self.forms[ladder.part(n)] == "nnx"]
-
-
-def _mode(keys: Any) -> str:
-    """Streams without keys are mute."""
-    return "mute" if keys is None else "plain"
 
 
 def _widened(mutable: Any, kinds: Mapping[str, set[str]]) -> Any:
