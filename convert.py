@@ -3,6 +3,7 @@
 from linen_nnx.cli import program
 
 if __name__ == "__main__":
+    # The library knows no runs of this template: these two say what there is to know.
     raise SystemExit(
-        program(own_runs="training.proof:subject", own_files="training.runtime.vouching:check")
+        program("convert.py", runs="training.runtime.runs:RUNS", build="training.proof:subject")
     )

@@ -25,24 +25,29 @@ _HELP = {
     "out": "what to create, or what was created; *.msgpack, *.safetensors: a file",
 }
 _TARGET = (
-    "linen or nnx: the layout that stock Flax restores; or, of this template's own runs, a stage "
-    "(a whole run directory goes to a stage, also for linen and nnx)"
+    "linen or nnx: the layout that stock Flax restores; or, of a checkpoint that says the form of "
+    "its parts, a stage (a whole run directory goes to a stage, also for linen and nnx)"
 )
 
 
 def main(
     arguments: Sequence[str] | None = None,
-    own_runs: str | None = None,
-    own_files: str | None = None,
+    *,
+    name: str = "linen-nnx",
+    runs: str | None = None,
+    build: str | None = None,
 ) -> int:
     """Runs one command; returns the exit code.
 
-    `own_runs` is the `module:function` that builds the models of this template's own runs, for
-    `verify` (see `verify.OwnRuns`), and `own_files` the one that compares what lies beside their
-    checkpoints, for `run` and `verify` (see `sources.Beside`); they are imported when needed.
+    Args:
+      arguments: the words of the command line.
+      name: what the program is called.
+      runs: the `module:NAME` of a `disk.runs.Runs`: what a training code says of its runs.
+      build: the `module:function` that builds the models of its runs, for `verify` (see
+        `proof.verify.Builder`). Both are imported when needed.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = vars(_parser(own_runs, own_files, arguments).parse_args(arguments))
+    options = vars(_parser(name, runs, build, arguments).parse_args(arguments))
     command: Callable[..., int] = options.pop("command")
     try:
         return command(**options)
@@ -58,7 +63,7 @@ def main(
     return 1
 
 
-def program(own_runs: str | None = None, own_files: str | None = None) -> int:
+def program(name: str = "linen-nnx", *, runs: str | None = None, build: str | None = None) -> int:
     """`main` in a process of its own, whose memory and time it may tune."""
     signal.signal(signal.SIGINT, _interrupt)
     for stream in (sys.stdout, sys.stderr):
@@ -69,7 +74,7 @@ def program(own_runs: str | None = None, own_files: str | None = None) -> int:
         # M_ARENA_MAX: else glibc keeps the freed buffers of streamed leaves once for each thread.
         ctypes.CDLL(None).mallopt(-8, 1)
     try:
-        return main(own_runs=own_runs, own_files=own_files)
+        return main(name=name, runs=runs, build=build)
     finally:
         gc.freeze()  # nor look for cycles at the end
 
@@ -81,16 +86,17 @@ def _interrupt(*_: object) -> NoReturn:
 
 
 def _parser(
-    own_runs: str | None, own_files: str | None, words: Sequence[str]
+    name: str, runs: str | None, build: str | None, words: Sequence[str]
 ) -> argparse.ArgumentParser:
     """The parser of all commands. Exits with code 2 if one of the `words` is mistyped."""
-    program = "convert.py" if own_runs else "linen-nnx"
-    parser = argparse.ArgumentParser(prog=program, description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog=name, description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def add(name: str, command: Callable[..., int], text: str, *names: str) -> Any:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(command=command)
+        if name != "suggest":
+            sub.set_defaults(runs=runs)
         for word in names:
             kind = _twin if word == "twin" else str
             sub.add_argument(word, type=kind, metavar=word.upper(), help=_HELP[word])
@@ -124,13 +130,12 @@ def _parser(
         sub.add_argument("--to", required=True, metavar="TARGET", help=_TARGET)
         sub.add_argument("--like", metavar="CKPT", help="a checkpoint that OUT must equal in form")
         add_rules(sub, "suggest the rule book, or with --rules the shapes that it fills")
-    sub.set_defaults(own_files=own_files)
     sub.add_argument("--link", action="store_true", help="hard-link data files, do not copy them")
     sub.add_argument("--digest", action="store_true", help="hash linked files, too")
     sub = add("verify", _verify, "prove OUT right against CKPT", "ckpt", "out")
     sub.add_argument("--to", metavar="TARGET", help="what OUT is (default: what its report says)")
     add_rules(sub, "run both models, too")
-    sub.set_defaults(own_runs=own_runs, own_files=own_files)
+    sub.set_defaults(build=build)
     text = "run both twins layer by layer, show the first divergence (then exit code 1)"
     sub = add("bisect", _bisect, text, "twin")
     weights = "weights of either form, or one of each (default: random ones)"
@@ -171,7 +176,12 @@ def _twin(text: str) -> str:
 
 
 def _inspect(
-    ckpt: str, as_json: bool, step: int | None, item: str | None, prefix: list[str]
+    ckpt: str,
+    as_json: bool,
+    step: int | None,
+    item: str | None,
+    prefix: list[str],
+    runs: str | None,
 ) -> int:
     from linen_nnx.book.rules import RuleBook
     from linen_nnx.disk.beside import items_beside, source_of
@@ -180,14 +190,12 @@ def _inspect(
     from linen_nnx.disk.sources import find
     from linen_nnx.disk.state import Form, read_state
 
-    source = find(ckpt, step, item, prefix=prefix)
+    source = find(ckpt, step, item, prefix=prefix, runs=_runs(runs))
     leaves, book = source.leaves, RuleBook([])
-    form = (
-        Form("linen", source.run["stage"])
-        if source.run
-        else Form(guess_side(leaves, book) or "nnx")
-    )
-    described = None if source.run else describe(leaves)
+    if source.said is None:
+        described, form = describe(leaves), Form(guess_side(leaves, book) or "nnx")
+    else:
+        described, form = None, Form("linen", source.said.stage, source.said.forms)
     layout = described or read_state(leaves, form, book).layout
     beside = {
         name: len(source_of(source, path).leaves) for name, path in items_beside(source).items()
@@ -287,11 +295,17 @@ def _by_twin(twin: str | None, to: str, rules: str | None) -> dict[str, Any]:
 
 
 def _plan(
-    ckpt: str, to: str, as_json: bool, twin: str | None, rules: str | None, **options: Any
+    ckpt: str,
+    to: str,
+    as_json: bool,
+    twin: str | None,
+    rules: str | None,
+    runs: str | None,
+    **options: Any,
 ) -> int:
     from linen_nnx.disk.planning import plan_conversion
 
-    options |= _by_twin(twin, to, rules)
+    options |= {**_by_twin(twin, to, rules), "runs": _runs(runs)}
     conversion = plan_conversion(ckpt, to, **options)
     jobs = [
         {
@@ -322,12 +336,12 @@ def _run(
     as_json: bool,
     twin: str | None,
     rules: str | None,
-    own_files: str | None,
+    runs: str | None,
     **options: Any,
 ) -> int:
     from linen_nnx.disk.convert import convert
 
-    options |= {**_by_twin(twin, to, rules), "beside": _function(own_files)}
+    options |= {**_by_twin(twin, to, rules), "runs": _runs(runs)}
     result = convert(ckpt, out, to, progress=_progress(), **options)
     reports = [{k: v for k, v in report.items() if k != "origin"} for report in result.reports]
     if as_json:
@@ -345,17 +359,15 @@ def _verify(
     to: str | None,
     as_json: bool,
     twin: str | None,
-    own_runs: str | None,
-    own_files: str | None,
+    runs: str | None,
+    build: str | None,
     **options: Any,
 ) -> int:
     from linen_nnx.proof.verify import verify
 
-    made = _function(own_runs)
-
-    def build(run: Any) -> Any:
+    def built(said: Any) -> Any:
         gc.enable()
-        return None if made is None else made(run)
+        return _named(build)(said)
 
     progress = _progress()
     words = {True: "ok", False: "FAILED", None: "not proved"}
@@ -367,8 +379,8 @@ def _verify(
             word = "close" if check.close else words[check.passed]
             print(f"{word:12}{check.name}", *details, sep="", flush=True)
 
-    options |= {"twin": _loaded(twin) if twin else None, "own_runs": build if own_runs else None}
-    options["beside"] = _function(own_files)
+    options |= {"twin": _loaded(twin) if twin else None, "build": built if build else None}
+    options["runs"] = _runs(runs)
     checks = verify(ckpt, out, to, progress=progress, report=show, **options)
     failed = any(check.passed is False for check in checks)
     if as_json:
@@ -381,21 +393,31 @@ def _verify(
     return int(failed)
 
 
-def _function(name: str | None) -> Callable[..., Any] | None:
-    """The function `module:name`, whose module is imported when it is called."""
-    if name is None:
-        return None
-    module, _, attribute = name.partition(":")
-    return lambda *arguments: getattr(import_module(module), attribute)(*arguments)
+def _runs(name: str | None) -> Any:
+    """What a training code says of its runs, if one has given the name of that."""
+    from linen_nnx.disk.runs import NO_RUNS
+
+    return NO_RUNS if name is None else _named(name)
+
+
+def _named(name: str | None) -> Any:
+    """What is called `module:NAME`."""
+    module, _, attribute = (name or "").partition(":")
+    return getattr(import_module(module), attribute)
 
 
 def _bisect(
-    twin: str, checkpoints: list[str], rules: str | None, png: str | None, as_json: bool
+    twin: str,
+    checkpoints: list[str],
+    rules: str | None,
+    png: str | None,
+    as_json: bool,
+    runs: str | None,
 ) -> int:
     from linen_nnx.proof import show
     from linen_nnx.proof.bisect import bisect
 
-    found = bisect(_loaded(twin), rules, checkpoints)
+    found = bisect(_loaded(twin), rules, checkpoints, _runs(runs))
     if png is not None:
         show.plot(found, png)
     if as_json:

@@ -185,7 +185,8 @@ def test_a_run_on_eight_devices_goes_on_at_another_stage(train: Train, tmp_path:
     rest = b"".join(curve(whole).splitlines(keepends=True)[22:])
 
     second = train("digits", *OPTIONS, "mesh.fsdp=8", "stage=nnx", f"init_from={first}")
-    assert main(["run", str(first), str(tmp_path / "moved"), "--to", "nnx"]) == 0
+    words = ["run", str(first), str(tmp_path / "moved"), "--to", "nnx"]
+    assert main(words, runs="training.runtime.runs:RUNS") == 0
     train("digits", *OPTIONS, "stage=nnx", f"run_dir={tmp_path / 'moved'}")
 
     assert curve(second) == rest

@@ -6,6 +6,7 @@ import pytest
 from conftest import STAGES, Train
 
 from linen_nnx import convert
+from training.runtime.runs import RUNS
 
 HALF = 100
 OPTIONS = (f"steps={2 * HALF}", "eval.every=50", "optimizer.warmup=20", "optimizer.ema=0.9",
@@ -49,7 +50,7 @@ def test_one_run_climbs_all_four_rungs(train: Train, tmp_path: Path, experiment:
         climbed += rows(run_dir)
     assert run_dir is not None
     last = tmp_path / "last"
-    convert(run_dir, last, "nnx")
+    convert(run_dir, last, "nnx", runs=RUNS)
     train(experiment, *OPTIONS, "stage=nnx", f"init_from={run_dir}", f"run_dir={last}")
 
     assert climbed[: -len(rows(run_dir))] + rows(last) == rows(whole)

@@ -8,14 +8,15 @@ from conftest import Train
 from linen_nnx import RuleBook
 from linen_nnx.cli import main
 from linen_nnx.disk.convert import convert
+from training.runtime.runs import RUNS
 
-OWN = "training.proof:subject"
+OWN = {"runs": "training.runtime.runs:RUNS", "build": "training.proof:subject"}
 LM = ("model.dtype=bfloat16", "optimizer.ema=0.9", "optimizer.accumulate=2")
 
 
 def proof(capsys, *arguments):
     """The exit code, and the checks by name."""
-    code = main(["verify", *map(str, arguments), "--json"], own_runs=OWN)
+    code = main(["verify", *map(str, arguments), "--json"], **OWN)
     content = json.loads(capsys.readouterr().out.splitlines()[-1])
     return code, {check["name"]: check for check in content["checks"]}
 
@@ -32,7 +33,7 @@ def test_a_runs_change_of_stage_is_proved_in_every_bit(
     train: Train, tmp_path, capsys, experiment, before, after, settings
 ):
     run = train(experiment, f"stage={before}", "steps=8", "stop_at=4", *settings)
-    convert(run, tmp_path / "out", after)
+    convert(run, tmp_path / "out", after, runs=RUNS)
     code, checks = proof(capsys, run, tmp_path / "out")
     numeric = [c for name, c in checks.items() if name.startswith(("forward", "gradients", "one"))]
 
@@ -48,7 +49,7 @@ def test_a_wrong_rule_book_of_a_run_is_found_by_running_it(train: Train, tmp_pat
     rules = RuleBook.load(run / "rules.yaml").to_dict()
     norms = [rule for rule in rules["rules"] if rule["nnx"].endswith("_norm/{leaf}")]
     norms[0]["nnx"], norms[1]["nnx"] = norms[1]["nnx"], norms[0]["nnx"]
-    convert(run, tmp_path / "out", "nnx", rules=RuleBook.from_dict(rules))
+    convert(run, tmp_path / "out", "nnx", rules=RuleBook.from_dict(rules), runs=RUNS)
     code, checks = proof(capsys, run, tmp_path / "out")
 
     assert code == 1

@@ -268,7 +268,7 @@ def test_a_debug_flag_of_jax_stays_on(flag: str, tmp_path: Path) -> None:
 
 
 def converted(*words: object) -> int:
-    return main([*map(str, words)], own_files="training.runtime.vouching:check")
+    return main([*map(str, words)], runs="training.runtime.runs:RUNS")
 
 
 def test_a_damaged_run_is_not_converted_but_its_checkpoint_alone_is(

@@ -18,8 +18,8 @@ from random import Random
 from typing import Any
 
 from benchmarks.fuzz.samples import Sample, make
+from linen_nnx.book.stages import STAGES
 from linen_nnx.cli import main
-from linen_nnx.disk.state import STAGES
 
 _SECONDS = 2.0  # of processor time for one input
 _STUCK = 60.0  # of the clock: on a busy machine an input may wait for its turn
@@ -148,7 +148,7 @@ def _measured(words: list[str]) -> dict[str, Any]:
     code, fault = -1, ""
     try:
         with _limits():
-            code = main(words)
+            code = main(words, runs="training.runtime.runs:RUNS")
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else -1
     except Stuck as error:

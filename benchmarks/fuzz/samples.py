@@ -22,9 +22,9 @@ from backports import zstd
 from benchmarks.fuzz import mutate
 from linen_nnx import RuleBook
 from linen_nnx.book.ops import Spec
+from linen_nnx.book.stages import STAGES
 from linen_nnx.disk import digests, ocdbt
 from linen_nnx.disk.convert import convert
-from linen_nnx.disk.state import STAGES
 from linen_nnx.disk.store import DICT, Key, Leaf, fresh_metadata, write_side_files
 
 Damage = Callable[[Random, bytes], bytes | mutate.Replacement]

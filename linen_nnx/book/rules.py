@@ -175,14 +175,14 @@ class RuleBook:
         """Whether every leaf has a rule, and every rule keeps every bit both ways."""
         return not self.unassigned and all(rule.lossless for rule in self.rules)
 
-    def within(self, half: str) -> "RuleBook":
-        """The rules below one sub-tree: Linen `<collection>/<half>/...`, nnx `<half>/...`.
+    def within(self, part: str) -> "RuleBook":
+        """The rules below one sub-tree: Linen `<collection>/<part>/...`, nnx `<part>/...`.
 
-        For a tree in which only that half is translated. Keeps the order of the rules.
+        For a tree in which only that part is translated. Keeps the order of the rules.
         """
 
         return self._only(
-            ("linen", "nnx"), lambda side, path: path.split("/")[side == "linen" :][:1] == [half]
+            ("linen", "nnx"), lambda side, path: path.split("/")[side == "linen" :][:1] == [part]
         )
 
     def of_collection(self, collection: str) -> "RuleBook":

@@ -23,7 +23,7 @@ def items_beside(source: Source) -> dict[str, Path]:
 
 def source_of(source: Source, path: Path) -> Source:
     """An item of a step as a source of its own."""
-    return replace(source, paths=(path,), names=(path.name,), run=None, passed=())
+    return replace(source, paths=(path,), names=(path.name,), said=None, passed=())
 
 
 def head_of(name: str, leaves: Sequence[Leaf], side: str) -> tuple[Key, ...]:

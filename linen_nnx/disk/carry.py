@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from linen_nnx.book.ops import Side, Spec
 from linen_nnx.book.plan import RuleError
 from linen_nnx.book.rules import RuleBook
+from linen_nnx.book.stages import WHOLE
 from linen_nnx.book.tree import branches_of
 from linen_nnx.disk.fields import check_plain, ruled, scopes
 from linen_nnx.disk.mirrors import (
@@ -21,7 +22,7 @@ from linen_nnx.disk.mirrors import (
     prefix_keys,
 )
 from linen_nnx.disk.moves import Move, Place, Step
-from linen_nnx.disk.state import HALVES, OPTIMIZER, Form, Id, State, unruled
+from linen_nnx.disk.state import OPTIMIZER, Form, Id, State, unruled
 from linen_nnx.disk.store import Leaf
 
 _SHOWN = 5  # leaves named in a note
@@ -248,23 +249,29 @@ def _steps(
     problems: list[str],
     idle: frozenset[int],
 ) -> Iterator[Step]:
-    """The model's steps: of the whole book, or of each half whose form changes."""
+    """The model's steps: of the whole book, or of each part whose form changes."""
     if not (state.form.stage or to.stage):
         yield from _planned(state.model, state.form.side, to.side, book, specs, problems, idle)
         return
-    halves: dict[str, dict[Id, Leaf]] = {half: {} for half in HALVES}
+    # From a stage to a stock layout, or the other way round, one of the two has no parts.
+    parts = state.form.parts or to.parts
+    staged = state.form if state.form.parts else to
+    models: dict[str, dict[Id, Leaf]] = {part: {} for part in parts}
     for id, leaf in state.model.items():
-        half = id.path.split("/")[0]
-        if half in halves:
-            halves[half][id] = leaf
+        part = staged.part_of(id)
+        if part in models:
+            models[part][id] = leaf
         else:
-            problems.append(f"`{id.collection}/{id.path}` lies in neither half ({HALVES})")
-    for half, model in halves.items():
-        if state.form.of(half) == to.of(half):
+            known = ", ".join(parts)
+            problems.append(f"`{id.collection}/{id.path}` lies in none of the parts ({known})")
+    for part, model in models.items():
+        before = state.form.parts.get(part, state.form.side)
+        after = to.parts.get(part, to.side)
+        if before == after:
             yield from (Move((id,), (id,)) for id in model)
         else:
-            side = state.form.of(half)
-            yield from _planned(model, side, to.of(half), book.within(half), None, problems, idle)
+            inside = book if part == WHOLE else book.within(part)
+            yield from _planned(model, before, after, inside, None, problems, idle)
 
 
 def _planned(

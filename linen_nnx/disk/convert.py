@@ -6,14 +6,13 @@ absent or complete. The source is only read.
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from linen_nnx.book.reading import read_json, read_text
+from linen_nnx.book.reading import read_json
 from linen_nnx.disk import checked, digests
 from linen_nnx.disk.checked import StoreError
 from linen_nnx.disk.complete import files_below
@@ -21,14 +20,14 @@ from linen_nnx.disk.conversion import REPORT, RULES, Conversion
 from linen_nnx.disk.placing import Placer
 from linen_nnx.disk.planning import plan_conversion
 from linen_nnx.disk.rekey import write_store
-from linen_nnx.disk.sources import READABLE, SUFFIXES, Beside, Source, check_beside, parts
+from linen_nnx.disk.runs import ITEM, NO_RUNS, Runs
+from linen_nnx.disk.sources import READABLE, SUFFIXES, Source, check_beside, parts
 from linen_nnx.disk.store import OF_THE_TREE, write_side_files
 from linen_nnx.disk.transaction import TargetError, left_over, publish, workspace
 from linen_nnx.errors import Refusal
 
 _SPARE = 16 << 20  # bytes of room for the new tree and the side files
-_METRICS = "metrics.jsonl"  # which a run directory takes along as it is
-_RUN_METADATA = Path("run", "metadata")
+_SAID = Path(ITEM, "metadata")
 _ORBAX_META = "_CHECKPOINT_METADATA"
 
 
@@ -39,7 +38,7 @@ class Result:
     status: str
     out: Path
     reports: tuple[dict[str, Any], ...]
-    """The `report.json` of each checkpoint written (a run has its latest and its best)."""
+    """The `report.json` of each checkpoint written (a run may have its latest and its best)."""
 
 
 def convert(
@@ -49,7 +48,7 @@ def convert(
     *,
     link: bool = False,
     digest: bool = False,
-    beside: Beside | None = None,
+    runs: Runs = NO_RUNS,
     progress: Callable[[str], None] = lambda text: None,
     **options: Any,
 ) -> Result:
@@ -61,7 +60,7 @@ def convert(
         `*.msgpack`, or `*.safetensors` for the model alone.
       link: hard-link data files where possible, so that no array is read or written.
       digest: compute digests even where linking would leave them out.
-      beside: compares what a run directory holds beside its checkpoints, see `sources.Beside`.
+      runs: what a training code says of its runs, where whole run directories are converted.
       progress: is told what is being done.
 
     Raises:
@@ -74,15 +73,16 @@ def convert(
         raise TargetError(f"{out}: {out.suffix} is read and not written: choose a file {known}")
     progress("planning")
     conversions = {}
-    for part in ("checkpoints",) if to_file else parts(path):
-        chosen = options if part == "checkpoints" else {**options, "step": None}
-        one = plan_conversion(path, to, part=part, suffix=out.suffix * to_file, **chosen)
-        if beside is not None and not to_file:
-            _check_beside(one.source, beside)
-        conversions[_relative(one, part)] = one
+    for number, part in enumerate((None,) if to_file else parts(path, runs)):
+        chosen: dict[str, Any] = {**options, "step": None} if number else options
+        suffix = out.suffix * to_file
+        one = plan_conversion(path, to, part=part, suffix=suffix, runs=runs, **chosen)
+        if not to_file:
+            _check_beside(one.source, runs)
+        conversions[_relative(one)] = one
     if os.path.lexists(out):
         return _existing(out, conversions)
-    _check_target(path, out, list(conversions.values()), link)
+    _check_target(path, out, list(conversions.values()), link, runs)
     with workspace(out) as partial, Placer(link, not link or digest, progress) as placer:
         first = next(iter(conversions.values()))
         if to_file:
@@ -90,9 +90,9 @@ def convert(
             reports = [first.summary()]
         else:
             for relative, conversion in conversions.items():
-                _write(conversion, partial / relative, placer)
+                _write(conversion, partial / relative, placer, runs)
             if first.source.kind == "run":
-                _write_run(path, partial, first)
+                _write_run(path, partial, first, runs)
             hashed = placer.finish()
             reports = [_seal(c, partial / name, placer, hashed) for name, c in conversions.items()]
         progress("syncing to disk")
@@ -102,20 +102,20 @@ def convert(
     return Result("done", out, tuple(reports))
 
 
-def _check_beside(source: Source, beside: Beside) -> None:
+def _check_beside(source: Source, runs: Runs) -> None:
     """Refuses a run directory whose other files are not as its checkpoint says."""
     try:
-        check_beside(source, beside)
+        check_beside(source, runs)
     except Refusal as error:
         alone = f"Of the checkpoint alone, {source.folder}, they are no part: convert that."
         raise StoreError(f"{error}\n{alone}") from None
 
 
-def _relative(conversion: Conversion, part: str) -> str:
+def _relative(conversion: Conversion) -> str:
     """Where a converted checkpoint lies in the output."""
     source = conversion.source
     if source.kind == "run":
-        return f"{part}/{source.folder.name}"
+        return str(source.folder.relative_to(source.path))
     return source.step_name
 
 
@@ -133,13 +133,15 @@ def _existing(out: Path, conversions: dict[str, Conversion]) -> Result:
         if not digests.check(out / relative):
             raise TargetError(
                 f"{out} exists and was made by this conversion, but has no digests that could "
-                "show its bytes intact: run `convert.py verify`"
+                "show its bytes intact: run `verify`"
             )
     left_over(out)  # of a process that was killed between its last two steps
     return Result("equal", out, tuple(reports))
 
 
-def _check_target(path: Path, out: Path, conversions: list[Conversion], link: bool) -> None:
+def _check_target(
+    path: Path, out: Path, conversions: list[Conversion], link: bool, runs: Runs
+) -> None:
     parent = out.absolute().parent
     if not parent.is_dir():
         raise TargetError(f"{parent} is no directory: make it first")
@@ -149,7 +151,8 @@ def _check_target(path: Path, out: Path, conversions: list[Conversion], link: bo
         raise TargetError(f"{out} lies inside the source, which stays as it is: choose another")
     items = [part for conversion in conversions for part in conversion.parts]
     copied = 0 if link else sum(item.bytes_stored for item in items)
-    copied += sum(_taken_along(path, conversion, link) for conversion in conversions)
+    copied += sum(_taken_along(conversion, link) for conversion in conversions)
+    copied += sum(file.stat().st_size for file in runs.taken(path))
     needed = _SPARE + copied + sum(item.bytes_streamed for item in items)
     free = shutil.disk_usage(parent).free
     if free < needed:
@@ -159,18 +162,17 @@ def _check_target(path: Path, out: Path, conversions: list[Conversion], link: bo
         )
 
 
-def _taken_along(path: Path, conversion: Conversion, link: bool) -> int:
+def _taken_along(conversion: Conversion, link: bool) -> int:
     """Bytes of the files beside the items, which a result takes along as they are."""
     source = conversion.source
     folders = [] if link else [child for child in source.beside if child.is_dir()]
     files = [file for folder in folders for file in files_below(folder)]
     files += [child for child in source.beside if child.is_file()]
     files += [file for item in source.paths for file in item.iterdir() if file.is_file()]
-    files += [path / _METRICS] if source.kind == "run" and (path / _METRICS).is_file() else []
     return sum(file.stat().st_size for file in files)
 
 
-def _write(conversion: Conversion, folder: Path, placer: Placer) -> None:
+def _write(conversion: Conversion, folder: Path, placer: Placer, runs: Runs) -> None:
     """Writes one converted checkpoint to `folder`, all but its report and digests."""
     source = conversion.source
     folder.mkdir(parents=True, exist_ok=True)
@@ -179,7 +181,7 @@ def _write(conversion: Conversion, folder: Path, placer: Placer) -> None:
     for name, beside in conversion.beside.items():
         if beside is not None:
             _write_item(beside, folder / name, placer)
-    _carry_along(conversion, folder, placer)
+    _carry_along(conversion, folder, placer, runs)
     conversion.book.save(folder / RULES)
 
 
@@ -251,14 +253,14 @@ _HEADER: dict[str, Any] = {
 }
 
 
-def _carry_along(conversion: Conversion, folder: Path, placer: Placer) -> None:
-    """Takes over what else a step holds: other items, Orbax's own files, the run's config."""
-    source, stage = conversion.source, conversion.to.stage
+def _carry_along(conversion: Conversion, folder: Path, placer: Placer, runs: Runs) -> None:
+    """Takes over what else a step holds: other items, Orbax's own files, what it says of itself."""
+    source, said, to = conversion.source, conversion.source.said, conversion.to
     ours = (REPORT, RULES, digests.NAME)
     for child in source.beside:
         if child.name in ours or child.name in conversion.beside:
             continue
-        if source.run and child.name == "run":
+        if said is not None and child.name == ITEM:
             continue
         if child.is_file():
             shutil.copyfile(child, folder / child.name)
@@ -267,15 +269,15 @@ def _carry_along(conversion: Conversion, folder: Path, placer: Placer) -> None:
                 placer.place(file, folder / file.relative_to(source.folder))
         else:
             raise StoreError(f"{child} is neither a file nor a folder, nor a link to one")
-    if source.run and stage:
-        config = {**source.run["config"], "stage": stage}
-        book = conversion.book.to_dict()  # the one that is beside it, too
-        content = {**source.run, "config": config, "stage": stage, "rules": book}
-        for file in files_below(source.folder / "run"):
-            if file.relative_to(source.folder) != _RUN_METADATA:
+    if said is not None and to.stage is not None:
+        content = runs.moved(said.content, to.stage)
+        content |= {"stage": to.stage, "forms": dict(to.parts)}
+        content["rules"] = conversion.book.to_dict()  # the one that is beside it, too
+        for file in files_below(source.folder / ITEM):
+            if file.relative_to(source.folder) != _SAID:
                 placer.place(file, folder / file.relative_to(source.folder))
-        (folder / _RUN_METADATA).parent.mkdir(exist_ok=True)
-        (folder / _RUN_METADATA).write_text(json.dumps(content))
+        (folder / _SAID).parent.mkdir(exist_ok=True)
+        (folder / _SAID).write_text(json.dumps(content))
     _rename_handlers(folder, source)
 
 
@@ -299,20 +301,13 @@ def _rename_handlers(folder: Path, source: Source) -> None:
         path.write_text(json.dumps(content))
 
 
-def _write_run(path: Path, partial: Path, conversion: Conversion) -> None:
-    """What a run directory holds beside its checkpoints, with the stage changed."""
+def _write_run(path: Path, partial: Path, conversion: Conversion, runs: Runs) -> None:
+    """What a run directory holds beside its checkpoints."""
     stage = conversion.to.stage
-    try:
-        text = read_text(path / "config.yaml")
-    except ValueError as error:
-        raise StoreError(f"{path / 'config.yaml'} cannot be read: {error}") from None
-    config, count = re.subn(r"(?m)^stage:.*$", f"stage: {stage}", text)
-    if count != 1:
-        raise StoreError(f"{path / 'config.yaml'} has {count} lines `stage: ...`, expected one")
-    (partial / "config.yaml").write_text(config)
-    conversion.book.save(partial / RULES)
-    if (path / _METRICS).is_file():
-        shutil.copyfile(path / _METRICS, partial / _METRICS)
+    assert stage is not None  # a whole run directory goes to a stage
+    for file in runs.taken(path):
+        shutil.copyfile(file, partial / file.relative_to(path))
+    runs.write(path, partial, stage, conversion.book)
 
 
 def _write_file(conversion: Conversion, path: Path) -> None:

@@ -1,7 +1,7 @@
 """Lays a translated training state out as the tree that a stock reader of its form expects.
 
 Linen: `TrainState`, or variables; nnx: `{"model": nnx.State, "optimizer": nnx.State of
-nnx.Optimizer}`, or the model's state alone; a stage of this template: the same tree as before.
+nnx.Optimizer}`, or the model's state alone; a stage of the ladder: the same tree as before.
 What the source cannot tell (the key types of an optimizer chain, its empty nodes, the dtype of
 the step) comes from a given tree: one that the result must be `like`, or its own origin.
 """

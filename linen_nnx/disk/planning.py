@@ -9,6 +9,7 @@ from linen_nnx.book.grammar import did_you_mean
 from linen_nnx.book.ops import Copies, Side
 from linen_nnx.book.plan import RuleError
 from linen_nnx.book.rules import RuleBook
+from linen_nnx.book.stages import STAGES
 from linen_nnx.disk.beside import (
     head_in,
     head_of,
@@ -24,9 +25,10 @@ from linen_nnx.disk.conversion import RULES, Conversion, Options
 from linen_nnx.disk.layouts import Change, lay_out
 from linen_nnx.disk.origin import Origin, origin_of
 from linen_nnx.disk.rekey import Job, choose
+from linen_nnx.disk.runs import NO_RUNS, Runs
 from linen_nnx.disk.sides import guess_side
 from linen_nnx.disk.sources import Source, find
-from linen_nnx.disk.state import STAGES, Form, State, read_state
+from linen_nnx.disk.state import Form, State, read_state
 from linen_nnx.disk.store import Key, Leaf
 
 MODEL_ALONE = (".safetensors", ".npz")
@@ -42,43 +44,45 @@ def plan_conversion(
     like: str | Path | Source | None = None,
     reset_optimizer: bool = False,
     suffix: str = "",
-    part: str = "checkpoints",
+    part: str | None = None,
     prefix: Sequence[str] = (),
     model_only: bool = False,
     side: Side | None = None,
     specs: Mapping[str, Any] | None = None,
+    runs: Runs = NO_RUNS,
 ) -> Conversion:
     """Plans the conversion of the checkpoint at `path`.
 
     Args:
       path: a run directory, a CheckpointManager's root or step, an Orbax item, or a file; or
         what `sources.find` has found there.
-      to: `linen` or `nnx` for stock layouts; a stage's name for this template's own runs. For a
-        whole run directory `linen` and `nnx` are the stages of that name.
+      to: `linen` or `nnx` for stock layouts; of a checkpoint that says the form of its parts
+        (`runs.py`), a stage's name. For a whole run directory `linen` and `nnx` are stages, too.
       rules: the rule book, or its file; runs and converted checkpoints have one with them.
       step: which step of a root, if not the latest.
       item: which item of a step holds the state, if several may.
       like: a checkpoint that the result must equal in all but values.
       reset_optimizer: leave the optimizer's state out.
       suffix: of the file to be written, if it is one.
-      part: the folder of a run directory, `checkpoints` or `best`.
+      part: the folder of a run directory, if not that of the latest steps.
       prefix: which group of steps, where a folder has several: see `sources.find`.
       model_only: leave out all but the model.
       side: which side the checkpoint is of, where neither it nor the rule book tells.
       specs: the shape and dtype of each leaf of the target's model by path, where they are known.
+      runs: what a training code says of its runs.
 
     Raises:
       StoreError: if there is no checkpoint, or it cannot be read.
       RuleError: with everything that does not fit.
     """
     options = Options(reset_optimizer, model_only, side, item, step, tuple(prefix))
-    source = path if isinstance(path, Source) else find(path, step, item, part, prefix)
+    source = path if isinstance(path, Source) else find(path, step, item, part, prefix, runs)
     form, target = _forms(source, to)
     book = _rule_book(source, rules)
     if form is None:
         form = Form(_side(source, book, target.side, side))
     state = _chosen(read_state(source.leaves, form, book), suffix, model_only)
-    given = find(like) if isinstance(like, str | Path) else like
+    given = find(like, runs=runs) if isinstance(like, str | Path) else like
     wanted = None if given is None else read_state(given.leaves, target, book)
     known = origin_of(source, target)
     origin = None if known is None else read_state(known.leaves, target, book)
@@ -249,15 +253,18 @@ def _notes(carried: Carried, state: State, target: Form, settled: bool) -> list[
 def _forms(source: Source, to: str) -> tuple[Form | None, Form]:
     """The source's form, if it is known, and the target's."""
     form, known = None, {"linen": Form("linen"), "nnx": Form("nnx")}
-    if source.run is not None:
-        stage = source.run["stage"]
-        if stage not in STAGES:
-            raise RuleError("unknown stage", [f"the run is at stage `{stage}`"])
-        form = Form("linen", stage)
-        stages = {name: Form("linen", name) for name in STAGES}
+    if source.said is not None:
+        form = Form("linen", source.said.stage, source.said.forms)
+        stages = {name: Form("linen", name, source.said.at(name)) for name in STAGES}
         known = stages if source.kind == "run" else stages | known
+    elif source.kind == "run":
+        raise RuleError(
+            f"{source.path} is a run directory",
+            [f"its checkpoint {source.folder} does not say in which form the model is"],
+        )
     if to not in known:
-        hint = "; stages are for this template's own runs" if to in STAGES else ""
+        hint = "; stages are for checkpoints that say the form of their parts"
+        hint = hint if to in STAGES else ""
         text = f"known: {', '.join(known)}{hint}{did_you_mean(to, known)}"
         raise RuleError(f"unknown target `{to}`", [text])
     return form, known[to]
@@ -268,8 +275,8 @@ def _rule_book(source: Source, rules: str | Path | RuleBook | None) -> RuleBook:
         return rules
     if rules is not None:
         return RuleBook.load(rules)
-    if source.run is not None:
-        return RuleBook.from_dict(source.run["rules"], name=f"the rule book of {source.path}")
+    if source.said is not None and source.said.rules is not None:
+        return RuleBook.from_dict(source.said.rules, name=f"the rule book of {source.path}")
     own = source.folder / RULES
     if own.is_file():
         return RuleBook.load(own)

@@ -1,18 +1,19 @@
 """Finds the checkpoint that a path means, in every layout that people have.
 
-A run of this template (`checkpoints/<step>/`), a folder of steps (a CheckpointManager's root,
-`checkpoint_N` of Flax, `model-100` of one's own loop), one of its steps (with one item or several),
-a bare item of Orbax of any age, a file, or a folder of shards. `docs/formats.md` lists them all.
+A folder of steps (a CheckpointManager's root, `checkpoint_N` of Flax, `model-100` of one's own
+loop), one of its steps (with one item or several), a bare item of Orbax of any age, a file, or a
+folder of shards. `docs/formats.md` lists them all. A whole run directory is one as far as the code
+that writes it says so (`runs.py`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from linen_nnx.book.reading import read_json
-from linen_nnx.disk import checked
+from linen_nnx.disk.runs import NO_RUNS, Runs, Said, said_in
 from linen_nnx.disk.steps import Choice, Step, choose, is_named_as_step, pytrees, refuse_unfinished
 from linen_nnx.disk.store import (
     DICT,
@@ -35,13 +36,6 @@ INDICES = tuple(f"{suffix}.index.json" for suffix in SUFFIXES)
 _PICKLES = (".pkl", ".pickle", ".npy", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".joblib")
 _STATE_ITEMS = ("state", "default", "train_state", "items")
 _PARTS = ("params", "batch_stats", "model", "opt_state", "optimizer", "ema", "ema_params", "step")
-_RUN = {"config", "rules", "stage"}
-
-
-Beside = Callable[[Path, int, Mapping[str, Any]], bool]
-"""Compares the files of a run directory with what a checkpoint of it says of them: is given the
-directory, the step and what the checkpoint says of its run; returns whether that says anything of
-them, and raises `Refusal` with everything that differs."""
 
 
 class Reader(Protocol):
@@ -63,8 +57,8 @@ class Source:
     """The items that make up the training state; others of the step are carried along."""
     names: tuple[str, ...] = ()
     """What several items (or files) are called in the state that they make up."""
-    run: dict[str, Any] | None = None
-    """Of this template's own runs: `config`, `rules` and `stage`."""
+    said: Said | None = None
+    """What the checkpoint says of itself, if it does."""
     files: Mapping[str, Path] = field(default_factory=dict)
     """The files that make up the state, where it lies in no item."""
     step: Step | None = None
@@ -230,8 +224,9 @@ def find(
     path: str | Path,
     step: int | None = None,
     item: str | None = None,
-    part: str = "checkpoints",
+    part: str | None = None,
     prefix: Sequence[str] = (),
+    runs: Runs = NO_RUNS,
 ) -> Source:
     """The checkpoint at `path`: of several steps the latest, unless `step` says otherwise.
 
@@ -239,9 +234,10 @@ def find(
       path: what was named.
       step: which step of a folder of steps.
       item: the training state's item, where a step has several that may be it.
-      part: the folder of a run directory.
+      part: the folder of a run directory, if not that of the latest steps.
       prefix: which group of steps is meant, where a folder has several (`model-100` beside
         `model_ema-100`); more than one make up one state together.
+      runs: which directories are runs, and what their checkpoints say.
 
     Raises:
       StoreError: with what was seen, if there is no checkpoint, or if it is not clear which.
@@ -253,45 +249,41 @@ def find(
         return _file(path, path)
     refuse_unfinished(path)
     if is_item(path):
-        return _one(path, "item", path, item)
+        return _one(path, "item", path, item, runs)
     if (index := _shards(path)) is not None:
         return _file(path, index)
     if not all(is_named_as_step(child) for child in pytrees(path)):
-        return _one(path, "step", path, item)
+        return _one(path, "step", path, item, runs)
     folder = path
-    if (path / "checkpoints").is_dir():
-        if is_run(path):
-            folder = path / part
-        elif choose(path, None, (), _is_checkpoint_file) is None:
-            folder = path / "checkpoints"
-        else:
+    roots = runs.roots(path)
+    if roots:
+        folder = path / (part or roots[0])
+    elif (path / "checkpoints").is_dir():
+        if choose(path, None, (), _is_checkpoint_file) is not None:
             raise StoreError(f"{path} holds steps, and so may {path / 'checkpoints'}: name one")
+        folder = path / "checkpoints"
     choice = choose(folder, step, prefix, _is_checkpoint_file)
     if choice is None:
         raise _nothing(folder)
-    return _chosen(path, "run" if is_run(path) else "root", folder, choice, item)
+    return _chosen(path, "run" if roots else "root", folder, choice, item, runs)
 
 
-def check_beside(source: Source, beside: Beside) -> bool | None:
-    """What `beside` says of the run directory that a checkpoint was found in; None where that was
-    no run directory, so that nothing belongs to it."""
-    if source.kind != "run" or source.run is None:
+def check_beside(source: Source, runs: Runs) -> bool | None:
+    """What `runs` says of the run directory that a checkpoint was found in; None where that was no
+    run directory, so that nothing belongs to it."""
+    if source.kind != "run" or source.said is None or source.step is None:
         return None
-    return beside(source.path, int(source.folder.name), source.run)
+    return runs.check(source.path, source.step.number, source.said.content)
 
 
-def is_run(path: Path) -> bool:
-    """Whether a directory is a run of this template: its checkpoints say of which form they are."""
-    if not (path / "checkpoints").is_dir():
-        return False
-    return any((path / "checkpoints").glob("*/run/metadata"))
+def parts(path: Path, runs: Runs) -> tuple[str | None, ...]:
+    """The folders of a run directory that hold steps; of other paths, the default alone."""
+    first, *more = runs.roots(path) or (None,)
+    return (first, *(part for part in more if _holds_steps(path / part)))
 
 
-def parts(path: Path) -> list[str]:
-    """The folders of a run directory that hold checkpoints; of other paths, the default alone."""
-    best = path / "best"
-    more = is_run(path) and best.is_dir() and any(pytrees(c) for c in best.iterdir() if c.is_dir())
-    return ["checkpoints", "best"] if more else ["checkpoints"]
+def _holds_steps(folder: Path) -> bool:
+    return folder.is_dir() and choose(folder, None, (), _is_checkpoint_file) is not None
 
 
 def _is_checkpoint_file(path: Path) -> bool:
@@ -335,13 +327,15 @@ def _nothing(folder: Path) -> StoreError:
     )
 
 
-def _chosen(path: Path, kind: Any, folder: Path, choice: Choice, item: str | None) -> Source:
+def _chosen(
+    path: Path, kind: Any, folder: Path, choice: Choice, item: str | None, runs: Runs
+) -> Source:
     """The source that the chosen steps are."""
     steps = choice.steps
     more: dict[str, Any] = {"step": steps[0], "passed": choice.notes}
     if len(steps) == 1:
-        return _one(path, kind, steps[0].path, item, **more)
-    sources = [_one(path, kind, step.path, item) for step in steps]
+        return _one(path, kind, steps[0].path, item, runs, **more)
+    sources = [_one(path, kind, step.path, item, runs) for step in steps]
     if any(source.is_file for source in sources):
         if not all(source.is_file for source in sources):
             raise StoreError(f"{folder}: files and folders make up no state together: name one")
@@ -361,7 +355,9 @@ def _chosen(path: Path, kind: Any, folder: Path, choice: Choice, item: str | Non
     return Source(path, kind, folder, tuple(paths), tuple(names), **more)
 
 
-def _one(path: Path, kind: Any, folder: Path, wanted: str | None, **more: Any) -> Source:
+def _one(
+    path: Path, kind: Any, folder: Path, wanted: str | None, runs: Runs, **more: Any
+) -> Source:
     """The source in one folder or file."""
     if folder.is_file():
         return Source(path, kind, folder, files={folder.name: folder}, **more)
@@ -376,7 +372,7 @@ def _one(path: Path, kind: Any, folder: Path, wanted: str | None, **more: Any) -
     items = {item.name: item for item in pytrees(folder)}
     names = _state_items(folder, items, wanted)
     paths = tuple(items[name] for name in names)
-    return Source(path, kind, folder, paths, tuple(names), _run_of(folder), **more)
+    return Source(path, kind, folder, paths, tuple(names), said_in(folder, runs), **more)
 
 
 def _state_items(folder: Path, items: Mapping[str, Path], wanted: str | None) -> list[str]:
@@ -401,20 +397,3 @@ def _converted_item(folder: Path) -> Any:
     except (OSError, ValueError):
         return None
     return report.get("item") if isinstance(report, dict) else None
-
-
-def _run_of(folder: Path) -> dict[str, Any] | None:
-    """What a checkpoint of this template says of itself."""
-    run = folder / "run" / "metadata"
-    if not run.is_file():
-        return None
-    try:
-        own = read_json(run)
-        if not isinstance(own, dict) or not set(own) >= _RUN:
-            return None  # a run of somebody else's
-        checked.mapping(checked.plain(own["config"]))
-        checked.text(own["stage"])
-        checked.plain(own["rules"])
-    except ValueError as error:
-        raise StoreError(f"{run} cannot be read: {error}") from None
-    return own

@@ -3,8 +3,8 @@
 A checkpoint's tree is sorted into a `State`: the *model* (parameters and collections), known by
 `(collection, path)`, and the *rest* (step, optimizer, EMA, keys), known by neutral paths that mean
 the same on both sides (`step`, `opt_state/1/0/mu/...`). Layouts: stock Linen (`TrainState`,
-variables, bare parameters), stock nnx (`nnx.State` of a model, of `nnx.Optimizer`), and this
-template's own runs, whose halves may differ in form.
+variables, bare parameters), stock nnx (`nnx.State` of a model, of `nnx.Optimizer`), and a stage of
+the ladder: plain nested dicts, in which each part of the model has a form of its own.
 """
 
 from collections import Counter
@@ -15,16 +15,8 @@ from typing import NamedTuple
 from linen_nnx.book.ops import Side
 from linen_nnx.book.plan import RuleError
 from linen_nnx.book.rules import RuleBook
+from linen_nnx.book.stages import WHOLE, Forms
 from linen_nnx.disk.store import DICT, SEQUENCE, Key, Leaf
-
-HALVES = ("encoder", "head")
-STAGES: dict[str, tuple[Side, Side]] = {
-    "linen": ("linen", "linen"),
-    "nnx_in_linen": ("nnx", "linen"),
-    "linen_in_nnx": ("nnx", "linen"),
-    "nnx": ("nnx", "nnx"),
-}
-"""The form of encoder and head at each stage of this template's own runs."""
 
 OPTIMIZER = "opt_state"
 Names = tuple[str, ...]
@@ -39,14 +31,22 @@ class Id(NamedTuple):
 
 @dataclass(frozen=True)
 class Form:
-    """How a tree is laid out: stock (Linen or nnx), or as this template's runs at a stage."""
+    """How a tree is laid out: as stock Linen or stock nnx, or as at a stage of the ladder.
+
+    Attributes:
+      side: which of the two stock layouts; at a stage, where collections have names as in Linen,
+        `linen`.
+      stage: the stage's name, if it is one.
+      parts: the form of each part at the stage.
+    """
 
     side: Side
     stage: str | None = None
+    parts: Forms = field(default_factory=dict, hash=False)
 
-    def of(self, half: str) -> Side:
-        """The side of one half."""
-        return STAGES[self.stage][HALVES.index(half)] if self.stage else self.side
+    def part_of(self, id: Id) -> str:
+        """The part that a leaf belongs to; its own first name where there is no such part."""
+        return WHOLE if WHOLE in self.parts else id.path.split("/")[0]
 
     @property
     def flat(self) -> bool:
@@ -161,7 +161,7 @@ def _box_in(keys: tuple[Key, ...]) -> int | None:
 
 
 def _read_flat(tree: list[tuple[Names, Leaf]], form: Form, book: RuleBook) -> State:
-    """Linen trees and this template's own: collections by name, at the node that has `params`."""
+    """Linen trees and those of a stage: collections by name, at the node that has `params`."""
     heads = {names[: names.index("params")] for names, _ in tree if "params" in names}
     if not heads:
         model = {Id("params", "/".join(names)): leaf for names, leaf in tree}
@@ -188,7 +188,7 @@ def _read_flat(tree: list[tuple[Names, Leaf]], form: Form, book: RuleBook) -> St
         else:
             rest["../" + "/".join(names)] = leaf
     if form.stage:
-        layout = f"a run of this template at stage {form.stage}"
+        layout = f"a state at stage {form.stage}"
     elif any(path.split("/")[0] == OPTIMIZER for path in rest):
         layout = "TrainState" if layout == "variables" else f"TrainState, {layout}"
     where = f" in `{'/'.join(head)}`" if head else ""

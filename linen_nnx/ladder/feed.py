@@ -16,8 +16,8 @@ import numpy as np
 from jax import Array
 
 from linen_nnx.book.draws import Draw, Pair, Pairing, named_twice
+from linen_nnx.book.stages import WHOLE, Forms
 from linen_nnx.ladder.calls import Call
-from linen_nnx.ladder.forms import WHOLE, Forms
 from linen_nnx.ladder.keys import DrawError, typed
 from linen_nnx.ladder.program import LinenDraw
 

@@ -12,14 +12,11 @@ from typing import Any, NamedTuple
 from linen_nnx.book.ops import Side
 from linen_nnx.book.plan import RuleError, Step
 from linen_nnx.book.rules import RuleBook
+from linen_nnx.book.stages import WHOLE, Forms
 from linen_nnx.errors import Refusal
 from linen_nnx.ladder.port import Port
 
 Leaves = dict[str, Any]
-Forms = Mapping[str, Side]
-"""The form of each part."""
-WHOLE = ""
-"""The name of the part where there is only one."""
 
 
 class VariablesError(Refusal):

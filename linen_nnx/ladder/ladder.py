@@ -25,14 +25,14 @@ from flax import nnx
 from jax import Array
 
 from linen_nnx.book.draws import Pairing
-from linen_nnx.book.ops import Side
 from linen_nnx.book.rules import RuleBook
+from linen_nnx.book.stages import STAGES, WHOLE, Forms, forms_at
 from linen_nnx.book.tree import flatten, unflatten
 from linen_nnx.infer.calls import complete
 from linen_nnx.infer.twin import Twin, TwinError, attempt
 from linen_nnx.ladder.calls import Call
 from linen_nnx.ladder.feed import feed
-from linen_nnx.ladder.forms import WHOLE, Book, Forms, Leaves
+from linen_nnx.ladder.forms import Book, Leaves
 from linen_nnx.ladder.keys import DrawError, aside, tag, watching
 from linen_nnx.ladder.modes import in_mode
 from linen_nnx.ladder.move import move
@@ -40,7 +40,7 @@ from linen_nnx.ladder.port import Port
 from linen_nnx.ladder.program import Program, trace
 from linen_nnx.ladder.roots import Bound, LinenPart, LinenRoot, NnxRoot
 from linen_nnx.ladder.search import Findings, search
-from linen_nnx.ladder.stage import STAGES, Stage
+from linen_nnx.ladder.stage import Stage
 
 
 @dataclass(frozen=True)
@@ -141,15 +141,7 @@ class Ladder:
 
     def forms(self, stage: str) -> Forms:
         """The form of each part at a stage."""
-        if self.forward is None:
-            whole: Side = "nnx" if stage in ("nnx_in_linen", "nnx") else "linen"
-            return {WHOLE: whole}
-        result: dict[str, Side] = {}
-        for part in self.parts:
-            hybrid = stage in ("nnx_in_linen", "linen_in_nnx")
-            is_nnx = stage == "nnx" or (hybrid and part in self._ported)
-            result[part] = "nnx" if is_nnx else "linen"
-        return result
+        return forms_at(stage, self.parts, self._ported)
 
     @cached_property
     def rules(self) -> RuleBook:

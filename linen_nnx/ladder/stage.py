@@ -19,10 +19,11 @@ import flax.linen as nn
 from flax.core import unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from linen_nnx.book.stages import STAGES, WHOLE, Forms
 from linen_nnx.book.tree import flatten, unflatten
 from linen_nnx.errors import Refusal
 from linen_nnx.ladder.calls import Call
-from linen_nnx.ladder.forms import WHOLE, Forms, Leaves, check
+from linen_nnx.ladder.forms import Leaves, check
 from linen_nnx.ladder.keys import Undrawn, is_mutable
 from linen_nnx.ladder.port import values
 from linen_nnx.ladder.roots import Bridged
@@ -32,13 +33,6 @@ if TYPE_CHECKING:
     from linen_nnx.ladder.ladder import Ladder
 
 Variables = dict[str, Any]
-STAGES: dict[str, str] = {
-    "linen": "linen",
-    "nnx_in_linen": "linen",
-    "linen_in_nnx": "nnx",
-    "nnx": "nnx",
-}
-"""The framework of the root at each stage."""
 
 
 class Stage:

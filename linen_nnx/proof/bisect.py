@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from linen_nnx.book.rules import RuleBook
+from linen_nnx.disk.runs import NO_RUNS, Runs
 from linen_nnx.infer.ground import COMPARABLE
 from linen_nnx.infer.outputs import matched
 from linen_nnx.infer.run import lively
@@ -75,6 +76,7 @@ def bisect(
     twin: Twin,
     book: RuleBook | str | Path | None = None,
     checkpoints: Sequence[str | Path] = (),
+    runs: Runs = NO_RUNS,
 ) -> Bisection:
     """Compares twins layer by layer.
 
@@ -84,6 +86,7 @@ def bisect(
         paired by their order of first use, and `notes` says so.
       checkpoints: none for seeded random weights; one, of either form, for its weights on both
         sides; two, one of each form.
+      runs: what a training code says of its runs, where the checkpoints are in one.
 
     Raises:
       TwinError: when a part of the twin cannot be built or called.
@@ -96,7 +99,7 @@ def bisect(
         book = propose(*traces) if book is None else RuleBook.load(book)
     linen, nnx = map(side_of, traces)
     mate, notes = mates(linen, nnx, book)
-    *leaves, more = weights(linen, nnx, book, mate, checkpoints)
+    *leaves, more = weights(linen, nnx, book, mate, checkpoints, runs)
     inputs = []
     for number, array in enumerate(linen.trace.inputs):
         is_plain = array.size > 1 and getattr(array.dtype, "kind", "key") in ("f", "i", "u")

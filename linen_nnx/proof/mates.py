@@ -9,9 +9,10 @@ import numpy as np
 from linen_nnx.book.ops import Side as Name
 from linen_nnx.book.plan import RuleError
 from linen_nnx.book.rules import RuleBook
+from linen_nnx.disk.runs import Runs
 from linen_nnx.disk.sides import guess_side
 from linen_nnx.disk.sources import find
-from linen_nnx.disk.state import HALVES, Form, read_state
+from linen_nnx.disk.state import Form, read_state
 from linen_nnx.infer.dataflow import flow
 from linen_nnx.infer.run import distinct
 from linen_nnx.infer.sides import Side, in_order
@@ -64,10 +65,15 @@ def mates(linen: Side, nnx: Side, book: RuleBook) -> tuple[Array, list[str]]:
 
 
 def weights(
-    linen: Side, nnx: Side, book: RuleBook, mate: Array, checkpoints: Sequence[str | Path]
+    linen: Side,
+    nnx: Side,
+    book: RuleBook,
+    mate: Array,
+    checkpoints: Sequence[str | Path],
+    runs: Runs,
 ) -> tuple[Leaves, Leaves, list[str]]:
-    """The leaves of both sides, and notes; see `bisect` for `checkpoints`."""
-    found = dict(_saved(path, book) for path in checkpoints)
+    """The leaves of both sides, and notes; see `bisect` for `checkpoints` and `runs`."""
+    found = dict(_saved(path, book, runs) for path in checkpoints)
     if len(found) < len(checkpoints):
         raise RuleError(
             "Two checkpoints must be one of each form", [f"both look like {next(iter(found))} form"]
@@ -149,22 +155,25 @@ def _check(side: Side, leaves: Mapping[str, Any]) -> None:
         raise RuleError(f"the {side.trace.side} checkpoint does not fit the twin", problems)
 
 
-def _saved(path: str | Path, book: RuleBook) -> tuple[Name, Leaves]:
-    """The model's leaves in a checkpoint, and their form; a hybrid of this template becomes nnx."""
-    source = find(path)
-    side = "linen" if source.run else guess_side(source.leaves, book) or "nnx"
-    form = Form(side, source.run["stage"] if source.run else None)
+def _saved(path: str | Path, book: RuleBook, runs: Runs) -> tuple[Name, Leaves]:
+    """The model's leaves in a checkpoint, and their form; a hybrid of both forms becomes nnx."""
+    source = find(path, runs=runs)
+    if source.said is None:
+        form = Form(guess_side(source.leaves, book) or "nnx")
+    else:
+        form = Form("linen", source.said.stage, source.said.forms)
     model = read_state(source.leaves, form, book).model
     arrays = dict(zip(model, source.reader.read(list(model.values())), strict=True))
-    leaves: dict[Name, Leaves] = {"linen": {}, "nnx": {}}
+    nnx: Leaves = {}
+    linen: dict[str, Leaves] = {}  # by part
     for key, array in arrays.items():
-        kind = form.of(key.path.split("/")[0]) if form.stage else form.side
-        leaves[kind][key.path if kind == "nnx" else f"{key.collection}/{key.path}"] = array
-    if not leaves["nnx"]:
-        return "linen", leaves["linen"]
-    for half in HALVES:
-        inside = {
-            path: leaves["linen"][path] for path in leaves["linen"] if path.split("/")[1] == half
-        }
-        leaves["nnx"] |= book.within(half).to_nnx(inside) if inside else {}
-    return "nnx", leaves["nnx"]
+        part = form.part_of(key)
+        if form.parts.get(part, form.side) == "nnx":
+            nnx[key.path] = array
+        else:
+            linen.setdefault(part, {})[f"{key.collection}/{key.path}"] = array
+    if not nnx:
+        return "linen", {path: array for own in linen.values() for path, array in own.items()}
+    for part, own in linen.items():
+        nnx |= book.within(part).to_nnx(own)
+    return "nnx", nnx

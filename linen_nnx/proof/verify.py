@@ -1,7 +1,7 @@
 """Proves a converted checkpoint right against its source: its bytes, and with code its meaning.
 
 The bytes are compared leaf by leaf through the rule book. Whether the rule book is right only the
-models can tell: given a twin, or the code of this template's own runs, `prove.py` runs both.
+models can tell: given a twin, or the code that trains a run, `prove.py` runs both.
 """
 
 import itertools
@@ -20,7 +20,8 @@ from linen_nnx.disk.beside import source_of
 from linen_nnx.disk.conversion import REPORT, RULES, Conversion, options_in
 from linen_nnx.disk.planning import MODEL_ALONE, plan_conversion
 from linen_nnx.disk.rekey import Job
-from linen_nnx.disk.sources import SUFFIXES, Beside, Source, check_beside, find, parts
+from linen_nnx.disk.runs import NO_RUNS, Runs
+from linen_nnx.disk.sources import SUFFIXES, Source, check_beside, find, parts
 from linen_nnx.disk.state import OPTIMIZER, State, read_state
 from linen_nnx.disk.store import Leaf, StoreError
 from linen_nnx.errors import Refusal
@@ -29,8 +30,8 @@ if TYPE_CHECKING:  # jax, which comparing bytes does not need
     from linen_nnx.infer.twin import Twin
     from linen_nnx.proof.subject import Subject
 
-OwnRuns = Callable[[Mapping[str, Any]], "Subject"]
-"""The model of a run of this template, from what its checkpoint says of it (`run`)."""
+Builder = Callable[[Mapping[str, Any]], "Subject"]
+"""Builds the model of a run from what its checkpoint says of itself: all that its item holds."""
 
 _BATCH = 32 << 20  # bytes of arrays compared at once, beside a single leaf that may be larger
 
@@ -53,8 +54,8 @@ def verify(
     progress: Callable[[str], None] = lambda text: None,
     report: Callable[[Check], None] = lambda check: None,
     twin: "Twin | None" = None,
-    own_runs: OwnRuns | None = None,
-    beside: Beside | None = None,
+    runs: Runs = NO_RUNS,
+    build: Builder | None = None,
     **options: Any,
 ) -> list[Check]:
     """Checks a conversion's result `out` against its source `path`.
@@ -69,8 +70,8 @@ def verify(
       to: the target that `out` was made for, if its report does not say so.
       progress: is told what is being done; `report`: each check, as soon as it is known.
       twin: the code of both models. Its own rule book is used where there is no other.
-      own_runs: how to build the models of this template's own runs, which need no twin.
-      beside: compares what a run directory holds beside its checkpoints, see `sources.Beside`.
+      runs: what a training code says of its runs; `build`: builds their models, which then need no
+        twin.
       options: as in `planning.plan_conversion`; the rule book is the one beside `out`, if none
         is given.
 
@@ -79,26 +80,26 @@ def verify(
       TwinError: when a part of the twin cannot be built or called.
     """
     path, out = Path(path), Path(out)
-    build = None if own_runs is None else _once(own_runs)
+    build = None if build is None else _once(build)
     checks: list[Check] = []
-    both = ["checkpoints"] if out.suffix in SUFFIXES else parts(path)
-    for part in both:
-        label = f"{part}: " if len(both) > 1 else ""
-        chosen = options if part == "checkpoints" else {**options, "step": None}
+    roots = (None,) if out.suffix in SUFFIXES else parts(path, runs)
+    for number, part in enumerate(roots):
+        label = f"{part}: " if len(roots) > 1 else ""
+        chosen = {**options, "step": None} if number else options
         step = chosen.get("step") if out.is_dir() and not (out / "_METADATA").exists() else None
-        result = find(out, step, part=part)
+        result = find(out, step, part=part, runs=runs)
         target, asked = _asked(result, to)
         said = {name: value for name, value in chosen.items() if value}
-        chosen = {**asked, **said, "like": result, "part": part}
-        for check in _verify_one(path, result, target, chosen, progress, twin, build, beside):
+        chosen = {**asked, **said, "like": result, "part": part, "runs": runs}
+        for check in _verify_one(path, result, target, chosen, progress, twin, build):
             checks.append(replace(check, name=label + check.name))
             report(checks[-1])
     return checks
 
 
-def _once(own_runs: OwnRuns) -> OwnRuns:
+def _once(build: Builder) -> Builder:
     """The same with a memory: a run's latest and best checkpoint share their compiled model."""
-    known = cache(lambda run: own_runs(json.loads(run)))
+    known = cache(lambda run: build(json.loads(run)))
     return lambda run: known(json.dumps(run, sort_keys=True))
 
 
@@ -120,17 +121,15 @@ def _verify_one(
     options: dict[str, Any],
     progress: Callable[[str], None],
     twin: "Twin | None",
-    own_runs: OwnRuns | None,
-    beside: Beside | None,
+    build: Builder | None,
 ) -> Iterator[Check]:
     progress("digests")
-    names = ("step", "item", "part", "prefix")
+    names = ("step", "item", "part", "prefix", "runs")
     source = find(path, **{name: options[name] for name in names if name in options})
     yield _digests("digests of the source", source.folder)
     yield _digests("digests", result.folder)
-    if beside is not None:
-        yield from _beside("files beside the source", source, beside)
-        yield from _beside("files beside it", result, beside)
+    yield from _beside("files beside the source", source, options["runs"])
+    yield from _beside("files beside it", result, options["runs"])
     progress("coverage, shapes, dtypes")
     if options.get("rules") is None:
         options = {**options, "rules": _rules(result, twin)}
@@ -150,11 +149,11 @@ def _verify_one(
     yield Check("every bit, through the rule book", not different, tuple(different))
     progress("the way back")
     yield _inverse(conversion, result, intact=not different)
-    if twin is None and (own_runs is None or source.run is None):
+    if twin is None and (build is None or source.said is None):
         return
     progress("running both models")
     state = read_state(leaves, conversion.to, conversion.book)
-    yield from _meaning(conversion, result, state, twin, own_runs)
+    yield from _meaning(conversion, result, state, twin, build)
 
 
 def _rules(result: Source, twin: "Twin | None") -> Any:
@@ -182,7 +181,7 @@ def _inverse(conversion: Conversion, result: Source, intact: bool) -> Check:
     if lost or not conversion.book.invertible:
         what = f" ({', '.join(lost[:10])})" if lost else ""
         return Check(name, None, (f"leaves are dropped, invented or rescaled{what}",))
-    if source.run is not None and conversion.to.stage is None:
+    if source.said is not None and conversion.to.stage is None:
         return Check(name, None, ("a stock layout does not say of which stage it was",))
     form = conversion.state.form
     options = {"like": source, "model_only": conversion.options.model_only}
@@ -218,7 +217,7 @@ def _meaning(
     result: Source,
     state: State,
     twin: "Twin | None",
-    own_runs: OwnRuns | None,
+    build: Builder | None,
 ) -> Iterator[Check]:
     """The checks that run the models' code."""
     from linen_nnx.proof.prove import prove
@@ -226,14 +225,15 @@ def _meaning(
 
     forms = conversion.state.form, conversion.to
     if twin is not None and any(form.stage for form in forms):
-        yield Check("the models", False, ("a run of this template has its own: leave out --twin",))
+        why = "at a stage they are those of the code that trains: leave out --twin"
+        yield Check("the models", False, (why,))
     elif twin is not None:
         before, after = (of_twin(twin, form.side) for form in forms)
         yield from prove(conversion, state, result.reader, before, after)
-    elif own_runs is None or conversion.source.run is None or result.run is None:
+    elif build is None or conversion.source.said is None or result.said is None:
         yield Check("the models", None, ("a stage is compared with a stage, not a stock layout",))
     else:
-        before, after = own_runs(conversion.source.run), own_runs(result.run)
+        before, after = build(conversion.source.said.content), build(result.said.content)
         yield from prove(conversion, state, result.reader, before, after)
 
 
@@ -245,10 +245,10 @@ def _digests(name: str, folder: Path) -> Check:
     return Check(name, True) if there else Check(name, None, ("it has none",))
 
 
-def _beside(name: str, source: Source, beside: Beside) -> Iterator[Check]:
+def _beside(name: str, source: Source, runs: Runs) -> Iterator[Check]:
     """Whether the other files of a run directory are as its checkpoint says; of no other source."""
     try:
-        known = check_beside(source, beside)
+        known = check_beside(source, runs)
     except Refusal as error:
         yield Check(name, False, tuple(str(error).splitlines()))
         return

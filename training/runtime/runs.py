@@ -1,0 +1,71 @@
+"""What the converter must know of this template's runs; `convert.py` hands it over.
+
+    RUN/config.yaml, rules.yaml      the configuration and the rule book, which a change of stage
+                                     writes anew
+    RUN/metrics.jsonl                the curve, which goes along as it is
+    RUN/checkpoints/<step>/          the latest steps, each with its item `run`
+    RUN/best/<step>/                 the best one
+
+Nothing here imports jax.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from configs.earlier import HALVES
+from linen_nnx import RuleBook
+from linen_nnx.book.reading import read_text
+from linen_nnx.book.stages import STAGES, forms_at
+from linen_nnx.disk import checked, runs
+from linen_nnx.disk.checked import StoreError
+from training.runtime import metrics, vouching
+
+
+class Runs(runs.Runs):
+    """The run directories of this template, those of earlier versions too."""
+
+    def forms(self, content: Mapping[str, Any]) -> Any:
+        """As the item says; runs that do not say it have an encoder and a head."""
+        if "config" in content:
+            checked.mapping(content["config"])
+            if "forms" not in content and content["stage"] in STAGES:
+                return forms_at(content["stage"], HALVES, HALVES[:1])
+        return content.get("forms")
+
+    def roots(self, path: Path) -> tuple[str, ...]:
+        """Those of a directory whose steps say of which run they are."""
+        said = (path / "checkpoints").glob(f"*/{runs.ITEM}/metadata")
+        return ("checkpoints", "best") if any(said) else ()
+
+    def taken(self, path: Path) -> list[Path]:
+        """The metrics."""
+        file = path / metrics.FILE
+        return [file] if file.is_file() else []
+
+    def moved(self, content: Mapping[str, Any], stage: str) -> dict[str, Any]:
+        """The configuration has the stage, too."""
+        if "config" not in content:
+            return dict(content)
+        return {**content, "config": {**content["config"], "stage": stage}}
+
+    def write(self, path: Path, out: Path, stage: str, book: RuleBook) -> None:
+        """Configuration and rule book."""
+        file = path / vouching.CONFIG
+        try:
+            text = read_text(file)
+        except ValueError as error:
+            raise StoreError(f"{file} cannot be read: {error}") from None
+        config, count = re.subn(r"(?m)^stage:.*$", f"stage: {stage}", text)
+        if count != 1:
+            raise StoreError(f"{file} has {count} lines `stage: ...`, expected one")
+        (out / vouching.CONFIG).write_text(config)
+        book.save(out / vouching.RULES)
+
+    def check(self, path: Path, step: int, content: Mapping[str, Any]) -> bool:
+        """See `vouching.check`."""
+        return "config" in content and vouching.check(path, step, content)
+
+
+RUNS = Runs()
