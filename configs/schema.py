@@ -146,6 +146,8 @@ class Config:
     log_every: Count
     resume: Literal["auto", "never", "must"]
     init_from: str | None
+    init_rules: str | None
+    init_optimizer: Literal["keep", "fresh"]
     model: dict[str, Any]
     data: dict[str, Any]
     optimizer: Optimizer
@@ -161,6 +163,8 @@ class Config:
         problems = {}
         if self.stop_at is not None and self.stop_at > self.steps:
             problems["stop_at"] = f"got {self.stop_at}; expected at most steps, {self.steps}"
+        if self.init_from is None and self.init_rules is not None:
+            problems["init_rules"] = "it is for a checkpoint that init_from names, and that is null"
         if not isinstance(self.model.get("family"), str):
             problems["model.family"] = "missing; expected the name of a model family"
         if not isinstance(self.data.get("name"), str):

@@ -71,7 +71,7 @@ def test_refusals_exit_with_one_and_mistakes_with_two(source, tmp_path, capsys):
     assert main(["plan", str(source / "linen"), "--to", "nnxx", "--rules", "x"]) == 1
     assert "did you mean `nnx`?" in capsys.readouterr().err
     assert main(["plan", str(source / "linen"), "--to", "linen_in_nnx"]) == 1
-    assert "stages are for this template's own runs" in capsys.readouterr().err
+    assert "stages are for checkpoints that say the form of their parts" in capsys.readouterr().err
     assert main(["plan", str(source / "linen"), "--to", "nnx", "--rules", "no.yaml"]) == 1
     assert capsys.readouterr().err == "refused: no.yaml: No such file or directory\n"
     with pytest.raises(SystemExit) as caught:

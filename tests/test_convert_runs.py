@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -213,3 +214,22 @@ def test_the_plain_train_command_goes_on_in_a_converted_run(
     assert all(check.passed for check in verify(run, tmp_path / "out", runs=RUNS))
     train(experiment, f"stage={after}", "steps=8", f"run_dir={tmp_path / 'out'}")
     assert rows(tmp_path / "out") == rows(uninterrupted)
+
+
+def test_a_run_from_before_checkpoints_said_their_parts_is_read_as_ever(train, tmp_path):
+    """Written when every model had an encoder and a head, and the stage alone told their forms."""
+    old = Path(__file__).parent / "data" / "run_before_parts"
+    assert "forms" not in json.loads((old / "checkpoints/4/run/metadata").read_text())
+    settings = ("model.hidden=4", "data.batch=8", "optimizer.warmup=1", "optimizer.ema=0.9")
+    settings = (*settings, "steps=6", "eval.every=6")
+
+    convert(old, tmp_path / "nnx", "nnx", runs=RUNS)
+    checks = verify(old, tmp_path / "nnx", runs=RUNS)
+    assert all(check.passed for check in checks)
+    convert(tmp_path / "nnx", tmp_path / "back", "nnx_in_linen", runs=RUNS)
+    runs = {"linen": old, "nnx": tmp_path / "nnx", "nnx_in_linen": tmp_path / "back"}
+    found = [
+        rows(train("diabetes", *settings, f"stage={stage}", f"init_from={run}"))
+        for stage, run in runs.items()
+    ]
+    assert found == [found[0]] * 3 and [step for step, _ in found[0]] == [5, 6]

@@ -109,6 +109,8 @@ class Setup:
     @cached_property
     def run(self) -> start.Run:
         """What the runtime must know."""
+        from training import moving  # late: it is handed this setup
+
         cfg = self.cfg
         return start.Run(
             run_dir=Path(cfg.run_dir),
@@ -122,6 +124,7 @@ class Setup:
             verify=cfg.checkpoint.verify,
             begins_anew=cfg.debug.mode != "none" and cfg.resume == "auto",
             upgraded=upgraded,
+            foreign=lambda path: moving.found(self, path),
         )
 
 

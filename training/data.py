@@ -68,6 +68,8 @@ class Position(Protocol):
 
     def set_state(self, state: dict[str, Any]) -> None: ...
 
+    def skip(self, count: int) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -123,6 +125,10 @@ class TrainIterator:
         if type(count) is not int or count < 0:
             raise Refused(f"A data position counts batches; this one has {count!r}.")
         self._batches.set_state({key: state[key] for key in kept})
+
+    def skip(self, count: int) -> None:
+        """Goes past so many batches, from the beginning, as if they had been read."""
+        self._batches.skip(count)
 
     def close(self) -> None:
         """Stops reading ahead."""
@@ -234,7 +240,10 @@ class _Shuffled:
         return {"batches": self._batches.get_state()["next_index"]}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self._batches.set_state({"next_index": state["batches"]})
+        self.skip(state["batches"])
+
+    def skip(self, count: int) -> None:
+        self._batches.set_state({"next_index": count})
 
     def close(self) -> None:
         self._batches.close()
@@ -280,6 +289,10 @@ class _Stream:
             stream = pickle.loads(base64.b64decode(stream))
         self._stream.set_state(stream)
         self._drawn = state["batches"]
+
+    def skip(self, count: int) -> None:
+        for _ in range(count):
+            next(self)
 
     def close(self) -> None:
         close = getattr(self._stream, "close", None)

@@ -6,9 +6,9 @@ from pathlib import Path
 from configs.build import build
 from configs.earlier import upgraded
 from configs.schema import Config
-from training import data, samples, summary
+from training import data, moving, samples, summary
 from training.assemble import Setup, prepare, share
-from training.runtime import checkpoints, numerics, reading
+from training.runtime import checkpoints, numerics, reading, start
 from training.runtime.board import Board
 from training.runtime.program import State
 from training.runtime.terminal import say
@@ -26,12 +26,18 @@ def report(cfg: Config) -> None:
     """Evaluates the checkpoints of `cfg.run_dir` and shows a sample of the last; writes nothing.
 
     The model, data and stage come from the checkpoint. From `cfg` only `eval`, `log` and the device
-    settings are used.
+    settings are used. Where `run_dir` has no checkpoint and `init_from` names one, that is
+    evaluated, as the model, data and stage of `cfg`.
 
     Raises:
         Refused: when there is no checkpoint, or one is damaged.
     """
     run_dir = Path(cfg.run_dir)
+    if cfg.init_from is not None and checkpoints.latest(run_dir / "checkpoints") is None:
+        setup = prepare(cfg)
+        saved = start.given(setup.run, Path(cfg.init_from))
+        _show(f"{saved.path}, step {saved.step}", setup, moving.moved(setup, saved))
+        return
     found = [checkpoints.find(run_dir), checkpoints.latest(run_dir / "best")]
     own = ("eval", "log", "mesh", "distributed", "compile_cache", "checkpoint", "run_dir")
     asked = {name: getattr(cfg, name) for name in own}
@@ -47,11 +53,15 @@ def report(cfg: Config) -> None:
         if changed := numerics.changes_since(saved.run):
             say("\n".join([f"{saved.path} was trained otherwise; this evaluation:", *changed]))
         state = saved.restore(setup.program.abstract)
-        values = evaluate(setup, state)
-        text = "  ".join(f"{name} {value:.6f}" for name, value in values.items())
-        say(f"{saved.path.parent.name}, step {saved.step}, stage {run.stage}: validation {text}")
+        _show(f"{saved.path.parent.name}, step {saved.step}", setup, state)
         if saved is found[0]:
             board = Board(run_dir, saved.step, {}, on=False)
             if sample := samples.show(setup, state, board):
                 say(sample)
             say(summary.parameters(setup))
+
+
+def _show(what: str, setup: Setup, state: State) -> None:
+    values = evaluate(setup, state)
+    text = "  ".join(f"{name} {value:.6f}" for name, value in values.items())
+    say(f"{what}, stage {setup.cfg.stage}: validation {text}")

@@ -36,12 +36,14 @@ class Book:
     """A rule book between the two forms of a model.
 
     Attributes:
+      rules: the rule book itself; `parts`: the names of the model's parts.
       specs: for each side, `{name: shape and dtype}` of all leaves in that form.
       types: `{name in nnx form: type of the Variable, as the bridge calls it}`.
     """
 
     def __init__(self, rules: RuleBook, linen: Leaves, ports: Mapping[str, Port]) -> None:
         """Raises `RuleError` with everything in which the book does not fit the two models."""
+        self.rules, self.parts = rules, tuple(ports)
         nnx, types, self._keys = {}, {}, {}
         known = {part_of(name, ports) for name in linen}
         for part, port in ports.items():
@@ -50,7 +52,6 @@ class Book:
                 name = f"{part}/{path}" if part else path
                 nnx[name], types[name] = port.leaves[path], port.types[path]
                 self._keys[name] = (part, *port.keys[path]) if part else port.keys[path]
-        self._parts = tuple(ports)
         collection: dict[str, str] = {}
         ahead = rules.plan(linen, "nnx", nnx)
         for step in ahead.steps:
@@ -74,7 +75,7 @@ class Book:
     def _add(
         self, to: Side, step: Step, sources: tuple[str, ...], targets: tuple[str, ...]
     ) -> None:
-        parts = {part_of(name, self._parts) for name in (*sources, *targets)}
+        parts = {part_of(name, self.parts) for name in (*sources, *targets)}
         if len(parts) > 1:
             raise RuleError("The rule book cannot be used part by part", [f"{step.rule}: {parts}"])
         self.ways[to].append(Way(parts.pop(), sources, targets, step))
@@ -89,14 +90,14 @@ class Book:
 
     def _place(self, name: str) -> tuple[str, str]:
         """Collection and part: trees may hold some of them alone."""
-        return name.split("/")[0], part_of(name, self._parts)
+        return name.split("/")[0], part_of(name, self.parts)
 
     def abstract(self, forms: Forms) -> Leaves:
         """`{name: shape and dtype}` of every leaf in these forms."""
         result: Leaves = {}
         for side, specs in self.specs.items():
             for name, spec in specs.items():
-                if forms[part_of(name, self._parts)] == side:
+                if forms[part_of(name, self.parts)] == side:
                     result[name] = spec
         return result
 
@@ -109,7 +110,7 @@ class Book:
         result: Leaves = {}
         done: set[str] = set()
         for name, leaf in leaves.items():
-            part = part_of(name, self._parts)
+            part = part_of(name, self.parts)
             if before[part] == after[part]:
                 result[name] = leaf
                 done.add(name)
@@ -140,23 +141,28 @@ def check(leaves: Mapping[str, Any], expected: Mapping[str, Any], where: str) ->
       expected: `{name: object with shape and dtype}`.
       where: what the leaves are for, to be named in the message.
     """
-    problems = []
-    for name, spec in expected.items():
-        if name not in leaves:
-            problems.append(f"  missing     {name}: expected {_spec(spec)}")
-    for name, leaf in leaves.items():
-        if name not in expected:
-            problems.append(f"  unexpected  {name}: got {_spec(leaf)}")
-        elif _spec(leaf) != _spec(expected[name]):
-            due = _spec(expected[name])
-            problems.append(f"  mismatch    {name}: got {_spec(leaf)}, expected {due}")
-    if problems:
+    if problems := differences(leaves, expected):
         raise VariablesError(
-            f"The variables do not fit {where} ({len(problems)} differences):\n"
-            + "\n".join(problems)
+            f"The variables do not fit {where} ({len(problems)} differences):\n  "
+            + "\n  ".join(problems)
             + "\nIf they come from another stage, translate them first: "
             "`ladder.move(tree, that_stage, this_stage)`."
         )
+
+
+def differences(leaves: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """A line for every leaf that is missing, unexpected, or of another shape or dtype."""
+    problems = []
+    for name, spec in expected.items():
+        if name not in leaves:
+            problems.append(f"missing     {name}: expected {_spec(spec)}")
+    for name, leaf in leaves.items():
+        if name not in expected:
+            problems.append(f"unexpected  {name}: got {_spec(leaf)}")
+        elif _spec(leaf) != _spec(expected[name]):
+            due = _spec(expected[name])
+            problems.append(f"mismatch    {name}: got {_spec(leaf)}, expected {due}")
+    return problems
 
 
 def _spec(leaf: Any) -> str:

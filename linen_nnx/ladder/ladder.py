@@ -13,7 +13,7 @@ bridged whole: ported at `nnx_in_linen`, not yet at `linen_in_nnx`.
 import inspect
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -249,6 +249,60 @@ class Ladder:
         """
         before, after = self.at(source).forms, self.at(target).forms
         return tree if before == after else move(self.book, tree, before, after, target, self.say)
+
+    def load(
+        self,
+        path: str | Path,
+        stage: str,
+        like: Any,
+        *,
+        rules: RuleBook | str | Path | None = None,
+        fresh: Collection[str] = (),
+    ) -> Any:
+        """A checkpoint from anywhere as a training state at a stage.
+
+        Any layout that `convert` reads, of Linen or nnx. It is read by the names of `like`; what
+        the checkpoint has beside that is left out, and `say` names it.
+
+        Args:
+          path: the checkpoint.
+          stage: where training goes on.
+          like: a state of that stage, of arrays or shapes: a `TrainState`, or a dict.
+          rules: a rule book from the checkpoint's names to those of this ladder, or its file: its
+            own names on the side that it is of, the ladder's on the other. None: they are the same.
+          fresh: entries that are not read, such as `opt_state`: there the result has what `like`
+            has.
+
+        Returns:
+          A tree like `like`, of numpy arrays.
+
+        Raises:
+          StoreError: if there is no checkpoint, or it cannot be read.
+          RuleError: naming everything that is missing, misshapen, or cannot be taken along.
+
+        Example:
+          >>> import jax.numpy as jnp, tempfile
+          >>> from flax import linen as nn, nnx, serialization
+          >>> from linen_nnx import Ladder, RuleBook, Twin
+          >>> class Port(nnx.Module):
+          ...     def __init__(self, *, rngs):
+          ...         self.out = nnx.Linear(2, 3, use_bias=False, rngs=rngs)
+          ...     def __call__(self, x):
+          ...         return self.out(x)
+          >>> twin = Twin(linen=lambda: nn.Dense(3, use_bias=False),
+          ...             nnx=lambda rngs: Port(rngs=rngs), inputs=lambda: (jnp.ones((1, 2)),))
+          >>> ladder = Ladder(twin, RuleBook.from_dict({"version": 1, "rules": [
+          ...     {"linen": "params/kernel", "nnx": "out/kernel"}]}))
+          >>> file = Path(tempfile.mkdtemp(), "old.msgpack")
+          >>> _ = file.write_bytes(serialization.to_bytes({"params": {"kernel": jnp.ones((2, 3))}}))
+          >>> ladder.load(file, "nnx", ladder.at("nnx").abstract())["params"]["out"]["kernel"].shape
+          (2, 3)
+        """
+        from linen_nnx.ladder.load import Checkpoint
+
+        book = RuleBook.load(rules) if isinstance(rules, str | Path) else rules
+        found = Checkpoint(self.book, path, book)
+        return found.load(stage, self.at(stage).forms, like, fresh, self.say)
 
     def entry(self, method: Any) -> Callable[..., Any]:
         """The function `(module or parts, *args, **kwargs)` that a method is.

@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 
 from linen_nnx.disk import digests
 from linen_nnx.ladder.forms import check
+from linen_nnx.ladder.load import Checkpoint
 from training.runtime import processes, reading, vouching
 from training.runtime.errors import Refused
 from training.runtime.names import named
@@ -38,6 +39,8 @@ class Saved:
     step: int
     data: dict[str, Any]
     run: dict[str, Any]
+    foreign: Checkpoint | None = None
+    """Where it is none of this template's: how it is read."""
 
     def verify(self) -> bool:
         """Compares every file with its digest; False if there are none to compare with.
@@ -46,7 +49,7 @@ class Saved:
             Refused: when a file is missing, foreign or altered, naming each.
         """
         try:
-            return digests.check(self.path)
+            return self.path.is_dir() and digests.check(self.path)
         except digests.DigestError as error:
             others = [step for step in steps_of(self.path.parent) if step != self.step]
             raise Refused(
@@ -101,18 +104,32 @@ def latest(root: Path) -> Saved | None:
     return _saved(root / str(steps[-1])) if steps else None
 
 
-def find(path: Path) -> Saved:
+def own(path: Path) -> Saved | None:
     """The newest checkpoint of a run directory or a checkpoint root, or the step directory itself.
+
+    None where there is none of this template's.
+
+    Raises:
+        Refused: when it is there and cannot be read; when there is nothing at all.
+    """
+    if not path.exists():
+        raise Refused(f"There is no checkpoint at {path}: no such file or directory.")
+    for root in (path / "checkpoints", path):
+        if steps := steps_of(root):
+            path = root / str(steps[-1])
+            break
+    says = (path / "run").is_dir() and (path / "state").is_dir()
+    return _saved(path) if says and path.name.isdigit() else None
+
+
+def find(path: Path) -> Saved:
+    """The same, where there must be one.
 
     Raises:
         Refused: when there is none, saying what was found instead.
     """
-    if saved := latest(path / "checkpoints") or latest(path):
+    if saved := own(path):
         return saved
-    if (path / "state").is_dir() and path.name.isdigit():
-        return _saved(path)
-    if not path.exists():
-        raise Refused(f"There is no checkpoint at {path}: no such file or directory.")
     entries = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
     raise Refused(
         f"There is no checkpoint of this template at {path}. Expected a run directory (with "

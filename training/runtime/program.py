@@ -4,7 +4,7 @@ What is computed comes from the caller: an object with `start`, `train` and `eva
 `training/step.py`), and what draws the initial variables.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -69,6 +69,7 @@ class Program:
                 "registered by."
             )
         self.layout = layout
+        self._start = steps.start
         self._create = lambda: steps.start(initial())
         self.abstract = layout.state(jax.eval_shape(steps.start, dict(variables)))
         self._places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
@@ -80,19 +81,34 @@ class Program:
         state = self.layout.jit(self._create, self._places)()
         return jax.device_put(state, self._places)
 
-    def filled(self, arrays: Mapping[str, np.ndarray], where: str) -> State:
+    def filled(
+        self, arrays: Mapping[str, np.ndarray], where: str, fresh: Collection[str] = ()
+    ) -> State:
         """A state of this run from arrays by name (`opt_state/0/mu/...`), wherever they came from.
+
+        Args:
+            arrays: whole arrays; those of `fresh` entries are passed over.
+            where: what they are for, to be named in the message.
+            fresh: entries of the state that begin anew, at the variables given.
 
         Raises:
             VariablesError: naming every array that is missing, unexpected or misshapen.
         """
-        check(arrays, named(self.abstract), where)
+        due = {entry: tree for entry, tree in self.abstract.items() if entry not in fresh}
+        given = {path: leaf for path, leaf in arrays.items() if path.split("/")[0] in due}
+        check(given, named(due), where)
 
         def place(path: Any, leaf: Any) -> Array:
-            array = arrays[path_name(path)]
+            array = given[path_name(path)]
             return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda at: array[at])
 
-        return jax.tree_util.tree_map_with_path(place, self.abstract)
+        state = jax.tree_util.tree_map_with_path(place, due)
+        if fresh:
+            variables = {entry: tree for entry, tree in state.items() if entry not in OWN}
+            anew = {entry: self._places[entry] for entry in fresh}
+            begin = self.layout.jit(lambda given: {e: self._start(given)[e] for e in fresh}, anew)
+            state |= begin(variables)
+        return state
 
     def place(self, batch: Any) -> Any:
         """Arrays of a batch as the steps take them: on a mesh, whole, from this process's rows."""

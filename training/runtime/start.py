@@ -2,7 +2,8 @@
 
     1. its own run directory holds a checkpoint: go on from it (resume=auto or must), unless it is
        a debug run that has come to its last step, which begins anew (resume=auto);
-    2. else `init_from`: take the whole state of another run, at whatever stage, and go on from it;
+    2. else `init_from`: take the whole state of another checkpoint, of this template at whatever
+       stage or of a script of one's own, and go on from it;
     3. else scratch.
 
 Nothing is written before every check has passed.
@@ -40,6 +41,7 @@ class Run:
         verify: whether checkpoints are compared with their digests.
         begins_anew: whether it is a run for debugging, which begins anew after its last step.
         upgraded: brings the configuration of an earlier version up to date.
+        foreign: reads a checkpoint that no run of this template has written.
     """
 
     run_dir: Path
@@ -53,6 +55,7 @@ class Run:
     verify: bool
     begins_anew: bool
     upgraded: Callable[[Mapping[str, Any]], dict[str, Any]]
+    foreign: Callable[[Path], checkpoints.Saved]
 
     def item(self) -> dict[str, Any]:
         """What a checkpoint says of its run, in plain values.
@@ -79,7 +82,13 @@ def find(run: Run) -> checkpoints.Saved | None:
     with processes.together():
         saved = _own(run)
         if saved is None and run.init_from is not None:
-            saved = _foreign(run, Path(run.init_from))
+            saved = given(run, Path(run.init_from))
+            if saved.step >= run.last:
+                raise Refused(
+                    f"init_from {saved.path} is at step {saved.step}, and this run ends at step "
+                    f"{run.last}: nothing is left to train. Give more steps, or translate it as it "
+                    "is: convert.py run."
+                )
         return saved
 
 
@@ -165,18 +174,16 @@ def _verify(run: Run, saved: checkpoints.Saved) -> None:
         saved.intact(None if run.rules is None else run.rules.to_dict())
 
 
-def _foreign(run: Run, path: Path) -> checkpoints.Saved:
-    """The checkpoint that `init_from` names, if something is left to train."""
-    saved = checkpoints.find(path)
-    if saved.step >= run.last:
-        raise Refused(
-            f"init_from {saved.path} is at step {saved.step}, and this run ends at step "
-            f"{run.last}: nothing is left to train. Give more steps, or translate it as it is: "
-            "convert.py run."
-        )
+def given(run: Run, path: Path) -> checkpoints.Saved:
+    """The checkpoint that `init_from` names.
+
+    Raises:
+        Refusal: when there is none, or it is damaged.
+    """
+    saved = checkpoints.own(path) or run.foreign(path)
     if run.verify and processes.first():
         saved.verify()
-    if changed := numerics.changes_since(saved.run):
+    if saved.foreign is None and (changed := numerics.changes_since(saved.run)):
         say("\n".join([f"{saved.path} was trained otherwise; from here on:", *changed]))
     return saved
 

@@ -20,8 +20,8 @@ RECORDED = ("numerics", "surroundings")  # what stands there beside the keys of 
 
 # What may change when a run goes on; everything else would bend its curve.
 FREE = (
-    "stop_at", "log_every", "resume", "init_from", "run_dir", "eval", "checkpoint", "log",
-    "mesh", "distributed", "compile_cache", "mode", "surroundings",
+    "stop_at", "log_every", "resume", "init_from", "init_rules", "init_optimizer", "run_dir",
+    "eval", "checkpoint", "log", "mesh", "distributed", "compile_cache", "mode", "surroundings",
 )  # fmt: skip
 
 

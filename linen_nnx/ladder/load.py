@@ -1,0 +1,342 @@
+"""A checkpoint from anywhere as the state of a stage: what `convert` does on disk, in memory.
+
+A script of one's own has saved a `TrainState`, and training is to go on at stage `nnx`:
+
+    in the checkpoint                    in the state {"step", "params", "opt_state"} of that stage
+    step                     int64       step                 int32, of the same value
+    params/Dense_0/kernel                params/out/kernel
+    opt_state/0/mu/Dense_0/kernel        opt_state/0/0/mu/out/kernel
+    epoch                                left out, and named
+
+Three things happen one after another, each by the code that does it elsewhere: `disk.state` sorts
+the tree, whatever its layout; a rule book leads from its names to those of the ladder, if they
+differ; and `move` takes it from one form of the model to another.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from linen_nnx.book.ops import Action, Side, Spec
+from linen_nnx.book.plan import RuleError
+from linen_nnx.book.rules import RuleBook
+from linen_nnx.book.stages import Forms
+from linen_nnx.book.tree import flatten, unflatten
+from linen_nnx.disk.beside import items_beside
+from linen_nnx.disk.carry import carry
+from linen_nnx.disk.moves import Place
+from linen_nnx.disk.runs import NO_RUNS, Runs
+from linen_nnx.disk.sides import guess_side
+from linen_nnx.disk.sources import find
+from linen_nnx.disk.state import OPTIMIZER, Form, State, read_state, unruled
+from linen_nnx.disk.store import Leaf
+from linen_nnx.ladder.forms import Book, differences
+from linen_nnx.ladder.move import move
+from linen_nnx.ladder.nesting import renamed
+
+_OTHER: dict[Side, Side] = {"linen": "nnx", "nnx": "linen"}
+Say = Callable[[str], None]
+Specs = dict[str, Spec]
+
+
+class _Job(NamedTuple):
+    """What some leaves on disk become: arrays, by the names that the ladder has for them."""
+
+    sources: tuple[Leaf, ...]
+    actions: tuple[Action, ...]
+    targets: Specs
+
+
+class Checkpoint:
+    """A checkpoint that is to be continued on a ladder.
+
+    Attributes:
+      path: the folder of the step, or the file.
+      step: how many steps its training has made.
+      entries: what it holds beside the model, by the first names: `step`, `opt_state`, `ema`.
+      notes: what a person should know of how it was found.
+    """
+
+    def __init__(
+        self,
+        book: Book,
+        path: str | Path,
+        rules: RuleBook | None = None,
+        runs: Runs = NO_RUNS,
+    ) -> None:
+        """Finds it, and reads no array but its step.
+
+        Args:
+          book: the ladder's rule book, fitted to its model.
+          path: any checkpoint that `convert` reads.
+          rules: leads from its names to those of the ladder. Its own names stand on the side that
+            it is of (`linen`, say), the ladder's on the other: those of either form. None where the
+            names are the same.
+          runs: what a training code says of its runs.
+
+        Raises:
+          StoreError: if there is no checkpoint, or it cannot be read.
+          RuleError: if its layout is not clear.
+        """
+        self._book, self._rules = book, rules
+        self._source = find(path, runs=runs)
+        self.path = self._source.folder
+        self.notes = list(self._source.notes)
+        self._state = self._read()
+        self.entries = set(self._by_entry())
+        self.step = self._step()
+
+    def load(self, stage: str, forms: Forms, like: Any, fresh: Collection[str], say: Say) -> Any:
+        """The arrays of the checkpoint as a state of a stage.
+
+        Args:
+          stage: its name, for messages; `forms`: the form of each part there.
+          like: a pytree of arrays or shapes: a `TrainState`, a dict. Its entries are `params`, the
+            model's collections, `step`, `opt_state`, and others that the checkpoint has.
+          fresh: entries that are not read: there the result has what `like` has.
+          say: is told what was assumed and what is left out, a line each.
+
+        Returns:
+          A tree like `like`, of numpy arrays.
+
+        Raises:
+          RuleError: naming everything that is missing, misshapen, or cannot be taken along.
+        """
+        due = {path: leaf for path, leaf in _named(like).items() if _entry(path) not in fresh}
+        problems: list[str] = []
+        rest = self._chosen(due, fresh, problems, say)
+        jobs, before = self._jobs(rest, say)
+        specs = {name: spec for job in jobs for name, spec in job.targets.items()}
+        problems += self._misfits(specs, due, before)
+        places: dict[str, str] = {}
+        if any(_entry(path) == OPTIMIZER for path in due):
+            try:
+                places = renamed(
+                    _below(specs, OPTIMIZER),
+                    _below(due, OPTIMIZER),
+                    _below(specs, "params").keys(),
+                    _below(self._book.abstract(forms), "params").keys(),
+                )
+            except RuleError as error:
+                problems += error.problems
+        self._refuse(problems)
+        tree = unflatten(self._arrays(jobs))
+        if dict(before) != dict(forms):
+            tree = move(self._book, tree, before, forms, stage, say)
+        found = {}
+        for path, array in flatten(tree).items():
+            head, _, below = path.partition("/")
+            found[f"{head}/{_placed(below, places)}" if head == OPTIMIZER else path] = array
+        if "step" in due:
+            found["step"] = _as_step(found.get("step", self.step), due["step"])
+        self._refuse(differences(found, due))
+
+        def pick(path: Any, leaf: Any) -> Any:
+            return found.get(_name(path), leaf)
+
+        return jax.tree_util.tree_map_with_path(pick, like)
+
+    def _refuse(self, problems: Sequence[str]) -> None:
+        if problems:
+            raise RuleError(f"{self.path} cannot be continued", problems)
+
+    def _read(self) -> State:
+        """Its tree, sorted into the model and the rest."""
+        source, said = self._source, self._source.said
+        if said is not None and self._rules is None:
+            form = Form("linen", said.stage, said.forms)
+            return read_state(source.leaves, form, self._book.rules)
+        if said is not None and "nnx" in said.forms.values():
+            raise RuleError(
+                f"{self.path} is at stage {said.stage}",
+                ["rules lead from the names of one framework: translate it to stage linen first"],
+            )
+        known = self._rules or self._book.rules
+        side = guess_side(source.leaves, known)
+        sides: list[Side] = ["linen", "nnx"] if side is None else [side]
+        states = [read_state(source.leaves, Form(side), known) for side in sides]
+        # Where names and rule book fit both forms, shapes may tell.
+        return min(states, key=self._foreign_leaves)
+
+    def _foreign_leaves(self, state: State) -> int:
+        """How many leaves of a model in stock form the ladder does not know."""
+        known = {n.split("/", 1)[1]: spec for n, spec in self._book.specs[state.form.side].items()}
+        leaves = [(known.get(id.path), leaf) for id, leaf in state.model.items()]
+        return sum(spec is None or not leaf.spec.same(spec) for spec, leaf in leaves)
+
+    def _step(self) -> int:
+        """The step as it is saved; else that of the folder; else none has been made."""
+        leaf = self._state.rest.get("step")
+        if leaf is not None and leaf.zarr is not None and not leaf.spec.shape:
+            return int(self._source.reader.read([leaf])[0])
+        chosen = self._source.step
+        said = (
+            "no step has been made" if chosen is None else f"it is step {chosen.number}, as named"
+        )
+        self.notes.append(f"{self.path} holds no count of steps: {said}")
+        return 0 if chosen is None else chosen.number
+
+    def _chosen(
+        self, due: Mapping[str, Any], fresh: Collection[str], problems: list[str], say: Say
+    ) -> dict[str, Leaf]:
+        """What is taken of the rest, by the path that it gets; the others are named."""
+        entries = self._by_entry()
+        collections = {_entry(name) for name in self._book.specs["linen"]}
+        wanted = list(dict.fromkeys(_entry(path) for path in due))
+        taken: dict[str, Leaf] = {}
+        for entry in wanted:
+            if entry in collections or (entry == "step" and entry not in entries):
+                continue
+            name = entry if entry in entries else self._average(entries, wanted)
+            if name is None:
+                problems.append(f"it has no `{entry}`")
+                continue
+            if name != entry:
+                say(f"`{name}` mirrors the parameters, and is taken for `{entry}`")
+            for path, leaf in entries.pop(name).items():
+                taken[entry + path.removeprefix(name)] = leaf
+        left = [*entries, *(f"item {name}" for name in items_beside(self._source))]
+        said = [f"`{entry}`" for entry in left if entry not in fresh]
+        if said and self._source.said is not None:
+            problems += [f"{entry} has no place here" for entry in said]
+        elif said:
+            say(f"left out, as nothing here is called so: {', '.join(said)}")
+        return taken
+
+    def _by_entry(self) -> dict[str, dict[str, Leaf]]:
+        """The arrays beside the model, by path, in groups."""
+        entries: dict[str, dict[str, Leaf]] = {}
+        for path, leaf in self._state.rest.items():
+            if leaf.zarr is not None:
+                own = path.removeprefix("../")
+                entries.setdefault(_entry(own), {})[own] = leaf
+        return entries
+
+    def _average(
+        self, entries: Mapping[str, Mapping[str, Leaf]], wanted: Sequence[str]
+    ) -> str | None:
+        """The one entry of another name that mirrors parameters: an average of them."""
+        model = {id.path: leaf for id, leaf in self._state.model.items()}
+        found = []
+        for name, leaves in entries.items():
+            below = {path.removeprefix(f"{name}/"): leaf for path, leaf in leaves.items()}
+            like = [p in model and leaf.spec.same(model[p].spec) for p, leaf in below.items()]
+            if name not in wanted and all(like):
+                found.append(name)
+        return found[0] if len(found) == 1 else None
+
+    def _jobs(self, rest: dict[str, Leaf], say: Say) -> tuple[list[_Job], Forms]:
+        """What the leaves are called on the ladder, and the form in which each part is there."""
+        if self._rules is not None:
+            return self._ruled(self._rules, rest, say)
+        form, model = self._state.form, dict(self._state.model)
+        if not form.flat:
+            for what, ids in unruled(self._state, self._book.rules):
+                say(f"{what}: {', '.join(model.pop(id).path for id in ids)}")
+        named = {name.split("/", 1)[1]: name for name in self._book.specs["nnx"]}
+        jobs = [_Job((leaf,), (), {path: leaf.spec}) for path, leaf in rest.items()]
+        for id, leaf in model.items():
+            if leaf.zarr is not None:
+                name = f"{id.collection}/{id.path}"
+                name = name if form.flat else named.get(id.path, f"params/{id.path}")
+                jobs.append(_Job((leaf,), (), {name: leaf.spec}))
+        return jobs, form.parts or dict.fromkeys(self._book.parts, form.side)
+
+    def _ruled(self, rules: RuleBook, rest: dict[str, Leaf], say: Say) -> tuple[list[_Job], Forms]:
+        """The same where rules lead from the names of the checkpoint to those of the ladder."""
+        state = State(self._state.form, self._state.layout, self._state.model, rest)
+        carried = carry(state, Form(_OTHER[state.form.side]), rules)
+        for note in carried.notes:
+            say(note)
+        places = [place for move in carried.moves for place in move.targets]
+        side = self._side_of([place.id.path for place in places if place.id is not None])
+        jobs = []
+        for sources, targets, actions, due in carried.moves:
+            if targets and not any(leaf.zarr is None for leaf in sources):  # empty nodes
+                specs = due if actions else [leaf.spec for leaf in sources]
+                names = [self._ladder_name(place, side) for place in targets]
+                jobs.append(_Job(sources, actions, dict(zip(names, specs, strict=True))))
+        return jobs, dict.fromkeys(self._book.parts, side)
+
+    def _side_of(self, paths: Sequence[str]) -> Side:
+        """The form of the ladder that names are of, to which rules have led."""
+        linen = self._book.specs["linen"]
+        names = sum(path in linen for path in paths)
+        nnx = {name.split("/", 1)[1] for name in self._book.specs["nnx"]}
+        if self._state.form.side == "nnx":
+            return "linen"
+        return "linen" if names > sum(path in nnx for path in paths) else "nnx"
+
+    def _ladder_name(self, place: Place, side: Side) -> str:
+        """What a place that rules have led to is called: `collection/part/path`, or its own path.
+
+        A rule may say `params/encoder/kernel` on the nnx side, where a Linen name of the ladder is
+        meant. What mirrors the parameters then has a level `params`, too, which goes.
+        """
+        from_linen = self._state.form.side == "linen"
+        if place.id is not None:
+            collection, path = place.id
+            return path if side == "linen" and from_linen else f"{collection}/{path}"
+        mirrored = list(place.mirrored)
+        if side == "linen" and from_linen and mirrored:
+            mirrored = mirrored[1:]
+        names = [key.name for key in place.prefix]
+        return "/".join([*names, *mirrored, *(key.name for key in place.tail)])
+
+    def _misfits(self, specs: Specs, due: Mapping[str, Any], before: Forms) -> list[str]:
+        """Every difference between the model in the checkpoint and that of the ladder."""
+        wanted = {_entry(path) for path in due}
+        collections = {_entry(name) for name in self._book.specs["linen"]}
+        expected = self._book.abstract(before)
+        model = {n: spec for n, spec in specs.items() if _entry(n) in collections}
+        return differences(
+            {name: spec for name, spec in model.items() if _entry(name) in wanted},
+            {name: spec for name, spec in expected.items() if _entry(name) in wanted},
+        )
+
+    def _arrays(self, jobs: Sequence[_Job]) -> dict[str, Any]:
+        read = iter(self._source.reader.read([leaf for job in jobs for leaf in job.sources]))
+        arrays: dict[str, Any] = {}
+        for job in jobs:
+            results = [next(read) for _ in job.sources]
+            for action in job.actions:
+                results = action.run(results)
+            arrays.update(zip(job.targets, results, strict=True))
+        return arrays
+
+
+def _entry(path: str) -> str:
+    return path.split("/")[0]
+
+
+def _below(leaves: Mapping[str, Any], entry: str) -> dict[str, Any]:
+    """The leaves of one entry, by the path below it."""
+    start = f"{entry}/"
+    return {p.removeprefix(start): leaf for p, leaf in leaves.items() if p.startswith(start)}
+
+
+def _placed(path: str, places: Mapping[str, str]) -> str:
+    """The path of a leaf of an optimizer's state, by where its field is in the other one."""
+    field = path
+    while field and field not in places:
+        field = field.rpartition("/")[0]
+    return places.get(field, field) + path.removeprefix(field)
+
+
+def _as_step(value: Any, due: Any) -> np.ndarray:
+    """A count of steps, whatever type of integers it has been kept in."""
+    array = np.asarray(value)
+    return array.astype(due.dtype) if array.dtype.kind in "iu" and not array.shape else array
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """The leaves of any pytree by path; a number is an array."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {_name(p): leaf if hasattr(leaf, "shape") else np.asarray(leaf) for p, leaf in leaves}
