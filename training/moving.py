@@ -30,9 +30,7 @@ def found(setup: Setup, path: Path) -> checkpoints.Saved:
     Raises:
         Refusal: when there is none at `path`, or its layout is not clear.
     """
-    file = setup.cfg.init_rules
-    rules = None if file is None else RuleBook.load(file)
-    foreign = Checkpoint(setup.stage.ladder.book, path, rules)
+    foreign = Checkpoint(setup.stage.ladder.book, path, _rules(setup))
     for note in foreign.notes:
         say(note)
     return checkpoints.Saved(foreign.path.absolute(), foreign.step, {}, {}, foreign)
@@ -45,7 +43,7 @@ def moved(setup: Setup, saved: checkpoints.Saved) -> State:
         Refusal: naming everything that does not fit.
     """
     cfg, program, stage = setup.cfg, setup.program, setup.stage
-    other = saved.foreign or Checkpoint(stage.ladder.book, saved.path, runs=RUNS)
+    other = saved.foreign or Checkpoint(stage.ladder.book, saved.path, _rules(setup), RUNS)
     fresh: list[str] = []
     if cfg.init_optimizer == "fresh":
         kept = {"step", "params", *stage.mutable}
@@ -55,8 +53,24 @@ def moved(setup: Setup, saved: checkpoints.Saved) -> State:
     try:
         state = other.load(cfg.stage, stage.forms, program.abstract, fresh, say)
     except RuleError as error:
-        raise Refused(f"{error}\n{ADVICE}" if saved.foreign else str(error)) from None
+        raise Refused(_explained(setup, saved, str(error))) from None
     return program.filled(named(state), f"this run, translated from {saved.path}", fresh)
+
+
+def _rules(setup: Setup) -> RuleBook | None:
+    """The rule book that `init_rules` names."""
+    file = setup.cfg.init_rules
+    return None if file is None else RuleBook.load(file)
+
+
+def _explained(setup: Setup, saved: checkpoints.Saved, text: str) -> str:
+    """What a checkpoint lacks, with what can be done about it."""
+    if saved.foreign is not None:
+        return f"{text}\n{ADVICE}"
+    was, now = saved.run["config"]["model"]["family"], setup.cfg.model["family"]
+    if was != now:
+        return f"{saved.path} is a run of the model `{was}`, and this run's is `{now}`.\n{text}"
+    return text
 
 
 def set_position(drawn: TrainIterator, saved: checkpoints.Saved) -> None:
