@@ -7,15 +7,18 @@ ARGS   ?=
 PYTHON ?= python3 python3.13 python3.12 python3.11 python /usr/bin/python3
 
 .DEFAULT_GOAL := help
-.PHONY: setup train test lint bench parity fuzz clean help
+.PHONY: setup train test test-long lint bench parity fuzz clean help
 
 setup: $(READY)  ## create .venv and install the pinned versions (the other targets do so by themselves)
 
 train: $(READY)  ## train the default experiment; ARGS="experiment=digits stage=nnx"
 	$(PY) train.py $(ARGS)
 
-test: $(READY)  ## run the tests; ARGS="-m long" those of half a minute and more; ARGS="tests/test_config.py"
+test: $(READY)  ## run the tests; ARGS="tests/test_config.py"
 	$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
+
+test-long: $(READY)  ## run the tests of half a minute and more, which `make test` leaves out
+	$(PY) -m pytest -n 2 --dist worksteal -m long $(ARGS)
 
 lint: $(READY)  ## check style, layout and types
 	$(PY) -m ruff check .
@@ -36,7 +39,7 @@ clean:  ## remove .venv and the caches; runs/ stays
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## show this list
-	@awk -F ':.*##' '/^[a-z]+:.*##/ { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*##' '/^[a-z-]+:.*##/ { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 	@echo '  ARGS="..." is passed on; PYTHON=... chooses the interpreter (3.11, 3.12 or 3.13).'
 
 # The stamp is removed before and written after the installation, so an environment whose making
