@@ -67,6 +67,7 @@ class NnxBlock(nnx.Module):
         bias: bool = True,
         dtype: Any = None,
         dropping: bool = False,
+        activation: Any = nnx.gelu,
     ) -> None:
         self.norm = nnx.LayerNorm(D, epsilon=epsilon, rngs=rngs)
         options = {"attention_fn": attention, "decode": False, "rngs": rngs}
@@ -74,11 +75,12 @@ class NnxBlock(nnx.Module):
         self.up = nnx.Linear(D, D, use_bias=bias, dtype=dtype, rngs=rngs)
         self.dropout = nnx.Dropout(0.5, deterministic=not dropping, rngs=rngs)
         self.down = nnx.Linear(D, D, rngs=rngs)
+        self.activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self.norm(x)
         y = self.attention(y) if self.attention else y
-        return x + self.down(self.dropout(nnx.gelu(self.up(y))))
+        return x + self.down(self.dropout(self.activation(self.up(y))))
 
 
 class NnxNet(nnx.Module):

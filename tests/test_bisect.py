@@ -4,6 +4,7 @@ import itertools
 import json
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import flax.linen as nn
@@ -28,6 +29,7 @@ from linen_nnx.infer.sides import in_order
 from linen_nnx.infer.trace import trace_linen
 from linen_nnx.proof.compare import Value, difference, judge
 from linen_nnx.proof.mates import random_leaves, side_of
+from linen_nnx.proof.show import conclusion
 
 PARTS = (("LayerNorm_0", "norm", "scale"), ("up", "up", "kernel"), ("down", "down", "kernel"))
 
@@ -119,6 +121,8 @@ def test_a_wrong_epsilon_is_named():
     assert len(found.findings) == 1
     assert "`epsilon` of LayerNorm: Linen 1e-06, nnx 1e-05" in found.findings[0]
     assert "block_7/LayerNorm_0 (nnx blocks/7/norm)" in found.findings[0]
+    (function,) = found.functions
+    assert "epsilon 1e-06 inside the root" in function and "epsilon 1e-05 inside" in function
 
 
 def test_a_wrong_epsilon_is_named_without_a_rule_book_and_under_scan():
@@ -238,6 +242,23 @@ def test_an_attention_function_of_another_scale_is_named():
     assert_named(found, f"block_1/{name}/out", "blocks/1/attention/out", "kernel")
     assert "faults.plain_attention, nnx faults.sharp_attention" in found.findings[0]
     assert found.first.inside is False
+    assert found.functions == ("softmax: Linen its input times 0.5, nnx its input times 1",)
+
+
+def test_another_activation_is_named_where_its_result_is_used():
+    found = bisect(net(depth=2, at=1, activation=partial(nnx.gelu, approximate=False)))
+
+    assert (found.first.linen, found.first.leaf) == ("block_1/down", "params/block_1/down/kernel")
+    assert found.functions == ("gelu: Linen the tanh approximation, nnx exact, by erf",)
+    assert "function gelu: Linen the tanh approximation" in "\n".join(conclusion(found))
+
+
+def test_a_function_behind_the_last_layer_is_named_at_the_output():
+    twin = net(depth=1)
+
+    found = bisect(replace(twin, call_nnx=lambda model, x: jax.nn.relu(model(x))))
+
+    assert found.first.linen == "output 0" and found.functions == ("relu, in nnx alone",)
 
 
 def test_nan_is_a_failure_also_where_both_sides_have_it():

@@ -44,6 +44,23 @@ def param(eqn: Any, name: str) -> Any:
     return eqn.params[name]
 
 
+# Parameters that say where and how exactly an equation is computed, not what.
+_WORDS = (
+    "accuracy indices_are_sorted mode name out_sharding precision preferred_element_type sharding "
+    "unique_indices weak_type"
+)
+_MANNER = frozenset(_WORDS.split())
+
+
+def described(eqn: Any) -> dict[str, str]:
+    """What an equation computes beside its primitive's name: its parameters as text."""
+    return {
+        key: str(value)
+        for key, value in eqn.params.items()
+        if key not in _MANNER and value is not None and not hasattr(value, "eqns")
+    }
+
+
 def interpret(
     jaxpr: Any,
     args: Iterable[Any],

@@ -9,6 +9,7 @@ far a side is from its own float64 run is what rounding may do.
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from linen_nnx.infer.suggest import propose
 from linen_nnx.infer.trace import trace_linen, trace_nnx
 from linen_nnx.infer.twin import Twin
 from linen_nnx.proof.compare import Error, Value, Verdict, aligned, judge, spec
+from linen_nnx.proof.functions import differences
 from linen_nnx.proof.half import Half
 from linen_nnx.proof.lint import lint, watch
 from linen_nnx.proof.mates import gather, mates, side_of, weights
@@ -63,11 +65,13 @@ class Layer:
 class Bisection:
     """All layers in the order of first use, then updated leaves and outputs.
 
-    first: the first layer that diverges; findings: of the lint; notes: on how it was run.
+    first: the first layer that diverges; functions: what the two sides do differently there, from
+    the layers on that agree; findings: of the lint; notes: on how it was run.
     """
 
     layers: tuple[Layer, ...]
     first: Layer | None
+    functions: tuple[str, ...]
     findings: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -115,7 +119,9 @@ def bisect(
     notes += [*traces[0].chosen, *traces[1].chosen]
     found = _Comparison(both, mate)
     layers, first = found.layers()
-    return Bisection(tuple(layers), first, tuple(lint(configs, found.modules())), (*notes, *more))
+    functions = tuple(found.functions(first)) if first else ()
+    findings = tuple(lint(configs, found.modules()))
+    return Bisection(tuple(layers), first, functions, findings, (*notes, *more))
 
 
 @dataclass(eq=False)
@@ -139,6 +145,7 @@ class _Comparison:
         for point in self.known:
             assert point.values is not None
             point.error, point.verdict = judge(*point.values)
+        self.outputs: dict[Layer, int] = {}  # those of the ends, with their place
         self.ends = list(self._ends())
         self._absorb()
 
@@ -178,6 +185,45 @@ class _Comparison:
             first = line if fault in points else first
         lines += self.ends
         return lines, first or next((line for line in self.ends if line.verdict in _FAILED), None)
+
+    def functions(self, first: Layer) -> list[str]:
+        """What the two sides do differently between what agrees and the first that diverges."""
+        fault = next((point for point in self.points if point.verdict in _FAILED), None)
+        ends: list[int | None]
+        if fault is not None:
+            ends = self._each(Half.given, fault)
+        elif first in self.outputs:
+            place = self.outputs[first]
+            ends = [half.unrolled.outs[half.places[place]] for half in self.both]
+        else:
+            return []
+        if None in ends:
+            return []
+        names, whole = self._agreeing()
+        one, two = (
+            half.part(end, stops, whole)
+            for half, end, stops in zip(self.both, ends, names, strict=True)
+            if end is not None
+        )
+        return differences(one, two)
+
+    def _agreeing(self) -> tuple[tuple[dict[int, str], dict[int, str]], frozenset[str]]:
+        """For each side the names of the uses whose values agree; and of those seen in parts.
+
+        Uses that share leaf elements have one name: `q`, `k` and `v` on one side, `qkv` on the
+        other.
+        """
+        names: tuple[dict[int, str], dict[int, str]] = {}, {}
+        for number, point in enumerate(self.points):
+            if point.verdict not in _AGREE:
+                continue
+            name = f"value {number}"
+            old = {known[use] for known, use in zip(names, point.uses, strict=True) if use in known}
+            for known, use in zip(names, point.uses, strict=True):
+                known.update({other: name for other, each in known.items() if each in old})
+                known[use] = name
+        counts = [Counter(known.values()) for known in names]
+        return names, frozenset(n for n in counts[0] if counts[0][n] != counts[1][n])
 
     def _each(self, of: Callable[[Half, int], T], point: _Point) -> list[T]:
         """Something of a point's use on each side."""
@@ -242,7 +288,10 @@ class _Comparison:
             for number, (ours, theirs) in enumerate(itertools.zip_longest(*outs)):
                 name = f"output {number}{text}"
                 names = ["none" if value is None else name for value in (ours, theirs)]
-                yield _end(names[0], names[1], (ours, theirs), before)
+                line = _end(names[0], names[1], (ours, theirs), before)
+                if ours is not None and theirs is not None:
+                    self.outputs[line] = number
+                yield line
 
     def _absorb(self) -> None:
         """Marks points that differ while everything computed from them agrees."""

@@ -1,6 +1,6 @@
 """One side of a twin, run on given weights: the value of every use of a leaf, and where it is."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, get_args
 
@@ -13,6 +13,8 @@ from linen_nnx.infer.sides import Side
 from linen_nnx.infer.trace import place
 from linen_nnx.proof.compare import Value, same
 from linen_nnx.proof.record import Mode, record
+from linen_nnx.proof.terms import Part
+from linen_nnx.proof.unrolled import Unrolled
 
 
 class Half:
@@ -33,9 +35,11 @@ class Half:
         new = dict(zip(side.trace.updates, values[side.trace.count :], strict=True))
         self.updated = {path for path, value in new.items() if not same(value.own, old[path].own)}
         self.leaves = {**old, **new}
+        self.places: Sequence[int] = range(len(self.outs))
 
     def reorder(self, places: Sequence[int]) -> None:
         """Puts the outputs in another order, and leaves some out."""
+        self.places = places
         self.outs = [self.outs[place] for place in places]
         self.compiled = [self.compiled[place] for place in places]
 
@@ -85,6 +89,31 @@ class Half:
         outs = [records[at.site].outs for records in self.records]
         fit = [k for k, out in enumerate(outs[0]) if out.shape == at.columns.shape]
         return Value.of(*(each[fit[0] if fit else 0] for each in outs))
+
+    @cached_property
+    def unrolled(self) -> Unrolled:
+        """The equations that ran."""
+        return Unrolled(self.side.trace.jaxpr)
+
+    def part(self, end: int, stops: Mapping[int, str], whole: frozenset[str]) -> Part:
+        """The steps from the uses at `stops`, by name, to the step `end`."""
+        known = {
+            number: name
+            for use, name in stops.items()
+            for number in self.unrolled.at.get(self.flow.uses[use].site, ())
+        }
+        known.pop(end, None)
+        return Part(self.unrolled, end, len(self.side.paths), known, whole)
+
+    def given(self, use: int) -> int | None:
+        """The number of the step that gives the value of a use."""
+        at = self.flow.uses[use]
+        steps = self.unrolled.at.get(at.site, ())
+        shapes = [step.eqn.outvars[step.place].aval.shape for step in self.unrolled.of(steps)]
+        fit = [
+            number for number, shape in zip(steps, shapes, strict=True) if shape == at.columns.shape
+        ]
+        return (fit or [*steps, None])[0]
 
     def inputs(self, use: int) -> list[Value]:
         """What flows into the equation of a use."""

@@ -44,7 +44,7 @@ def table(found: Bisection) -> list[tuple[str, ...]]:
 
 
 def conclusion(found: Bisection) -> Iterator[str]:
-    """What was found, in sentences; then findings and notes."""
+    """What was found, in sentences; then functions, findings and notes."""
     first = found.first
     if first is None:
         worst = [line for line in found.layers if line.verdict in ("rounding", "absorbed")]
@@ -66,6 +66,7 @@ def conclusion(found: Bisection) -> Iterator[str]:
                 f"  What `{leaf}` is applied to differs already: look at what this layer does "
                 "before it uses that, or what comes between it and the layers before."
             )
+    yield from (f"function {text}" for text in found.functions)
     yield from (f"finding  {finding}" for finding in found.findings)
     yield from (f"note     {note}" for note in found.notes)
 
@@ -77,7 +78,14 @@ def content(found: Bisection) -> dict[str, Any]:
         for line in found.layers
     ]
     first = None if found.first is None else found.layers.index(found.first)
-    texts = {"findings": list(found.findings), "notes": list(found.notes)}
+    texts = {
+        name: list(lines)
+        for name, lines in (
+            ("functions", found.functions),
+            ("findings", found.findings),
+            ("notes", found.notes),
+        )
+    }
     return {"diverged": found.first is not None, "first": first, "layers": layers, **texts}
 
 
