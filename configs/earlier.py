@@ -24,6 +24,7 @@ def upgraded(mapping: Mapping[str, Any]) -> dict[str, Any]:
     """
     # Who drew the initial parameters, Linen or the stage: of no bearing once a run has begun.
     result = {key: value for key, value in mapping.items() if key != "init"}
+    result.setdefault("ported", None)
     result.setdefault("init_rules", None)
     result.setdefault("init_optimizer", "keep")
     optimizer, data = mapping.get("optimizer"), mapping.get("data")

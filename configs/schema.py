@@ -139,6 +139,7 @@ class Config:
     name: str
     mode: Literal["train", "eval"]
     stage: Stage
+    ported: list[Any] | None
     run_dir: str
     steps: Count
     stop_at: Count | None

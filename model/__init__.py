@@ -22,7 +22,7 @@ and, where it needs them:
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -78,8 +78,16 @@ class Family:
         choose = getattr(self.module, "rules", lambda options: "rules.yaml")
         return Path(self.module.__path__[0]) / choose(self.options)
 
-    def ladder(self, batch: Batch, rules: RuleBook | None) -> Ladder:
-        """The family's model at all stages; `batch` is an example, of any number of rows."""
+    def ladder(
+        self, batch: Batch, rules: RuleBook | None, ported: Sequence[str] | None = None
+    ) -> Ladder:
+        """The family's model at all stages.
+
+        Args:
+            batch: an example, of any number of rows.
+            rules: its rule book; None: what the models' code proves.
+            ported: the parts that are nnx at both hybrid stages; None: the first.
+        """
         parts = self.module.parts(self.options)
         if isinstance(parts, Part):
             inputs = partial(self.module.inputs, batch)
@@ -90,6 +98,7 @@ class Family:
             forward=self.module.forward,
             inputs=lambda: self.module.inputs(batch),
             methods=more(self.options),
+            ported=ported,
             rules=rules,
         )
 
@@ -98,6 +107,16 @@ class Family:
         """The names of its parts; none of a model of one part."""
         parts = self.module.parts(self.options)
         return [] if isinstance(parts, Part) else list(parts)
+
+    def check_ported(self, ported: Sequence[str] | None) -> None:
+        """Refuses names of parts that the model does not have.
+
+        Raises:
+            configs.build.ConfigError: naming each.
+        """
+        known = ", ".join(self.parts) or "none, as it is one part"
+        unknown = ", ".join(show(name) for name in ported or () if name not in self.parts)
+        refuse({"ported": f"got {unknown}; the model's parts: {known}"} if unknown else {})
 
     def check_data(self, batch: Batch, classes: int | None) -> None:
         """Compares the options with the data, which else would broadcast, or index out of bounds.

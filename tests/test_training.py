@@ -12,6 +12,7 @@ import optax
 import pytest
 from conftest import STAGES, Train
 
+from configs.build import ConfigError
 from linen_nnx import RuleBook, RuleError, Stage
 from linen_nnx.book.tree import flatten
 from model import create, mlp
@@ -35,6 +36,23 @@ def params(run_dir: Path, step: int) -> dict[str, np.ndarray]:
     saved = checkpoints.find(run_dir / "checkpoints" / str(step))
     with ocp.StandardCheckpointer() as reader:
         return flatten({"params": reader.restore(saved.path / "state")["params"]})
+
+
+def test_any_part_may_be_the_first_that_is_ported(train: Train, tmp_path: Path) -> None:
+    whole = train("diabetes", "stage=linen", "steps=12")
+    first = train("diabetes", "stage=nnx_in_linen", "ported=[head]", "steps=12", "stop_at=6")
+    last = train("diabetes", "stage=linen_in_nnx", "ported=[encoder]", "steps=12",
+                 f"init_from={first}")  # fmt: skip
+    curve = (first / "metrics.jsonl").read_bytes() + (last / "metrics.jsonl").read_bytes()
+    assert curve == (whole / "metrics.jsonl").read_bytes()
+    state = checkpoints.latest(first / "checkpoints").run
+    assert state["forms"] == {"encoder": "linen", "head": "nnx"}
+
+
+def test_a_part_to_port_that_the_model_does_not_have_is_named() -> None:
+    with pytest.raises(ConfigError) as error:
+        compose("experiment=diabetes", "ported=[encoder,tail]")
+    assert error.value.problems == {"ported": "got 'tail'; the model's parts: encoder, head"}
 
 
 @pytest.mark.slow

@@ -50,7 +50,7 @@ class Setup:
         self.cfg, self.example, self.rules, self.layout = cfg, example, rules, layout
         self._dataset = dataset
         self.family = model.create(cfg.model)
-        self.stage = self.family.ladder(self.example, self.rules).at(cfg.stage)
+        self.stage = self.family.ladder(self.example, self.rules, cfg.ported).at(cfg.stage)
         self.view = View(self.stage)
         self.parts = self.view.parts
         self.layout.ranks = self.view.ranks()
@@ -117,6 +117,7 @@ class Setup:
             config=dataclasses.asdict(cfg),
             stage=cfg.stage,
             forms=self.stage.forms,
+            ported=cfg.ported,
             rules=self.rules,
             last=cfg.stop_at or cfg.steps,
             resume=cfg.resume,

@@ -28,10 +28,12 @@ def compose(*overrides: str) -> Config:
 
 
 def _model(mapping: Mapping[str, Any]) -> None:
-    """Refuses model options that the family does not have."""
+    """Refuses options and parts that the family does not have."""
     import model
 
-    model.create(mapping["model"])
+    family = model.create(mapping["model"])
+    if isinstance(mapping.get("ported"), list):
+        family.check_ported(mapping["ported"])
 
 
 def _optimizer(mapping: Mapping[str, Any]) -> None:

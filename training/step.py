@@ -1,12 +1,11 @@
 """The training step and the evaluation step: short, and yours to change or to replace.
 
-The state is a plain dict of arrays, and is saved as it is: `step` (int32, batches consumed),
-`params`, one entry for each collection, `opt_state`, and `ema` if an average is kept. A step of
-your own may keep more in it (a target network, a second optimizer): the runtime saves, shards and
-moves between stages whatever it finds.
+The state is a plain dict of arrays: `step` (int32, batches consumed), `params`, one entry for each
+collection, `opt_state`, and `ema` if an average is kept. A step of your own may keep more in it (a
+target network, a second optimizer): the runtime saves, shards and moves whatever it finds.
 
-Step semantics: the k-th batch (k from 1) is drawn when `step` is k - 1; its loss is taken before
-update k; afterwards `step` is k. With accumulation an update happens every `accumulate` batches.
+The k-th batch (k from 1) is drawn when `step` is k - 1; its loss is taken before update k;
+afterwards `step` is k. With accumulation an update happens every `accumulate` batches.
 """
 
 from typing import Any
@@ -23,7 +22,7 @@ State = dict[str, Any]
 
 
 class Step:
-    """What a run computes. The runtime compiles `train` and `evaluate`."""
+    """What a run computes: the runtime compiles `train` and `evaluate`."""
 
     def __init__(self, setup: Setup) -> None:
         cfg = setup.cfg
@@ -59,8 +58,8 @@ class Step:
             grads, state["opt_state"], params, value=metrics["loss"]
         )
         params = optax.apply_updates(params, updates)
-        new = {**state, **collections, "step": state["step"] + 1}
-        new |= {"params": params, "opt_state": opt_state}
+        new = {**state, **collections, "params": params, "opt_state": opt_state}
+        new["step"] = state["step"] + 1
         if self.cfg.ema is not None:
             moved = optax.incremental_update(params, state["ema"], 1 - self.cfg.ema)
             due = new["step"] % self.cfg.accumulate == 0

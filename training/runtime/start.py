@@ -34,6 +34,7 @@ class Run:
         config: its configuration as plain values, which `config.yaml` holds.
         stage: the rung of the migration.
         forms: `{part: "linen" or "nnx"}` at that stage.
+        ported: the parts that are nnx at both hybrid stages; None for the first.
         rules: the rule book of its model.
         last: the step at which it ends.
         resume: whether it goes on from its own checkpoint: `auto`, `never`, `must`.
@@ -48,6 +49,7 @@ class Run:
     config: Mapping[str, Any]
     stage: str
     forms: Mapping[str, str]
+    ported: list[str] | None
     rules: RuleBook | None
     last: int
     resume: str
@@ -67,6 +69,7 @@ class Run:
             "config": dict(self.config),
             "stage": self.stage,
             "forms": dict(self.forms),
+            "ported": self.ported,
             "rules": None if self.rules is None else self.rules.to_dict(),
             **numerics.recorded(),
         }
