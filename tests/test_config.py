@@ -95,7 +95,7 @@ def parent(mapping: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
 
 DEFAULT = plain()
 # What a part or a model may leave out, and what a chain holds, has tests of its own.
-OPEN = ("model.", "data.", "optimizer.chain", "optimizer.parts.")
+OPEN = ("model.", "data.", "optimizer.chain", "optimizer.parts.", "ported")
 CHECKED = [path for path in leaves(DEFAULT) if not path.startswith(OPEN)]
 
 

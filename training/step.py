@@ -58,14 +58,13 @@ class Step:
             grads, state["opt_state"], params, value=metrics["loss"]
         )
         params = optax.apply_updates(params, updates)
-        new = {**state, **collections, "params": params, "opt_state": opt_state}
-        new["step"] = state["step"] + 1
+        new = {**state, **collections, "step": state["step"] + 1}
+        new |= {"params": params, "opt_state": opt_state}
         if self.cfg.ema is not None:
             moved = optax.incremental_update(params, state["ema"], 1 - self.cfg.ema)
             due = new["step"] % self.cfg.accumulate == 0
             new["ema"] = jax.tree.map(lambda a, b: jnp.where(due, a, b), moved, state["ema"])
-        for part in setup.parts:
-            metrics[f"grad_norm_{part}"] = setup.view.norm(grads, [part])
+        metrics |= {f"grad_norm_{part}": setup.view.norm(grads, [part]) for part in setup.parts}
         metrics["lr"] = jnp.asarray(self.rate(state["step"] // self.cfg.accumulate), jnp.float32)
         return new, metrics
 
