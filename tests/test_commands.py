@@ -144,6 +144,19 @@ variables = twin.linen().init(jax.random.key(1), *twin.inputs())
 with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(Path("linen").absolute(), variables)
 """
+STRANGER = """
+import sys
+from pathlib import Path
+import numpy as np, optax
+sys.path.insert(0, "tests")
+from strangers import script
+
+rng = np.random.default_rng(0)
+state = script.start(optax.chain(optax.clip(1.0), optax.adamw(1e-2)), features=10)
+draw = lambda: {"inputs": rng.normal(size=(16, 10)), "targets": rng.normal(size=(16, 1))}
+batches = [draw() for _ in range(40)]
+script.save(Path("old/checkpoints").absolute(), script.train(state, batches)[0])
+"""
 MINE = {
     "mine/linen_model.py": """
 import flax.linen as nn
@@ -260,6 +273,8 @@ def test_the_commands_of_an_extra(shell: Shell, command: str) -> None:
 
 @pytest.mark.slow
 def test_the_commands_of_the_migration_page(shell: Shell) -> None:
+    shell.run("mkdir -p model/net && cp tests/strangers/net/linen.py model/net/")
+    shell.python(STRANGER)
     follow(blocks(DOCS / "migrate.md"), shell)
 
 

@@ -18,7 +18,8 @@ from training import compose, optimizer
 # Paths in rule books and checkpoints, and what a run writes.
 ELSEWHERE = {
     "hn/bias", "collection/a/b/kernel", "a/0/kernel", ".cache/jax", "runs/<experiment>-<stage>",
-    "checkpoints/<step>/", "best/<step>/", "nonfinite/",
+    "checkpoints/<step>/", "best/<step>/", "nonfinite/", "old/checkpoints", "inner/{leaf}",
+    "out/{leaf}",
 }  # fmt: skip
 
 
