@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from linen_nnx.book.plan import RuleError
     from linen_nnx.book.rules import RuleBook
     from linen_nnx.disk.convert import convert
+    from linen_nnx.disk.runs import Runs
     from linen_nnx.errors import Refusal
     from linen_nnx.infer.twin import Twin, TwinError
     from linen_nnx.ladder.forms import VariablesError
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
     from linen_nnx.proof.verify import verify
 
 __all__ = [
-    "DrawError", "Ladder", "Part", "Refusal", "RuleBook", "RuleError", "Stage", "Twin", "TwinError",
-    "VariablesError", "View", "bisect", "convert", "suggest", "verify",
+    "DrawError", "Ladder", "Part", "Refusal", "RuleBook", "RuleError", "Runs", "Stage", "Twin",
+    "TwinError", "VariablesError", "View", "bisect", "convert", "suggest", "verify",
 ]  # fmt: skip
 
 _HOMES = {
@@ -40,6 +41,7 @@ _HOMES = {
     "Refusal": "errors",
     "RuleBook": "book.rules",
     "RuleError": "book.plan",
+    "Runs": "disk.runs",
     "Stage": "ladder.stage",
     "Twin": "infer.twin",
     "TwinError": "infer.twin",

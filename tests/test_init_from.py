@@ -147,6 +147,19 @@ def renamed_tree(state: script.State) -> Any:
     return {entry: call(getattr(state, entry)) for entry in entries}
 
 
+def nested_tree(state: script.State) -> Any:
+    """The same where `TrainState.params` holds all that `init` has returned under that name."""
+
+    def is_params(node: Any) -> bool:
+        return isinstance(node, dict) and "Dense_0" in node
+
+    def nest(node: Any) -> Any:
+        return {"params": node} if is_params(node) else node
+
+    tree = {entry: getattr(state, entry) for entry in ("step", "params", "opt_state")}
+    return {**jax.tree.map(nest, tree, is_leaf=is_params), "batch_stats": state.batch_stats}
+
+
 def orbax(path: Path, tree: Any) -> Path:
     with ocp.StandardCheckpointer() as writer:
         writer.save(path, tree)
@@ -179,6 +192,7 @@ rules:
 LAYOUTS: dict[str, tuple[Callable[..., Any], str | None]] = {
     "TrainState": (lambda path, state, setup: orbax(path, state.replace(key=None)), None),
     "msgpack": (lambda path, state, setup: msgpack(path, state.replace(key=None)), None),
+    "nested": (lambda path, state, setup: orbax(path, nested_tree(state)), None),
     "nnx.State": (lambda path, state, setup: orbax(path, nnx_state(setup, state)), None),
     "other names": (lambda path, state, setup: orbax(path, renamed_tree(state)), TO_NNX),
     "other Linen names": (lambda path, state, setup: msgpack(path, renamed_tree(state)), TO_LINEN),

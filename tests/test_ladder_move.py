@@ -1,11 +1,13 @@
 """A whole training state goes from stage to stage in memory, and training goes on with its bits."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from conftest import STAGES
 from flax import linen as nn
@@ -15,7 +17,7 @@ from flax.training.train_state import TrainState
 from ladder_twins import CASES
 from test_ladder import bits
 
-from linen_nnx import Ladder, Refusal, RuleBook, RuleError, Twin
+from linen_nnx import Ladder, Part, Refusal, RuleBook, RuleError, Twin, convert
 
 
 class State(TrainState):
@@ -25,6 +27,7 @@ class State(TrainState):
 
 
 X = CASES["mlp"].inputs()
+PARTS = ("torso", "critic")
 
 
 def start(model: Any, tx: Any) -> State:
@@ -146,3 +149,32 @@ def test_moments_of_a_rescaled_parameter_are_refused() -> None:
 
     with pytest.raises(RuleError, match=r"opt_state/0/mu/kernel.* follows a rule that changes"):
         climb.move(state, "linen", "nnx")
+
+
+def test_on_disk_a_checkpoint_that_says_its_parts_goes_to_every_stage(tmp_path: Path) -> None:
+    tx = optax.adamw(1e-2)
+    torso = Part(nn.Dense(4), lambda rngs: nnx.Linear(3, 4, rngs=rngs))
+    critic = Part(nn.Dense(1), lambda rngs: nnx.Linear(4, 1, rngs=rngs))
+    rules = [{"linen": f"params/{part}/{{leaf}}", "nnx": f"{part}/{{leaf}}"} for part in PARTS]
+    several = Ladder(
+        parts={"torso": torso, "critic": critic},
+        forward=lambda parts, x: parts.critic(parts.torso(x)),
+        inputs=lambda: (jnp.ones((2, 3)),),
+        rules=RuleBook.from_dict({"version": 1, "rules": rules}),
+    )
+    for name, climb in (("whole", CASES["mlp"].ladder()), ("parts", several)):
+        variables = climb.at("linen").init(jax.random.key(0), *climb.inputs)
+        state = {**variables, "opt_state": tx.init(variables["params"]), "step": 3}
+        path = tmp_path / name
+        says = {"stage": "linen", "forms": climb.forms("linen"), "rules": climb.rules.to_dict()}
+        with ocp.CheckpointManager(path) as manager:
+            saved = ocp.args.StandardSave(state)
+            manager.save(3, args=ocp.args.Composite(state=saved, run=ocp.args.JsonSave(says)))
+        for stage in STAGES[1:]:
+            out = tmp_path / f"{name} {stage}"
+            convert(path / "3", out, stage)
+            if stage != "nnx":  # which is the layout of stock Flax
+                due = climb.move(state, "linen", stage)
+                with ocp.StandardCheckpointer() as reader:
+                    assert bits(reader.restore(out / "state", due)) == bits(due), (name, stage)
+            assert bits(climb.load(out, "linen", state)) == bits(state), (name, stage)

@@ -36,7 +36,8 @@ def files(package: str) -> list[Path]:
 # What the package `linen_nnx` exports, by the package that it comes from.
 HOMES = {
     "Refusal": "errors",
-    "RuleError": "book", "RuleBook": "book", "convert": "disk", "suggest": "ladder",
+    "RuleError": "book", "RuleBook": "book", "convert": "disk", "Runs": "disk",
+    "suggest": "ladder",
     "DrawError": "ladder", "Ladder": "ladder", "Part": "ladder", "Stage": "ladder",
     "VariablesError": "ladder", "View": "ladder",
     "Twin": "infer", "TwinError": "infer", "bisect": "proof", "verify": "proof",
@@ -67,3 +68,11 @@ def test_the_map_names_every_module_of_the_translator(package: str) -> None:
 
 def test_the_map_names_every_package() -> None:
     assert {name.split(".")[0] for name, _, _ in ROWS} >= PACKAGES | {"train", "convert"}
+
+
+def test_the_library_knows_no_word_of_the_template() -> None:
+    """Which parts a model has, and what lies in a run directory, it is told."""
+    words = r"\b(encoder|config\.yaml|metrics\.jsonl|template|hydra|training\.\w+|tensorboard)\b"
+    for path in files("linen_nnx"):
+        text = path.read_text().replace("json.encoder", "").replace("flax.training.", "")
+        assert not re.findall(words, text, re.IGNORECASE), path

@@ -27,6 +27,7 @@ from linen_nnx.book.stages import Forms
 from linen_nnx.book.tree import flatten, unflatten
 from linen_nnx.disk.beside import items_beside
 from linen_nnx.disk.carry import carry
+from linen_nnx.disk.mirrors import owner
 from linen_nnx.disk.moves import Place
 from linen_nnx.disk.runs import NO_RUNS, Runs
 from linen_nnx.disk.sides import guess_side
@@ -188,7 +189,9 @@ class Checkpoint:
         wanted = list(dict.fromkeys(_entry(path) for path in due))
         taken: dict[str, Leaf] = {}
         for entry in wanted:
-            if entry in collections or (entry == "step" and entry not in entries):
+            if entry in collections or entry == "step":
+                # A collection may lie beside the node that the model is read from.
+                taken |= entries.pop(entry, {})
                 continue
             name = entry if entry in entries else self._average(entries, wanted)
             if name is None:
@@ -237,7 +240,10 @@ class Checkpoint:
             for what, ids in unruled(self._state, self._book.rules):
                 say(f"{what}: {', '.join(model.pop(id).path for id in ids)}")
         named = {name.split("/", 1)[1]: name for name in self._book.specs["nnx"]}
-        jobs = [_Job((leaf,), (), {path: leaf.spec}) for path, leaf in rest.items()]
+        params = {id.path for id in model if id.collection == "params"}
+        jobs = []
+        for path, leaf in rest.items():
+            jobs.append(_Job((leaf,), (), {_without_level(path, params): leaf.spec}))
         for id, leaf in model.items():
             if leaf.zarr is not None:
                 name = f"{id.collection}/{id.path}"
@@ -273,7 +279,7 @@ class Checkpoint:
     def _ladder_name(self, place: Place, side: Side) -> str:
         """What a place that rules have led to is called: `collection/part/path`, or its own path.
 
-        A rule may say `params/encoder/kernel` on the nnx side, where a Linen name of the ladder is
+        A rule may say `params/torso/kernel` on the nnx side, where a Linen name of the ladder is
         meant. What mirrors the parameters then has a level `params`, too, which goes.
         """
         from_linen = self._state.form.side == "linen"
@@ -316,6 +322,16 @@ def _below(leaves: Mapping[str, Any], entry: str) -> dict[str, Any]:
     """The leaves of one entry, by the path below it."""
     start = f"{entry}/"
     return {p.removeprefix(start): leaf for p, leaf in leaves.items() if p.startswith(start)}
+
+
+def _without_level(path: str, params: Collection[str]) -> str:
+    """The path of a leaf without a level `params` that mirrors have, too.
+
+    `TrainState.params` may hold `{"params": ...}`, and then every moment does:
+    `opt_state/0/mu/params/Dense_0/kernel` becomes `opt_state/0/mu/Dense_0/kernel`.
+    """
+    head, level, below = path.partition("/params/")
+    return f"{head}/{below}" if level and owner(below, params) is not None else path
 
 
 def _placed(path: str, places: Mapping[str, str]) -> str:
