@@ -59,6 +59,14 @@ class Runs:
     """How a training code keeps its runs on disk: this class knows no run directories.
 
     Derive from it where run directories are to be converted whole. Nothing here needs jax.
+
+    Example:
+      >>> class Mine(Runs):
+      ...     def roots(self, path):
+      ...         return ("states",) if (path / "states").is_dir() else ()
+      ...     def taken(self, path):
+      ...         return [path / "curve.csv"]
+      >>> convert("runs/1", "runs/2", "nnx", runs=Mine())  # doctest: +SKIP
     """
 
     def forms(self, content: Mapping[str, Any]) -> Any:

@@ -113,7 +113,7 @@ class Checkpoint:
         specs = {name: spec for job in jobs for name, spec in job.targets.items()}
         problems += self._misfits(specs, due, before)
         places: dict[str, str] = {}
-        if any(_entry(path) == OPTIMIZER for path in due):
+        if any(_entry(name) == OPTIMIZER for name in specs):
             try:
                 places = renamed(
                     _below(specs, OPTIMIZER),
