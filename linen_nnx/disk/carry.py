@@ -1,8 +1,8 @@
 """Carries a rule book over from the model to everything saved with it.
 
-Rules are written for the model. They follow into every subtree of the rest that mirrors one of
-its collections (`mirrors.py`); what mirrors nothing goes along as it is where that is right
-(`fields.py`). Everything that has no home on the other side is an error until a rule drops it.
+Rules are written for the model. They follow (`follow.py`) into every subtree of the rest that
+mirrors one of its collections (`mirrors.py`); what mirrors nothing goes along as it is where that
+is right (`fields.py`). What has no home on the other side is an error until a rule drops it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,13 +14,8 @@ from linen_nnx.book.rules import RuleBook
 from linen_nnx.book.stages import WHOLE
 from linen_nnx.book.tree import branches_of
 from linen_nnx.disk.fields import check_plain, ruled, scopes
-from linen_nnx.disk.mirrors import (
-    Mirror,
-    factorings,
-    find_mirrors,
-    group,
-    prefix_keys,
-)
+from linen_nnx.disk.follow import Mirror
+from linen_nnx.disk.mirrors import factorings, find_mirrors, group, prefix_keys
 from linen_nnx.disk.moves import Move, Place, Step
 from linen_nnx.disk.state import OPTIMIZER, Form, Id, State, unruled
 from linen_nnx.disk.store import Leaf

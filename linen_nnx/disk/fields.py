@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from linen_nnx.book.index import Hit
 from linen_nnx.book.ops import Side
 from linen_nnx.book.rules import RuleBook
-from linen_nnx.disk.mirrors import prefix_keys, remedy, reshaped
+from linen_nnx.disk.follow import remedy, reshaped
+from linen_nnx.disk.mirrors import prefix_keys
 from linen_nnx.disk.moves import Move, Place, Step
 from linen_nnx.disk.state import OPTIMIZER, Id, State, is_key
 from linen_nnx.disk.store import DICT, Key, Leaf, make_key
