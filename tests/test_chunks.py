@@ -1,16 +1,19 @@
-"""Naming stored chunks anew gives what running the actions on the arrays gives."""
+"""Naming stored chunks anew gives what running the actions gives; small ones are read as large."""
 
 import json
 
 import numpy as np
+import orbax.checkpoint as ocp
+import pytest
 import tensorstore as ts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from linen_nnx.book.ops import Gather, Permute, Reform, Spec, Spread
 from linen_nnx.disk.chunks import apply
+from linen_nnx.disk.sources import find
 from linen_nnx.disk.store import DICT, Key, Leaf, fresh_metadata
-from linen_nnx.disk.stream import open_array
+from linen_nnx.disk.stream import ItemReader, _read_small, open_array
 
 
 def metadata_of(shape, chunk, zarr3):
@@ -106,3 +109,47 @@ def test_orbax_arrays_of_one_chunk_stack_cut_and_reshape_without_decoding():
     assert apply([Reform(((24,),))], [whole]) is not None
     stacked = leaf([3, 4], [1, 4], zarr3=True)
     assert apply([Spread("stack", 0, (1, 1, 1))], [stacked]) is not None
+
+
+# Arrays of one small chunk, which are decoded without tensorstore
+
+DTYPES = ("float32", "float64", "bfloat16", "int8", "uint8", "int64", "bool", "complex64", "int4")
+SHAPES = ((), (3,), (1, 1), (5, 1, 4), (300, 400))
+
+
+@pytest.mark.parametrize("in_tree", [True, False], ids=["ocdbt", "folders"])
+def test_small_arrays_are_read_as_tensorstore_reads_them(tmp_path, in_tree):
+    rng = np.random.default_rng(0)
+    tree = {
+        f"{dtype} {'x'.join(map(str, shape))}": rng.integers(0, 7, shape).astype(dtype)
+        for dtype in DTYPES
+        for shape in SHAPES
+    }
+    tree["with a scalar"] = 1.5
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=in_tree)
+    ocp.Checkpointer(handler).save(tmp_path / "it", tree)
+    source = find(tmp_path / "it")
+    reader = ItemReader(source.items)
+    leaves = source.leaves
+    expected = reader._read_large(leaves)
+    small = 0
+    for leaf, array, other in zip(leaves, reader.read(leaves), expected, strict=True):
+        assert (array.dtype, array.shape) == (other.dtype, other.shape), leaf
+        assert array.tobytes() == other.tobytes(), leaf
+        small += _read_small(source.items[0], leaf) is not None
+    # All but booleans, int4, and those of more than 64 kB.
+    assert small == 7 * 4 + 1
+
+
+@pytest.mark.parametrize("what", ["flipped", "cut", "empty", "longer", "no file"])
+def test_a_small_chunk_that_is_damaged_is_never_read_as_something_else(tmp_path, what):
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
+    ocp.Checkpointer(handler).save(tmp_path / "it", {"a": np.arange(30.0)})
+    source = find(tmp_path / "it")
+    chunk = tmp_path / "it" / "a" / "0"
+    data = chunk.read_bytes()
+    damaged = {"flipped": bytes([data[0] ^ 1]) + data[1:], "cut": data[:-3], "empty": b""}
+    chunk.unlink()
+    if what != "no file":
+        chunk.write_bytes(damaged.get(what, data + data))
+    assert _read_small(source.items[0], source.leaves[0]) is None

@@ -127,10 +127,14 @@ def without_boxes(leaves: Sequence[Leaf], known: Callable[[str], bool]) -> list[
         names = tuple([key[0] for key in leaf.keys])
         at = _box_in(leaf.keys)
         if at and count[leaf.keys[:at]] == 1:
-            suffixes = ["/".join(names[n:]) for n in range(len(names) - 1)]
+            starts = range(len(names) - 1)
             last = at == len(names) - 1
             # Most boxes are known by the first question, which is asked again of every leaf.
-            own = last and not any(known(s[:-6]) for s in suffixes) and any(map(known, suffixes))
+            own = (
+                last
+                and not any(known("/".join(names[n:-1])) for n in starts)
+                and any(known("/".join(names[n:])) for n in starts)
+            )
             names = names if own else (*names[:at], *names[at + 1 :])
         tree.append((names, leaf))
     return tree

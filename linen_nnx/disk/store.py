@@ -108,10 +108,15 @@ class Leaf(NamedTuple):
     def itemsize(self) -> int:
         """Bytes of one element in memory."""
         assert self.zarr is not None
-        dtype = _dtype(self.zarr)
-        code = _CODES.get(dtype, dtype)
-        # Such as `<f4`, or `bfloat16`; of int4 each takes a whole byte in memory.
-        return int(code[2:]) if code[0] in "<>|" else -(-int(re.findall(r"\d+", dtype)[0]) // 8)
+        return _itemsize(_dtype(self.zarr))
+
+
+@cache  # a plan asks of each leaf several times, and there are few dtypes
+def _itemsize(dtype: str) -> int:
+    """Bytes in memory of one element of a dtype that `_dtype` names."""
+    code = _CODES.get(dtype, dtype)
+    # Such as `<f4`, or `bfloat16`; of int4 each takes a whole byte in memory.
+    return int(code[2:]) if code[0] in "<>|" else -(-int(re.findall(r"\d+", dtype)[0]) // 8)
 
 
 def _dtype(metadata: dict[str, Any]) -> str:

@@ -34,6 +34,7 @@ Builder = Callable[[Mapping[str, Any]], "Subject"]
 """Builds the model of a run from what its checkpoint says of itself: all that its item holds."""
 
 _BATCH = 32 << 20  # bytes of arrays compared at once, beside a single leaf that may be larger
+_EACH = 8 << 10  # bytes that an array takes while it is read, whatever its size
 
 
 @dataclass(frozen=True)
@@ -294,7 +295,7 @@ def _names(leaf: Leaf) -> tuple[Any, ...]:
 
 
 def _batches(jobs: Sequence[Job]) -> Iterator[list[Job]]:
-    ends = itertools.accumulate(job.nbytes for job in jobs)
+    ends = itertools.accumulate(job.nbytes + _EACH * len(job.targets) for job in jobs)
     pairs = zip(jobs, ends, strict=True)
     for _, batch in itertools.groupby(pairs, lambda pair: pair[1] // _BATCH):
         yield [job for job, _ in batch]
