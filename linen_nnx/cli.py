@@ -103,7 +103,8 @@ def _parser(
         text = "print a machine-readable result"
         sub.add_argument("--json", dest="as_json", action="store_true", help=text)
         if "ckpt" in names:
-            sub.add_argument("--step", type=int, help="which step of a root (default: the latest)")
+            text = "which step of a root (default: the latest)"
+            sub.add_argument("--step", type=_step, help=text)
             sub.add_argument("--item", help="which item of a step holds the state, if several may")
             text = "which series of steps, as `model-` of `model-100`; repeated: together one state"
             sub.add_argument("--prefix", action="append", default=[], help=text)
@@ -169,6 +170,15 @@ def _near(word: str, known: Iterable[str]) -> str:
     return did_you_mean(word, list(known)) or f"; known: {', '.join(known)}"
 
 
+def _step(text: str) -> float:
+    from linen_nnx.disk.steps import number_in
+
+    try:
+        return number_in(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+
+
 def _twin(text: str) -> str:
     if not all(text.rpartition(":")):
         raise argparse.ArgumentTypeError(f"expected {_HELP['twin']}, got {text!r}")
@@ -178,7 +188,7 @@ def _twin(text: str) -> str:
 def _inspect(
     ckpt: str,
     as_json: bool,
-    step: int | None,
+    step: float | None,
     item: str | None,
     prefix: list[str],
     runs: str | None,

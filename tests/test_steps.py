@@ -4,11 +4,14 @@ import json
 import os
 import shutil
 
+import flax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax.serialization import to_bytes
+from flax.training import checkpoints
 from orbax.checkpoint._src.path import atomicity
 
 from linen_nnx import RuleBook
@@ -325,3 +328,39 @@ def test_a_key_with_a_slash_is_refused_for_that(tmp_path):
     ocp.PyTreeCheckpointer().save(tmp_path / "item", {"params": {"a/b": jnp.ones(3)}})
     with pytest.raises(StoreError, match="'a/b' holds a `/`"):
         _ = find(tmp_path / "item").leaves
+
+
+# Steps of Flax, which may be any number
+
+
+@pytest.mark.filterwarnings("ignore:Flax Checkpointing will soon be deprecated")
+@pytest.mark.parametrize("as_files", [False, True])
+def test_steps_of_any_number_are_found_as_flax_finds_them(tmp_path, capsys, as_files):
+    root = tmp_path / "in"
+    with flax.config.temp_flip_flag("use_orbax_checkpointing", not as_files):
+        for step in (-2, 1e-05, 0.5, 1, 2.0, 2.5):
+            checkpoints.save_checkpoint(root, tree(step), step=step, keep=9)
+    assert checkpoints.latest_checkpoint(root) == str(root / "checkpoint_2.5")
+    assert taken(root) == 2.5
+    RULES.save(tmp_path / "r.yaml")
+    for step in (-2, 1e-05, 1, 2.0, 2.5):
+        assert taken(root, step=step) == np.float32(step)
+        out = str(tmp_path / f"out{step}") + ".msgpack" * as_files
+        words = [str(root), out, "--step", str(step), "--to", "nnx"]
+        words += ["--rules", str(tmp_path / "r.yaml")]
+        assert main(["run", *words]) == 0
+        assert ("a CheckpointManager counts steps" in capsys.readouterr().out) == (step != 1)
+        assert main(["verify", *words]) == 0
+        assert taken(out) == np.float32(step)
+    if not as_files:
+        restored = checkpoints.restore_checkpoint(tmp_path / "out2.5", None)
+        assert (restored["fc"]["kernel"]["value"] == 2.5).all()
+    with pytest.raises(StoreError, match=r"no step 3\.5, only \[-2, 1e-05, 0\.5, 1, 2\.0, 2\.5\]"):
+        find(root, step=3.5)
+
+
+def test_a_step_under_two_numbers_of_one_value_is_refused(saved, tmp_path):
+    for name in ("checkpoint_5", "checkpoint_5.0"):
+        shutil.copytree(saved / "5", tmp_path / name)
+    with pytest.raises(StoreError, match=r"`checkpoint_5` and as `checkpoint_5\.0`"):
+        find(tmp_path)

@@ -30,11 +30,11 @@ class Options(NamedTuple):
     model_only: bool = False
     side: Side | None = None
     item: str | None = None
-    step: int | None = None
+    step: float | None = None
     prefix: tuple[str, ...] = ()
 
 
-_OPTION_TYPES = (bool, bool, str, str, int, list)
+_OPTION_TYPES = (bool, bool, str, str, (int, float), list)
 
 
 def options_in(report: Mapping[str, Any]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def plan_conversion(
     path: str | Path | Source,
     to: str,
     rules: str | Path | RuleBook | None = None,
-    step: int | None = None,
+    step: float | None = None,
     item: str | None = None,
     like: str | Path | Source | None = None,
     reset_optimizer: bool = False,

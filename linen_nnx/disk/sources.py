@@ -182,6 +182,7 @@ class Source:
         if self.step is None:
             return what
         is_root = self.step.path.is_dir() and self.step.name == self.step.path.name
+        is_root = is_root and self.step.is_counted
         where = "CheckpointManager root" if is_root else "folder of steps"
         if self.step.path.parent != self.path:
             where += f" `{self.step.path.parent.name}`"
@@ -222,7 +223,7 @@ def _read_item(path: Path, number: int) -> Item:
 
 def find(
     path: str | Path,
-    step: int | None = None,
+    step: float | None = None,
     item: str | None = None,
     part: str | None = None,
     prefix: Sequence[str] = (),
@@ -271,9 +272,12 @@ def find(
 def check_beside(source: Source, runs: Runs) -> bool | None:
     """What `runs` says of the run directory that a checkpoint was found in; None where that was no
     run directory, so that nothing belongs to it."""
-    if source.kind != "run" or source.said is None or source.step is None:
+    step = source.step
+    if source.kind != "run" or source.said is None or step is None:
         return None
-    return runs.check(source.path, source.step.number, source.said.content)
+    if not step.is_counted:
+        raise StoreError(f"{step.path} is no step of a run, which are whole numbers from 0 on")
+    return runs.check(source.path, int(step.number), source.said.content)
 
 
 def parts(path: Path, runs: Runs) -> tuple[str | None, ...]:

@@ -7,6 +7,9 @@ A folder that a training loop has written to may hold:
 That is one group of steps for each prefix: `model-` with the steps 100 and 200, and `model_ema-`
 with the same. Nobody but the user knows which of the two is wanted, so they are never mixed. The
 save of step 300 was never finished, and is no step.
+
+`flax.training.checkpoints` takes a step of any number, and writes it as Python does:
+`checkpoint_1.5`, `checkpoint_-2`, `checkpoint_1e-05`. A CheckpointManager counts in whole ones.
 """
 
 import re
@@ -21,7 +24,7 @@ from linen_nnx.disk.store import StoreError, is_item
 TEMPORARY = ".orbax-checkpoint-tmp"
 COMMITTED = "commit_success.txt"
 _HISTORY = "_CHECKPOINT_METADATA"
-_NAME = re.compile(r"((?:.*[_-])?)(\d+)")
+_NAME = re.compile(r"(|.*?[_-])(-?\d+(?:\.\d+)?(?:e[-+]\d\d)?)")  # the shortest prefix that fits
 _ORBAX_NAME = re.compile(r"(?:.+_)?\d+")
 
 
@@ -29,7 +32,7 @@ class Step(NamedTuple):
     """One finished checkpoint of a series: `model-100` has the prefix `model-`."""
 
     prefix: str
-    number: int
+    number: int | float
     path: Path
 
     @property
@@ -39,8 +42,17 @@ class Step(NamedTuple):
 
     @property
     def name(self) -> str:
-        """A name under which a CheckpointManager finds it: `model-100` becomes `100`."""
-        return self.path.name if _ORBAX_NAME.fullmatch(self.path.name) else str(self.number)
+        """A name under which a CheckpointManager finds it: `model-100` becomes `100`.
+
+        One that it would not find under any name keeps its own, for `flax.training.checkpoints`.
+        """
+        kept = _ORBAX_NAME.fullmatch(self.path.name) or not self.is_counted
+        return self.path.name if kept else str(self.number)
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether a CheckpointManager has such a number: a whole one from 0 on."""
+        return isinstance(self.number, int) and self.number >= 0
 
 
 class Choice(NamedTuple):
@@ -100,16 +112,24 @@ def is_named_as_step(path: Path) -> bool:
     return _NAME.fullmatch(path.name) is not None
 
 
+def number_in(text: str) -> int | float:
+    """The step that a text is: `100`, or `1.5`. Raises `ValueError` for what is no number."""
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
 def step_of(path: Path) -> Step:
     """The step that a path is by its name, which must end in a number."""
     match = _NAME.fullmatch(path.name)
     assert match is not None
-    return Step(match[1], int(match[2]), path)
+    return Step(match[1], number_in(match[2]), path)
 
 
 def choose(
     root: Path,
-    wanted: int | None,
+    wanted: float | None,
     prefixes: Sequence[str],
     is_file: Callable[[Path], bool],
 ) -> Choice | None:
@@ -140,7 +160,13 @@ def choose(
     newer = sorted({n for name in names for n in groups[name] if n > number})
     if newer and wanted is None:
         notes.append(f"the steps {newer} are not in all of {names}: step {number} is the latest")
-    return Choice(tuple(groups[name][number] for name in names), tuple(notes))
+    chosen = tuple(groups[name][number] for name in names)
+    if not chosen[0].is_counted:
+        notes.append(
+            f"{chosen[0].path.name} is found by flax.training.checkpoints, and so is the result; a "
+            "CheckpointManager counts steps in whole numbers from 0 on"
+        )
+    return Choice(chosen, tuple(notes))
 
 
 def _holds_checkpoint(path: Path, is_file: Callable[[Path], bool]) -> bool:
@@ -149,9 +175,9 @@ def _holds_checkpoint(path: Path, is_file: Callable[[Path], bool]) -> bool:
     return is_file(path)
 
 
-def _groups(root: Path, steps: Iterable[Step]) -> dict[str, dict[int, Step]]:
+def _groups(root: Path, steps: Iterable[Step]) -> dict[str, dict[float, Step]]:
     """The steps by prefix and number."""
-    groups: dict[str, dict[int, Step]] = {}
+    groups: dict[str, dict[float, Step]] = {}
     for step in steps:
         other = groups.setdefault(step.prefix, {}).setdefault(step.number, step)
         if other is not step:
@@ -162,7 +188,7 @@ def _groups(root: Path, steps: Iterable[Step]) -> dict[str, dict[int, Step]]:
     return groups
 
 
-def _named(root: Path, groups: dict[str, dict[int, Step]], prefixes: Sequence[str]) -> list[str]:
+def _named(root: Path, groups: dict[str, dict[float, Step]], prefixes: Sequence[str]) -> list[str]:
     """The groups with the given prefixes, which may lack the separator at their end."""
     names: list[str] = []
     for prefix in prefixes:
@@ -176,7 +202,7 @@ def _named(root: Path, groups: dict[str, dict[int, Step]], prefixes: Sequence[st
     return names
 
 
-def _only(root: Path, groups: dict[str, dict[int, Step]], wanted: int | None) -> list[str]:
+def _only(root: Path, groups: dict[str, dict[float, Step]], wanted: float | None) -> list[str]:
     """The one group that may be meant where no prefix is given."""
     meant = [name for name, steps in groups.items() if wanted is None or wanted in steps]
     if len(meant) > 1:
@@ -190,7 +216,7 @@ def _only(root: Path, groups: dict[str, dict[int, Step]], wanted: int | None) ->
     return meant or list(groups)
 
 
-def _number(root: Path, groups: Sequence[dict[int, Step]], wanted: int | None) -> int:
+def _number(root: Path, groups: Sequence[dict[float, Step]], wanted: float | None) -> float:
     common = set.intersection(*map(set, groups))
     if wanted is None and common:
         return max(common)
@@ -203,6 +229,6 @@ def _number(root: Path, groups: Sequence[dict[int, Step]], wanted: int | None) -
     raise StoreError(f"{root} has no step {wanted}{lacking}, only {sorted(common) or known}")
 
 
-def _shown(groups: dict[str, dict[int, Step]]) -> str:
+def _shown(groups: dict[str, dict[float, Step]]) -> str:
     texts = [f"`{name}N` ({', '.join(map(str, sorted(steps)))})" for name, steps in groups.items()]
     return " and ".join(texts)
