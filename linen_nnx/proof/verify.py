@@ -185,7 +185,9 @@ def _inverse(conversion: Conversion, result: Source, intact: bool) -> Check:
     if source.said is not None and conversion.to.stage is None:
         return Check(name, None, ("a stock layout does not say of which stage it was",))
     form = conversion.state.form
-    options = {"like": source, "model_only": conversion.options.model_only}
+    # Its side is known here, where names may fit both.
+    options: dict[str, Any] = {"like": source, "side": conversion.to.side}
+    options["model_only"] = conversion.options.model_only
     try:
         back = plan_conversion(result, form.stage or form.side, conversion.book, **options)
     except (RuleError, StoreError) as error:
