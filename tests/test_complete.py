@@ -7,11 +7,13 @@ import shutil
 import pytest
 from convert_helpers import make_socket, save_small, save_zarr
 
+from linen_nnx.book.ops import Spec
 from linen_nnx.cli import main
 from linen_nnx.disk import ocdbt
-from linen_nnx.disk.complete import files_below
+from linen_nnx.disk.chunks import source_grid
+from linen_nnx.disk.complete import check_complete, files_below
 from linen_nnx.disk.convert import convert
-from linen_nnx.disk.store import StoreError
+from linen_nnx.disk.store import DICT, Item, Key, Leaf, StoreError, fresh_metadata
 from linen_nnx.proof.verify import verify
 
 
@@ -144,3 +146,17 @@ def test_a_shape_that_the_bytes_of_a_folder_cannot_hold_is_refused(tmp_path):
     path = source / "params.a.bias" / ".zarray"
     path.write_bytes(enlarged(path.read_bytes()))
     assert "bytes cannot hold a chunk of 17592186044416" in refused(source)
+
+
+@pytest.mark.parametrize("shape", [[1 << 42], [3, 1 << 42], [1 << 42, 0]])
+def test_a_shape_of_more_chunks_than_memory_holds_is_counted_one_by_one(tmp_path, shape):
+    metadata = fresh_metadata(Spec(shape, "float32"), zarr3=False)
+    metadata["chunks"] = [1] * len(shape)
+    leaf = Leaf((Key("a", DICT),), "np.ndarray", metadata, stored="a")
+    item = Item(tmp_path, (leaf,), {}, {"a": {}})
+    if 0 in shape:
+        assert check_complete([item]) == []
+    else:
+        with pytest.raises(StoreError, match="has no chunk 0"):
+            check_complete([item])
+    assert source_grid(leaf) is None or 0 in shape

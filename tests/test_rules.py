@@ -659,7 +659,8 @@ def test_an_op_with_wrong_arguments_is_refused(op, reason):
 @pytest.mark.parametrize(
     "text",
     ["", "a//b", "/a", "{", "a}", "{I}", "{}", "{a b}", "{i}{j}", "{i}0{j}", "{aa}_{bb}",
-     "x{rest...}", "{rest...}/{rest...}", "{rest}/{rest...}", "{i...}", "{re...}/{ot...}"],
+     "x{rest...}", "{rest...}/{rest...}", "{rest}/{rest...}", "{i...}", "{re...}/{ot...}",
+     "a/./b", "../b", "a/\0", "a/\ud800"],
 )  # fmt: skip
 def test_a_malformed_or_ambiguous_pattern_is_refused(text):
     with pytest.raises(ValueError, match="pattern"):

@@ -39,6 +39,7 @@ class Pattern:
         elements = self.text.split("/")
         if not all(elements):
             raise ValueError(f"pattern `{self.text}` holds an empty path element")
+        _check_elements(self.text, elements)
         captures: list[str] = []
         rest = None
         regex = ""
@@ -91,6 +92,20 @@ class Pattern:
         elements = captures[self._rest]
         rest = {self._rest: f"{elements}/" if elements else ""}
         return text.format_map({**captures, **rest}).removesuffix("/")
+
+
+def _check_elements(text: str, elements: list[str]) -> None:
+    """Refuses names that no store can write, so that no conversion ends on one halfway."""
+    for element in elements:
+        if element in (".", ".."):
+            raise ValueError(f"pattern `{text}`: `{element}` stands for a directory")
+    if "\0" in text:
+        raise ValueError(f"pattern {text!r} holds a NUL")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # JSON can also spell halves of characters, such as `\ud800`
+            raise ValueError(f"pattern {text!r} holds half a character") from None
 
 
 def _check_name(text: str, name: str) -> str:

@@ -6,9 +6,8 @@ axis of length one leaves the bytes of a chunk in row-major order as they are.
 """
 
 import copy
-import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ from linen_nnx.book.ops import Action, Gather, Reform, Spread
 from linen_nnx.disk.store import Leaf, chunk_shapes, chunked_parts, metadata_name
 
 Place = tuple[int, ...]
+_CHUNKS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,15 @@ class Grid:
         return chunk_shapes(self.metadata)[0]
 
     @property
+    def counts(self) -> list[int]:
+        """How many chunks there are along each axis."""
+        return [-(-n // step) for n, step in zip(self.shape, self.steps, strict=True)]
+
+    def places(self) -> Iterator[Place]:
+        """The place of every chunk, in order and one by one: a damaged shape may ask for 2**60."""
+        return _places(self.counts) if 0 not in self.counts else iter(())
+
+    @property
     def metadata_key(self) -> str:
         """The name of its metadata below its own."""
         return metadata_name(self.metadata["zarr_format"] == 3)
@@ -56,8 +65,20 @@ class Grid:
         return self.metadata.get("dimension_separator", ".").join(numbers) or "0"
 
 
+def _places(counts: Sequence[int]) -> Iterator[Place]:
+    if not counts:
+        yield ()
+        return
+    for first in range(counts[0]):
+        for rest in _places(counts[1:]):
+            yield (first, *rest)
+
+
 def source_grid(leaf: Leaf) -> Grid | None:
-    """The grid of a stored array; None if its encoding is not one that this module knows."""
+    """The grid of a stored array; None if its encoding is not one that this module knows.
+
+    None also for an array in a million chunks and more, which are too many to name each anew.
+    """
     metadata = leaf.zarr
     if metadata is None or leaf.extension:
         return None
@@ -69,8 +90,9 @@ def source_grid(leaf: Leaf) -> Grid | None:
     if not plain:
         return None
     grid = Grid(metadata, {})
-    counts = [-(-n // step) for n, step in zip(grid.shape, grid.steps, strict=True)]
-    for place in itertools.product(*map(range, counts)):
+    if math.prod(grid.counts) > _CHUNKS:
+        return None
+    for place in grid.places():
         grid.chunks[place] = ChunkRef(leaf.item, leaf.stored, grid.key(place))
     return grid
 

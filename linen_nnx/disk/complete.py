@@ -6,7 +6,6 @@ which chunks an array has, and a chunk's own encoding how long it is. An array w
 would otherwise be read as zeros.
 """
 
-import itertools
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -102,9 +101,7 @@ def _missing(leaf: Leaf, found: set[str]) -> str:
     """The name of the first chunk that an array should have and has not, or nothing."""
     assert leaf.zarr is not None
     grid = Grid(leaf.zarr, {})
-    counts = [-(-n // step) for n, step in zip(grid.shape, grid.steps, strict=True)]
-    # A damaged shape may ask for 2**60 chunks: the first that is missing ends this.
-    for place in itertools.product(*map(range, counts)):
+    for place in grid.places():
         if grid.key(place) not in found:
             return grid.key(place)
     return ""

@@ -174,11 +174,10 @@ class Checkpoint:
         if leaf is not None and leaf.zarr is not None and not leaf.spec.shape:
             return int(self._source.reader.read([leaf])[0])
         chosen = self._source.step
-        said = (
-            "no step has been made" if chosen is None else f"it is step {chosen.number}, as named"
-        )
+        counted = int(chosen.number) if chosen is not None and chosen.is_counted else None
+        said = "no step has been made" if counted is None else f"it is step {counted}, as named"
         self.notes.append(f"{self.path} holds no count of steps: {said}")
-        return 0 if chosen is None else chosen.number
+        return counted or 0
 
     def _chosen(
         self, due: Mapping[str, Any], fresh: Collection[str], problems: list[str], say: Say
