@@ -33,6 +33,8 @@ def lay_out(
     """
     given = _places(like or origin, to)
     order = {leaf.name: number for number, leaf in enumerate(given.values())}
+    # Plain SGD has a state of empty nodes alone, of which nnx keeps nothing.
+    hollow = all(mould.empty for key, mould in given.items() if _is_of_optimizer(key))
     places = [place for move in moves for place in move.targets]
     context = _Context(
         source,
@@ -59,8 +61,7 @@ def lay_out(
             targets.append(leaf)
         changes.append(change._replace(targets=tuple(targets)))
     for key, mould in given.items():
-        in_optimizer = isinstance(key, str) and key.split("/")[0] == OPTIMIZER
-        if mould.empty and (context.optimizer or not in_optimizer):
+        if mould.empty and (context.optimizer or hollow or not _is_of_optimizer(key)):
             changes.append(Move((), (mould,)))
         elif like is not None:
             problems.append(f"nothing fills `{mould.path}` of the tree to be like")
@@ -72,6 +73,11 @@ def lay_out(
     if order:
         changes.sort(key=lambda c: min((order.get(t.name, 0) for t in c.targets), default=0))
     return changes
+
+
+def _is_of_optimizer(key: Id | str) -> bool:
+    """Whether a leaf of a given tree is one of the optimizer's state."""
+    return isinstance(key, str) and key.split("/")[0] == OPTIMIZER
 
 
 @dataclass(frozen=True)
