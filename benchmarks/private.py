@@ -1,6 +1,7 @@
 """What the ladder relies on that no documentation of Flax or jax promises, each seen anew.
 
-All of it is used in `linen_nnx/ladder/keys.py` and `roots.py`. A row that fails says what breaks.
+All of it is used in `linen_nnx/infer/keys.py` and `linen_nnx/ladder/roots.py`. A row that fails
+says what breaks.
 """
 
 from typing import Any
@@ -12,7 +13,7 @@ from flax import nnx
 from jax import Array
 
 from benchmarks.gaps import Gap
-from linen_nnx.ladder.keys import is_mutable, probing, tag, tag_of, watching
+from linen_nnx.infer.keys import is_mutable, probing, tag, tag_of, watching
 from linen_nnx.ladder.port import Port
 from linen_nnx.ladder.roots import Bound, LinenPart
 

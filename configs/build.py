@@ -7,11 +7,13 @@ Used for the configuration of a run (`configs.schema`) and by each model family 
 
 import dataclasses
 import difflib
+import importlib
 import math
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Annotated, Any, Literal, TypeVar
 
 from linen_nnx.errors import Refusal
@@ -133,6 +135,34 @@ def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
     if close:
         return "; did you mean " + " or ".join(f"'{prefix}{key}'" for key in close) + "?"
     return f"; known: {', '.join(prefix + key for key in known if '.' not in key)}"
+
+
+def module_of(key: str, name: Any, package: str, known: Iterable[str]) -> ModuleType:
+    """The module that a configuration names: `mlp` of a package, or `examples.vae`, wherever it is.
+
+    Args:
+      key: of the configuration, for the message.
+      name: what stands there.
+      package: in which names without a dot are looked up.
+      known: the names that it has.
+
+    Raises:
+      ConfigError: when there is no such module. What goes wrong inside of it is not caught.
+    """
+    known = list(known)
+    if name in known:
+        return importlib.import_module(f"{package}.{name}")
+    if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
+        raise ConfigError({key: f"got {show(name)}; expected the name of a module"})
+    if "." not in name:
+        raise ConfigError({key: f"got {show(name)}{did_you_mean(name, known)}"})
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # the module is there, and something that it imports is not
+        text = f"got {show(name)}; there is no module {error.name}: give its path from the root"
+        raise ConfigError({key: text}) from None
 
 
 def paths(mapping: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from linen_nnx.disk.convert import convert
     from linen_nnx.disk.runs import Runs
     from linen_nnx.errors import Refusal
+    from linen_nnx.infer.keys import DrawError
     from linen_nnx.infer.twin import Twin, TwinError
     from linen_nnx.ladder.forms import VariablesError
-    from linen_nnx.ladder.keys import DrawError
     from linen_nnx.ladder.ladder import Ladder, Part
     from linen_nnx.ladder.stage import Stage
     from linen_nnx.ladder.suggest import suggest
@@ -35,7 +35,7 @@ __all__ = [
 ]  # fmt: skip
 
 _HOMES = {
-    "DrawError": "ladder.keys",
+    "DrawError": "infer.keys",
     "Ladder": "ladder.ladder",
     "Part": "ladder.ladder",
     "Refusal": "errors",

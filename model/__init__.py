@@ -1,5 +1,8 @@
 """Model families: one folder each, found by its name, and what a family has to give.
 
+`model.family: mlp` is the folder `model/mlp/`; a family elsewhere is named by its module, as in
+`model.family: examples.vae`. It gives:
+
     Options                       a frozen dataclass: the keys of `configs/model/<family>.yaml`
     parts(options)                `{name: Part}`, each part written in Linen and in nnx; or one Part
     forward(parts, ...)           several parts put together; it runs under a Linen and an nnx root
@@ -14,13 +17,14 @@ and, where it needs them:
     methods(options)              more entries like `forward`, by name
     derived(means)                metrics that are no mean of examples: perplexity, F1
     optimizer(cfg, schedule, view)       an Optax transformation in place of `optimizer.chain`
+    Step                          a class in place of `training/step.py`'s: several optimizers, a
+                                  target network; `examples/actor_critic/step.py` is one
     show(setup, state, board)     samples to look at, as `training/samples.py` shows text and images
     misfits(options, batch, classes)     options that the data does not fit, by key
 
 `model/mlp/` is the smallest example; docs/family.md builds one from the start.
 """
 
-import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +35,7 @@ from typing import Any, Protocol
 
 from jax import Array
 
-from configs.build import build, did_you_mean, refuse, show
+from configs.build import build, module_of, refuse
 from linen_nnx import Ladder, Part, RuleBook, Twin
 
 Batch = Any
@@ -139,9 +143,6 @@ def create(model: Mapping[str, Any]) -> Family:
     Raises:
         configs.build.ConfigError: for an unknown family or option, naming every problem.
     """
-    name: Any = model.get("family")
     known = [module.name for module in pkgutil.iter_modules(__path__) if module.ispkg]
-    if name not in known:
-        refuse({"model.family": f"got {show(name)}{did_you_mean(str(name), known)}"})
-    module = importlib.import_module(f"{__name__}.{name}")
-    return Family(name, build(module.Options, model, at="model"), module)
+    module = module_of("model.family", model.get("family"), __name__, known)
+    return Family(model["family"], build(module.Options, model, at="model"), module)

@@ -38,9 +38,10 @@ HOMES = {
     "Refusal": "errors",
     "RuleError": "book", "RuleBook": "book", "convert": "disk", "Runs": "disk",
     "suggest": "ladder",
-    "DrawError": "ladder", "Ladder": "ladder", "Part": "ladder", "Stage": "ladder",
+    "Ladder": "ladder", "Part": "ladder", "Stage": "ladder",
     "VariablesError": "ladder", "View": "ladder",
-    "Twin": "infer", "TwinError": "infer", "bisect": "proof", "verify": "proof",
+    "DrawError": "infer", "Twin": "infer", "TwinError": "infer",
+    "bisect": "proof", "verify": "proof",
 }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from pairs import PAIRS, stack_of
 from random_twins import random_twin
 
 import model
-from linen_nnx import RuleBook, RuleError, Twin, TwinError, suggest
+from linen_nnx import Ladder, Part, RuleBook, RuleError, Twin, TwinError, bisect, suggest
 from linen_nnx.infer.dataflow import flow
 from linen_nnx.infer.trace import Leaf, Trace, trace_linen, trace_nnx
 
@@ -393,6 +393,7 @@ def test_a_twin_keeps_its_arguments_and_is_loaded_by_file_or_module(tmp_path, mo
         ("no.such.module:mine", "No module named 'no'"),
         ("my_twins.py:mime", "did you mean `mine`"),
         ("my_twins.py:other", "`other` in my_twins.py is a int, expected a Twin"),
+        ("maker.py:a/b", "maker.py has no `a/b`: it has no twin a/b"),
         ("broken.py:mine", "import of the file broken.py failed: ZeroDivisionError"),
     ],
 )
@@ -401,6 +402,9 @@ def test_a_twin_that_cannot_be_loaded_says_why(tmp_path, monkeypatch, where, mes
         "from linen_nnx import Twin\nmine = Twin(1, 2, 3)\nother = 5\n"
     )
     (tmp_path / "broken.py").write_text("1 / 0\n")
+    (tmp_path / "maker.py").write_text(
+        "def __getattr__(name):\n    raise AttributeError(f'it has no twin {name}')\n"
+    )
     monkeypatch.chdir(tmp_path)
 
     with pytest.raises(TwinError, match=re.escape(message)):
@@ -488,3 +492,45 @@ def test_a_model_that_noise_breaks_is_run_on_its_own_inputs():
     book = suggest(Twin(Linen, lambda rngs: Nnx(rngs), lambda: (jnp.zeros((2, 4)),)))
 
     assert not book.unassigned and book.rules[0].linen[0].text == "params/a/{leaf}"
+
+
+class Noisy(nn.Module):
+    """Draws in evaluation, too."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(3)(nn.relu(nn.Dense(5)(x)))
+        return x + jax.random.normal(self.make_rng("noise"), x.shape)
+
+
+class NoisyPort(nnx.Module):
+    def __init__(self, rngs):
+        self.first, self.last = nnx.Linear(4, 5, rngs=rngs), nnx.Linear(5, 3, rngs=rngs)
+        self.rngs = rngs
+
+    def __call__(self, x):
+        x = self.last(nnx.relu(self.first(x)))
+        return x + jax.random.normal(self.rngs.noise(), x.shape)
+
+
+def test_models_that_draw_in_evaluation_draw_the_same():
+    twin = Twin(Noisy, NoisyPort, lambda: (jnp.ones((2, 4)),))
+    book = suggest(twin)
+    assert not book.unassigned
+    assert [str(pair.linen) for pairing in book.draws for pair in pairing.pairs] == ["noise"]
+    assert any("draws random numbers in this call" in note for note in book.notes)
+    assert bisect(twin, book).first is None
+
+
+def test_the_draws_of_several_parts_are_paired():
+    part = Part(lambda: nn.Dropout(0.5), lambda rngs: nnx.Dropout(0.5, rngs=rngs))
+    ladder = Ladder(
+        parts={"one": part, "two": part},
+        forward=lambda parts, x, train=False: parts.one(
+            parts.two(x, deterministic=not train) + 1, deterministic=not train
+        ),
+        inputs=lambda: (jnp.ones((2, 4)),),
+    )
+    (pairing,) = suggest(ladder.twin).draws
+    found = {str(pair.linen): str(pair.nnx) for pair in pairing.pairs}
+    assert found == {"dropout/one": "one/rngs", "dropout/two": "two/rngs"}

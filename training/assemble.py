@@ -64,10 +64,10 @@ class Setup:
 
     @cached_property
     def steps(self) -> Any:
-        """The training step and the evaluation step."""
+        """The training step and the evaluation step: the family's own, or `training/step.py`'s."""
         from training.step import Step  # late: it is handed this setup
 
-        return Step(self)
+        return getattr(self.family.module, "Step", Step)(self)
 
     @cached_property
     def program(self) -> Program:

@@ -7,6 +7,7 @@
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from configs.build import ConfigError
@@ -14,17 +15,18 @@ from configs.schema import Config
 from training.runtime import cli
 
 
-def compose(*overrides: str) -> Config:
+def compose(*overrides: str, config_dir: str | Path | None = None) -> Config:
     """The configuration of `python train.py *overrides`, checked.
 
     Args:
         overrides: as on the command line: `"experiment=digits"`, `"optimizer.lr=1e-3"`.
+        config_dir: a folder with more configurations, as `--config-dir` on the command line.
 
     Raises:
         configs.build.ConfigError: naming every key that is unknown, missing or wrong.
         hydra.errors.HydraException: for overrides that Hydra refuses.
     """
-    return cli.compose(*overrides, schema=Config, checks=CHECKS)
+    return cli.compose(*overrides, config_dir=config_dir, schema=Config, checks=CHECKS)
 
 
 def _model(mapping: Mapping[str, Any]) -> None:

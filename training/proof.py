@@ -65,7 +65,8 @@ def subject(run: Mapping[str, Any]) -> Subject:
         leaves = [jnp.array(state[keys[path]]) for path in named(program.abstract)]
         now = jax.tree.unflatten(jax.tree.structure(program.abstract), leaves)
         if fresh:
-            now["opt_state"] = jax.jit(setup.steps.optimizer.init)(now["params"])
+            variables = {name: now[name] for name in setup.stage.abstract()}
+            now["opt_state"] = jax.jit(setup.steps.start)(variables)["opt_state"]
         for _ in range(cfg.optimizer.accumulate):
             now, _ = program.train_step(now, batch)
         return {keys[path]: np.asarray(leaf) for path, leaf in named(now).items()}

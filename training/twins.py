@@ -1,9 +1,13 @@
 """The model of each experiment as a twin, for `convert.py suggest`, `bisect` and `verify --twin`.
 
     python convert.py suggest training.twins:diabetes -o model/mlp/rules.yaml
+    python convert.py suggest training.twins:examples/vae/configs/vae -o examples/vae/rules.yaml
 
-It is called as the family's `inputs` say, in evaluation.
+An experiment of another folder (`train.py --config-dir`) has the folder before its name. The model
+is called as the family's `inputs` say, in evaluation.
 """
+
+from pathlib import Path
 
 import model
 from linen_nnx import Twin
@@ -20,9 +24,11 @@ def __getattr__(experiment: str) -> Twin:
         AttributeError: when there is none of that name.
         ConfigError: when its configuration is wrong.
     """
-    if not (CONFIGS / "experiment" / f"{experiment}.yaml").is_file():
-        raise AttributeError(f"there is no configs/experiment/{experiment}.yaml")
-    cfg = compose(f"experiment={experiment}")
+    folder, slash, name = experiment.rpartition("/")
+    path = Path(folder) if slash else CONFIGS
+    if not (path / "experiment" / f"{name}.yaml").is_file():
+        raise AttributeError(f"there is no {path}/experiment/{name}.yaml")
+    cfg = compose(f"experiment={name}", config_dir=path)
     rows = min(ROWS, cfg.data["batch"])
     batch = data.example(datasets.create({**cfg.data, "batch": rows}))
     return model.create(cfg.model).ladder(batch, None).twin

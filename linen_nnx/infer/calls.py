@@ -7,14 +7,20 @@ start in train mode and are switched by `model.eval()`. A twin without `call_*` 
         def __call__(self, x, train): ...            def __call__(self, x): ...
 
     module.apply(variables, x, train=False)      model.eval()(x), on a copy of the model
+
+A model may draw in evaluation, too (a latent sample, say). Then each draw of the Linen model is
+given one key, and `trace.py` gives the same one to each draw of nnx: what they draw is alike.
 """
 
 import dataclasses
 import inspect
 from typing import Any
 
+import jax
 from flax import nnx
+from flax.errors import InvalidRngError
 
+from linen_nnx.infer.keys import watching
 from linen_nnx.infer.twin import Twin
 
 EVALUATION = {
@@ -33,9 +39,6 @@ def complete(twin: Twin, trains: bool = False) -> Twin:
     `trains`: whether the twin's own Linen call trains: then nnx stays in train mode, too.
     """
 
-    def call_linen(module: Any, variables: Any, *inputs: Any) -> Any:
-        return module.apply(variables, *inputs, **_flags(module, inputs))
-
     def init_linen(module: Any, key: Any, *inputs: Any) -> Any:
         return module.init(key, *inputs, **_flags(module, inputs))
 
@@ -48,16 +51,44 @@ def complete(twin: Twin, trains: bool = False) -> Twin:
 
     return dataclasses.replace(
         twin,
-        call_linen=twin.call_linen or call_linen,
+        call_linen=twin.call_linen or _LinenCall(),
         init_linen=twin.init_linen or init_linen,
         call_nnx=twin.call_nnx or call_nnx,
     )
 
 
-def of_linen(twin: Twin, module: Any, inputs: tuple[Any, ...]) -> tuple[str, ...]:
-    """What was chosen for the Linen side, in a sentence; nothing where there was no choice."""
-    flags = {} if twin.call_linen else _flags(module, inputs)
-    return (f"Linen is called with {_text(flags)}, which the twin leaves open",) if flags else ()
+class _LinenCall:
+    """The usual call of a Linen module.
+
+    Attributes:
+      draws: whether the module has drawn in it.
+    """
+
+    draws = False
+
+    def __call__(self, module: Any, variables: Any, *inputs: Any) -> Any:
+        flags, key = _flags(module, inputs), jax.random.key(0)
+        try:
+            return module.apply(variables, *inputs, **flags)
+        except InvalidRngError:
+            self.draws = True
+        with watching(lambda _, drawn: key):
+            return module.apply(variables, *inputs, rngs=key, **flags)
+
+
+def of_linen(twin: Twin, module: Any, inputs: tuple[Any, ...], draws: bool) -> tuple[str, ...]:
+    """What was chosen for the Linen side, a sentence each; nothing where there was no choice.
+
+    `draws`: whether the model draws in its call.
+    """
+    if twin.call_linen:
+        return ()
+    flags, said = _flags(module, inputs), []
+    if flags:
+        said.append(f"Linen is called with {_text(flags)}, which the twin leaves open")
+    if draws:
+        said.append("Linen draws random numbers in this call: each draw of both sides has one key")
+    return tuple(said)
 
 
 def of_nnx(twin: Twin, model: Any, inputs: tuple[Any, ...], trains: bool) -> tuple[str, ...]:

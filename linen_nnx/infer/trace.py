@@ -16,6 +16,7 @@ from linen_nnx.book.ops import Side
 from linen_nnx.infer import calls
 from linen_nnx.infer.evaluate import is_small, pulled, quick, widen
 from linen_nnx.infer.jaxprs import holds, some_outputs
+from linen_nnx.infer.keys import Stream, adopt, set_mode
 from linen_nnx.infer.twin import Twin, TwinError, attempt
 
 
@@ -164,7 +165,7 @@ def trace_linen(twin: Twin) -> Trace:
         return out, {}
 
     traced = _trace("linen", forward, leaves, arrays, layers)
-    chosen = calls.of_linen(twin, module, rebuild(arrays))
+    chosen = calls.of_linen(twin, module, rebuild(arrays), getattr(call, "draws", False))
     return replace(traced, construct=construct, chosen=chosen)
 
 
@@ -174,6 +175,8 @@ def trace_nnx(twin: Twin) -> Trace:
     in_training = trains(twin)
     call: Any = calls.complete(twin, in_training).call_nnx
     model = attempt("nnx(rngs) of the twin", _built, twin)
+    adopt(model)
+    set_mode(model, "same")
     layers = {joined(path): type(module) for path, module in nnx.iter_modules(model)}
     graphdef, random, variables, bare = nnx.split(model, nnx.RngState, nnx.Variable, ...)
     structure = jax.tree.structure(variables)
@@ -321,16 +324,11 @@ def _built(twin: Twin) -> nnx.Module:
     return twin.nnx(rngs) if any(isinstance(x, bare) for _, x in nnx.iter_graph(model)) else model
 
 
-class _Stream(nnx.RngStream):
-    """A stream that always gives the same key: under abstract evaluation counting is quadratic."""
-
-    def __call__(self) -> jax.Array:
-        return self.key[...]
-
-
 def _rngs() -> nnx.Rngs:
+    """With a stream that does not count: under abstract evaluation counting is quadratic."""
     rngs: Any = nnx.Rngs(0)
-    rngs.default = _Stream(0, tag="default")
+    rngs.default = Stream(0, tag="default")
+    rngs.default.mode = "same"
     return rngs
 
 

@@ -56,17 +56,20 @@ class Twin:
           TwinError: when the text, the file, the module or the name is wrong, or it is no `Twin`.
         """
         source, colon, name = where.rpartition(":")
-        if not colon or not source or not name.isidentifier():
+        if not colon or not source or not name:
             raise TwinError(
                 f"a twin is given as `path/to/file.py:NAME` or `package.module:NAME`, got {where!r}"
             )
         module = _module(source)
-        if not hasattr(module, name):
+        try:
+            twin = getattr(module, name)
+        except AttributeError as error:
+            if hasattr(module, "__getattr__"):  # it makes its twins, and says what it lacks
+                raise TwinError(f"{source} has no `{name}`: {error}") from None
             known = [key for key, value in vars(module).items() if isinstance(value, cls)]
             near = difflib.get_close_matches(name, known, n=1) or known[:1]
             hint = f"; did you mean `{near[0]}`?" if near else "; it holds no Twin at all"
-            raise TwinError(f"{source} has no `{name}`{hint}")
-        twin = getattr(module, name)
+            raise TwinError(f"{source} has no `{name}`{hint}") from None
         if not isinstance(twin, cls):
             raise TwinError(f"`{name}` in {source} is a {type(twin).__name__}, expected a Twin")
         return twin

@@ -17,8 +17,8 @@ from jax import Array
 
 from linen_nnx.book.draws import Draw, Pair, Pairing, named_twice
 from linen_nnx.book.stages import WHOLE, Forms
+from linen_nnx.infer.keys import DrawError, typed
 from linen_nnx.ladder.calls import Call
-from linen_nnx.ladder.keys import DrawError, typed
 from linen_nnx.ladder.program import LinenDraw
 
 if TYPE_CHECKING:

@@ -29,11 +29,11 @@ from linen_nnx.book.rules import RuleBook
 from linen_nnx.book.stages import STAGES, WHOLE, Forms, forms_at
 from linen_nnx.book.tree import flatten, unflatten
 from linen_nnx.infer.calls import complete
+from linen_nnx.infer.keys import DrawError, aside, tag, watching
 from linen_nnx.infer.twin import Twin, TwinError, attempt
 from linen_nnx.ladder.calls import Call
 from linen_nnx.ladder.feed import feed
 from linen_nnx.ladder.forms import Book, Leaves
-from linen_nnx.ladder.keys import DrawError, aside, tag, watching
 from linen_nnx.ladder.modes import in_mode
 from linen_nnx.ladder.move import move
 from linen_nnx.ladder.port import Port
@@ -60,6 +60,13 @@ class Part:
         if isinstance(self.linen, nn.Module):
             return self.linen
         return attempt("linen()", self.linen)
+
+
+@dataclass(frozen=True)
+class WholeTwin(Twin):
+    """The twin of a model of several parts, with the ladder that puts them together."""
+
+    ladder: "Ladder | None" = None
 
 
 class Ladder:
@@ -154,6 +161,20 @@ class Ladder:
 
         return suggest(self.twin)
 
+    def with_rules(self, rules: RuleBook, say: Callable[[str], None]) -> "Ladder":
+        """The same model with another rule book; nothing that was computed is kept."""
+        if self._twin is not None:
+            return Ladder(self._twin, rules, say=say)
+        return Ladder(
+            rules=rules,
+            parts=self.parts,
+            forward=self.forward,
+            inputs=self._inputs,
+            methods=self._methods,
+            ported=self._ported,
+            say=say,
+        )
+
     @cached_property
     def twin(self) -> Twin:
         """The whole model as a twin, whatever its parts."""
@@ -165,9 +186,10 @@ class Ladder:
 
         forward = self.forward
         assert forward is not None
-        return Twin(
+        return WholeTwin(
             linen=lambda: self.linen,
             nnx=build,
+            ladder=self,
             inputs=self._inputs,
             call_linen=lambda module, variables, *inputs: module.apply(
                 variables, *inputs, method=forward

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from linen_nnx.infer.keys import adopt, aside, set_mode, typed
 from linen_nnx.infer.trace import joined
 from linen_nnx.infer.twin import attempt
-from linen_nnx.ladder.keys import adopt, aside, set_mode, typed
 
 Leaves = dict[str, Any]
 

@@ -27,7 +27,7 @@ from jax import Array
 from jax.extend.core import jaxpr_as_fun
 
 from linen_nnx.infer.jaxprs import bind, branches, called, interpret, scan_parts
-from linen_nnx.ladder.keys import tag_of, typed
+from linen_nnx.infer.keys import tag_of, typed
 
 Value = Callable[[], Any] | None
 """Computes a value of a jaxpr when asked; None where it does not follow from the known inputs."""

@@ -15,10 +15,10 @@ from jax import Array
 
 from linen_nnx.book.draws import Draw, Pairing
 from linen_nnx.book.tree import unflatten
+from linen_nnx.infer.keys import DrawError, aside, probing, typed, watching
 from linen_nnx.ladder.calls import Call
 from linen_nnx.ladder.feed import Streams, by_part, own_key, streams_of
 from linen_nnx.ladder.forms import Leaves
-from linen_nnx.ladder.keys import DrawError, aside, probing, typed, watching
 from linen_nnx.ladder.pairing import Match, Side, match
 from linen_nnx.ladder.program import totals
 

@@ -22,9 +22,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from linen_nnx.book.stages import STAGES, WHOLE, Forms
 from linen_nnx.book.tree import flatten, unflatten
 from linen_nnx.errors import Refusal
+from linen_nnx.infer.keys import Undrawn, is_mutable
 from linen_nnx.ladder.calls import Call
 from linen_nnx.ladder.forms import Leaves, check
-from linen_nnx.ladder.keys import Undrawn, is_mutable
 from linen_nnx.ladder.port import values
 from linen_nnx.ladder.roots import Bridged
 from linen_nnx.ladder.view import View

@@ -4,7 +4,8 @@
     book.save("rules.yaml")      # each rule with its evidence; what is open, with its candidates
 
 The rules are those of `infer.suggest`. With them known, both models are run with dropout on, and
-their draws paired (`pairing.py`): for the twin's own call, in training.
+their draws paired (`pairing.py`): for the twin's own call in training, and in evaluation where a
+model draws there, too.
 """
 
 import inspect
@@ -17,7 +18,7 @@ from linen_nnx.infer import suggest as rules
 from linen_nnx.infer.calls import EVALUATION
 from linen_nnx.infer.twin import Twin
 from linen_nnx.ladder.calls import Call
-from linen_nnx.ladder.ladder import Ladder
+from linen_nnx.ladder.ladder import Ladder, WholeTwin
 from linen_nnx.ladder.search import asked_for
 
 
@@ -31,26 +32,34 @@ def suggest(twin: Twin) -> RuleBook:
     if book.unassigned:
         return book  # the port cannot be filled yet
     notes: list[str] = []
-    ladder = Ladder(twin, book, say=notes.append)
-    try:
-        call = _training(ladder)
-        if asked_for(ladder, call) - {"params"}:
-            ladder.find_draws(call)
-    except Refusal as refusal:
-        notes.append(f"no draws are paired: {refusal}")
-    except Exception as error:  # the user's own model: whatever it raises is the reason
-        notes.append(f"no draws are paired: in training, {type(error).__name__}: {error}")
+    given = twin.ladder if isinstance(twin, WholeTwin) else None
+    ladder = (given or Ladder(twin)).with_rules(book, notes.append)
+    for trains in (True, False):
+        try:
+            call = _call(ladder, trains)
+            if asked_for(ladder, call) - {"params"} and not _known(ladder, call):
+                ladder.find_draws(call)
+        except Refusal as refusal:
+            notes.append(f"no draws are paired: {refusal}")
+        except Exception as error:  # the user's own model: whatever it raises is the reason
+            mode = "training" if trains else "evaluation"
+            notes.append(f"no draws are paired: in {mode}, {type(error).__name__}: {error}")
     return RuleBook(book.rules, book.unassigned, ladder.pairings.values(), [*book.notes, *notes])
 
 
-def _training(ladder: Ladder) -> Call:
-    """The twin's own call with dropout on."""
+def _call(ladder: Ladder, trains: bool) -> Call:
+    """The twin's own call with dropout on or off."""
     function = ladder.entry(None)
     bound = inspect.signature(function).bind_partial(None, *ladder.inputs)
     for name in _flags(function):
-        bound.arguments[name] = not EVALUATION[name]
+        bound.arguments[name] = EVALUATION[name] is not trains
     mutable: Any = ladder.at("linen").mutable or False
     return Call(None, bound.args[1:], dict(bound.kwargs), {}, mutable)
+
+
+def _known(ladder: Ladder, call: Call) -> bool:
+    """Whether its draws are paired: a model without flags has one call for both."""
+    return call.kind(ladder.entry(None)).kind in ladder.pairings
 
 
 def _flags(function: Any) -> Iterator[str]:

@@ -1,13 +1,13 @@
 """Data sets by name: a data set is a module of this folder, found by its file's name.
 
-Such a module holds `Options`, a frozen dataclass of the keys in `configs/data/<name>.yaml`, and
-`load(options)`, which returns a `Dataset`. It may hold `example(options)`, a batch made without the
-files that `options` names; else the first batch of the data is the example. What is read in which
-order is `training/data.py`. Nothing here imports jax or Grain.
+One elsewhere is named by its module, as in `data.name: examples.sums.data`. Such a module holds
+`Options`, a frozen dataclass of the keys in `configs/data/<name>.yaml`, and `load(options)`, which
+returns a `Dataset`. It may hold `example(options)`, a batch made without the files that `options`
+names; else the first batch of the data is the example. What is read in which order is
+`training/data.py`. Nothing here imports jax or Grain.
 """
 
 import hashlib
-import importlib
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from configs.build import Count, Natural, build, did_you_mean, refuse, show
+from configs.build import Count, Natural, build, module_of
 from training.runtime.errors import Refused
 
 Batch = Any  # a pytree of arrays, rows first: a dict, a tuple, nested
@@ -105,11 +105,7 @@ def create(mapping: Mapping[str, Any]) -> Options:
     Raises:
         configs.build.ConfigError: for an unknown data set or option, naming every problem.
     """
-    name: Any = mapping.get("name")
-    known = [module.name for module in pkgutil.iter_modules(__path__)]
-    if name not in known:
-        refuse({"data.name": f"got {show(name)}{did_you_mean(str(name), known)}"})
-    return build(_module(name).Options, mapping, at="data")
+    return build(_module(mapping.get("name")).Options, mapping, at="data")
 
 
 def load(options: Options) -> Dataset:
@@ -144,5 +140,6 @@ def digest(*arrays: np.ndarray) -> str:
     return found.hexdigest()[:16]
 
 
-def _module(name: str) -> Any:
-    return importlib.import_module(f"{__name__}.{name}")
+def _module(name: Any) -> Any:
+    known = [module.name for module in pkgutil.iter_modules(__path__)]
+    return module_of("data.name", name, __name__, known)

@@ -38,6 +38,7 @@ again resumes the run. run_dir holds config.yaml, metrics.jsonl, TensorBoard eve
   python train.py stage=nnx init_from=runs/lm-linen  go on at another stage
   python train.py debug=one_step                     the whole path once
   python train.py experiment=digits --cfg job        show the configuration, train nothing
+  python train.py --config-dir DIR experiment=NAME   one of another folder with such a tree
   python train.py --multirun stage=linen,nnx         several runs, one after another
   python train.py --hydra-help                       the flags of Hydra, which composes all this
 """
@@ -87,14 +88,19 @@ def run(
         _exit(_composition_error(error, schema, checks), 2)
 
 
-def compose(*overrides: str, schema: type[T], checks: Checks = MappingProxyType({})) -> T:
-    """The configuration of `python train.py *overrides`, without a command line.
+def compose(
+    *overrides: str,
+    schema: type[T],
+    checks: Checks = MappingProxyType({}),
+    config_dir: str | Path | None = None,
+) -> T:
+    """The configuration of `python train.py [--config-dir DIR] *overrides`, without a command line.
 
     Raises:
       ConfigError: for what `check` finds.
       hydra.errors.HydraException: for overrides that Hydra refuses.
     """
-    return check(_compose(overrides), schema, checks)
+    return check(_compose(overrides, config_dir), schema, checks)
 
 
 def check(composed: Any, schema: type[T], checks: Checks = MappingProxyType({})) -> T:
@@ -127,7 +133,7 @@ def help_page() -> str:
     """What `--help` prints: the usage, then the groups and keys as the files of `configs/` have
     them, comments included."""
     text = [USAGE, "Groups, each choice a file configs/GROUP/CHOICE.yaml:"]
-    groups = _groups()
+    groups = _groups(CONFIGS)
     for group in sorted(groups, key=lambda group: group != "experiment"):
         for option in groups[group]:
             lines = (CONFIGS / group / f"{option}.yaml").read_text().splitlines()
@@ -144,14 +150,17 @@ def help_page() -> str:
     return "\n".join(text)
 
 
-def _compose(overrides: Sequence[str]) -> Any:
+def _compose(overrides: Sequence[str], config_dir: str | Path | None) -> Any:
     """The DictConfig of these overrides, still with its interpolations."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import open_dict
 
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3", job_name="train"):
-        composed = hydra.compose("config", list(overrides), return_hydra_config=True)
+        more = []
+        if config_dir is not None:
+            more.append(f"hydra.searchpath=['file://{Path(config_dir).resolve()}']")
+        composed = hydra.compose("config", [*more, *overrides], return_hydra_config=True)
     HydraConfig.instance().set_config(composed)  # what ${hydra:...} reads
     with open_dict(composed):
         del composed["hydra"]
@@ -168,21 +177,24 @@ def _composition_error(error: Exception, schema: type, checks: Checks) -> Config
         key = repr(error.override)
         return ConfigError({key: f"cannot be read ({_first_line(error)}); {hint}"})
     args = get_args_parser().parse_args()
-    own_configs = args.config_dir or args.config_path or args.config_name
-    problems = {} if own_configs else _override_problems(args.overrides, schema, checks)
+    problems = {}
+    if not (args.config_path or args.config_name):
+        problems = _override_problems(args.overrides, args.config_dir, schema, checks)
     message = str(error).split("\n\n")[0].replace("\n", "\n    ")
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         message += did_you_mean(error.missing_cfg_file.rpartition("/")[2], error.options)
     return ConfigError(problems or {"configs": message})
 
 
-def _override_problems(overrides: Sequence[str], schema: type, checks: Checks) -> dict[str, str]:
+def _override_problems(
+    overrides: Sequence[str], config_dir: str | None, schema: type, checks: Checks
+) -> dict[str, str]:
     """Which overrides name a choice or a key that does not exist, and what `check` says of the
     others; nothing, if the fault is not theirs."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from omegaconf import OmegaConf
 
-    groups = _groups()
+    groups = _groups(CONFIGS, *([config_dir] if config_dir else []))
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     problems = {}
     for x in parsed:
@@ -196,14 +208,14 @@ def _override_problems(overrides: Sequence[str], schema: type, checks: Checks) -
         return problems  # which keys there are depends on the choices
     try:
         chosen = [x.input_line or "" for x in parsed if x.key_or_group in groups]
-        unresolved: Any = OmegaConf.to_container(_compose(chosen))
+        unresolved: Any = OmegaConf.to_container(_compose(chosen, config_dir))
         known = [*groups, *paths(unresolved)]
         for x in parsed:
             key = x.key_or_group
             if key not in known and not x.is_add() and not key.startswith("hydra"):
                 problems[key] = "unknown key" + did_you_mean(key, known)
         right = [x.input_line or "" for x in parsed if x.key_or_group not in problems]
-        check(_compose(right), schema, checks)
+        check(_compose(right, config_dir), schema, checks)
     except ConfigError as error:
         problems |= error.problems
     except Exception:
@@ -218,9 +230,13 @@ def _defaults() -> dict[str, str]:
     return {group: option for group, option in chosen if not group.startswith("override ")}
 
 
-def _groups() -> dict[str, list[str]]:
-    """The options of each config group."""
-    return {g: sorted(file.stem for file in (CONFIGS / g).glob("*.yaml")) for g in _defaults()}
+def _groups(*folders: str | Path) -> dict[str, list[str]]:
+    """The options of each config group, in some folders."""
+    groups = {}
+    for group in _defaults():
+        files = [file for folder in folders for file in Path(folder, group).glob("*.yaml")]
+        groups[group] = sorted(file.stem for file in files)
+    return groups
 
 
 def _first_line(error: Exception) -> str:

@@ -87,11 +87,14 @@ class Stream(nnx.RngStream):
 
     path = ""
     mode = "plain"
-    """`tag`: keys are tagged with the path. `mute`: to draw is to raise `Undrawn`."""
+    """`tag`: keys are tagged with the path. `mute`: to draw is to raise `Undrawn`. `same`: each
+    draw gives the stream's own key, without counting."""
 
     def __call__(self) -> Array:
         if self.mode == "mute":
             raise Undrawn(self.path)
+        if self.mode == "same":
+            return self.key[...]
         if self.key.ndim == self.count.ndim:
             key = super().__call__()
         else:

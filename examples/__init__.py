@@ -1,0 +1,1 @@
+"""Worked migrations; README.md lists them."""
