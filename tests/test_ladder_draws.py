@@ -160,6 +160,37 @@ def test_a_pair_may_stand_for_many() -> None:
     assert not said
 
 
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_draws_of_a_model_of_another_depth_are_not_those_in_the_rule_book(count: int) -> None:
+    """One stream is drawn from once a layer: for a third layer the book has no key."""
+
+    def ladder(count: int, rules: RuleBook) -> Ladder:
+        class Linen(nn.Module):
+            @nn.compact
+            def __call__(self, x: Array) -> Array:
+                for _ in range(count):
+                    x = nn.Dropout(0.5, deterministic=False)(x) + 1
+                return x
+
+        class Port(nnx.Module):
+            def __init__(self, *, rngs: nnx.Rngs) -> None:
+                self.drop = nnx.Dropout(0.5, deterministic=False, rngs=rngs)
+
+            def __call__(self, x: Array) -> Array:
+                for _ in range(count):
+                    x = self.drop(x) + 1
+                return x
+
+        twin = Twin(Linen, lambda rngs: Port(rngs=rngs), lambda: (X,))
+        return Ladder(twin, rules, say=said.append)
+
+    said: list[str] = []
+    other = ladder(count, ladder(2, RuleBook([])).pair(X))
+    due = call(other.linen, {}, {"dropout": KEY}, X)
+    assert call(other.at("nnx"), {}, {"dropout": KEY}, X) == due
+    assert len(said) == (2 if count else 1)
+
+
 @pytest.mark.parametrize("stage", ["nnx_in_linen", "nnx"])
 def test_draws_without_a_partner_have_repeatable_streams_of_their_own(stage: str) -> None:
     said: list[str] = []

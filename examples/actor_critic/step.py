@@ -38,7 +38,7 @@ class Step:
     def start(self, variables: State) -> State:
         """The state before the first batch, of initial variables `{"params": ...}`."""
         params = variables["params"]
-        valued: Any = {part: params[part] for part in VALUED}
+        valued = {part: params[part] for part in VALUED}
         return {
             "step": jnp.zeros((), jnp.int32),
             "params": params,
@@ -52,8 +52,8 @@ class Step:
     def train(self, state: State, batch: Any) -> tuple[State, dict[str, Array]]:
         """One update of each: the next state, and metrics as float32 scalars."""
         params, options = state["params"], self.options
-        valued: Any = {part: params[part] for part in VALUED}
-        acting: Any = {"actor": params["actor"]}
+        valued = {part: params[part] for part in VALUED}
+        acting = {"actor": params["actor"]}
 
         # What an action is worth: its reward, and what the target network sees after it.
         logits, _ = self._run(params, batch["next"])
@@ -75,13 +75,12 @@ class Step:
         of_actor, actor_grads = jax.value_and_grad(actor_loss)(acting)
         # As in training/step.py: where a layer is stored has no effect on how an update rounds.
         critic_grads, actor_grads = jax.lax.optimization_barrier((critic_grads, actor_grads))
-        updates, critic_state = self.critic.update(critic_grads, state["opt_state"]["critic"])
-        valued = optax.apply_updates(valued, updates)
-        updates, actor_state = self.actor.update(actor_grads, state["opt_state"]["actor"])
-        acting = optax.apply_updates(acting, updates)
+        old = state["opt_state"]
+        valued, critic_state = _updated(self.critic, valued, critic_grads, old["critic"])
+        acting, actor_state = _updated(self.actor, acting, actor_grads, old["actor"])
         new = {
             "step": state["step"] + 1,
-            "params": valued | acting,
+            "params": {**valued, **acting},
             "opt_state": {"critic": critic_state, "actor": actor_state},
             "target": optax.incremental_update(valued, state["target"], options.target_rate),
         }
@@ -104,3 +103,12 @@ class Step:
     def _run(self, params: State, places: Array) -> tuple[Array, Array]:
         """Logits and values of all actions at some places."""
         return self.setup.model({"params": params}, {}, train=True)(places)
+
+
+def _updated(
+    optimizer: optax.GradientTransformation, params: State, grads: Any, opt_state: Any
+) -> tuple[State, Any]:
+    """Parameters and the optimizer's state after an update."""
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    new: Any = optax.apply_updates(params, updates)
+    return new, opt_state

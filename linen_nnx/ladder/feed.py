@@ -46,7 +46,7 @@ def feed(
     known: dict[Name, Array] = {}
     if pairing.pairs or pairing.families:
         program = ladder.program(call)
-        found = _fitting(program.draws, pairing)
+        found = _fitting(program.draws, pairing, pairing.kind in ladder.searched)
         pairs = {pair.nnx: pair.linen for pair in found if pair.nnx.path in streams}
         known = program.keys(call.rngs) if pairs else {}
     result: dict[str, Array] = {}
@@ -112,11 +112,13 @@ def _stacked(
     return jnp.stack(columns, -1)
 
 
-def _fitting(found: tuple[LinenDraw, ...], pairing: Pairing) -> list[Pair]:
+def _fitting(found: tuple[LinenDraw, ...], pairing: Pairing, is_new: bool) -> list[Pair]:
     """The pairs of a pairing whose draws the Linen model makes.
 
     A stream of which one pair names another draw has changed since it was paired (a rate that was
-    set to 0, a layer less): it gets no keys, and is paired anew if it is drawn from.
+    set to 0, a layer less): it gets no keys, and is paired anew if it is drawn from. So is every
+    stream where Linen makes a draw that no pair names (a layer more), for any stream may be drawn
+    from once more than there are keys; unless the pairing `is_new`, and knows of that draw.
     """
     made = set()
     for draw in found:
@@ -125,5 +127,7 @@ def _fitting(found: tuple[LinenDraw, ...], pairing: Pairing) -> list[Pair]:
     pairs = pairing.among(made)
     if twice := named_twice(pair.nnx for pair in pairs):
         raise DrawError(f"The rule book pairs nnx draws twice in {pairing.kind}: {twice}.")
+    if not is_new and made - {pair.linen for pair in pairs}:
+        return []
     changed = {pair.nnx.path for pair in pairs if pair.linen not in made}
     return [pair for pair in pairs if pair.nnx.path not in changed]

@@ -137,6 +137,8 @@ class Ladder:
         self._given_rules = rules
         self._stages: dict[str, Stage] = {}
         self._programs: dict[Any, Program] = {}
+        self.searched: set[str] = set()
+        """The kinds of calls whose draws were not taken from the rule book, but found."""
 
     def at(self, stage: str) -> Stage:
         """The model at a stage: `linen`, `nnx_in_linen`, `linen_in_nnx` or `nnx`."""
@@ -476,6 +478,7 @@ class Ladder:
         found = search(self, call)
         pairing = found.pairing
         self.pairings[pairing.kind] = pairing
+        self.searched.add(pairing.kind)
         line = f"{pairing.kind}: {len(pairing.pairs)} draws of the nnx model get Linen's keys"
         if found.problem:
             line += f"; {len(pairing.own)} have streams of their own: {found.own}"
