@@ -20,6 +20,7 @@ SMALL = {
     "sums": ("model.depth=1", "model.width=8", "data.sums=160", "data.digits=2", "data.batch=8"),
     "vae": ("model.hidden=8", "data.batch=8"),
 }
+LONG = ("classifier", "diffusion", "sums")  # to compile
 
 
 def train(name: str, run_dir: Path, *overrides: str) -> list[str]:
@@ -40,7 +41,9 @@ def train(name: str, run_dir: Path, *overrides: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] * (name in LONG)) for name in SMALL]
+)
 def test_an_example_draws_the_same_curve_at_all_four_stages(name: str, tmp_path: Path) -> None:
     """And one that was stopped half way goes on with it: optimizers, target, files being read."""
     curves = []

@@ -39,10 +39,9 @@ class UNet(nn.Module):
     @nn.compact
     def __call__(self, x: Array, time: Array, train: bool = False) -> Array:
         time = nn.silu(nn.Dense(2 * self.width)(sinusoids(time, self.width)))
-        x = nn.Conv(self.width, (3, 3))(x)
-        fine = Block(self.width, self.dropout)(x, time, train)
+        fine = nn.Conv(self.width, (3, 3))(x)
         x = nn.avg_pool(fine, (2, 2), strides=(2, 2))
         x = Block(2 * self.width, self.dropout)(x, time, train)
         x = jax.image.resize(x, (*fine.shape[:3], x.shape[-1]), "nearest")
         x = Block(self.width, self.dropout)(jnp.concatenate([x, fine], axis=-1), time, train)
-        return nn.Conv(1, (3, 3))(nn.silu(nn.GroupNorm(4)(x)))
+        return nn.Conv(1, (3, 3))(nn.silu(x))

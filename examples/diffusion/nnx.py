@@ -41,16 +41,14 @@ class UNet(nnx.Module):
         self.width = width
         self.time = nnx.Linear(width, 2 * width, rngs=rngs)
         self.first = nnx.Conv(1, width, (3, 3), rngs=rngs)
-        self.down = Block(width, width, 2 * width, dropout, rngs=rngs)
-        self.middle = Block(width, 2 * width, 2 * width, dropout, rngs=rngs)
+        self.down = Block(width, 2 * width, 2 * width, dropout, rngs=rngs)
         self.up = Block(3 * width, width, 2 * width, dropout, rngs=rngs)
-        self.norm = nnx.GroupNorm(width, num_groups=4, rngs=rngs)
         self.last = nnx.Conv(width, 1, (3, 3), rngs=rngs)
 
     def __call__(self, x: Array, time: Array, train: bool = False) -> Array:
         time = nnx.silu(self.time(sinusoids(time, self.width)))
-        fine = self.down(self.first(x), time, train)
-        x = self.middle(nnx.avg_pool(fine, (2, 2), strides=(2, 2)), time, train)
+        fine = self.first(x)
+        x = self.down(nnx.avg_pool(fine, (2, 2), strides=(2, 2)), time, train)
         x = jax.image.resize(x, (*fine.shape[:3], x.shape[-1]), "nearest")
         x = self.up(jnp.concatenate([x, fine], axis=-1), time, train)
-        return self.last(nnx.silu(self.norm(x)))
+        return self.last(nnx.silu(x))

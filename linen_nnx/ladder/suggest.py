@@ -12,10 +12,14 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+
 from linen_nnx.book.rules import RuleBook
+from linen_nnx.book.tree import flatten
 from linen_nnx.errors import Refusal
 from linen_nnx.infer import suggest as rules
 from linen_nnx.infer.calls import EVALUATION
+from linen_nnx.infer.keys import Undrawn, probing
 from linen_nnx.infer.twin import Twin
 from linen_nnx.ladder.calls import Call
 from linen_nnx.ladder.ladder import Ladder, WholeTwin
@@ -37,7 +41,7 @@ def suggest(twin: Twin) -> RuleBook:
     for trains in (True, False):
         try:
             call = _call(ladder, trains)
-            if asked_for(ladder, call) - {"params"} and not _known(ladder, call):
+            if not _known(ladder, call) and _draws(ladder, call):
                 ladder.find_draws(call)
         except Refusal as refusal:
             notes.append(f"no draws are paired: {refusal}")
@@ -55,6 +59,25 @@ def _call(ladder: Ladder, trains: bool) -> Call:
         bound.arguments[name] = EVALUATION[name] is not trains
     mutable: Any = ladder.at("linen").mutable or False
     return Call(None, bound.args[1:], dict(bound.kwargs), {}, mutable)
+
+
+def _draws(ladder: Ladder, call: Call) -> bool:
+    """Whether one of the models draws in a call."""
+    if asked_for(ladder, call) - {"params"}:
+        return True
+    forms = ladder.forms("nnx")
+    leaves = flatten(ladder.at("nnx").abstract())
+
+    def run(leaves: Any, arrays: Any) -> Any:
+        root = ladder.nnx_root(forms, leaves, call, {part: {} for part in forms})
+        return jax.tree.leaves(ladder.run_nnx(root, call.joined(arrays, {})))
+
+    try:
+        with probing():
+            jax.eval_shape(run, leaves, call.arrays)
+    except Undrawn:
+        return True
+    return False
 
 
 def _known(ladder: Ladder, call: Call) -> bool:
