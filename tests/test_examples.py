@@ -1,5 +1,7 @@
 """The examples work from their own README lines: each command as written, each quote as printed."""
 
+import difflib
+import re
 from pathlib import Path
 
 import jax
@@ -23,7 +25,9 @@ def shell(tmp_path: Path) -> Shell:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.long) for name in ("vit", "seq2seq")] + ["bert"]
+    "name",
+    [pytest.param(name, marks=pytest.mark.long) for name in ("train_state", "vit", "seq2seq")]
+    + ["bert"],
 )
 def test_an_example_works_from_its_own_readme_lines(shell, name):
     follow(blocks(EXAMPLES / name / "README.md"), shell)
@@ -31,8 +35,24 @@ def test_an_example_works_from_its_own_readme_lines(shell, name):
 
 def test_every_example_is_run_and_linked():
     folders = {path.parent.name for path in EXAMPLES.glob("*/README.md")}
-    assert folders == {"vit", "seq2seq", "bert"}
+    assert folders == {"train_state", "vit", "seq2seq", "bert"}
     assert all(f"examples/{name}/README.md" in (ROOT / "README.md").read_text() for name in folders)
+    families = {path.parent.name for path in EXAMPLES.glob("*/configs")}
+    listed = re.findall(r"^\| (?:\[?`)(\w+)`", (EXAMPLES / "README.md").read_text(), re.MULTILINE)
+    assert {*listed} == folders | families
+
+
+def test_the_difference_that_the_page_shows_is_the_whole_one():
+    old, new = (
+        (EXAMPLES / "train_state" / name).read_text().splitlines()
+        for name in ("train_linen.py", "train_ladder.py")
+    )
+    differences = [
+        line for line in difflib.unified_diff(old, new, n=0) if line[:2] not in ("@@", "--", "++")
+    ]
+    (shown,) = [x for x in blocks(EXAMPLES / "train_state/README.md") if x.language == "text"]
+    is_code = [line for line in differences if line[1:] and not re.match(r'.("""|python )', line)]
+    assert is_code == shown.text.splitlines()
 
 
 @pytest.mark.slow

@@ -1,18 +1,26 @@
 """The families of the template: the same bits at every stage, and one array used by both parts."""
 
+import re
+import sys
+from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import STAGES
+from flax import nnx
 
 import model
 from configs.build import ConfigError
-from linen_nnx import Stage
+from linen_nnx import Part, RuleBook, Stage
 from linen_nnx.book.tree import flatten, unflatten
-from training.assemble import load_rules
+from training import compose
+from training.assemble import Setup, load_rules
+from training.runtime.mesh import OneDevice
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "transformer": {
@@ -123,3 +131,107 @@ def test_an_unknown_family_or_option_is_named() -> None:
     options["widht"] = options.pop("width")
     with pytest.raises(ConfigError, match=r"(?s)model\.widht.*model\.width.*missing"):
         model.create(options)
+
+
+class LinenDense(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any, train: bool = False) -> Any:
+        return nn.Dropout(0.5)(nn.Dense(4)(x), deterministic=not train)
+
+
+class NnxDense(nnx.Module):
+    def __init__(self, *, rngs: nnx.Rngs) -> None:
+        self.dense = nnx.Linear(4, 4, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x: Any, train: bool = False) -> Any:
+        return self.dropout(self.dense(x), deterministic=not train)
+
+
+class LinenMask(nn.Module):
+    """No parameters."""
+
+    @nn.compact
+    def __call__(self, x: Any, train: bool = False) -> Any:
+        return nn.Dropout(0.2)(jnp.tanh(x), deterministic=not train)
+
+
+class NnxMask(nnx.Module):
+    def __init__(self, *, rngs: nnx.Rngs) -> None:
+        self.dropout = nnx.Dropout(0.2, rngs=rngs)
+
+    def __call__(self, x: Any, train: bool = False) -> Any:
+        return self.dropout(jnp.tanh(x), deterministic=not train)
+
+
+ONE = Part(LinenDense, lambda rngs: NnxDense(rngs=rngs))
+BARE = Part(LinenMask, lambda rngs: NnxMask(rngs=rngs))
+
+
+@dataclass(frozen=True)
+class Plain:
+    """The options of a family without any."""
+
+    family: str
+
+
+def twice(parts: Any, x: Any, train: bool = False) -> Any:
+    """One part is called twice, one has no parameters."""
+    return parts.head(parts.bare(parts.head(x, train=train), train=train), train=train)
+
+
+SHAPES: dict[str, tuple[Any, Any, str, str]] = {
+    "one part": (ONE, None, "params/Dense_0/{leaf}", "dense/{leaf}"),
+    "several": (
+        {"bare": BARE, "head": ONE}, twice, "params/head/Dense_0/{leaf}", "head/dense/{leaf}",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_family_may_be_one_part_or_have_parts_of_any_kind(
+    monkeypatch: pytest.MonkeyPatch, shape: str
+) -> None:
+    """A part without parameters, one that is called twice: trained at all stages alike."""
+    parts, forward, linen, port = SHAPES[shape]
+
+    def loss(model: Any, batch: Any, rngs: Any) -> Any:
+        out = model(batch["inputs"], train=model.train)
+        return {"loss": jnp.square(out - batch["targets"]).mean(-1)}
+
+    family = {
+        "Options": Plain, "parts": lambda cfg: parts, "forward": forward, "loss": loss,
+        "inputs": lambda batch: (batch["inputs"],), "__path__": [],
+    }  # fmt: skip
+    monkeypatch.setitem(sys.modules, "made", ModuleType("made"))
+    monkeypatch.setitem(sys.modules, "made.up", ModuleType("made.up"))
+    vars(sys.modules["made.up"]).update(family)
+    rules = RuleBook.from_dict({"version": 1, "rules": [{"linen": linen, "nnx": port}]})
+    batch = {"inputs": np.linspace(-1, 1, 12, dtype="f").reshape(3, 4), "targets": np.eye(3, 4)}
+
+    found = []
+    for stage in STAGES:
+        cfg = compose("experiment=diabetes", f"stage={stage}", "optimizer.warmup=0")
+        setup = Setup(replace(cfg, model={"family": "made.up"}), None, batch, rules, OneDevice())
+        state, values = setup.program.init(), []
+        for _ in range(2):
+            state, metrics = setup.program.train_step(state, batch)
+            values.append({name: float(value) for name, value in metrics.items()})
+        found.append((values, sorted(bits(state["params"]))))
+    assert found == [found[0]] * len(STAGES)
+    assert f"grad_norm_{'model' if forward is None else 'head'}" in values[0]
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("examples.vea", "there is no module examples.vea: give its path from the root"),
+        ("no.such", "there is no module no: "),
+        ("../vae", "expected the name of a module"),
+        (3, "got 3; expected the name of a module"),
+    ],
+)
+def test_a_family_elsewhere_that_is_not_there_is_named(family: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"model\.family: .*{re.escape(message)}"):
+        model.create({"family": family})

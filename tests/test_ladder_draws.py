@@ -160,6 +160,20 @@ def test_a_pair_may_stand_for_many() -> None:
     assert not said
 
 
+@pytest.mark.parametrize("rate", [0.05, 0.1, 0.2])
+def test_a_draw_that_two_keys_do_not_show_is_not_taken_for_idle(rate: float) -> None:
+    """A mask of few elements and a low rate is often the same mask under another key."""
+    x = rows(1, 4)
+    twin = Twin(
+        lambda: nn.Dropout(rate, deterministic=False),
+        lambda rngs: nnx.Dropout(rate, deterministic=False, rngs=rngs),
+        lambda: (x,),
+    )
+    (pairing,) = Ladder(twin, RuleBook([]), say=lambda text: None).pair(x).draws
+    assert len(pairing.pairs) == 1
+    assert pairing.idle == ()
+
+
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_draws_of_a_model_of_another_depth_are_not_those_in_the_rule_book(count: int) -> None:
     """One stream is drawn from once a layer: for a third layer the book has no key."""
