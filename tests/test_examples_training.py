@@ -81,3 +81,13 @@ def test_an_unmodified_linen_script_prints_the_same_losses_at_all_four_stages(
     printed = {lines("train_ladder.py", stage) for stage in STAGES}
     assert printed == {lines("train_linen.py")}
     assert printed.pop().count("loss") == 2
+
+
+@pytest.mark.slow
+def test_a_target_network_and_two_optimizers_go_to_another_stage(tmp_path: Path) -> None:
+    """Each of them mirrors some of the parameters, not all."""
+    whole = train("actor_critic", tmp_path / "whole", "stage=linen")
+    train("actor_critic", tmp_path / "half", "stage=linen", "stop_at=3")
+    rest = train("actor_critic", tmp_path / "rest", "stage=nnx", f"init_from={tmp_path / 'half'}")
+    assert [json.loads(line)["step"] for line in rest] == [4, 5, 6, 6]
+    assert rest == whole[-4:]

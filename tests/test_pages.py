@@ -35,7 +35,7 @@ def test_files_options_and_links_that_a_page_names_exist(page: Path) -> None:
         if re.fullmatch(r"[\w.<>-]*/[\w./<>-]*", span) and span not in ELSEWHERE | made:
             assert list(ROOT.glob(span.replace("NAME", "*").rstrip("/"))), span
         if re.fullmatch(r"--[a-z-]+", span):
-            assert f'"{span}"' in sources or span == "--multirun", span
+            assert f'"{span}"' in sources or span in ("--multirun", "--config-dir"), span
     for target in re.findall(r"\]\((?!https:)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), target
 
