@@ -17,11 +17,13 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from configs.build import refuse, show
 from training import losses, optimizer
 from training.assemble import Setup
 
 State = dict[str, Any]
 VALUED = ("torso", "critic")
+UNUSED = {"chain": None, "weight_decay": 0, "clip_norm": None, "accumulate": 1, "ema": None}
 
 
 class Step:
@@ -30,6 +32,11 @@ class Step:
     def __init__(self, setup: Setup) -> None:
         cfg, self.options = setup.cfg, setup.family.options
         self.setup = setup
+        problems = {}
+        for key, value in UNUSED.items():
+            if getattr(cfg.optimizer, key) != value:
+                problems[f"optimizer.{key}"] = f"this step has no use for it: set {show(value)}"
+        refuse(problems)
         self.rate = optimizer.schedule(cfg.optimizer, cfg.steps)
         self.critic = optax.adam(self.rate)
         factor = self.options.actor_lr_factor
