@@ -35,7 +35,7 @@ from typing import Any, Protocol
 
 from jax import Array
 
-from configs.build import build, module_of, refuse
+from configs.build import build, module_of, refuse, show
 from linen_nnx import Ladder, Part, RuleBook, Twin
 
 Batch = Any
