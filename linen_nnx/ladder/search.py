@@ -3,7 +3,7 @@
 The example is the twin's own where it fits the call, and small; the variables are random.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,10 +27,14 @@ if TYPE_CHECKING:
 
 
 class Findings(NamedTuple):
-    """The draws of a kind of call; why those in `pairing.own` have no partner, or empty."""
+    """The draws of a kind of call.
+
+    problem: why the draws in `pairing.own` have no partner, or empty. linen: all draws of Linen's.
+    """
 
     pairing: Pairing
     problem: str
+    linen: tuple[Draw, ...]
 
     @property
     def own(self) -> str:
@@ -47,19 +51,19 @@ def search(ladder: "Ladder", call: Call) -> Findings:
     function = ladder.entry(call.method)
     kind = call.kind(function)
 
-    def compare() -> Match:
+    def compare() -> tuple[Match, Sequence[Draw]]:
         with probing():
             return _match(ladder, _with_keys(ladder, call.example(function, ladder.inputs)))
 
     try:
-        found = aside(compare)
+        found, linen = aside(compare)
     except Exception as error:  # the user's own models: whatever they raise, say when
         raise DrawError(
             f"The draws of {kind.kind} cannot be paired, as the models do not run on an example of "
             f"the call: {type(error).__name__}: {error}"
         ) from error
     pairing = replace(kind, pairs=found.pairs, idle=found.idle, own=found.own)
-    return Findings(pairing, found.problem if found.own else "")
+    return Findings(pairing, found.problem if found.own else "", tuple(linen))
 
 
 def _with_keys(ladder: "Ladder", call: Call) -> Call:
@@ -90,14 +94,16 @@ def _a_key() -> Any:
     return jax.eval_shape(lambda: jax.random.key(0))
 
 
-def _match(ladder: "Ladder", call: Call) -> Match:
+def _match(ladder: "Ladder", call: Call) -> tuple[Match, Sequence[Draw]]:
+    """What corresponds, and all draws of the Linen model."""
     variables = sample_variables(ladder)
     one, lost = _linen_side(ladder, call, variables)
     two, uncounted = _nnx_side(ladder, call, ladder.translate(variables, "linen", "nnx"))
     found = match(one, two)
     problem = "; ".join(filter(None, [found.problem, lost if found.own or uncounted else ""]))
     own = (*found.own, *(Draw(path) for path in uncounted))
-    return found._replace(own=own, problem=problem or "drawn inside a loop of unknown length")
+    problem = problem or "drawn inside a loop of unknown length"
+    return found._replace(own=own, problem=problem), one.draws
 
 
 def _linen_side(ladder: "Ladder", call: Call, variables: Leaves) -> tuple[Side, str]:

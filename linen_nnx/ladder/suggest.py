@@ -8,22 +8,14 @@ their draws paired (`pairing.py`): for the twin's own call in training, and in e
 model draws there, too.
 """
 
-import inspect
-from collections.abc import Iterator
-from typing import Any
-
-import jax
-
 from linen_nnx.book.rules import RuleBook
-from linen_nnx.book.tree import flatten
 from linen_nnx.errors import Refusal
 from linen_nnx.infer import suggest as rules
-from linen_nnx.infer.calls import EVALUATION
-from linen_nnx.infer.keys import Undrawn, probing
 from linen_nnx.infer.twin import Twin
+from linen_nnx.ladder.alike import in_families
 from linen_nnx.ladder.calls import Call
-from linen_nnx.ladder.ladder import Ladder, WholeTwin
-from linen_nnx.ladder.search import asked_for
+from linen_nnx.ladder.ladder import Ladder
+from linen_nnx.ladder.training import draws_in, ladder_of, own_call
 
 
 def suggest(twin: Twin) -> RuleBook:
@@ -36,13 +28,13 @@ def suggest(twin: Twin) -> RuleBook:
     if book.unassigned:
         return book  # the port cannot be filled yet
     notes: list[str] = []
-    given = twin.ladder if isinstance(twin, WholeTwin) else None
-    ladder = (given or Ladder(twin)).with_rules(book, notes.append)
+    ladder = ladder_of(twin).with_rules(book, notes.append)
     for trains in (True, False):
         try:
-            call = _call(ladder, trains)
-            if not _known(ladder, call) and _draws(ladder, call):
-                ladder.find_draws(call)
+            call = own_call(ladder, trains)
+            if not _known(ladder, call) and draws_in(ladder, call):
+                found = ladder.find_draws(call)
+                ladder.pairings[found.pairing.kind] = in_families(found.pairing, found.linen)
         except Refusal as refusal:
             notes.append(f"no draws are paired: {refusal}")
         except Exception as error:  # the user's own model: whatever it raises is the reason
@@ -51,40 +43,6 @@ def suggest(twin: Twin) -> RuleBook:
     return RuleBook(book.rules, book.unassigned, ladder.pairings.values(), [*book.notes, *notes])
 
 
-def _call(ladder: Ladder, trains: bool) -> Call:
-    """The twin's own call with dropout on or off."""
-    function = ladder.entry(None)
-    bound = inspect.signature(function).bind_partial(None, *ladder.inputs)
-    for name in _flags(function):
-        bound.arguments[name] = EVALUATION[name] is not trains
-    mutable: Any = ladder.at("linen").mutable or False
-    return Call(None, bound.args[1:], dict(bound.kwargs), {}, mutable)
-
-
-def _draws(ladder: Ladder, call: Call) -> bool:
-    """Whether one of the models draws in a call."""
-    if asked_for(ladder, call) - {"params"}:
-        return True
-    forms = ladder.forms("nnx")
-    leaves = flatten(ladder.at("nnx").abstract())
-
-    def run(leaves: Any, arrays: Any) -> Any:
-        root = ladder.nnx_root(forms, leaves, call, {part: {} for part in forms})
-        return jax.tree.leaves(ladder.run_nnx(root, call.joined(arrays, {})))
-
-    try:
-        with probing():
-            jax.eval_shape(run, leaves, call.arrays)
-    except Undrawn:
-        return True
-    return False
-
-
 def _known(ladder: Ladder, call: Call) -> bool:
     """Whether its draws are paired: a model without flags has one call for both."""
     return call.kind(ladder.entry(None)).kind in ladder.pairings
-
-
-def _flags(function: Any) -> Iterator[str]:
-    """The arguments that say whether a call trains."""
-    return (name for name in inspect.signature(function).parameters if name in EVALUATION)

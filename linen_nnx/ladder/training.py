@@ -1,0 +1,138 @@
+"""A twin in training: its own call with dropout on, and what its models draw in it.
+
+    twin.inputs: (x,)      def __call__(self, x, train=False)      the call is (x, train=True)
+
+In evaluation most models draw nothing. So what they draw is compared in training: which draw is
+which (`check_draws`), and layer by layer with one key for all of them (`in_training`).
+"""
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+
+from linen_nnx.book.rules import RuleBook
+from linen_nnx.book.tree import flatten
+from linen_nnx.infer.calls import EVALUATION
+from linen_nnx.infer.keys import DrawError, Undrawn, probing, watching
+from linen_nnx.infer.twin import Twin, TwinError
+from linen_nnx.ladder.calls import Call, is_array
+from linen_nnx.ladder.ladder import Ladder, WholeTwin
+from linen_nnx.ladder.search import Findings, asked_for, search
+
+
+class DrawCheck(NamedTuple):
+    """Whether the draws of a kind of call are those that a rule book pairs.
+
+    passed: None where it was not tried.
+    """
+
+    kind: str
+    passed: bool | None
+    notes: tuple[str, ...]
+
+
+def ladder_of(twin: Twin) -> Ladder:
+    """The ladder that a twin was made of, or one over the twin."""
+    given = twin.ladder if isinstance(twin, WholeTwin) else None
+    return given or Ladder(twin)
+
+
+def check_draws(twin: Twin, book: RuleBook) -> Iterator[DrawCheck]:
+    """Finds the draws of the twin's own call anew, and compares them with the pairs of a book."""
+    ladder = ladder_of(twin).with_rules(book, lambda text: None)
+    tried = set()
+    for trains in (True, False):
+        call = own_call(ladder, trains)
+        kind = call.kind(ladder.entry(None)).kind
+        try:
+            if kind not in tried and draws_in(ladder, call):
+                yield _compared(ladder, kind, search(ladder, call))
+        except DrawError as error:
+            yield DrawCheck(kind, None, (str(error),))
+        tried.add(kind)
+    for kind in ladder.pairings:
+        if kind not in tried:
+            yield DrawCheck(kind, None, ("this is not the twin's own call",))
+
+
+def _compared(ladder: Ladder, kind: str, found: Findings) -> DrawCheck:
+    written = ladder.pairings.get(kind)
+    if written is None:
+        text = "the rule book pairs no draws of this call: `suggest` writes the pairs"
+        return DrawCheck(kind, None, (text,))
+    said = {pair.nnx: pair.linen for pair in written.among(found.linen)}
+    right = {pair.nnx: pair.linen for pair in found.pairing.pairs}
+    idle = {*found.pairing.idle}
+    wrong = []
+    for draw in sorted({*said, *right}):
+        if said.get(draw) != right.get(draw) and draw not in idle:
+            is_, was = right.get(draw, "no draw of Linen's"), said.get(draw, "nothing")
+            wrong.append(f"{draw} is {is_}; the rule book says {was}")
+    return DrawCheck(kind, not wrong, tuple(wrong) or (f"{len(right)} draws",))
+
+
+def in_training(twin: Twin) -> Twin:
+    """The twin with both models called in training, each draw of both sides with one key.
+
+    Raises:
+      TwinError: when the twin has calls of its own, which say themselves in which mode they are.
+    """
+    if not isinstance(twin, WholeTwin) and (twin.call_linen or twin.call_nnx):
+        raise TwinError(
+            "this twin says itself how its models are called (call_linen, call_nnx): let these "
+            "calls train, or leave them out"
+        )
+    ladder = ladder_of(twin)
+    call = own_call(ladder, True)
+    key = jax.random.key(0)  # that of the streams of `infer.trace`
+    rngs = dict.fromkeys({"params", *asked_for(ladder, call)}, key)
+
+    def call_linen(module: Any, variables: Any, *inputs: Any) -> Any:
+        with watching(lambda name, drawn: key):
+            return ladder.run_linen(variables, call.joined(_arrays(inputs), rngs))
+
+    def call_nnx(model: Any, *inputs: Any) -> Any:
+        return ladder.run_nnx(model, call.joined(_arrays(inputs), {}))
+
+    return replace(twin, call_linen=call_linen, call_nnx=call_nnx)
+
+
+def _arrays(inputs: Any) -> list[Any]:
+    return [leaf for leaf in jax.tree.leaves(inputs) if is_array(leaf)]
+
+
+def own_call(ladder: Ladder, trains: bool) -> Call:
+    """The twin's own call with dropout on or off."""
+    function = ladder.entry(None)
+    bound = inspect.signature(function).bind_partial(None, *ladder.inputs)
+    for name in _flags(function):
+        bound.arguments[name] = EVALUATION[name] is not trains
+    mutable: Any = ladder.at("linen").mutable or False
+    return Call(None, bound.args[1:], dict(bound.kwargs), {}, mutable)
+
+
+def draws_in(ladder: Ladder, call: Call) -> bool:
+    """Whether one of the models draws in a call."""
+    if asked_for(ladder, call) - {"params"}:
+        return True
+    forms = ladder.forms("nnx")
+    leaves = flatten(ladder.at("nnx").abstract())
+
+    def run(leaves: Any, arrays: Any) -> Any:
+        root = ladder.nnx_root(forms, leaves, call, {part: {} for part in forms})
+        return jax.tree.leaves(ladder.run_nnx(root, call.joined(arrays, {})))
+
+    try:
+        with probing():
+            jax.eval_shape(run, leaves, call.arrays)
+    except Undrawn:
+        return True
+    return False
+
+
+def _flags(function: Any) -> Iterator[str]:
+    """The arguments that say whether a call trains."""
+    return (name for name in inspect.signature(function).parameters if name in EVALUATION)
