@@ -143,6 +143,8 @@ def _parser(
     sub.add_argument("checkpoints", metavar="CKPT", nargs="*", help=weights)
     sub.add_argument("--rules", metavar="FILE", help="rule book (default: what suggest finds)")
     sub.add_argument("--png", metavar="FILE", help="where to plot the error of each layer")
+    train = "call both in training: dropout on, statistics of the batch"
+    sub.add_argument("--train", dest="training", action="store_true", help=train)
     _check_spelling(parser, commands.choices, words)
     return parser
 
@@ -248,7 +250,8 @@ def _suggest(twin: str, out: str | None, as_json: bool) -> int:
     print("".join(f"\nnote     {note}" for note in book.notes))
     print(f"{len(book.rules)} rules, {len(book.unassigned)} leaves unassigned")
     for pairing in book.draws:
-        print(f"{pairing.kind}: {len(pairing.pairs)} draws paired")
+        for pair in pairing.to_dict()["pairs"]:
+            print(f"draw {pair['linen']}  ->  {pair['nnx']}\n    in {pairing.kind}")
     if book.unassigned:
         print("write rules for those by hand; until then the book translates nothing")
         if out is not None and any(known.likely for known in book.unassigned.values()):
@@ -421,13 +424,14 @@ def _bisect(
     checkpoints: list[str],
     rules: str | None,
     png: str | None,
+    training: bool,
     as_json: bool,
     runs: str | None,
 ) -> int:
     from linen_nnx.proof import show
     from linen_nnx.proof.bisect import bisect
 
-    found = bisect(_loaded(twin), rules, checkpoints, _runs(runs))
+    found = bisect(_loaded(twin), rules, checkpoints, _runs(runs), training)
     if png is not None:
         show.plot(found, png)
     if as_json:

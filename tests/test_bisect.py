@@ -23,7 +23,7 @@ from pairs import PAIRS
 from random_twins import random_twin
 
 import model
-from linen_nnx import RuleBook, RuleError, Twin, bisect
+from linen_nnx import RuleBook, RuleError, Twin, TwinError, bisect
 from linen_nnx.cli import main
 from linen_nnx.infer.sides import in_order
 from linen_nnx.infer.trace import trace_linen
@@ -281,6 +281,45 @@ def test_outputs_of_another_shape_diverge_and_one_more_is_left_out_aloud():
 
 
 # Weights
+
+
+class Dropping:
+    """Dropout and BatchNorm, which show in training alone."""
+
+    class Linen(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            x = nn.Dropout(0.3)(nn.Dense(8, name="first")(x), deterministic=not train)
+            return nn.Dense(2, name="last")(nn.BatchNorm(use_running_average=not train)(x))
+
+    class Nnx(nnx.Module):
+        def __init__(self, rate, *, rngs):
+            self.first, self.last = nnx.Linear(8, 8, rngs=rngs), nnx.Linear(8, 2, rngs=rngs)
+            self.dropout, self.norm = nnx.Dropout(rate, rngs=rngs), nnx.BatchNorm(8, rngs=rngs)
+
+        def __call__(self, x):
+            return self.last(self.norm(self.dropout(self.first(x))))
+
+    @classmethod
+    def twin(cls, rate=0.3):
+        x = jnp.linspace(-1, 1, 32).reshape(4, 8) ** 3
+        return Twin(cls.Linen, lambda rngs: cls.Nnx(rate, rngs=rngs), lambda: (x,))
+
+
+def test_in_training_masks_and_statistics_are_compared_too():
+    right = bisect(Dropping.twin(), training=True)
+    assert right.first is None
+    assert "both models are called in training" in right.notes[0]
+
+    assert bisect(Dropping.twin(0.5)).first is None
+    wrong = bisect(Dropping.twin(0.5), training=True)
+    assert wrong.first.linen != "first"
+    assert "`rate` of Dropout: Linen 0.3, nnx 0.5" in "".join(wrong.findings)
+
+
+def test_a_twin_that_says_how_it_is_called_is_not_called_otherwise():
+    with pytest.raises(TwinError, match="call_linen, call_nnx"):
+        bisect(replace(Dropping.twin(), call_nnx=lambda model, x: model(x)), training=True)
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,9 @@ from jax import Array
 from ladder_twins import CASES, WIDTH, rows
 from test_ladder import bits
 
-from linen_nnx import DrawError, Ladder, Refusal, RuleBook, RuleError, Twin
+from linen_nnx import DrawError, Ladder, Refusal, RuleBook, RuleError, Twin, suggest
 from linen_nnx.book.draws import Draw
+from linen_nnx.ladder.training import check_draws
 
 X = rows(4, WIDTH)
 KEY = jax.random.key(3)
@@ -203,6 +204,28 @@ def test_draws_of_a_model_of_another_depth_are_not_those_in_the_rule_book(count:
     due = call(other.linen, {}, {"dropout": KEY}, X)
     assert call(other.at("nnx"), {}, {"dropout": KEY}, X) == due
     assert len(said) == (2 if count else 1)
+
+
+def test_suggest_pairs_the_layers_as_one_and_a_wrong_pair_is_found() -> None:
+    twin = Twin(Plain.Linen, lambda rngs: Plain.Nnx(rngs=rngs), lambda: (X,))
+    content = suggest(twin).to_dict()
+    assert content["draws"][0]["pairs"] == [
+        {"linen": "dropout/Dropout_{i}", "nnx": "drops/{i}/rngs"}
+    ]
+    (check,) = check_draws(twin, RuleBook.from_dict(content))
+    assert check.passed
+
+    content["draws"][0]["pairs"] = [
+        {"linen": f"dropout/Dropout_{1 - n}", "nnx": f"drops/{n}/rngs"} for n in range(2)
+    ]
+    (check,) = check_draws(twin, RuleBook.from_dict(content))
+    assert check.passed is False
+    assert check.notes == tuple(
+        f"drops/{n}/rngs is dropout/Dropout_{n}; the rule book says dropout/Dropout_{1 - n}"
+        for n in range(2)
+    )
+    (check,) = check_draws(twin, RuleBook([]))
+    assert check.passed is None
 
 
 @pytest.mark.parametrize("stage", ["nnx_in_linen", "nnx"])

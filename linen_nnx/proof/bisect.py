@@ -81,6 +81,7 @@ def bisect(
     book: RuleBook | str | Path | None = None,
     checkpoints: Sequence[str | Path] = (),
     runs: Runs = NO_RUNS,
+    training: bool = False,
 ) -> Bisection:
     """Compares twins layer by layer.
 
@@ -91,18 +92,27 @@ def bisect(
       checkpoints: none for seeded random weights; one, of either form, for its weights on both
         sides; two, one of each form.
       runs: what a training code says of its runs, where the checkpoints are in one.
+      training: whether the models are called in training, each draw of both with one key; else as
+        the twin says, or in evaluation.
 
     Raises:
       TwinError: when a part of the twin cannot be built or called.
       RuleError: when the rules or the checkpoints do not fit the twin.
       StoreError: when a checkpoint cannot be read.
     """
+    notes: list[str] = []
+    if training:
+        from linen_nnx.ladder.training import in_training
+
+        twin = in_training(twin)
+        notes.append("both models are called in training; each draw of both sides has one key")
     watched, configs = watch(twin)
     traces = trace_linen(watched), trace_nnx(watched)
     if not isinstance(book, RuleBook):
         book = propose(*traces) if book is None else RuleBook.load(book)
     linen, nnx = map(side_of, traces)
-    mate, notes = mates(linen, nnx, book)
+    mate, unpaired = mates(linen, nnx, book)
+    notes += unpaired
     *leaves, more = weights(linen, nnx, book, mate, checkpoints, runs)
     inputs = []
     for number, array in enumerate(linen.trace.inputs):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from linen_nnx.book.ops import Mismatch
 from linen_nnx.book.plan import RuleError
 from linen_nnx.book.reading import read_json
+from linen_nnx.book.rules import RuleBook
 from linen_nnx.disk import checked, digests
 from linen_nnx.disk.beside import source_of
 from linen_nnx.disk.conversion import REPORT, RULES, Conversion, options_in
@@ -233,11 +234,20 @@ def _meaning(
     elif twin is not None:
         before, after = (of_twin(twin, form.side) for form in forms)
         yield from prove(conversion, state, result.reader, before, after)
+        yield from _draws(twin, conversion.book)
     elif build is None or conversion.source.said is None or result.said is None:
         yield Check("the models", None, ("a stage is compared with a stage, not a stock layout",))
     else:
         before, after = build(conversion.source.said.content), build(result.said.content)
         yield from prove(conversion, state, result.reader, before, after)
+
+
+def _draws(twin: "Twin", book: RuleBook) -> Iterator[Check]:
+    """Whether the random draws of both models are paired as the rule book says, in training too."""
+    from linen_nnx.ladder.training import check_draws
+
+    for found in check_draws(twin, book):
+        yield Check(f"draws of {found.kind}", found.passed, found.notes)
 
 
 def _digests(name: str, folder: Path) -> Check:
