@@ -79,6 +79,7 @@ INLINE = {
     ),
     "make train": "make -n train",  # in a block, too
     "make test": "make -n test",
+    "make test-long": "make -n test-long",
     "make lint": "make -n lint | sed 's/pyrefly check/& --help/; s/ruff .*/& --help/' | sh -e",
     "make bench": "make -n bench && python -m benchmarks --help",
     **{
@@ -103,6 +104,7 @@ INLINE = {
         for option, value in (
             ("--prefix", "model-"),
             ("--prefix", "model- --prefix optimizer-"),
+            ("--step", "1.5"),
             ("--from", "linen"),
             ("--from", "nnx"),
         )
