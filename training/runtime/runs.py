@@ -30,7 +30,7 @@ class Runs(runs.Runs):
         """As the item says; runs that do not say it have an encoder and a head."""
         if "config" in content:
             checked.mapping(content["config"])
-            if "forms" not in content and content["stage"] in STAGES:
+            if "forms" not in content and checked.text(content["stage"]) in STAGES:
                 return forms_at(content["stage"], HALVES, HALVES[:1])
         return content.get("forms")
 
