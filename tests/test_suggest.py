@@ -138,7 +138,21 @@ def test_the_rule_books_of_this_template_are_found_without_being_read(family, op
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(0, 10**6))
 def test_what_is_assigned_never_changes_what_a_random_model_computes(seed):
-    twin, truth, call_linen, call_nnx = random_twin(seed)
+    assert_sound(seed, rewritten=False)
+
+
+REWRITTEN = [0, 2, 3, 10, 111]
+LATER = [pytest.param(seed, marks=pytest.mark.long) for seed in {*range(200)} - {*REWRITTEN}]
+
+
+@pytest.mark.parametrize("seed", [*REWRITTEN, *LATER])
+def test_nor_where_its_nodes_are_written_in_another_way(seed):
+    assert_sound(seed, rewritten=True)
+
+
+def assert_sound(seed, rewritten):
+    """Random leaves, translated by the suggested book, give what they give in Linen."""
+    twin, truth, call_linen, call_nnx = random_twin(seed, rewritten)
     book = suggest(twin)
     random = np.random.default_rng(seed)
     leaves = {

@@ -38,7 +38,9 @@ _Open = tuple[set[str], set[str]]
 Way = list[Item]
 """Ways to pair one leaf, the plainest first: its gradient fits all of them."""
 _EXACT = 1e-7  # relative to a leaf's largest gradient
+_AGREES = 1e-3  # the same, where numbers differ from leaf to leaf: a wrong rule is 1 away
 _BLIND = 1e-10  # of the median gradient
+_COUNTS = 1e-4  # of the largest element of a sum, what a part of it has at least
 _WAYS = 6  # kept for one pair of leaves
 _TRIED = 64  # combinations of ways
 _HOMES = 3  # of one leaf, at most
@@ -60,15 +62,15 @@ def complete(trial: Trial, items: Sequence[Item], open_: _Open) -> tuple[list[It
       items: the rules that hold already; open_: the leaves without one, of either side.
     """
     found: list[Item] = []
-    view = None
+    view = point = None
     while open_[0] and open_[1]:
         known = [*items, *found]
-        point = trial.point(known, gradient=True)
+        point = point or trial.point(known, gradient=True)
         view = _view(trial.ground.sides, point, open_)
         new: list[Item] = []
         for search in (_pairs, _copies, _groups, _siblings, _alike):
             if ways := search(trial, known, view, open_):
-                new = _holding(trial, known, ways)
+                new, point = _holding(trial, known, ways)
                 if new:
                     break
         if not new:
@@ -85,18 +87,58 @@ def _view(both: tuple[Side, Side], point: Point, open_: _Open) -> _View:
     slopes: list[Leaves] = []
     blind: list[set[str]] = []
     for number, side in enumerate(both):
-        every = point.gradients(number, side.trace.numbers)
-        sizes = {path: float(np.abs(slope).max(initial=0)) for path, slope in every.items()}
-        seen = [size for size in sizes.values() if size > 0]
-        limit = _BLIND * float(np.median(seen)) if seen else 0.0
+        limit = _limit(point, number, side)
+        every = point.gradients(number, {p: side.trace.numbers[p] for p in open_[number]})
+        sizes = {path: _size(slope) for path, slope in every.items()}
         mine = [path for path in side.paths if path in open_[number]]
         blind.append({path for path in mine if sizes[path] <= limit})
         slopes.append({path: every[path] for path in mine if sizes[path] > limit})
     return _View((slopes[0], slopes[1]), (blind[0], blind[1]))
 
 
-def _holding(trial: Trial, known: Sequence[Item], ways: Sequence[Way]) -> list[Item]:
-    """One way for each leaf, so that all hold together; else those that hold one by one."""
+def _limit(point: Point, number: int, side: Side) -> float:
+    """The largest gradient of a leaf of one side that is none but rounding."""
+    gradient = point.runs[number].gradient
+    sizes = [_size(gradient[ids]) for ids in side.trace.numbers.values()]
+    seen = [size for size in sizes if size > 0]
+    return _BLIND * float(np.median(seen)) if seen else 0.0
+
+
+def _holding(
+    trial: Trial, known: Sequence[Item], ways: Sequence[Way]
+) -> tuple[list[Item], Point | None]:
+    """One way for each leaf, so that all hold together; else those that hold one by one.
+
+    What outputs hardly see holds in any way. So the gradients must agree again, with numbers that
+    differ from leaf to leaf, and in one way alone: beside leaves that are all one constant a matrix
+    and its transpose have one gradient. Such a leaf waits for its neighbours. The second result is
+    the point where the gradients were seen.
+    """
+    while ways:
+        chosen = _agreeing(trial, known, ways)
+        if not chosen:
+            break
+        point = trial.point([*known, *chosen], gradient=True)
+        limit = _limit(point, 0, trial.ground.sides[0])
+        left: list[Way] = []
+        is_clear = True
+        for way in ways:
+            fitting = [item for item in way if _confirmed(trial, point, limit, item)]
+            taken = [item for item in way if item in chosen]
+            if fitting == taken:
+                left += [way] * len(taken)
+                continue
+            is_clear = False
+            if len(fitting) == 1:
+                left.append(fitting)
+        if is_clear:
+            return chosen, point
+        ways = left
+    return [], None
+
+
+def _agreeing(trial: Trial, known: Sequence[Item], ways: Sequence[Way]) -> list[Item]:
+    """One way for each leaf with which the outputs agree."""
     for chosen in itertools.islice(itertools.product(*ways), _TRIED):
         if trial.holds([*known, *chosen]):
             return list(chosen)
@@ -105,6 +147,50 @@ def _holding(trial: Trial, known: Sequence[Item], ways: Sequence[Way]) -> list[I
         holding = (item for item in each if trial.holds([*known, *kept, item]))
         kept += itertools.islice(holding, 1)
     return kept
+
+
+def _confirmed(trial: Trial, point: Point, limit: float, item: Item) -> bool:
+    """Whether the gradients of a rule's leaves correspond by the rule, and by no other.
+
+    Where there are none but rounding, whether nothing but this rule would fit the leaves' shapes.
+    """
+    if any(isinstance(op, Copy) for op in item.rule.ops):
+        return True  # of copies only the sum is known, and `_sums` has seen to it
+    linen, nnx = (side.trace for side in trial.ground.sides)
+    ours = point.gradients(0, {path: linen.numbers[path] for path in item.linen})
+    theirs = point.gradients(1, {path: nnx.numbers[path] for path in item.nnx})
+    if max(map(_size, ours.values())) <= limit:
+        sizes = [size for path in item.linen for size in linen.leaves[path].shape if size > 1]
+        return len(set(sizes)) == len(sizes) and not item.rule.ops
+    got = RuleBook([item.rule]).to_nnx(ours)
+    if any(_gap(got[path], theirs[path]) > _AGREES for path in theirs):
+        return False
+    if len(ours) == len(theirs) == 1:
+        ((one, before),) = ours.items()
+        ((two, after),) = theirs.items()
+        return len(_orders((one, before), (two, after), _AGREES)) == 1
+    whole, parts = (theirs, ours) if len(theirs) == 1 else (ours, theirs)
+    tables = [_table(array) for array in whole.values()]
+    dark = 0  # parts none of whose elements is told from others: one may be what is left over
+    for part in parts.values():
+        found = [_places(part, *table) for table in tables]
+        dark += not any(places is not None and (places >= 0).any() for places in found)
+    return dark <= 1
+
+
+def _orders(
+    ours: tuple[str, Array], theirs: tuple[str, Array], near: float
+) -> dict[bytes, tuple[Op, ...]]:
+    """The orders in which the elements of one array are those of another, and ops for each."""
+    found: dict[bytes, tuple[Op, ...]] = {}
+    (one, before), (two, after) = ours, theirs
+    numbers = np.arange(before.size).reshape(before.shape)
+    for ops in _moves(before.shape, after.shape):
+        book = RuleBook([_rule([one], [two], ops)])
+        if _gap(book.to_nnx({one: before})[two], after) <= near:
+            # Axes of length 1 move without moving an element: that is no other order.
+            found.setdefault(book.to_nnx({one: numbers})[two].tobytes(), ops)
+    return found
 
 
 # One leaf, one leaf
@@ -126,12 +212,10 @@ def _fits(trial: Trial, known: Sequence[Item], view: _View) -> dict[tuple[str, s
         if not _comparable(trial, ours, theirs) or not _same_sums(one, two):
             continue
         way: Way = []
-        for ops in _moves(one.shape, two.shape):
+        for ops in _orders((ours, one), (theirs, two), _EXACT).values():
+            why = "gradients equal element by element"
             rule = _rule([ours], [theirs], ops)
-            gap = _gap(RuleBook([rule]).to_nnx({ours: one})[theirs], two)
-            if gap <= _EXACT:
-                why = "gradients equal element by element"
-                way.append(_item(trial, known, rule, ([ours], [theirs]), why))
+            way.append(_item(trial, known, rule, ([ours], [theirs]), why))
         if way:
             found[ours, theirs] = way[:_WAYS]
     return found
@@ -197,7 +281,12 @@ def _copies(trial: Trial, known: Sequence[Item], view: _View, _open: _Open) -> l
 def _sums(
     whole: Array, parts: Leaves
 ) -> Iterator[tuple[list[str], tuple[tuple[int, ...] | None, ...]]]:
-    """Ways to add some arrays, as they are or turned, to a whole one."""
+    """Ways to add some arrays, as they are or turned, to a whole one.
+
+    Each of them counts: one that is next to nothing would be a home of whatever the others are.
+    """
+    least = _COUNTS * float(np.abs(whole).max())
+    parts = {path: part for path, part in parts.items() if np.abs(part).max() >= least}
     if len(parts) > _MANY:
         return
     size = np.abs(whole).sum()
@@ -342,15 +431,17 @@ def _alike(trial: Trial, known: Sequence[Item], view: _View, _open: _Open) -> li
             continue
         orders = []
         for order in itertools.permutations(rights):
-            chosen = [fits[pair][0] for pair in zip(lefts, order, strict=True)]
-            if trial.holds([*known, *chosen]):
+            chosen = [fits[pair] for pair in zip(lefts, order, strict=True)]
+            if trial.holds([*known, *(way[0] for way in chosen)]):
                 orders.append((order, chosen))
         if not orders or _named_otherwise(lefts, [order for order, _ in orders]):
             continue
         why = "told from others with equal gradients by the outputs"
         if len(orders) > 1:
             why = "interchangeable to all outputs: by order of first use"
-        return [[replace(item, reasons=(*item.reasons, why))] for item in orders[0][1]]
+        return [
+            [replace(item, reasons=(*item.reasons, why)) for item in way] for way in orders[0][1]
+        ]
     return []
 
 
@@ -390,7 +481,11 @@ def _mates(items: Sequence[Item]) -> Mapping[str, frozenset[str]]:
     return {path: item.nnx for item in items for path in item.linen}
 
 
+def _size(array: Array) -> float:
+    """The largest element."""
+    return float(np.abs(array).max(initial=0))
+
+
 def _gap(one: Array, two: Array) -> float:
     """The largest difference, relative to the largest element."""
-    size = max(float(np.abs(one).max(initial=0)), float(np.abs(two).max(initial=0)), 1e-300)
-    return float(np.abs(one - two).max(initial=0)) / size
+    return _size(one - two) / max(_size(one), _size(two), 1e-300)

@@ -7,7 +7,7 @@ or from whoever knows how to build the model of a saved run.
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from linen_nnx.book.ops import Side
 from linen_nnx.book.plan import RuleError
 from linen_nnx.book.tree import unflatten
 from linen_nnx.disk.state import OPTIMIZER, Id
-from linen_nnx.infer.evaluate import pulled
+from linen_nnx.infer.evaluate import UNOPTIMISED, pulled
 from linen_nnx.infer.trace import Leaf, Trace, named, trace_linen, trace_nnx
 from linen_nnx.infer.twin import Twin
 from linen_nnx.proof.compare import spec
@@ -62,9 +62,12 @@ class Subject:
     ) -> tuple[dict[str, Array], Arrays]:
         """The outputs, and the new values of the leaves that the call updates; `wide`: float64."""
         count = self.trace.count
-        with jax.enable_x64(wide):
-            call = self.trace.run_wide if wide else self._jitted
-            outs = [np.asarray(out) for out in call(*self._arguments(state, inputs, wide))]
+        if wide and not self.trace.small:  # equation by equation: no program to share
+            with jax.enable_x64(True):
+                outs = self.trace.run_wide(*self._arguments(state, inputs, wide))
+        else:
+            outs, _ = self._pulled(state, inputs, wide, count)
+        outs = [np.asarray(out) for out in outs]
         ids = dict(zip(self.trace.leaves, self.leaves, strict=True))
         updates = zip((ids[path] for path in self.trace.updates), outs[count:], strict=True)
         return {f"output {k}": out for k, out in enumerate(outs[:count])}, dict(updates)
@@ -83,14 +86,33 @@ class Subject:
         float64, as if the model had no `stop_gradient`.
         """
         count = len(self.trace.jaxpr.out_avals) if updates else self.trace.count
-        with jax.enable_x64(wide):
-            values = self._arguments(state, inputs, wide)
-            leaves, given = values[: len(self.leaves)], values[len(self.leaves) :]
-            pull = self.trace.pull_wide if wide else self._jitted_pull
-            pull = self.trace.pull_plain if plain else pull
-            _, slopes = pull(leaves, given, count)
-            found = zip(self.leaves, leaves, slopes, strict=True)
-            return {id: np.asarray(slope) for id, leaf, slope in found if _is_float(leaf)}
+        _, slopes = self._pulled(state, inputs, wide, count, plain)
+        found = zip(self.leaves.items(), slopes, strict=True)
+        floats = jnp.floating
+        return {
+            id: np.asarray(slope)
+            for (id, leaf), slope in found
+            if jnp.issubdtype(leaf.dtype, floats)
+        }
+
+    def _pulled(
+        self, state: Arrays, inputs: Sequence[Any], wide: bool, count: int, plain: bool = False
+    ) -> tuple[list[Any], list[Any]]:
+        """All that one program gives, see `evaluate.pulled`: outputs and gradients.
+
+        Compiling is most of what a small model costs, so there is no other program for the outputs
+        alone. What was asked last is kept.
+        """
+        known = self._last.get(wide)
+        asked = count, plain
+        if known is None or known[0] is not state or known[1] is not inputs or known[2] != asked:
+            with jax.enable_x64(wide):
+                values = self._arguments(state, inputs, wide)
+                leaves, given = values[: len(self.leaves)], values[len(self.leaves) :]
+                pull = self.trace.pull_wide if wide else self._jitted
+                pull = self.trace.pull_plain if plain else pull
+                known = self._last[wide] = state, inputs, asked, pull(leaves, given, count)
+        return known[3]
 
     def _arguments(self, state: Arrays, inputs: Sequence[Any], wide: bool) -> list[Any]:
         """Leaves and inputs as arrays of the dtypes that the traced function takes."""
@@ -102,12 +124,16 @@ class Subject:
         ]
 
     @cached_property
-    def _jitted(self) -> Callable[..., list[Any]]:
-        return jax.jit(jaxpr_as_fun(self.trace.jaxpr))
+    def _last(self) -> dict[bool, tuple[Any, ...]]:
+        """By whether it was in float64: what `_pulled` was given, and gave."""
+        return {}
 
     @cached_property
-    def _jitted_pull(self) -> Callable[..., list[Any]]:
-        return jax.jit(partial(pulled, jaxpr_as_fun(self.trace.jaxpr)), static_argnums=2)
+    def _jitted(self) -> Callable[..., tuple[list[Any], list[Any]]]:
+        """`pulled` in the dtypes of the model, optimised only where every bit must be equal."""
+        options = None if self.exact else UNOPTIMISED
+        function = partial(pulled, jaxpr_as_fun(self.trace.jaxpr))
+        return jax.jit(function, static_argnums=2, compiler_options=options)
 
 
 def of_twin(twin: Twin, side: Side) -> Subject:
@@ -123,8 +149,6 @@ def _step(
     subject: Subject, tx: Any, state: Arrays, gradients: Mapping[Any, Array], fresh: bool
 ) -> Arrays:
     """One update as `TrainState` or `nnx.Optimizer` does it, of the tree that they have."""
-    import optax
-
     leaves = subject.leaves.items()
     by_path = {id.path: id for id, leaf in leaves if leaf.collection == "params"}
     above = _level(by_path, state) if subject.flat else ""
@@ -141,7 +165,7 @@ def _step(
         return {_BOX.sub("", path): leaf for path, leaf in named(tree).items()}
 
     params = tree(state)
-    start = jax.jit(tx.init)(params)
+    start = tx.init(params) if fresh else jax.eval_shape(tx.init, params)
     if not fresh:
         due = flatten(start)
         new = {path: state.get(f"{OPTIMIZER}/{path}") for path in due}
@@ -154,11 +178,7 @@ def _step(
             raise RuleError("The state is not that of the twin's optimizer", problems)
         start = jax.tree.unflatten(jax.tree.structure(start), map(jnp.asarray, new.values()))
 
-    def update(gradients: Any, start: Any, params: Any) -> Any:
-        updates, after = tx.update(gradients, start, params)
-        return optax.apply_updates(params, updates), after
-
-    moved, after = jax.jit(update)(tree(gradients), start, params)
+    moved, after = _program(tx)(tree(gradients), start, params)
     return {
         **{
             by_path[path.removeprefix(above)]: np.asarray(leaf)
@@ -166,6 +186,18 @@ def _step(
         },
         **{f"{OPTIMIZER}/{path}": np.asarray(leaf) for path, leaf in flatten(after).items()},
     }
+
+
+@lru_cache(maxsize=4)
+def _program(tx: Any) -> Callable[..., Any]:
+    """One update by an optimizer, compiled once for all steps of one form."""
+    import optax
+
+    def update(gradients: Any, start: Any, params: Any) -> Any:
+        updates, after = tx.update(gradients, start, params)
+        return optax.apply_updates(params, updates), after
+
+    return jax.jit(update, compiler_options=UNOPTIMISED)
 
 
 _BOX = re.compile(r"/value(?=(/[0-9]+)*$)")  # which nnx has around an array, or a list of them
