@@ -4,6 +4,7 @@
     steps     a step of every stage against a floor and the usual idioms      8 minutes
     loop      the training loop against the bare step; start-up               5 minutes
     growth    how cost grows with depth, width, devices, bytes and leaves     5 minutes
+    proofs    CPU seconds of suggest and verify, memory of suggest            3 minutes
 
 Figures go to runs/benchmarks/NAME.json, plots to NAME.png beside it.
 """
@@ -13,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-NAMES = ("convert", "steps", "loop", "growth")
+NAMES = ("convert", "steps", "loop", "growth", "proofs")
 PLOTTED = ("steps", "growth")
 FOLDER = Path("runs/benchmarks")
 

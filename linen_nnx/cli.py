@@ -284,7 +284,7 @@ def _suggested(twin: str) -> Any:
     """The rule book of a twin."""
     from linen_nnx.ladder.suggest import suggest
 
-    return suggest(_loaded(twin))
+    return suggest(_loaded(twin), lambda text: print(text, file=sys.stderr))
 
 
 def _loaded(twin: str) -> Any:

@@ -85,7 +85,7 @@ INLINE = {
     **{
         f"make bench ARGS={name}": f"make bench ARGS=--help | grep -w '  {name}' &&"
         f" python -m benchmarks.{name} --help"
-        for name in ("convert", "steps", "loop", "growth")
+        for name in ("convert", "steps", "loop", "growth", "proofs")
     },
     "make parity": 'make parity ARGS="--only dense"',
     "make fuzz": "make -n fuzz && python -m benchmarks.fuzz --help",

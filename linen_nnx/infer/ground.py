@@ -234,11 +234,12 @@ def _run(
 
 
 def _values(side: Side, rich: set[Form], constant: bool) -> Array:
-    """(elements,) float64: equal values for slots of equal form.
+    """(elements,) float32: equal values for slots of equal form.
 
-    For forms that are not rich one constant, or the numbers of the leaf's shape.
+    For forms that are not rich one constant, or the numbers of the leaf's shape. They are run in
+    float64, and kept in half of that.
     """
-    values = np.full(side.owner.size, 0.5)
+    values = np.full(side.owner.size, 0.5, np.float32)
     shaped = values if constant else _shaped(side)
     for slot, form in zip(side.flow.slots, side.forms, strict=True):
         poor = _POOR if constant else shaped[slot.ids]
@@ -249,8 +250,8 @@ def _values(side: Side, rich: set[Form], constant: bool) -> Array:
 
 
 def _shaped(side: Side) -> Array:
-    """(elements,) float64: equal values for leaves of equal shape."""
-    values = np.zeros(side.owner.size)
+    """(elements,) float32: equal values for leaves of equal shape."""
+    values = np.zeros(side.owner.size, np.float32)
     for path, leaf in side.trace.leaves.items():
         columns = leaf.shape[-1] if len(leaf.shape) > 1 else int(np.prod(leaf.shape))
         summed = int(np.prod(leaf.shape[:-1])) if len(leaf.shape) > 1 else 1

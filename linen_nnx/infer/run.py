@@ -12,11 +12,15 @@ from linen_nnx.infer.evaluate import wide
 from linen_nnx.infer.sides import Side
 
 Array = np.ndarray
+_KEPT = 1 << 16  # elements of a pattern that is kept: larger ones are drawn anew
 EXACT = 1e-8  # relative: what rounding in float64 may do, with room to spare
 
 
 class Run(NamedTuple):
-    """Outputs, leaves with new values, and the gradient: one number per element, if asked for."""
+    """Outputs, leaves with new values, and the gradient: one number per element, if asked for.
+
+    The gradient is as large as the model twice over (float64): it is kept no longer than needed.
+    """
 
     outputs: list[Array]
     updates: dict[str, Array]
@@ -29,7 +33,7 @@ def run(side: Side, inputs: Sequence[Any], values: Array, gradient: bool = False
     Args:
       side: what to run.
       inputs: in the place of the example inputs.
-      values: (elements,) float64, the leaves one after the other.
+      values: (elements,), the leaves one after the other.
       gradient: whether to compute that of a fixed random projection of the outputs, as if the
         model had no `stop_gradient`.
     """
@@ -39,17 +43,30 @@ def run(side: Side, inputs: Sequence[Any], values: Array, gradient: bool = False
         numbers = zip(trace.numbers.values(), kinds, strict=False)
         leaves = [jnp.asarray(values[each], kind) for each, kind in numbers]
         inputs = list(map(wide, inputs))
+        flat = np.zeros(0)
         # A small model is compiled once, with its gradient: compiling it twice would take longer.
         if gradient or trace.small:
             outs, slopes = trace.pull_plain(leaves, inputs, trace.count)
-            flat = np.concatenate([np.ravel(slope) for slope in slopes])
+            if gradient:
+                flat = _joined(slopes)
         else:
-            outs, flat = trace.run_wide(*leaves, *inputs), np.zeros(0)
+            outs = trace.run_wide(*leaves, *inputs)
         outs = [np.asarray(out) for out in outs]
     old = dict(zip(side.paths, leaves, strict=True))
     new = zip(trace.updates, outs[trace.count :], strict=True)
     updates = {path: value for path, value in new if not np.array_equal(value, old[path])}
     return Run(outs[: trace.count], updates, flat)
+
+
+def _joined(arrays: list[Any]) -> Array:
+    """All elements one after the other; the list is emptied on the way, to free its arrays."""
+    end = sum(array.size for array in arrays)
+    joined = np.empty(end)
+    while arrays:
+        part = np.ravel(arrays.pop())
+        joined[end - part.size : end] = part
+        end -= part.size
+    return joined
 
 
 def difference(left: Sequence[Any], right: Sequence[Any]) -> float:
@@ -78,9 +95,14 @@ def distinct(side: Side, values: Array, paths: Container[str]) -> Array:
     return values
 
 
-@lru_cache(maxsize=64)
 def pattern(columns: int, summed: int, seed: int = 0) -> Array:
     """(N, K) values: positive ones for scales, biases, variances; else of variance 1/K."""
+    small = columns * summed <= _KEPT
+    return (_pattern if small else _pattern.__wrapped__)(columns, summed, seed)
+
+
+@lru_cache(maxsize=64)
+def _pattern(columns: int, summed: int, seed: int) -> Array:
     random = np.random.default_rng([columns, summed, seed])
     if summed == 1:
         return random.uniform(0.5, 1.5, (columns, 1))

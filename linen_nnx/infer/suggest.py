@@ -12,8 +12,9 @@ rule is worse than none.
 """
 
 import itertools
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -37,15 +38,27 @@ Array = np.ndarray
 Both = tuple[Side, Side]
 Place = tuple[int, str]  # a leaf: side (0 Linen, 1 nnx) and path
 _CANDIDATES = 8
+_TIMES = 24  # the leaves' bytes, at the peak: `make bench ARGS=proofs` measures it
 
 
-def suggest(twin: Twin) -> RuleBook:
+def suggest(twin: Twin, progress: Callable[[str], None] = lambda text: None) -> RuleBook:
     """The rules that the evidence proves, each with a note of it; the rest in `unassigned`.
+
+    `progress` is told, before it starts, how much memory it will take, from 1 GB on.
 
     Raises:
       TwinError: when a part of the twin cannot be built or called.
     """
-    return propose(trace_linen(twin), trace_nnx(twin))
+    traces = trace_linen(twin), trace_nnx(twin)
+    size = max(map(_bytes, traces)) / 1e9
+    if _TIMES * size >= 1:
+        progress(f"leaves of {size:.2g} GB: suggest takes up to {_TIMES * size:.2g} GB of memory")
+    return propose(*traces)
+
+
+def _bytes(trace: Trace) -> int:
+    """What the leaves of one side take in float32, whatever their dtype."""
+    return sum(4 * math.prod(leaf.shape) for leaf in trace.leaves.values())
 
 
 def propose(linen: Trace, nnx: Trace) -> RuleBook:
@@ -54,6 +67,7 @@ def propose(linen: Trace, nnx: Trace) -> RuleBook:
     ground = common_ground(sides(linen, nnx, losses.alone))
     both = ground.sides
     prints = fingerprints(ground)
+    ground = ground._replace(runs=None)  # their gradients have told what they can
     found = assign(*both, prints)
     why = {(side, path): text for side in (0, 1) for path, text in losses.reasons[side].items()}
     items = _items(both, found, why)

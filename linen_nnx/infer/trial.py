@@ -52,17 +52,21 @@ class Trial:
         """Runs both sides; `fixed` has values for more leaves of nnx."""
         linen, nnx = self.ground.sides
         book = RuleBook([item.rule for item in items])
-        before = equalised(book, self._numbers(items))
-        ours = self.ground.values[0].copy()
+        translated = {path for item in items for path in item.linen}
+        ours = distinct(linen, self.ground.values[0], translated)  # the others are as they were
+        before = {path: ours[ids] for path, ids in linen.trace.numbers.items()}
+        for path, array in equalised(book, before).items():
+            if array is not before[path]:
+                ours[linen.trace.numbers[path]] = before[path] = array
+        one = run(linen, self.ground.inputs, ours, gradient)
         theirs = self.ground.values[1].copy()
-        for path, array in before.items():
-            ours[linen.trace.numbers[path]] = array
         new = {**book.to_nnx(before, partial=True), **(fixed or {})}
         for path, array in new.items():
             theirs[nnx.trace.numbers[path]] = array
-        one = run(linen, self.ground.inputs, ours, gradient)
+        changed = equalised(book, {**before, **one.updates})
+        after = book.to_nnx(changed, partial=True) if one.updates else new
+        del ours, before, changed, new  # each is as large as the model
         two = run(nnx, self.ground.inputs, theirs, gradient)
-        after = book.to_nnx(equalised(book, {**before, **one.updates}), partial=True)
         shared = [path for path in two.updates if path in after]
         gap = difference(
             [*one.outputs, *(after[path] for path in shared)],
@@ -84,13 +88,6 @@ class Trial:
             return kept
         half = len(more) // 2
         return self._grown(self._grown(kept, more[:half]), more[half:])
-
-    def _numbers(self, items: Sequence[Item]) -> dict[str, Array]:
-        """Values of all Linen leaves: numbers of their own for those that have a rule."""
-        linen = self.ground.sides[0]
-        translated = {path for item in items for path in item.linen}
-        values = distinct(linen, self.ground.values[0], translated)
-        return {path: values[ids] for path, ids in linen.trace.numbers.items()}
 
 
 def equalised(book: RuleBook, leaves: Mapping[str, Array]) -> dict[str, Array]:

@@ -8,6 +8,8 @@ their draws paired (`pairing.py`): for the twin's own call in training, and in e
 model draws there, too.
 """
 
+from collections.abc import Callable
+
 from linen_nnx.book.rules import RuleBook
 from linen_nnx.errors import Refusal
 from linen_nnx.infer import suggest as rules
@@ -18,13 +20,15 @@ from linen_nnx.ladder.ladder import Ladder
 from linen_nnx.ladder.training import draws_in, ladder_of, own_call
 
 
-def suggest(twin: Twin) -> RuleBook:
+def suggest(twin: Twin, progress: Callable[[str], None] = lambda text: None) -> RuleBook:
     """The rules and the pairs of draws that the evidence proves; the rest in `unassigned`.
+
+    `progress` is told, before it starts, how much memory it will take, from 1 GB on.
 
     Raises:
       TwinError: when a part of the twin cannot be built or called.
     """
-    book = rules.suggest(twin)
+    book = rules.suggest(twin, progress)
     if book.unassigned:
         return book  # the port cannot be filled yet
     notes: list[str] = []
