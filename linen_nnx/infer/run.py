@@ -91,7 +91,8 @@ def distinct(side: Side, values: Array, paths: Container[str]) -> Array:
     for number, slot in enumerate(side.flow.slots):
         first = side.first[number]
         if first in paths and first not in side.held:
-            values[slot.ids] = pattern(*slot.ids.shape, number + 1)
+            columns, summed = slot.ids.shape
+            values[slot.ids] = pattern(columns, summed, number + 1)
     return values
 
 
