@@ -82,6 +82,31 @@ def test_a_port_is_in_the_mode_that_the_linen_call_says(port: Any) -> None:
             assert run(model, model.translate(start), *args, **kwargs) == due, (stage, args)
 
 
+class OwnInit(nn.Module):
+    """A module for a script of its author's: `init` makes the inputs, and the flag has no value."""
+
+    deterministic: bool | None = None
+
+    @nn.compact
+    def __call__(self, x: Array, deterministic: bool | None = None) -> Array:
+        flag = nn.merge_param("deterministic", self.deterministic, deterministic)
+        return nn.Dropout(0.5)(nn.Dense(2)(x), deterministic=flag)
+
+    def init(self, rng: Array) -> Any:  # pyrefly: ignore[bad-override]
+        return super().init(rng, X, True)
+
+
+def test_a_class_with_an_init_of_its_own_and_a_flag_without_a_value_starts_at_every_stage() -> None:
+    twin = Twin(OwnInit, lambda rngs: nnx.Linear(WIDTH, 2, rngs=rngs), lambda: (X,))
+    rules = [{"linen": "params/Dense_0/{leaf}", "nnx": "{leaf}"}]
+    climb = Ladder(twin, RuleBook.from_dict({"version": 1, "rules": rules}))
+    due = bits(OwnInit().init(KEY))
+
+    for stage in STAGES:
+        assert bits(climb.at(stage).initial(KEY)) == due, stage
+        assert bits(climb.at(stage).init(KEY, X, deterministic=True)) == due, stage
+
+
 def test_a_twins_own_call_is_used_for_the_calls_that_it_takes() -> None:
     twin = Twin(
         lambda: nn.Dense(2),

@@ -77,7 +77,7 @@ class Setup:
     def initial(self) -> State:
         """Initial variables: the Linen model draws them, so that they are alike at every stage."""
         keys = self.keys(0) | {"params": jax.random.key(self.cfg.seed)}
-        return self.stage.init(keys, *self.family.module.inputs(self.example))
+        return self.stage.initial(keys)
 
     def keys(self, index: Any) -> dict[str, Array]:
         """The keys of training step `index`, by stream."""

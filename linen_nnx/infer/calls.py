@@ -16,6 +16,7 @@ import dataclasses
 import inspect
 from typing import Any
 
+import flax.linen as nn
 import jax
 from flax import nnx
 from flax.errors import InvalidRngError
@@ -40,7 +41,7 @@ def complete(twin: Twin, trains: bool = False) -> Twin:
     """
 
     def init_linen(module: Any, key: Any, *inputs: Any) -> Any:
-        return module.init(key, *inputs, **_flags(module, inputs))
+        return init(module, key, *inputs, **_flags(module, inputs))
 
     def call_nnx(model: Any, *inputs: Any) -> Any:
         if trains:
@@ -55,6 +56,20 @@ def complete(twin: Twin, trains: bool = False) -> Twin:
         init_linen=twin.init_linen or init_linen,
         call_nnx=twin.call_nnx or call_nnx,
     )
+
+
+def init(module: Any, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+    """`Module.init` of a Linen module.
+
+    A class may have an `init` of its own for its own script: `init(self, rng)`, say, which makes
+    the tokens itself. Where that takes other arguments than these, it is passed by.
+    """
+    of_class = type(module).init
+    try:
+        inspect.signature(of_class).bind(module, rngs, *args, **kwargs)
+    except TypeError:
+        of_class = nn.Module.init
+    return of_class(module, rngs, *args, **kwargs)
 
 
 class _LinenCall:

@@ -28,7 +28,7 @@ from linen_nnx.book.draws import Pairing
 from linen_nnx.book.rules import RuleBook
 from linen_nnx.book.stages import STAGES, WHOLE, Forms, forms_at
 from linen_nnx.book.tree import flatten, unflatten
-from linen_nnx.infer.calls import complete
+from linen_nnx.infer.calls import complete, init
 from linen_nnx.infer.keys import DrawError, aside, tag, watching
 from linen_nnx.infer.twin import Twin, TwinError, attempt
 from linen_nnx.ladder.calls import Call
@@ -220,27 +220,33 @@ class Ladder:
     @cached_property
     def book(self) -> Book:
         """The rule book, fitted to both models."""
-        return Book(self.rules, self._linen_specs(), self.ports)
+        return Book(self.rules, self.linen_specs, self.ports)
 
-    def _linen_specs(self) -> Leaves:
+    @cached_property
+    def linen_specs(self) -> Leaves:
+        """The shapes of the Linen model's leaves, for which no rules are needed."""
         return attempt("the Linen init of the twin", jax.eval_shape, self.first_leaves)
 
     def first_leaves(self) -> Leaves:
         """The leaves of the Linen model's init on the example; to be traced."""
-        twin, key = self.twin, jax.random.key(0)
+        return flatten(nn.unbox(self.initial(jax.random.key(0))))
+
+    def initial(self, rngs: Any) -> Any:
+        """Initial variables of the Linen model for the example call."""
+        twin = self.twin
         if twin.init_linen is None:
             try:
-                return flatten(nn.unbox(self.linen.init(key, *self.inputs)))
-            except TypeError:  # it wants to be told whether it trains
+                return init(self.linen, rngs, *self.inputs)
+            except (TypeError, ValueError):  # it wants to be told whether it trains
                 twin = complete(twin)
         assert twin.init_linen is not None
-        return flatten(nn.unbox(twin.init_linen(self.linen, key, *self.inputs)))
+        return twin.init_linen(self.linen, rngs, *self.inputs)
 
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
         """`Module.init` of the Linen model."""
         if self.forward is not None and kwargs.get("method") is None:
             kwargs["method"] = self.forward
-        return self.linen.init(rngs, *args, **kwargs)
+        return init(self.linen, rngs, *args, **kwargs)
 
     def translate(self, leaves: Mapping[str, Any], source: str, target: str) -> Leaves:
         """`{"collection/path": leaf}` of one stage as another stage holds it."""

@@ -86,7 +86,7 @@ def asked_for(ladder: "Ladder", call: Call) -> set[str]:
             return ladder.run_linen(variables, call.joined(arrays, rngs))
 
     start = dict.fromkeys({"params", *call.rngs}, _a_key())
-    jax.eval_shape(traced, ladder.at("linen").abstract(), call.arrays, start)
+    jax.eval_shape(traced, unflatten(ladder.linen_specs), call.arrays, start)
     return asked
 
 

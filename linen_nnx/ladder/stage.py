@@ -80,6 +80,17 @@ class Stage:
         """
         return self.translate(self.ladder.init(rngs, *args, **kwargs))
 
+    def initial(self, rngs: Any) -> Variables:
+        """The same for the example call: in evaluation, where the model must be told.
+
+        Args:
+          rngs: as those of `Module.init`.
+
+        Raises:
+          Whatever the Linen model raises, for a key that is missing, say.
+        """
+        return self.translate(self.ladder.initial(rngs))
+
     def translate(self, variables: Mapping[str, Any]) -> Variables:
         """Variables of the Linen model in this stage's form; some collections, or all.
 
