@@ -16,7 +16,16 @@ MASKS = {
     "matrices": lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 1, tree),
     "rest": lambda tree: jax.tree.map(lambda leaf: leaf.ndim < 2, tree),
 }
-AROUND = chains.Surroundings(optax.constant_schedule(0.1), MASKS, optax.tree.norm)
+
+
+def named(names):
+    """The mask of the leaves with these names."""
+    return lambda tree: jax.tree_util.tree_map_with_path(
+        lambda path, _: path[-1].key in names, tree
+    )
+
+
+AROUND = chains.Surroundings(optax.constant_schedule(0.1), MASKS, named, optax.tree.norm)
 
 
 def updates(transformation, steps=3):
@@ -44,6 +53,8 @@ def updates(transformation, steps=3):
         ([{"adamw": {"weight_decay": 0.3, "mask": None}}], optax.adamw(0.1, weight_decay=0.3)),
         ([{"adamw": {"weight_decay": 0.3, "mask": "rest"}}],
          optax.adamw(0.1, weight_decay=0.3, mask=MASKS["rest"])),
+        ([{"adamw": {"weight_decay": 0.3, "mask": ["bias"]}}],
+         optax.adamw(0.1, weight_decay=0.3, mask=named(["bias"]))),
         ([{"clip": {"max_delta": 0.1}}, "scale_by_adam", {"scale": {"step_size": -0.1}}],
          optax.chain(optax.clip(0.1), optax.scale_by_adam(), optax.scale(-0.1))),
         ([{"apply_if_finite": {"inner": ["centralize", "adam"], "max_consecutive_errors": 3}}],
@@ -107,7 +118,8 @@ WRONG = {
         ({"adamw": {"nesterov": 1}}, "got 1; expected true or false"),
     ],
     "chain.0.adamw.mask": [
-        ({"adamw": {"mask": "matrix"}}, "got 'matrix'; expected one of matrices, rest"),
+        ({"adamw": {"mask": "matrix"}},
+         "got 'matrix'; expected one of matrices, rest; or a list of names of leaves, as [kernel]"),
     ],
     "chain.0.adam": [
         ({"adam": {"mu_dtype": "float17"}}, "optax refuses it: "),
@@ -246,6 +258,33 @@ def test_the_remedy_for_lbfgs_works(train):
 def test_an_update_gets_the_loss_where_it_asks_for_it(train, chain):
     train("diabetes", "steps=3", f"optimizer.chain={chain}", "optimizer.weight_decay=0",
           "optimizer.accumulate=2")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("chain", "rate"),
+    [
+        ("[adam]", None),
+        ("[{sgd:{learning_rate:0.5}}]", 0.5),
+        ("[[{clip:{max_delta:1.0}},{sgd:{learning_rate:0.5}}]]", 0.5),
+        ("[{masked:{inner:{adam:{learning_rate:0.25}},mask:matrices}}]", 0.25),
+        ("[{sgd:{learning_rate:{linear_schedule:"
+         "{init_value:0,end_value:1,transition_steps:4}}}}]", 0.5),
+    ],
+)  # fmt: skip
+def test_the_metrics_show_the_learning_rate_that_the_chain_gives_itself(chain, rate):
+    cfg = compose("experiment=diabetes", f"optimizer.chain={chain}", "optimizer.weight_decay=0")
+    own = optimizer.own_rate(cfg.optimizer)
+    assert (None if own is None else float(own(2))) == rate
+    shown = optimizer.shown_rate(cfg.optimizer, 600)(2)
+    assert shown == (own or optimizer.schedule(cfg.optimizer, 600))(2)
+
+
+def test_a_mask_of_leaf_names_means_those_of_the_nnx_form(train):
+    chain = "optimizer.chain=[{adamw:{weight_decay:0.5,mask:[kernel]}}]"
+    given = ("diabetes", "steps=2", "stage=linen", "optimizer.weight_decay=0")
+    assert train(*given, chain)
+    with pytest.raises(ConfigError, match=r"got 'kernels', which no parameter is called; did you"):
+        train(*given, chain.replace("kernel", "kernels"))
 
 
 def test_unknown_parts_and_a_model_that_is_frozen_whole_are_refused(train):

@@ -28,6 +28,7 @@ from configs.build import ConfigError, did_you_mean, refuse, show
 
 T = TypeVar("T")
 Factory = Callable[..., Any]
+Mask = Callable[[Any], Any]
 Transformation = optax.GradientTransformation
 
 # What these compute is not elementwise, and so depends on how a stage names and stacks leaves: in
@@ -57,11 +58,13 @@ class Surroundings:
         schedule: the learning rate, a function of the number of updates done.
         masks: by name, which parameters: a function of the parameters that gives a tree of bool.
             "matrices" is among them, for weight decay.
+        named: the same for a list of names of leaves, as `[kernel]`.
         norm: the Euclidean norm of all updates, alike however the leaves are named.
     """
 
     schedule: Callable[[Any], Any]
-    masks: Mapping[str, Callable[[Any], Any]]
+    masks: Mapping[str, Mask]
+    named: Callable[[list[str]], Mask]
     norm: Callable[[Any], jax.Array]
 
 
@@ -79,7 +82,7 @@ def build(
         configs.build.ConfigError: naming each entry and argument that is unknown, missing or wrong.
 
     >>> masks = {"matrices": lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)}
-    >>> around = Surroundings(lambda count: 0.1, masks, optax.tree.norm)
+    >>> around = Surroundings(lambda count: 0.1, masks, masks.get, optax.tree.norm)
     >>> len(build([{"clip": {"max_delta": 1.0}}, "adam"], around))
     2
     >>> build([{"adamw": {"beta": 0.9}}], around)
@@ -113,6 +116,26 @@ def takes_rate(entry: Any) -> bool:
         return False
     itself = "learning_rate" in inspect.signature(factories()[name]).parameters
     return itself or any(map(takes_rate, given.values()))
+
+
+def own_rate(chain: list[Any], around: Surroundings) -> Callable[[Any], Any] | None:
+    """The learning rate that a chain gives one of its factories itself, the first if several.
+
+    >>> masks = {"matrices": lambda params: params}
+    >>> around = Surroundings(lambda count: 0.1, masks, masks.get, optax.tree.norm)
+    >>> own_rate([{"clip": {"max_delta": 1.0}}, {"sgd": {"learning_rate": 0.5}}], around)(7)
+    0.5
+    """
+    for entry in chain:
+        name, given = (None, {}) if isinstance(entry, list) else _parted(entry)
+        if name in factories() and given.get("learning_rate") is not None:
+            parameter = inspect.signature(factories()[name]).parameters["learning_rate"]
+            rate = _argument(f"{name}.learning_rate", parameter, given["learning_rate"], around)
+            return rate if callable(rate) else optax.constant_schedule(rate)
+        inside = own_rate(entry if isinstance(entry, list) else list(given.values()), around)
+        if inside is not None:
+            return inside
+    return None
 
 
 def names(chain: list[Any]) -> list[str]:
@@ -266,6 +289,11 @@ def _argument(key: str, parameter: inspect.Parameter, value: Any, around: Surrou
         return None
     if _is_mask(parameter) and isinstance(value, str) and value in around.masks:
         return around.masks[value]
+    if _is_mask(parameter) and isinstance(value, list) and all(isinstance(v, str) for v in value):
+        try:
+            return around.named(value)
+        except ConfigError as error:
+            refuse({f"{key}{at}": text for at, text in error.problems.items()})
     if _is_transformation(kinds) and value is not None:
         return _entry(key, value, around)
     if "Callable" in kinds and isinstance(value, Mapping) and value.keys() <= schedules().keys():
@@ -294,7 +322,7 @@ def _expected(parameter: inspect.Parameter, around: Surroundings) -> str:
     if choices:
         return "one of " + ", ".join(choices)
     if _is_mask(parameter):
-        return "one of " + ", ".join(around.masks)
+        return f"one of {', '.join(around.masks)}; or a list of names of leaves, as [kernel]"
     words = {
         f"a transformation, as {EXAMPLE}": _is_transformation(kinds),
         "a number": "float" in kinds,

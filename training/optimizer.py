@@ -14,7 +14,7 @@ import jax
 import optax
 from optax.contrib import ScheduleFreeState, schedule_free_eval_params
 
-from configs.build import ConfigError, refuse
+from configs.build import ConfigError, did_you_mean, refuse
 from configs.schema import Optimizer, Part
 from training import chains
 from training.runtime.names import named, path_name
@@ -63,9 +63,24 @@ def check(mapping: Mapping[str, Any], parts: Sequence[str]) -> None:
         return  # null, or a wrong type, of which the schema speaks
     everything: Any = partial(jax.tree.map, lambda _: True)
     masks = dict.fromkeys(("matrices", "rest", "all", *parts), everything)
-    rate = optax.constant_schedule(1.0)
-    chains.build(chain, chains.Surroundings(rate, masks, optax.tree.norm))
+    chains.build(chain, _anywhere(masks))
     _check_settings(chain, mapping.get("weight_decay"), mapping.get("ema"))
+
+
+def shown_rate(cfg: Optimizer, steps: int) -> Schedule:
+    """The learning rate for `metrics.jsonl`: one that the chain itself gives, else the run's."""
+    return own_rate(cfg) or schedule(cfg, steps)
+
+
+def own_rate(cfg: Optimizer) -> Schedule | None:
+    """The learning rate that the chain itself gives, if it does."""
+    return None if cfg.chain is None else chains.own_rate(cfg.chain, _anywhere({}))
+
+
+def _anywhere(masks: Mapping[str, chains.Mask]) -> chains.Surroundings:
+    """What a chain is built with where no model is at hand."""
+    rate = optax.constant_schedule(1.0)
+    return chains.Surroundings(rate, masks, lambda names: lambda params: params, optax.tree.norm)
 
 
 def create(
@@ -95,7 +110,9 @@ def create(
     norm = partial(view.norm, parts=trained)
     parts = [] if cfg.clip_norm is None else [chains.clip_by_norm(cfg.clip_norm, norm)]
     if cfg.chain is not None:
-        parts += chains.build(cfg.chain, chains.Surroundings(rate, _masks(view), norm))
+        parts += chains.build(
+            cfg.chain, chains.Surroundings(rate, _masks(view), partial(_named, view), norm)
+        )
     elif own is not None:
         parts.append(own(cfg, rate, view))
     else:
@@ -183,6 +200,29 @@ def _masks(view: View) -> dict[str, Callable[[Any], Any]]:
     for part in view.parts:
         by_leaf[part] = {path: view.part_of(path) == part for path in matrices}
     return {name: partial(_tree_of, mask) for name, mask in by_leaf.items()}
+
+
+def _named(view: View, leaves: list[str]) -> chains.Mask:
+    """The parameters whose last name is one of these, in the nnx form, as `kernel`.
+
+    Raises:
+        ConfigError: for a name that no parameter has.
+    """
+    known: set[str] = set()
+
+    def is_one(path: str, rank: int) -> bool:
+        name = path.rpartition("/")[2]
+        known.add(name)
+        return name in leaves
+
+    mask = view.mask(is_one)
+    unknown = {
+        f".{at}": f"got '{name}', which no parameter is called{did_you_mean(name, known)}"
+        for at, name in enumerate(leaves)
+        if name not in known
+    }
+    refuse(unknown)
+    return partial(_tree_of, mask)
 
 
 def _tree_of(mask: Mapping[str, bool], params: Any) -> Any:

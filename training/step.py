@@ -27,7 +27,7 @@ class Step:
     def __init__(self, setup: Setup) -> None:
         cfg = setup.cfg
         self.setup, self.cfg = setup, cfg.optimizer
-        self.rate = optimizer.schedule(cfg.optimizer, cfg.steps)
+        self.rate = optimizer.shown_rate(cfg.optimizer, cfg.steps)
         self.optimizer = optimizer.create(cfg.optimizer, cfg.steps, setup.view, setup.own_optimizer)
 
     def start(self, variables: State) -> State:

@@ -12,6 +12,7 @@ from linen_nnx.book.tree import flatten
 from training import chains
 from training.assemble import Setup
 from training.datasets import Dataset
+from training.optimizer import own_rate
 from training.runtime.cli import CONFIGS
 from training.runtime.metrics import Metrics
 from training.runtime.view import WHOLE
@@ -49,23 +50,29 @@ def _parameters(setup: Setup) -> dict[str, Any]:
 
 def _learning_rate(cfg: Optimizer, steps: int) -> Iterator[str]:
     """What a person should know who, say, gave an experiment another optimizer than its own."""
-    file = CONFIGS / "optimizer" / f"{cfg.name}.yaml"
-    options = OmegaConf.load(file) if file.exists() else OmegaConf.create()
-    own = OmegaConf.select(options, "lr", throw_on_resolution_failure=False)
-    is_far = isinstance(own, float) and not own / FAR < cfg.lr < own * FAR
-    yield f"optimizer: {cfg.name}, lr {cfg.lr:g}" + (
-        f", {cfg.lr / own:.3g} times the {own:g} of optimizer={cfg.name}" if is_far else ""
-    )
+    has_own = own_rate(cfg) is not None
+    name = cfg.name if cfg.chain is not None else "the family's own"
+    yield f"optimizer: {name}, " + ("lr of its chain" if has_own else _run_rate(cfg))
     for name, reason in chains.depending_on_stage(cfg.chain or []).items():
         yield (
             f"{name} {reason}: the curve may be another one at another stage (docs/optimizers.md)"
         )
     updates = steps // cfg.accumulate
-    if cfg.warmup >= updates:
+    if cfg.warmup >= updates and not has_own:
         yield (
             f"optimizer.warmup is {cfg.warmup} updates, and the run has {updates}: the learning "
             "rate never reaches optimizer.lr"
         )
+
+
+def _run_rate(cfg: Optimizer) -> str:
+    """The highest learning rate of the run's schedule, with a word where it is far from usual."""
+    file = CONFIGS / "optimizer" / f"{cfg.name}.yaml"
+    options = OmegaConf.load(file) if file.exists() else OmegaConf.create()
+    own = OmegaConf.select(options, "lr", throw_on_resolution_failure=False)
+    if not isinstance(own, float) or own / FAR < cfg.lr < own * FAR:
+        return f"lr {cfg.lr:g}"
+    return f"lr {cfg.lr:g}, {cfg.lr / own:.3g} times the {own:g} of optimizer={cfg.name}"
 
 
 def parameters(setup: Setup) -> str:
