@@ -548,3 +548,44 @@ def test_the_draws_of_several_parts_are_paired():
     (pairing,) = suggest(ladder.twin).draws
     found = {str(pair.linen): str(pair.nnx) for pair in pairing.pairs}
     assert found == {"dropout/one": "one/rngs", "dropout/two": "two/rngs"}
+
+
+class Unused(nn.Module):
+    """A head whose output nobody uses: in training it updates the statistics of its norm."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        aside = nn.Dense(5)(x), nn.Dense(5)(x)
+        for head in aside:
+            nn.BatchNorm(use_running_average=not train)(nn.silu(head))
+        return nn.Dense(3)(x)
+
+
+class UnusedPort(nnx.Module):
+    def __init__(self, *, rngs):
+        self.out = nnx.Linear(4, 3, rngs=rngs)
+        self.heads = nnx.List([nnx.Linear(4, 5, rngs=rngs) for _ in range(2)])
+        self.norms = nnx.List([nnx.BatchNorm(5, rngs=rngs) for _ in range(2)])
+
+    def __call__(self, x):
+        for head, norm in zip(self.heads, self.norms, strict=True):
+            norm(nnx.silu(head(x)))
+        return self.out(x)
+
+
+def test_what_only_training_sees_is_proven_there_and_the_rest_is_likely_by_its_module():
+    x = jax.random.normal(jax.random.key(0), (6, 4))
+    book = suggest(Twin(Unused, lambda rngs: UnusedPort(rngs=rngs), lambda: (x,)))
+
+    found = {pattern.text for rule in book.rules for pattern in rule.linen}
+    assert {"batch_stats/BatchNorm_{i}/mean", "batch_stats/BatchNorm_{i}/var"} <= found
+    assert any("proven by what training updates" in note for note in book.notes)
+    likely = {
+        f"{open_.likely.linen[0].text} -> {open_.likely.nnx[0].text}"
+        for open_ in book.unassigned.values()
+    }
+    assert likely == {
+        f"params/BatchNorm_{k}/{leaf} -> norms/{k}/{leaf}"
+        for k in range(2)
+        for leaf in ("scale", "bias")
+    }

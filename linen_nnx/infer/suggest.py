@@ -16,6 +16,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -278,6 +279,7 @@ def _unassigned(
     open_ = [{path for path in side.paths if (k, path) not in done} for k, side in enumerate(both)]
     mates = {pair.linen: pair.nnx for pair in found.pairs}
     mate_of = (mates, {b: a for a, b in mates.items()})
+    modules = _modules(items)
     result: dict[str, Unassigned] = {}
     for number, (side, other) in enumerate((both, both[::-1])):
         for path in [path for path in side.paths if (number, path) not in done]:
@@ -293,6 +295,8 @@ def _unassigned(
                 idle = [name for name in other.paths if not other.slots_of[name]]
                 near = [name for name in idle if other.trace.leaves[name].shape == shape]
             reason = why.get((number, path), reason)
+            home = modules[number].get(_module((number, path)))
+            near.sort(key=partial(_strangeness, (number, path), home))
             candidates = tuple(dict.fromkeys(near))[:_CANDIDATES]
             likely = _likely((side, other), path, candidates, open_[1 - number])
             result[_key(path, result)] = Unassigned(side.trace.side, reason, candidates, likely)
@@ -300,6 +304,32 @@ def _unassigned(
         if (1, path) in why:
             result[_key(path, result)] = Unassigned("nnx", why[1, path], ())
     return result
+
+
+def _modules(items: Sequence[Item]) -> tuple[dict[str, str], dict[str, str]]:
+    """By side, which module of the other side holds what a module does: proven by another leaf."""
+    found: tuple[dict[str, str], dict[str, str]] = {}, {}
+    for item in items:
+        if len(item.linen) == len(item.nnx) == 1:
+            linen, nnx = _module((0, min(item.linen))), _module((1, min(item.nnx)))
+            found[0][linen], found[1][nnx] = nnx, linen
+    return found
+
+
+def _module(leaf: Place) -> str:
+    """The path of the module that holds a leaf: `a/norm` of `batch_stats/a/norm/mean`."""
+    side, path = leaf
+    return (path if side == 1 else path.split("/", 1)[1]).rpartition("/")[0]
+
+
+def _strangeness(leaf: Place, home: str | None, other: str) -> tuple[bool, bool]:
+    """How unlikely a candidate is by its names: sorts those of the same name and module first.
+
+    Where the mean of a norm is known to be that of `heads/0/norm`, its scale is likely to be there.
+    """
+    side, path = leaf
+    is_named_so = path.rpartition("/")[2] == other.rpartition("/")[2]
+    return not is_named_so, home is None or _module((1 - side, other)) != home
 
 
 def _likely(both: Both, path: str, candidates: Sequence[str], free: set[str]) -> Rule | None:

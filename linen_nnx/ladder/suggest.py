@@ -16,8 +16,8 @@ from linen_nnx.infer import suggest as rules
 from linen_nnx.infer.twin import Twin
 from linen_nnx.ladder.alike import in_families
 from linen_nnx.ladder.calls import Call
-from linen_nnx.ladder.ladder import Ladder
-from linen_nnx.ladder.training import draws_in, ladder_of, own_call
+from linen_nnx.ladder.ladder import Ladder, WholeTwin
+from linen_nnx.ladder.training import draws_in, in_training, ladder_of, own_call, statistics
 
 
 def suggest(twin: Twin, progress: Callable[[str], None] = lambda text: None) -> RuleBook:
@@ -29,6 +29,8 @@ def suggest(twin: Twin, progress: Callable[[str], None] = lambda text: None) -> 
       TwinError: when a part of the twin cannot be built or called.
     """
     book = rules.suggest(twin, progress)
+    if book.unassigned:
+        book = _seen_in_training(twin, book)
     if book.unassigned:
         return book  # the port cannot be filled yet
     notes: list[str] = []
@@ -45,6 +47,27 @@ def suggest(twin: Twin, progress: Callable[[str], None] = lambda text: None) -> 
             mode = "training" if trains else "evaluation"
             notes.append(f"no draws are paired: in {mode}, {type(error).__name__}: {error}")
     return RuleBook(book.rules, book.unassigned, ladder.pairings.values(), [*book.notes, *notes])
+
+
+def _seen_in_training(twin: Twin, book: RuleBook) -> RuleBook:
+    """The rules that training proves, where evaluation leaves more of them open.
+
+    A head whose output nobody uses still updates the statistics of its norms, but in training only.
+    """
+    ladder = ladder_of(twin)
+    has_calls = not isinstance(twin, WholeTwin) and (twin.call_linen or twin.call_nnx)
+    if has_calls or not statistics(ladder):
+        return book
+    try:
+        found = rules.suggest(in_training(twin))
+    except Exception as error:  # the user's own model: whatever it raises is the reason
+        note = f"in training nothing more is proven: {type(error).__name__}: {error}"
+        return RuleBook(book.rules, book.unassigned, (), [*book.notes, note])
+    if len(found.unassigned) >= len(book.unassigned):
+        return book
+    count = len(book.unassigned) - len(found.unassigned)
+    note = f"{count} leaves that no output sees in evaluation are proven by what training updates"
+    return RuleBook(found.rules, found.unassigned, (), [*found.notes, note])
 
 
 def _known(ladder: Ladder, call: Call) -> bool:

@@ -110,8 +110,13 @@ def own_call(ladder: Ladder, trains: bool) -> Call:
     bound = inspect.signature(function).bind_partial(None, *ladder.inputs)
     for name in _flags(function):
         bound.arguments[name] = EVALUATION[name] is not trains
-    mutable: Any = ladder.at("linen").mutable or False
+    mutable: Any = statistics(ladder) or False
     return Call(None, bound.args[1:], dict(bound.kwargs), {}, mutable)
+
+
+def statistics(ladder: Ladder) -> list[str]:
+    """The collections that a call in training may update beside the parameters, sorted."""
+    return sorted({name.split("/")[0] for name in ladder.linen_specs} - {"params"})
 
 
 def draws_in(ladder: Ladder, call: Call) -> bool:
