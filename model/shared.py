@@ -6,6 +6,7 @@ Giving both frameworks the functions below removes each difference at its source
 
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -47,6 +48,34 @@ def causal_attention(
             f"mask={mask is not None}, bias={bias is not None}, dropout_rate={dropout_rate}."
         )
     return jax.nn.dot_product_attention(query, key, value, is_causal=True)
+
+
+def linen_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    mask: Array | None = None,
+    is_causal: bool = False,
+    **more: Any,
+) -> Array:
+    """What Linen's attention layers compute by default, as the `attention_fn` of an nnx port.
+
+    So a Linen model that was written before its port stays as it is.
+
+    Args:
+        query, key, value: (batch, length, heads, head width), float.
+        mask: (batch or 1, heads or 1, length of query, length of key), where to look; None: all.
+        is_causal: look at earlier places only, as well.
+        more: what `flax.linen.dot_product_attention` takes besides: dropout, dtype, precision.
+
+    Returns:
+        (batch, length, heads, head width), the dtype of `value`.
+    """
+    if is_causal:
+        earlier = jnp.tril(jnp.ones((query.shape[-3], key.shape[-3]), bool))
+        mask = earlier[None, None] if mask is None else jnp.logical_and(mask, earlier)
+    return nn.dot_product_attention(query, key, value, mask=mask, **more)
 
 
 def keep_dtype(arrays: Any, *_: Any, **__: Any) -> Any:

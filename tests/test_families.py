@@ -18,6 +18,7 @@ import model
 from configs.build import ConfigError
 from linen_nnx import Part, RuleBook, Stage
 from linen_nnx.book.tree import flatten, unflatten
+from model.shared import linen_attention
 from training import compose
 from training.assemble import Setup, load_rules
 from training.runtime.mesh import OneDevice
@@ -235,3 +236,20 @@ def test_a_family_may_be_one_part_or_have_parts_of_any_kind(
 def test_a_family_elsewhere_that_is_not_there_is_named(family: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=rf"model\.family: .*{re.escape(message)}"):
         model.create({"family": family})
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_port_with_the_attention_of_linen_computes_its_bits(is_causal: bool) -> None:
+    x = jax.random.normal(jax.random.key(0), (2, 5, 8))
+    mask = jnp.tril(jnp.ones((1, 1, 5, 5), bool)) if is_causal else None
+    layer = nn.MultiHeadDotProductAttention(num_heads=2)
+    params = layer.init(jax.random.key(1), x)["params"]
+    port = nnx.MultiHeadAttention(
+        2, 8, decode=False, attention_fn=linen_attention, rngs=nnx.Rngs(0)
+    )
+    for name, leaves in params.items():
+        for leaf, value in leaves.items():
+            getattr(getattr(port, name), leaf).set_value(value)
+
+    due = jax.jit(lambda x: layer.apply({"params": params}, x, mask=mask))(x)
+    assert (nnx.jit(lambda port, x: port(x, is_causal=is_causal))(port, x) == due).all()

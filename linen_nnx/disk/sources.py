@@ -324,6 +324,9 @@ def _nothing(folder: Path) -> StoreError:
     seen = sorted(child.name for child in folder.iterdir())
     files = [name for name in seen if Path(name).suffix in READABLE]
     hint = f". Name a file to convert it: {', '.join(files[:10])}" if files else ""
+    inside = [child for child in sorted(folder.iterdir()) if is_item(child) or _holds_steps(child)]
+    if inside:
+        hint = f". There is one in {', '.join(map(str, inside[:10]))}: name that"
     return StoreError(
         f"no checkpoint found in {folder}: expected a run, a CheckpointManager's root or step, an "
         f"Orbax item (with `_METADATA` or an index `{INDEX}`), or a file {', '.join(READABLE)}; "
