@@ -154,5 +154,6 @@ def test_the_command_writes_the_pairs_beside_the_rules(
     code = cli.main(["suggest", f"{tmp_path}/twin.py:TWIN", "-o", f"{tmp_path}/rules.yaml"])
 
     assert code == 0
-    assert "__call__(train=True): 1 draws paired" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "draw dropout/Dropout_0  ->  drop/rngs\n    in __call__(train=True)" in shown
     assert RuleBook.load(tmp_path / "rules.yaml").draws[0].given == {"train": True}
