@@ -1,5 +1,6 @@
 """Runs on several devices and in several processes: the same curve, parts in their place."""
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -365,7 +366,7 @@ def test_processes_that_a_launcher_has_started_meet(
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args: joined.append(args))
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
 
-    processes.join(compose("experiment=diabetes"))
+    processes.join(dataclasses.asdict(compose("experiment=diabetes")))
 
     assert joined == [(environment.get("JAX_COORDINATOR_ADDRESS"), None, None)] * joins
 
