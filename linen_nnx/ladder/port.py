@@ -14,7 +14,7 @@ from jax import Array
 
 from linen_nnx.infer.keys import adopt, aside, set_mode, typed
 from linen_nnx.infer.trace import joined
-from linen_nnx.infer.twin import attempt
+from linen_nnx.infer.twin import TwinError, attempt
 
 Leaves = dict[str, Any]
 
@@ -115,8 +115,18 @@ def counts(model: nnx.Module) -> dict[str, Array]:
 
 
 def type_name(leaf: Any) -> str:
-    """The name that the bridge gives to the type of a Variable."""
-    return nnx.variable_name_from_type(type(leaf), allow_register=True)
+    """The name that the bridge gives to the type of a Variable.
+
+    Raises `TwinError` for a name that another type has.
+    """
+    try:
+        return nnx.variable_name_from_type(type(leaf), allow_register=True)
+    except ValueError:
+        raise TwinError(
+            f"two types of Variables are called {type(leaf).__name__}, which is the name of their "
+            "collection in Linen: rename one, or register it by another name "
+            "(nnx.register_variable_name)"
+        ) from None
 
 
 def _abstract(create: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:

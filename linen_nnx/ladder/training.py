@@ -15,8 +15,9 @@ import jax
 
 from linen_nnx.book.rules import RuleBook
 from linen_nnx.book.tree import flatten
+from linen_nnx.errors import Refusal
 from linen_nnx.infer.calls import EVALUATION
-from linen_nnx.infer.keys import DrawError, Undrawn, probing, watching
+from linen_nnx.infer.keys import Undrawn, probing, watching
 from linen_nnx.infer.twin import Twin, TwinError
 from linen_nnx.ladder.calls import Call, is_array
 from linen_nnx.ladder.ladder import Ladder, WholeTwin
@@ -45,13 +46,15 @@ def check_draws(twin: Twin, book: RuleBook) -> Iterator[DrawCheck]:
     ladder = ladder_of(twin).with_rules(book, lambda text: None)
     tried = set()
     for trains in (True, False):
-        call = own_call(ladder, trains)
-        kind = call.kind(ladder.entry(None)).kind
+        kind = "the twin's own call"
         try:
+            call = own_call(ladder, trains)
+            kind = call.kind(ladder.entry(None)).kind
             if kind not in tried and draws_in(ladder, call):
                 yield _compared(ladder, kind, search(ladder, call))
-        except DrawError as error:
-            yield DrawCheck(kind, None, (str(error),))
+        except Refusal as error:  # a book that does not fit the models, or models that do not run
+            if kind not in tried:
+                yield DrawCheck(kind, None, tuple(str(error).splitlines()[:1]))
         tried.add(kind)
     for kind in ladder.pairings:
         if kind not in tried:
