@@ -1,9 +1,10 @@
 """What all tests share: eight simulated CPU devices, and small runs of the three experiments."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
@@ -43,6 +44,17 @@ needs_setuptools = pytest.mark.skipif(
     int(version("setuptools").split(".")[0]) < 77, reason="needs make's setuptools"
 )
 QUIET = ("log.tensorboard=false", "log.progress=false", "log_every=1")
+
+
+def sampled(cases: Iterable[Any], every: int) -> list[Any]:
+    """Parameters of a test: one in `every` is always run, the others are long.
+
+    For cases of one kind, each as dear as the others: a few show that the kind holds.
+    """
+    return [
+        case if number % every == 0 else pytest.param(case, marks=pytest.mark.long)
+        for number, case in enumerate(cases)
+    ]
 
 
 @pytest.fixture

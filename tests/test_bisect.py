@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
+from conftest import sampled
 from convert_helpers import save
 from faults import DEPTH, SCANNED, NnxConvs, X, book, convs, net, sharp_attention
 from flax import nnx
@@ -66,7 +67,7 @@ def test_scanned_blocks_equal_a_list_of_blocks_but_for_rounding():
     assert len(found.layers) == 3 * DEPTH + 2
 
 
-@pytest.mark.parametrize("name", sorted(set(PAIRS) - {"gru_cells"}))
+@pytest.mark.parametrize("name", sampled(sorted(set(PAIRS) - {"gru_cells"}), every=4))
 def test_twins_that_compute_the_same_never_diverge(name):
     pair = PAIRS[name]()
 
@@ -99,7 +100,7 @@ def test_leaves_of_the_root_are_shown_as_such():
     assert (first.linen, first.nnx, first.leaf) == ("(root)", "(root)", "params/scale")
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", sampled(range(4), every=2))
 def test_random_twins_never_diverge(seed):
     assert bisect(random_twin(seed)[0]).first is None
 

@@ -264,7 +264,7 @@ def test_the_commands_of_scale(shell: Shell) -> None:
     follow(sections(README, "Scale"), shell, instead)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("command", EXTRAS, ids=[module for module, _ in EXTRAS.values()])
 def test_the_commands_of_an_extra(shell: Shell, command: str) -> None:
     module, run = EXTRAS[command]
@@ -273,7 +273,7 @@ def test_the_commands_of_an_extra(shell: Shell, command: str) -> None:
     shell.run(run)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_commands_of_the_migration_page(shell: Shell) -> None:
     shell.run("mkdir -p model/net && cp tests/strangers/net/linen.py model/net/")
     shell.python(STRANGER)

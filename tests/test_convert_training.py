@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from conftest import sampled
 from convert_helpers import (
     RENAMES,
     bits,
@@ -59,7 +60,7 @@ def load_nnx(path, tx):
     return model, optimizer, restored["ema"]
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", sampled(OPTIMIZERS, every=3))
 def test_linen_training_goes_on_in_nnx(tmp_path, name):
     tx = OPTIMIZERS[name]()
     state, _ = linen_train(linen_state(tx), range(3))
@@ -72,7 +73,7 @@ def test_linen_training_goes_on_in_nnx(tmp_path, name):
     assert nnx_ema == sorted(np.asarray(x).tobytes() for x in jax.tree.leaves(expected.ema))
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", sampled(OPTIMIZERS, every=3))
 def test_nnx_training_goes_on_in_linen(tmp_path, name):
     tx = OPTIMIZERS[name]()
     model, optimizer, ema = nnx_state(tx)

@@ -138,7 +138,7 @@ def ladder(*ported: str) -> Ladder:
     "ported",
     [
         ("encoder",),
-        ("head", "pool"),
+        pytest.param(("head", "pool"), marks=pytest.mark.long),
         pytest.param(("pool",), marks=pytest.mark.long),
         pytest.param(("encoder", "pool", "spare"), marks=pytest.mark.long),
         pytest.param((), marks=pytest.mark.long),

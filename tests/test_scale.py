@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from conftest import QUIET, SMALL, STAGES, Train
+from conftest import QUIET, SMALL, STAGES, Train, sampled
 
 from configs import schema
 from configs.build import ConfigError
@@ -82,7 +82,7 @@ def test_a_mesh_draws_the_curve_of_one_device_and_four_stages_one_curve(
         assert curve(run).splitlines() == curve(runs[0]).splitlines()
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", sampled(STAGES, every=3))
 @pytest.mark.parametrize("experiment", ["lm", "digits"])
 def test_each_device_holds_an_eighth(experiment: str, stage: str) -> None:
     made = setup(experiment, f"stage={stage}", "mesh.fsdp=8", "optimizer.ema=0.9")
@@ -156,7 +156,9 @@ def test_a_mesh_that_does_not_fit_is_refused(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("after", ["", "mesh.data=4", "mesh.data=2 mesh.fsdp=2", "mesh.fsdp=8"])
+@pytest.mark.parametrize(
+    "after", sampled(["mesh.data=2 mesh.fsdp=2", "", "mesh.data=4", "mesh.fsdp=8"], every=4)
+)
 def test_a_run_saved_on_eight_devices_goes_on_with_others(train: Train, after: str) -> None:
     options = (*OPTIONS, "optimizer.ema=0.9")
     before = ["mesh.data=2", "mesh.fsdp=4"]
@@ -401,7 +403,7 @@ def test_a_mesh_or_processes_that_cannot_be_are_refused(overrides: str, reason: 
         compose("experiment=diabetes", *overrides.split())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_sweep_gives_each_run_its_folder_and_the_table_has_a_line_for_each(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import STAGES, Train
+from conftest import STAGES, Train, sampled
 
 from linen_nnx import convert
 from training.runtime.runs import RUNS
@@ -23,7 +23,7 @@ def rows(run_dir: Path) -> list[bytes]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("before", STAGES)
+@pytest.mark.parametrize("before", sampled(STAGES, every=2))
 @each_experiment
 def test_a_change_of_stage_in_mid_run_does_not_move_the_curve(
     train: Train, experiment: str, before: str
