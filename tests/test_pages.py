@@ -45,7 +45,14 @@ def test_keys_that_the_text_names_exist() -> None:
     keys = {key for config in configs for key in paths(dataclasses.asdict(config))} | {"experiment"}
     short = {key.rpartition(".")[2] for key in keys}
     groups = {key.split(".")[0] for key in keys if "." in key}
-    python = {"promote_dtype", "force", "overwrite", "rng", "rngs"}  # arguments of functions
+    python = {
+        "attention_fn",
+        "promote_dtype",
+        "force",
+        "overwrite",
+        "rng",
+        "rngs",
+    }  # arguments of functions
     for page in PAGES:
         for span in spans(page):
             if not re.search(r"[({]", span):

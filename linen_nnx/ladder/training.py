@@ -52,9 +52,10 @@ def check_draws(twin: Twin, book: RuleBook) -> Iterator[DrawCheck]:
             kind = call.kind(ladder.entry(None)).kind
             if kind not in tried and draws_in(ladder, call):
                 yield _compared(ladder, kind, search(ladder, call))
-        except Refusal as error:  # a book that does not fit the models, or models that do not run
+        except Exception as error:  # a rule drops a leaf, say, or the user's own models do not run
+            what = "" if isinstance(error, Refusal) else f"{type(error).__name__}: "
             if kind not in tried:
-                yield DrawCheck(kind, None, tuple(str(error).splitlines()[:1]))
+                yield DrawCheck(kind, None, (f"not compared: {what}{error}",))
         tried.add(kind)
     for kind in ladder.pairings:
         if kind not in tried:
