@@ -206,6 +206,49 @@ def test_draws_of_a_model_of_another_depth_are_not_those_in_the_rule_book(count:
     assert len(said) == (2 if count else 1)
 
 
+class Unused:
+    """A head whose output is not used: its dropout shows in the statistics alone."""
+
+    class Linen(nn.Module):
+        @nn.compact
+        def __call__(self, x: Array, train: bool = False) -> Array:
+            head = nn.Dropout(0.5)(nn.Dense(5)(x), deterministic=not train)
+            nn.BatchNorm(use_running_average=not train)(head)
+            return nn.Dense(3)(x)
+
+    class Nnx(nnx.Module):
+        def __init__(self, *, rngs: nnx.Rngs) -> None:
+            self.head, self.drop = nnx.Linear(WIDTH, 5, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+            self.norm, self.out = nnx.BatchNorm(5, rngs=rngs), nnx.Linear(WIDTH, 3, rngs=rngs)
+
+        def __call__(self, x: Array) -> Array:
+            self.norm(self.drop(self.head(x)))
+            return self.out(x)
+
+    RULES = (
+        ("params/Dense_0/{leaf}", "head/{leaf}"),
+        ("params/Dense_1/{leaf}", "out/{leaf}"),
+        ("params/BatchNorm_0/scale", "norm/scale"),
+        ("params/BatchNorm_0/bias", "norm/bias"),
+        ("batch_stats/BatchNorm_0/mean", "norm/mean"),
+        ("batch_stats/BatchNorm_0/var", "norm/var"),
+    )
+
+
+def test_a_draw_that_statistics_alone_see_has_a_partner() -> None:
+    rules = [{"linen": linen, "nnx": port} for linen, port in Unused.RULES]
+    book = RuleBook.from_dict({"version": 1, "rules": rules})
+    climb = Ladder(Twin(Unused.Linen, lambda rngs: Unused.Nnx(rngs=rngs), lambda: (X,)), book)
+
+    updates = []
+    for stage in STAGES:
+        model = climb.at(stage)
+        variables = model.init(jax.random.key(0), X)
+        found = call(model, variables, {"dropout": KEY}, X, train=True, mutable=["batch_stats"])
+        updates.append(sorted(found))
+    assert updates == [updates[0]] * len(STAGES)
+
+
 def test_suggest_pairs_the_layers_as_one_and_a_wrong_pair_is_found() -> None:
     twin = Twin(Plain.Linen, lambda rngs: Plain.Nnx(rngs=rngs), lambda: (X,))
     content = suggest(twin).to_dict()

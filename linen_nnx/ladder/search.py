@@ -8,18 +8,20 @@ from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from linen_nnx.book.draws import Draw, Pairing
-from linen_nnx.book.tree import unflatten
-from linen_nnx.infer.keys import DrawError, aside, probing, typed, watching
+from linen_nnx.book.tree import flatten, unflatten
+from linen_nnx.infer.keys import DrawError, aside, is_mutable, probing, typed, watching
 from linen_nnx.ladder.calls import Call
 from linen_nnx.ladder.feed import Streams, by_part, own_key, streams_of
 from linen_nnx.ladder.forms import Leaves
 from linen_nnx.ladder.pairing import Match, Side, match
+from linen_nnx.ladder.port import values
 from linen_nnx.ladder.program import totals
 
 if TYPE_CHECKING:
@@ -122,7 +124,11 @@ def _linen_side(ladder: "Ladder", call: Call, variables: Leaves) -> tuple[Side, 
 
         with watching(swap):
             out = ladder.run_linen(variables, call.joined(arrays, _named_keys(call, seeds)))
-        return out if call.mutable is False else out[0]
+        if call.mutable is False:
+            return out
+        specs = ladder.book.specs["linen"]
+        after = {n: leaf for n, leaf in flatten(nn.unbox(out[1])).items() if n in specs}
+        return out[0], _in_order(ladder.translate(after, "linen", "nnx"))
 
     def own(seeds: Any) -> Array:
         keys = program.keys(_named_keys(call, seeds))
@@ -148,7 +154,11 @@ def _nnx_side(ladder: "Ladder", call: Call, leaves: Leaves) -> tuple[Side, list[
     def run(keys: Mapping[str, Array], leaves: Any, arrays: Any, mode: str) -> Any:
         feed = by_part(ladder.parts, keys)
         root = ladder.nnx_root(ladder.forms("nnx"), leaves, call, feed, mode)
-        return jax.tree.leaves(ladder.run_nnx(root, call.joined(arrays, {})))
+        out = ladder.run_nnx(root, call.joined(arrays, {}))
+        found, types = values(root)
+        after = {ladder.book.name(types[path], path): leaf for path, leaf in found.items()}
+        kept = {n: leaf for n, leaf in after.items() if is_mutable(n.split("/")[0], call.mutable)}
+        return jax.tree.leaves((out, _in_order(kept)))
 
     def tagged(leaves: Any, arrays: Any) -> Any:
         return run(_plain_keys({}, streams), leaves, arrays, "tag")
@@ -171,6 +181,11 @@ def _nnx_side(ladder: "Ladder", call: Call, leaves: Leaves) -> tuple[Side, list[
     compiled = _quick(given)
     side = Side(draws, lambda new: compiled(new, leaves, call.arrays), _words())
     return side, sorted(uncounted & set(streams))
+
+
+def _in_order(updates: Leaves) -> list[Array]:
+    """What a call has updated, beside its outputs: a mask that statistics alone see shows there."""
+    return [updates[name] for name in sorted(updates)]
 
 
 def _named_keys(call: Call, seeds: Array) -> dict[str, Array]:
