@@ -89,6 +89,19 @@ INLINE = {
     },
     "make parity": 'make parity ARGS="--only dense"',
     "make fuzz": "make -n fuzz && python -m benchmarks.fuzz --help",
+    'make fuzz ARGS="--count 50000 --seed 7"': "python -m benchmarks.fuzz --help | grep -e --seed",
+    "--only NUMBER": "python -m benchmarks.fuzz --help | grep -e '--only '",
+    "pytest tests/test_run_fuzz.py": "true",  # that the file is there, test_pages.py says
+    "python -m benchmarks.sizes": "python -c 'import benchmarks.sizes'",
+    # The whole table takes minutes; test_optax_table.py compares it with the page.
+    "python -m benchmarks.optimizers": "python -m benchmarks.optimizers --help",
+    "python -m benchmarks.optimizers --write": (
+        "python -m benchmarks.optimizers --help | grep -e --write"
+    ),
+    # Half a minute of work; the command and the experiment are there.
+    "python convert.py suggest training.twins:examples/vae/configs/vae": (
+        "python convert.py suggest --help && test -f examples/vae/configs/experiment/vae.yaml"
+    ),
     ".ci/run": "bash -n .ci/run && test -x .ci/run",
     "cp -r": "cp -r docs copied",
     # What it would install is on no list of ours; its hooks are the commands of `make lint`.
