@@ -56,9 +56,11 @@ def _seen_in_training(twin: Twin, book: RuleBook) -> RuleBook:
     """
     ladder = ladder_of(twin)
     has_calls = not isinstance(twin, WholeTwin) and (twin.call_linen or twin.call_nnx)
-    if has_calls or not statistics(ladder):
+    if has_calls:
         return book
     try:
+        if not statistics(ladder):
+            return book
         found = rules.suggest(in_training(twin))
     except Exception as error:  # the user's own model: whatever it raises is the reason
         note = f"in training nothing more is proven: {type(error).__name__}: {error}"
