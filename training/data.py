@@ -14,7 +14,7 @@ import itertools
 import json
 import pickle
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -208,8 +208,14 @@ def first_batch(dataset: Dataset) -> Batch:
     return batch
 
 
-def example(options: datasets.Options) -> Batch:
-    """A batch to prove something with: one that needs no files, where the data set has one."""
+def example(group: Mapping[str, Any], rows: int) -> Batch:
+    """A batch to prove something with: one that needs no files, where the data set has one.
+
+    Args:
+        group: the `data` group of a configuration.
+        rows: of the batch, at most; fewer where `batch` is smaller.
+    """
+    options = datasets.create({**group, "batch": min(rows, group["batch"])})
     batch = datasets.example(options)
     if batch is None:
         batch = first_batch(datasets.load(options))

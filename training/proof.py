@@ -19,7 +19,7 @@ from linen_nnx.book.tree import flatten, unflatten
 from linen_nnx.disk.state import Id
 from linen_nnx.infer.trace import Leaf, Trace
 from linen_nnx.proof.subject import Arrays, Subject
-from training import data, datasets
+from training import data
 from training.assemble import Setup
 from training.runtime.mesh import OneDevice
 from training.runtime.names import named
@@ -41,8 +41,7 @@ def subject(run: Mapping[str, Any]) -> Subject:
         ConfigError: for a configuration that this version of the template does not have.
     """
     cfg = build(Config, {**upgraded(run["config"]), "stage": run["stage"]})
-    rows = min(cfg.data["batch"], _ROWS)
-    batch = data.example(datasets.create({**cfg.data, "batch": rows}))
+    batch = data.example(cfg.data, _ROWS)
     setup = Setup(cfg, None, batch, RuleBook.from_dict(run["rules"]), OneDevice())
     program, abstract = setup.program, flatten(setup.stage.abstract())
     updated: list[str] = []

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import model
 from linen_nnx import Twin
-from training import compose, data, datasets
+from training import compose, data
 from training.runtime.cli import CONFIGS
 
 ROWS = 4  # of an example batch; two would do, and what is traced is the same for any number
@@ -29,6 +29,4 @@ def __getattr__(experiment: str) -> Twin:
     if not (path / "experiment" / f"{name}.yaml").is_file():
         raise AttributeError(f"there is no {path}/experiment/{name}.yaml")
     cfg = compose(f"experiment={name}", config_dir=path)
-    rows = min(ROWS, cfg.data["batch"])
-    batch = data.example(datasets.create({**cfg.data, "batch": rows}))
-    return model.create(cfg.model).ladder(batch, None).twin
+    return model.create(cfg.model).ladder(data.example(cfg.data, ROWS), None).twin

@@ -6,7 +6,7 @@ Linen has them in. So a port whose statistics have a Variable type of their own 
 `mutable=["batch_stats"]`.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from linen_nnx.book.ops import Side
@@ -131,6 +131,11 @@ class Book:
 def part_of(name: str, parts: Collection[str]) -> str:
     """The part that a leaf `collection/part/path` belongs to; `WHOLE` where it is the only one."""
     return WHOLE if WHOLE in parts else name.split("/")[1]
+
+
+def collections_of(leaves: Iterable[str]) -> list[str]:
+    """The collections beside the parameters, sorted, of leaves `collection/path`."""
+    return sorted({name.split("/")[0] for name in leaves} - {"params"})
 
 
 def check(leaves: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> None:

@@ -16,6 +16,7 @@ from jax import Array
 
 from linen_nnx.book.draws import Draw, Pairing
 from linen_nnx.book.tree import flatten, unflatten
+from linen_nnx.infer.evaluate import UNOPTIMISED
 from linen_nnx.infer.keys import DrawError, aside, is_mutable, probing, typed, watching
 from linen_nnx.ladder.calls import Call
 from linen_nnx.ladder.feed import Streams, by_part, own_key, streams_of
@@ -203,7 +204,7 @@ def _words() -> int:
 
 def _quick(function: Any) -> Any:
     """The function compiled with the least effort: it runs a few dozen times on a small example."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+    return jax.jit(function, compiler_options=UNOPTIMISED)
 
 
 def sample_variables(ladder: "Ladder") -> Leaves:

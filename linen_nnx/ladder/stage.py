@@ -24,7 +24,7 @@ from linen_nnx.book.tree import flatten, unflatten
 from linen_nnx.errors import Refusal
 from linen_nnx.infer.keys import Undrawn, is_mutable
 from linen_nnx.ladder.calls import Call
-from linen_nnx.ladder.forms import Leaves, check
+from linen_nnx.ladder.forms import Leaves, check, collections_of
 from linen_nnx.ladder.port import values
 from linen_nnx.ladder.roots import Bridged
 from linen_nnx.ladder.view import View
@@ -51,7 +51,7 @@ class Stage:
     @property
     def mutable(self) -> list[str]:
         """The collections that a call may update beside the parameters, sorted."""
-        return sorted({name.split("/")[0] for name in self._specs} - {"params"})
+        return collections_of(self._specs)
 
     def abstract(self) -> Variables:
         """The variables as `jax.ShapeDtypeStruct`s; nothing is computed.

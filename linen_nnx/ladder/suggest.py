@@ -16,8 +16,15 @@ from linen_nnx.infer import suggest as rules
 from linen_nnx.infer.twin import Twin
 from linen_nnx.ladder.alike import in_families
 from linen_nnx.ladder.calls import Call
-from linen_nnx.ladder.ladder import Ladder, WholeTwin
-from linen_nnx.ladder.training import draws_in, in_training, ladder_of, own_call, statistics
+from linen_nnx.ladder.ladder import Ladder
+from linen_nnx.ladder.training import (
+    draws_in,
+    in_training,
+    ladder_of,
+    own_call,
+    says_its_calls,
+    statistics,
+)
 
 
 def suggest(twin: Twin, progress: Callable[[str], None] = lambda text: None) -> RuleBook:
@@ -54,12 +61,10 @@ def _seen_in_training(twin: Twin, book: RuleBook) -> RuleBook:
 
     A head whose output nobody uses still updates the statistics of its norms, but in training only.
     """
-    ladder = ladder_of(twin)
-    has_calls = not isinstance(twin, WholeTwin) and (twin.call_linen or twin.call_nnx)
-    if has_calls:
+    if says_its_calls(twin):
         return book
     try:
-        if not statistics(ladder):
+        if not statistics(ladder_of(twin)):
             return book
         found = rules.suggest(in_training(twin))
     except Exception as error:  # the user's own model: whatever it raises is the reason

@@ -20,6 +20,7 @@ from linen_nnx.infer.calls import EVALUATION
 from linen_nnx.infer.keys import Undrawn, probing, watching
 from linen_nnx.infer.twin import Twin, TwinError
 from linen_nnx.ladder.calls import Call, is_array
+from linen_nnx.ladder.forms import collections_of
 from linen_nnx.ladder.ladder import Ladder, WholeTwin
 from linen_nnx.ladder.search import Findings, asked_for, search
 
@@ -39,6 +40,11 @@ def ladder_of(twin: Twin) -> Ladder:
     """The ladder that a twin was made of, or one over the twin."""
     given = twin.ladder if isinstance(twin, WholeTwin) else None
     return given or Ladder(twin)
+
+
+def says_its_calls(twin: Twin) -> bool:
+    """Whether a twin of one's own says how its models are called, and so in which mode."""
+    return not isinstance(twin, WholeTwin) and bool(twin.call_linen or twin.call_nnx)
 
 
 def check_draws(twin: Twin, book: RuleBook) -> Iterator[DrawCheck]:
@@ -84,7 +90,7 @@ def in_training(twin: Twin) -> Twin:
     Raises:
       TwinError: when the twin has calls of its own, which say themselves in which mode they are.
     """
-    if not isinstance(twin, WholeTwin) and (twin.call_linen or twin.call_nnx):
+    if says_its_calls(twin):
         raise TwinError(
             "this twin says itself how its models are called (call_linen, call_nnx): let these "
             "calls train, or leave them out"
@@ -120,7 +126,7 @@ def own_call(ladder: Ladder, trains: bool) -> Call:
 
 def statistics(ladder: Ladder) -> list[str]:
     """The collections that a call in training may update beside the parameters, sorted."""
-    return sorted({name.split("/")[0] for name in ladder.linen_specs} - {"params"})
+    return collections_of(ladder.linen_specs)
 
 
 def draws_in(ladder: Ladder, call: Call) -> bool:
