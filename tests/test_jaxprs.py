@@ -9,7 +9,7 @@ import pytest
 
 from linen_nnx import TwinError
 from linen_nnx.infer import jaxprs
-from linen_nnx.infer.evaluate import widen
+from linen_nnx.infer.float64 import widen
 
 
 def equations(function, *args):

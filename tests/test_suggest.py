@@ -20,7 +20,7 @@ from random_twins import random_twin
 import model
 from linen_nnx import Ladder, Part, RuleBook, RuleError, Twin, TwinError, bisect, suggest
 from linen_nnx.infer.dataflow import flow
-from linen_nnx.infer.trace import Leaf, Trace, trace_linen, trace_nnx
+from linen_nnx.infer.trace import LeafSpec, Trace, trace_linen, trace_nnx
 
 FAMILIES = {
     "transformer": {"family": "transformer", "vocab": 7, "length": 4, "depth": 2, "width": 8,
@@ -309,7 +309,9 @@ def test_suggesting_again_gives_the_same_book():
 
 def slots_of(function, leaves, *inputs):
     """What `flow` finds: for each slot the leaves it holds and its (N, K)."""
-    shapes = {name: Leaf(shape, np.dtype("float32"), "params") for name, shape in leaves.items()}
+    shapes = {
+        name: LeafSpec(shape, np.dtype("float32"), "params") for name, shape in leaves.items()
+    }
     specs = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in shapes.values()]
     jaxpr = jax.make_jaxpr(
         lambda values, *xs: function(dict(zip(leaves, values, strict=True)), *xs)

@@ -18,7 +18,7 @@ from verify_helpers import TX, book, trained, twin
 
 from linen_nnx import Twin, suggest, verify
 from linen_nnx.disk.convert import convert
-from linen_nnx.infer.evaluate import pulled, widen
+from linen_nnx.infer.float64 import outputs_and_slopes, widen
 from linen_nnx.proof.prove import _gaps
 
 RUN = ("forward pass", "gradients")
@@ -171,7 +171,7 @@ def test_an_infinite_slope_of_a_statistic_leaves_the_gradient_of_the_outputs_as_
     def model(x):
         return [x * x, jnp.sqrt(x)]
 
-    _, (slope,) = pulled(model, [jnp.zeros(3)], [], 1)
+    _, (slope,) = outputs_and_slopes(model, [jnp.zeros(3)], [], 1)
 
     assert np.isfinite(slope).all()
 

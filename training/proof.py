@@ -17,7 +17,7 @@ from configs.schema import Config
 from linen_nnx import RuleBook
 from linen_nnx.book.tree import flatten, unflatten
 from linen_nnx.disk.state import Id
-from linen_nnx.infer.trace import Leaf, Trace
+from linen_nnx.infer.trace import LeafSpec, Trace
 from linen_nnx.proof.subject import Arrays, Subject
 from training import data
 from training.assemble import Setup
@@ -72,7 +72,8 @@ def subject(run: Mapping[str, Any]) -> Subject:
 
     jaxpr = jax.make_jaxpr(forward)(list(abstract.values()), batch)
     leaves = {
-        path: Leaf(spec.shape, spec.dtype, path.split("/")[0]) for path, spec in abstract.items()
+        path: LeafSpec(spec.shape, spec.dtype, path.split("/")[0])
+        for path, spec in abstract.items()
     }
     inputs = tuple(map(jnp.asarray, jax.tree.leaves(batch)))
     trace = Trace("linen", jaxpr, leaves, inputs, tuple(updated), {})

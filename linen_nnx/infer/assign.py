@@ -14,10 +14,10 @@ import numpy as np
 
 from linen_nnx.infer.fingerprints import Prints
 from linen_nnx.infer.run import EXACT, distances
-from linen_nnx.infer.sides import HELD, Side
+from linen_nnx.infer.sides import HELD, SlottedSide
 
 Array = np.ndarray
-Open = dict[int, tuple[list[int], str]]
+OpenSlots = dict[int, tuple[list[int], str]]
 SEE_NOTES = "nothing is proven of these two models: `notes` say why"
 
 
@@ -43,10 +43,10 @@ class Assignment(NamedTuple):
     """Pairs; for each slot of either side without one its candidates, likeliest first, and why."""
 
     pairs: list[Pair]
-    open: tuple[Open, Open]
+    open: tuple[OpenSlots, OpenSlots]
 
 
-def assign(linen: Side, nnx: Side, prints: Prints) -> Assignment:
+def assign(linen: SlottedSide, nnx: SlottedSide, prints: Prints) -> Assignment:
     """Pairs the slots of both sides on their fingerprints and dataflow."""
     fits, gaps = _candidates(linen, nnx, prints)
     seen = prints.seen if len(prints.seen) else np.zeros(len(linen.forms), bool)
@@ -91,7 +91,7 @@ def shown(values: Array) -> str:
     return "what its model's own constructor gives it"
 
 
-def _candidates(linen: Side, nnx: Side, prints: Prints) -> tuple[Array, Array]:
+def _candidates(linen: SlottedSide, nnx: SlottedSide, prints: Prints) -> tuple[Array, Array]:
     """(Linen slots, nnx slots): which may be pairs, and the gaps of their fingerprints."""
     gaps = np.full((len(linen.forms), len(nnx.forms)), np.inf)
     for form in set(linen.forms) - {HELD}:
@@ -167,10 +167,14 @@ def _related(above: Array, known: Array) -> Array:
 
 
 def _open(
-    sides: tuple[Side, Side], paired: set[int], fits: Array, gaps: Array, prints: Prints
-) -> Open:
+    sides: tuple[SlottedSide, SlottedSide],
+    paired: set[int],
+    fits: Array,
+    gaps: Array,
+    prints: Prints,
+) -> OpenSlots:
     side, other = sides
-    result: Open = {}
+    result: OpenSlots = {}
     for slot in sorted(set(range(len(gaps))) - paired):
         form = side.forms[slot]
         rank = side.forms[:slot].count(form)
@@ -191,7 +195,7 @@ def _open(
     return result
 
 
-def _places(side: Side, form: tuple[object, ...]) -> list[int]:
+def _places(side: SlottedSide, form: tuple[object, ...]) -> list[int]:
     return [slot for slot, other in enumerate(side.forms) if other == form and form != HELD]
 
 

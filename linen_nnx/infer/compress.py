@@ -9,38 +9,27 @@ Rules are merged only where the shorter one matches exactly the leaves of the ru
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from linen_nnx.book.grammar import Rule
 from linen_nnx.book.ops import Op, Stack
 from linen_nnx.book.patterns import Pattern
-from linen_nnx.infer.assign import Pair
+from linen_nnx.infer.found import FoundRule
 
 _LETTERS = "ijklmnopqrstuvwxyz"
 _NAMES = ("name", "part", "piece", "element")
 Texts = tuple[tuple[str, ...], tuple[str, ...]]
 
 
-@dataclass(frozen=True)
-class Item:
-    """A rule, the leaves of both sides that it matches, and the evidence for it."""
-
-    rule: Rule
-    linen: frozenset[str]
-    nnx: frozenset[str]
-    evidence: tuple[Pair, ...]
-    reasons: tuple[str, ...] = ()
-    """What speaks for it beside the pairs of slots, one sentence each."""
-
-    @property
-    def texts(self) -> Texts:
-        """The patterns of both sides."""
-        linen = tuple(pattern.text for pattern in self.rule.linen)
-        return linen, tuple(pattern.text for pattern in self.rule.nnx)
+def _texts(found: FoundRule) -> Texts:
+    """The patterns of both sides, as text."""
+    linen = tuple(pattern.text for pattern in found.rule.linen)
+    return linen, tuple(pattern.text for pattern in found.rule.nnx)
 
 
-def compress(items: Sequence[Item], linen: Iterable[str], nnx: Iterable[str]) -> list[Item]:
+def compress(
+    items: Sequence[FoundRule], linen: Iterable[str], nnx: Iterable[str]
+) -> list[FoundRule]:
     """Fewer rules for the same leaves, in the order of the first of each.
 
     Args:
@@ -48,9 +37,9 @@ def compress(items: Sequence[Item], linen: Iterable[str], nnx: Iterable[str]) ->
       linen, nnx: the paths of all leaves of the two models.
     """
     leaves = (tuple(linen), tuple(nnx))
-    groups: dict[Any, list[Item]] = {}
+    groups: dict[Any, list[FoundRule]] = {}
     for item in items:
-        groups.setdefault((_mapped(item.texts, r"\d+", "#"), item.rule.ops), []).append(item)
+        groups.setdefault((_mapped(_texts(item), r"\d+", "#"), item.rule.ops), []).append(item)
     result = [merged for group in groups.values() for merged in _indexed(group, leaves)]
     while len(shorter := _named(result, leaves)) < len(result):
         result = shorter
@@ -58,41 +47,41 @@ def compress(items: Sequence[Item], linen: Iterable[str], nnx: Iterable[str]) ->
     return sorted(result, key=lambda item: min(place[path] for path in item.linen))
 
 
-def _indexed(items: list[Item], leaves: tuple[Sequence[str], ...]) -> list[Item]:
+def _indexed(items: list[FoundRule], leaves: tuple[Sequence[str], ...]) -> list[FoundRule]:
     """Items that differ by integers alone, merged where these are the same on both sides."""
     if len(items) == 1:
         return items
-    numbers = [re.findall(r"\d+", _flat(item.texts)) for item in items]
+    numbers = [re.findall(r"\d+", _flat(_texts(item))) for item in items]
     columns = list(zip(*numbers, strict=True))
     varying = [k for k, column in enumerate(columns) if len(set(column)) > 1]
-    used = set(re.findall(r"\{(\w)\}", _flat(items[0].texts))) | _stacked(items[0].rule.ops)
+    used = set(re.findall(r"\{(\w)\}", _flat(_texts(items[0])))) | _stacked(items[0].rule.ops)
     free = iter(letter for letter in _LETTERS if letter not in used)
     captures = {column: next(free) for column in dict.fromkeys(columns[k] for k in varying)}
     filled = iter([f"{{{captures[c]}}}" if c in captures else c[0] for c in columns])
-    texts = _mapped(items[0].texts, r"\d+", lambda _: next(filled))
+    texts = _mapped(_texts(items[0]), r"\d+", lambda _: next(filled))
     merged = _merged(items, texts, leaves)
     if merged is not None:
         return [merged]
     # First apart where only one side counts: `Dense_0` is `up1` and `Dense_1` is `down2`.
-    left = len(re.findall(r"\d+", "\n".join(items[0].texts[0])))
+    left = len(re.findall(r"\d+", "\n".join(_texts(items[0])[0])))
     sides = [{other < left for other in varying if columns[other] == columns[k]} for k in varying]
     alone = [k for k, side in zip(varying, sides, strict=True) if len(side) == 1]
-    apart: dict[str, list[Item]] = {}
+    apart: dict[str, list[FoundRule]] = {}
     for item, row in zip(items, numbers, strict=True):
         apart.setdefault(row[(alone or varying)[0]], []).append(item)
     return [result for part in apart.values() for result in _indexed(part, leaves)]
 
 
-def _named(items: list[Item], leaves: tuple[Sequence[str], ...]) -> list[Item]:
+def _named(items: list[FoundRule], leaves: tuple[Sequence[str], ...]) -> list[FoundRule]:
     """Items that differ by one path element, the same on both sides, merged; one round."""
     groups: dict[Any, dict[str, int]] = {}
     for number, item in enumerate(items):
-        elements = [set(text.split("/")) for side in item.texts for text in side]
-        roots = {text.split("/")[0] for text in item.texts[1]}
+        elements = [set(text.split("/")) for side in _texts(item) for text in side]
+        roots = {text.split("/")[0] for text in _texts(item)[1]}
         for word in set.intersection(*elements) - roots:  # a root names a half of the model
             if "{" not in word:
-                groups.setdefault((_renamed(item.texts, word), item.rule.ops), {})[word] = number
-    result: dict[int, Item] = dict(enumerate(items))
+                groups.setdefault((_renamed(_texts(item), word), item.rule.ops), {})[word] = number
+    result: dict[int, FoundRule] = dict(enumerate(items))
     for (texts, _), members in sorted(groups.items(), key=lambda group: -len(group[1])):
         numbers = sorted(set(members.values()) & set(result))
         if len(numbers) > 1 and all(result[k] is items[k] for k in numbers):
@@ -104,7 +93,9 @@ def _named(items: list[Item], leaves: tuple[Sequence[str], ...]) -> list[Item]:
     return list(result.values())
 
 
-def _merged(items: list[Item], texts: Texts, leaves: tuple[Sequence[str], ...]) -> Item | None:
+def _merged(
+    items: list[FoundRule], texts: Texts, leaves: tuple[Sequence[str], ...]
+) -> FoundRule | None:
     """One item for all, if its patterns match their leaves and no others."""
     try:
         rule = Rule(tuple(map(Pattern, texts[0])), tuple(map(Pattern, texts[1])), items[0].rule.ops)
@@ -118,7 +109,7 @@ def _merged(items: list[Item], texts: Texts, leaves: tuple[Sequence[str], ...]) 
             return None
     evidence = tuple(found for item in items for found in item.evidence)
     reasons = dict.fromkeys(reason for item in items for reason in item.reasons)
-    return Item(rule, linen, nnx, evidence, tuple(reasons))
+    return FoundRule(rule, linen, nnx, evidence, tuple(reasons))
 
 
 def _renamed(texts: Texts, word: str) -> Texts:

@@ -4,9 +4,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from linen_nnx.infer.sides import Side
-
-Both = tuple[Side, Side]
+from linen_nnx.infer.sides import Both, SlottedSide
 
 
 def contrast(
@@ -43,7 +41,7 @@ def _uses(count: int, leaves: int) -> str:
     return f"in {count} parts"
 
 
-def _before(side: Side, paths: Iterable[str]) -> set[str]:
+def _before(side: SlottedSide, paths: Iterable[str]) -> set[str]:
     """The leaves that flow into the places where some leaves are used."""
     found = set[str]()
     for path in paths:

@@ -16,7 +16,7 @@ import numpy as np
 from linen_nnx.infer.equations import (
     ELEMENTWISE,
     Axes,
-    Move,
+    Movement,
     broadcast,
     movements,
     product_axes,
@@ -194,7 +194,7 @@ class _Walk:
         """Tags for the elements that are used for the first time, and the bits of all."""
         tags, bits = [], 0
         for view in views:
-            small = lean(view)
+            small = unbroadcast(view)
             used = np.where(small < 0, -2, self.owner[small])
             bits |= _bits(np.unique(used[used >= 0]))
             if (fresh := used == -1).any():
@@ -222,7 +222,7 @@ class _Walk:
         new, bits = self.touch(views, site, mask)
         return _Value(tags=(*tags, *new), mask=mask | bits, active=True)
 
-    def moved(self, value: _Value, move: Move) -> _Value:
+    def moved(self, value: _Value, move: Movement) -> _Value:
         """The value after a movement of its elements, which may leave some of them out."""
         if not value.active:
             return _Value(views=tuple(move(view) for view in value.views))
@@ -246,7 +246,7 @@ class _Walk:
         ends = np.cumsum([1 if stack else atom.aval.shape[axis] for atom in eqn.invars])
 
         def place(array: Array, end: int) -> Array:
-            small = lean(np.expand_dims(array, axis) if stack else array, keep=axis)
+            small = unbroadcast(np.expand_dims(array, axis) if stack else array, keep=axis)
             out = np.full((*small.shape[:axis], shape[axis], *small.shape[axis + 1 :]), -1)
             out[(*[slice(None)] * axis, slice(end - small.shape[axis], end))] = small
             return np.broadcast_to(out, shape)
@@ -358,7 +358,7 @@ def _row(walk: _Walk, value: _Value, step: int) -> _Value:
     return walk.moved(value, lambda array: array[step])
 
 
-def lean(array: Array, keep: int | None = None) -> Array:
+def unbroadcast(array: Array, keep: int | None = None) -> Array:
     """The array with every broadcast axis cut to length 1."""
     ones = (stride == 0 and axis != keep for axis, stride in enumerate(array.strides))
     return array[tuple(slice(0, 1) if one else slice(None) for one in ones)]
@@ -366,7 +366,7 @@ def lean(array: Array, keep: int | None = None) -> Array:
 
 def _varying(array: Array) -> Array:
     """The array with every axis along which it is constant cut to length 1."""
-    array = lean(array)
+    array = unbroadcast(array)
     for axis in range(array.ndim):
         first = array[(*[slice(None)] * axis, slice(0, 1))]
         if array.shape[axis] > 1 and (array == first).all():
@@ -376,7 +376,7 @@ def _varying(array: Array) -> Array:
 
 def _cut(before: Array, after: Array) -> bool:
     """Whether a movement left columns out, rather than copies of the same ones."""
-    return len(np.unique(lean(after))) < len(np.unique(lean(before)))
+    return len(np.unique(unbroadcast(after))) < len(np.unique(unbroadcast(before)))
 
 
 def _spread(tag: _Tag, shape: tuple[int, ...]) -> _Tag:

@@ -12,7 +12,7 @@ import numpy as np
 from linen_nnx.infer.jaxprs import bind, param
 
 Array = np.ndarray
-Move = Callable[[Array], Array]
+Movement = Callable[[Array], Array]
 _EACH_ALONE = (
     "abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp "
     "convert_element_type copy copy_p cos cosh device_put div eq erf erf_inv erfc exp exp2 expm1 "
@@ -60,7 +60,7 @@ def product_axes(eqn: Any, weight: int) -> Axes | None:
     return None
 
 
-def movements(eqn: Any, rest: Sequence[Array | None]) -> list[Move] | None:
+def movements(eqn: Any, rest: Sequence[Array | None]) -> list[Movement] | None:
     """What an equation does to the elements of its first operand, one function per output.
 
     rest: the values of its other operands where they are constants. None if it keeps no element.

@@ -13,7 +13,7 @@ import numpy as np
 
 from linen_nnx.infer.ground import Ground
 from linen_nnx.infer.run import EXACT, Run, difference, distinct, pattern, run
-from linen_nnx.infer.sides import Form, Side
+from linen_nnx.infer.sides import SlotForm, SlottedSide
 
 Array = np.ndarray
 _BLIND = 1e-10  # of the median gradient
@@ -33,7 +33,7 @@ class Prints(NamedTuple):
     nnx: Array
     noise: float
     seen: Array
-    rich: set[Form]
+    rich: set[SlotForm]
     partial: bool
     problem: str | None
 
@@ -80,7 +80,7 @@ def _waking(ground: Ground, slots: list[int]) -> list[int]:
     return [number for found in halves for number in found]
 
 
-def _prints(side: Side, result: Run) -> tuple[Array, Array]:
+def _prints(side: SlottedSide, result: Run) -> tuple[Array, Array]:
     """(slots, 2, sums): of the gradient of each slot, 0 if blind, and of its new value.
 
     And (slots,): how strongly outputs, or its own new value, depend on each; 0 is rounding.

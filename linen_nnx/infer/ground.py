@@ -24,11 +24,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from linen_nnx.infer.outputs import matched
-from linen_nnx.infer.run import Run, difference, lively, pattern, run
-from linen_nnx.infer.sides import HELD, Form, Side, odd_vectors
+from linen_nnx.infer.run import Run, difference, pattern, run, with_noise
+from linen_nnx.infer.sides import HELD, Both, SlotForm, SlottedSide, odd_vectors
 
 Array = np.ndarray
-Both = tuple[Side, Side]
 Held = tuple[Mapping[str, Array], Mapping[str, Array]]
 COMPARABLE = 1e-3  # twins whose outputs differ by more compute something else
 _CLOSE = 1e-6  # where a constant stands for some leaves: it hides more than it should
@@ -51,21 +50,21 @@ class Ground(NamedTuple):
     inputs: Sequence[Any]
     values: tuple[Array, Array]
     runs: tuple[Run, Run] | None
-    rich: set[Form]
+    rich: set[SlotForm]
     partial: bool
     constant: bool
     notes: tuple[str, ...]
     problem: str | None
 
 
-class _Trial(NamedTuple):
+class _Attempt(NamedTuple):
     """Both sides run on equal values, and why their outputs cannot be compared, if so."""
 
     sides: Both
     inputs: Sequence[Any]
     values: tuple[Array, Array]
     runs: tuple[Run, Run]
-    rich: set[Form]
+    rich: set[SlotForm]
     constant: bool
     problem: str | None
     notes: tuple[str, ...] = ()
@@ -74,7 +73,7 @@ class _Trial(NamedTuple):
 def common_ground(both: Both) -> Ground:
     """Values at which both sides compute the same, as many of them rich as can be."""
     given = both[0].trace.inputs
-    ways = [lively(array, seed) for seed, array in enumerate(given)], given
+    ways = [with_noise(array, seed) for seed, array in enumerate(given)], given
     problem = None
     for inputs in ways:
         try:
@@ -91,7 +90,7 @@ def common_ground(both: Both) -> Ground:
     return Ground(both, given, (none, none), None, set(), False, False, (), problem)
 
 
-def _ground(trial: _Trial) -> Ground:
+def _ground(trial: _Attempt) -> Ground:
     """The ground that a trial found, with its gradients."""
     runs = trial.runs
     if not runs[0].gradient.size:
@@ -142,7 +141,7 @@ def _likely(both: Both) -> Iterator[tuple[Sequence[str], Sequence[str]]]:
             yield constants[0], [*constants[1], *added, *paths]
 
 
-def _constants(side: Side, other: Side) -> list[str]:
+def _constants(side: SlottedSide, other: SlottedSide) -> list[str]:
     """The leaves that are no parameters, where the other side has only parameters."""
     if any(leaf.collection != "params" for leaf in other.trace.leaves.values()):
         return []
@@ -160,7 +159,7 @@ def _surplus(both: Both) -> list[str]:
     return found
 
 
-def _looks_added(side: Side, path: str) -> bool:
+def _looks_added(side: SlottedSide, path: str) -> bool:
     """Whether a leaf looks like no weight of the original: an adapter's, or a fixed table."""
     if "lora" in side.trace.kinds.get(path, "").lower() or "lora" in path.lower():
         return True
@@ -172,17 +171,17 @@ def _looks_added(side: Side, path: str) -> bool:
 # How much of it can be rich
 
 
-def _by_shape(both: Both, inputs: Sequence[Any]) -> _Trial:
+def _by_shape(both: Both, inputs: Sequence[Any]) -> _Attempt:
     """A trial with numbers in forms that the sides have equally often, and by shape elsewhere."""
     return _trial(both, inputs, _balanced(both), constant=False)
 
 
-def _all_rich(both: Both, inputs: Sequence[Any]) -> _Trial:
+def _all_rich(both: Both, inputs: Sequence[Any]) -> _Attempt:
     """The same with a constant elsewhere."""
     return _trial(both, inputs, _balanced(both), constant=True)
 
 
-def _some_rich(both: Both, inputs: Sequence[Any]) -> _Trial:
+def _some_rich(both: Both, inputs: Sequence[Any]) -> _Attempt:
     """A trial with numbers in those forms with which the outputs still agree."""
     trial = _trial(both, inputs, set(), constant=True)
     for form in sorted(_balanced(both)) if trial.problem is None else ():
@@ -196,20 +195,20 @@ def even(both: Both) -> bool:
     return Counter(both[0].forms) == Counter(both[1].forms)
 
 
-def _balanced(both: Both) -> set[Form]:
+def _balanced(both: Both) -> set[SlotForm]:
     """The forms that both sides have equally often."""
     counts = [Counter(side.forms) for side in both]
     return {form for form in counts[0] if counts[0][form] == counts[1][form]} - {HELD}
 
 
-def _trial(both: Both, inputs: Sequence[Any], rich: set[Form], constant: bool) -> _Trial:
+def _trial(both: Both, inputs: Sequence[Any], rich: set[SlotForm], constant: bool) -> _Attempt:
     values = _values(both[0], rich, constant), _values(both[1], rich, constant)
     runs = _run(both, inputs, values)
     outputs = runs[0].outputs, runs[1].outputs
     problem = None
     if not all(np.isfinite(out).all() for out in (*outputs[0], *outputs[1])):
         problem = "the outputs are not finite at the values tried"
-        return _Trial(both, inputs, values, runs, rich, constant, problem)
+        return _Attempt(both, inputs, values, runs, rich, constant, problem)
     traces = both[0].trace, both[1].trace
     if order := matched(traces, outputs, COMPARABLE):
         sides = tuple(
@@ -223,7 +222,7 @@ def _trial(both: Both, inputs: Sequence[Any], rich: set[Form], constant: bool) -
         problem = f"the outputs differ in form: Linen {shapes[0]}, nnx {shapes[1]}"
     elif (gap := difference(*outputs)) > (COMPARABLE if even(both) else _CLOSE):
         problem = f"the outputs of the twins differ (by {gap:.0e} of their size), whatever is whose"
-    return _Trial(both, inputs, values, runs, rich, constant, problem)
+    return _Attempt(both, inputs, values, runs, rich, constant, problem)
 
 
 def _run(
@@ -233,7 +232,7 @@ def _run(
     return one, two
 
 
-def _values(side: Side, rich: set[Form], constant: bool) -> Array:
+def _values(side: SlottedSide, rich: set[SlotForm], constant: bool) -> Array:
     """(elements,) float32: equal values for slots of equal form.
 
     For forms that are not rich one constant, or the numbers of the leaf's shape. They are run in
@@ -249,7 +248,7 @@ def _values(side: Side, rich: set[Form], constant: bool) -> Array:
     return values
 
 
-def _shaped(side: Side) -> Array:
+def _shaped(side: SlottedSide) -> Array:
     """(elements,) float32: equal values for leaves of equal shape."""
     values = np.zeros(side.owner.size, np.float32)
     for path, leaf in side.trace.leaves.items():

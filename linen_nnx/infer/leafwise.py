@@ -26,16 +26,16 @@ from linen_nnx.book.ops import Copy, Op, Reshape, Transpose
 from linen_nnx.book.patterns import Pattern
 from linen_nnx.book.rules import RuleBook
 from linen_nnx.infer.assign import words
-from linen_nnx.infer.compress import Item
 from linen_nnx.infer.contrast import contrast
-from linen_nnx.infer.forms import Group, rule_for
-from linen_nnx.infer.sides import Side
+from linen_nnx.infer.fit_ops import Group, rule_for
+from linen_nnx.infer.found import FoundRule
+from linen_nnx.infer.sides import Both, SlottedSide
 from linen_nnx.infer.trial import Point, Trial
 
 Array = np.ndarray
 Leaves = dict[str, Array]
-_Open = tuple[set[str], set[str]]
-Way = list[Item]
+_OpenLeaves = tuple[set[str], set[str]]
+Way = list[FoundRule]
 """Ways to pair one leaf, the plainest first: its gradient fits all of them."""
 _EXACT = 1e-7  # relative to a leaf's largest gradient
 _AGREES = 1e-3  # the same, where numbers differ from leaf to leaf: a wrong rule is 1 away
@@ -48,26 +48,28 @@ _ALIKE = 4  # leaves that nothing tells apart and whose every order is tried
 _MANY = 24  # leaves of one size among which copies are looked for
 
 
-class _View(NamedTuple):
+class _Slopes(NamedTuple):
     """What is known of the leaves without a rule: their gradients, those of blind ones aside."""
 
     slopes: tuple[Leaves, Leaves]
     blind: tuple[set[str], set[str]]
 
 
-def complete(trial: Trial, items: Sequence[Item], open_: _Open) -> tuple[list[Item], _View | None]:
+def pair_leaves(
+    trial: Trial, items: Sequence[FoundRule], open_: _OpenLeaves
+) -> tuple[list[FoundRule], _Slopes | None]:
     """More rules, for whole leaves; and what the gradients of the others are.
 
     Args:
       items: the rules that hold already; open_: the leaves without one, of either side.
     """
-    found: list[Item] = []
+    found: list[FoundRule] = []
     view = point = None
     while open_[0] and open_[1]:
         known = [*items, *found]
         point = point or trial.point(known, gradient=True)
         view = _view(trial.ground.sides, point, open_)
-        new: list[Item] = []
+        new: list[FoundRule] = []
         for search in (_pairs, _copies, _groups, _siblings, _alike):
             if ways := search(trial, known, view, open_):
                 new, point = _holding(trial, known, ways)
@@ -83,7 +85,7 @@ def complete(trial: Trial, items: Sequence[Item], open_: _Open) -> tuple[list[It
     return found, view
 
 
-def _view(both: tuple[Side, Side], point: Point, open_: _Open) -> _View:
+def _view(both: Both, point: Point, open_: _OpenLeaves) -> _Slopes:
     slopes: list[Leaves] = []
     blind: list[set[str]] = []
     for number, side in enumerate(both):
@@ -93,10 +95,10 @@ def _view(both: tuple[Side, Side], point: Point, open_: _Open) -> _View:
         mine = [path for path in side.paths if path in open_[number]]
         blind.append({path for path in mine if sizes[path] <= limit})
         slopes.append({path: every[path] for path in mine if sizes[path] > limit})
-    return _View((slopes[0], slopes[1]), (blind[0], blind[1]))
+    return _Slopes((slopes[0], slopes[1]), (blind[0], blind[1]))
 
 
-def _limit(point: Point, number: int, side: Side) -> float:
+def _limit(point: Point, number: int, side: SlottedSide) -> float:
     """The largest gradient of a leaf of one side that is none but rounding."""
     gradient = point.runs[number].gradient
     sizes = [_size(gradient[ids]) for ids in side.trace.numbers.values()]
@@ -105,8 +107,8 @@ def _limit(point: Point, number: int, side: Side) -> float:
 
 
 def _holding(
-    trial: Trial, known: Sequence[Item], ways: Sequence[Way]
-) -> tuple[list[Item], Point | None]:
+    trial: Trial, known: Sequence[FoundRule], ways: Sequence[Way]
+) -> tuple[list[FoundRule], Point | None]:
     """One way for each leaf, so that all hold together; else those that hold one by one.
 
     What outputs hardly see holds in any way. So the gradients must agree again, with numbers that
@@ -137,19 +139,19 @@ def _holding(
     return [], None
 
 
-def _agreeing(trial: Trial, known: Sequence[Item], ways: Sequence[Way]) -> list[Item]:
+def _agreeing(trial: Trial, known: Sequence[FoundRule], ways: Sequence[Way]) -> list[FoundRule]:
     """One way for each leaf with which the outputs agree."""
     for chosen in itertools.islice(itertools.product(*ways), _TRIED):
         if trial.holds([*known, *chosen]):
             return list(chosen)
-    kept: list[Item] = []
+    kept: list[FoundRule] = []
     for each in ways:
         holding = (item for item in each if trial.holds([*known, *kept, item]))
         kept += itertools.islice(holding, 1)
     return kept
 
 
-def _confirmed(trial: Trial, point: Point, limit: float, item: Item) -> bool:
+def _confirmed(trial: Trial, point: Point, limit: float, item: FoundRule) -> bool:
     """Whether the gradients of a rule's leaves correspond by the rule, and by no other.
 
     Where there are none but rounding, whether nothing but this rule would fit the leaves' shapes.
@@ -185,7 +187,7 @@ def _orders(
     found: dict[bytes, tuple[Op, ...]] = {}
     (one, before), (two, after) = ours, theirs
     numbers = np.arange(before.size).reshape(before.shape)
-    for ops in _moves(before.shape, after.shape):
+    for ops in _ways_to_move(before.shape, after.shape):
         book = RuleBook([_rule([one], [two], ops)])
         if _gap(book.to_nnx({one: before})[two], after) <= near:
             # Axes of length 1 move without moving an element: that is no other order.
@@ -196,7 +198,9 @@ def _orders(
 # One leaf, one leaf
 
 
-def _pairs(trial: Trial, known: Sequence[Item], view: _View, _open: _Open) -> list[Way]:
+def _pairs(
+    trial: Trial, known: Sequence[FoundRule], view: _Slopes, _open: _OpenLeaves
+) -> list[Way]:
     """Leaves whose gradients are equal to one another's and to no other's."""
     fits = _fits(trial, known, view)
     ours = Counter(a for a, _ in fits)
@@ -204,7 +208,7 @@ def _pairs(trial: Trial, known: Sequence[Item], view: _View, _open: _Open) -> li
     return [way for (a, b), way in fits.items() if ours[a] == theirs[b] == 1]
 
 
-def _fits(trial: Trial, known: Sequence[Item], view: _View) -> dict[tuple[str, str], Way]:
+def _fits(trial: Trial, known: Sequence[FoundRule], view: _Slopes) -> dict[tuple[str, str], Way]:
     """All pairs of leaves with equal gradients, with the ways to move one into the other."""
     found: dict[tuple[str, str], Way] = {}
     for ours, theirs in itertools.product(*view.slopes):
@@ -235,7 +239,7 @@ def _same_sums(one: Array, two: Array) -> bool:
     return bool((np.abs(sums[0] - sums[1]) <= 1e-6 * sizes).all())
 
 
-def _moves(before: tuple[int, ...], after: tuple[int, ...]) -> Iterator[tuple[Op, ...]]:
+def _ways_to_move(before: tuple[int, ...], after: tuple[int, ...]) -> Iterator[tuple[Op, ...]]:
     """Ways to move the elements of one shape into another: plain, turned, and both."""
     if before == after:
         yield ()
@@ -257,7 +261,9 @@ def _moves(before: tuple[int, ...], after: tuple[int, ...]) -> Iterator[tuple[Op
 # Several leaves that are one
 
 
-def _copies(trial: Trial, known: Sequence[Item], view: _View, _open: _Open) -> list[Way]:
+def _copies(
+    trial: Trial, known: Sequence[FoundRule], view: _Slopes, _open: _OpenLeaves
+) -> list[Way]:
     """Leaves whose gradient is the sum of those of several on the other side: its homes."""
     ways: list[Way] = []
     taken: set[str] = set()
@@ -316,7 +322,9 @@ def _back(array: Array, perm: tuple[int, ...] | None) -> Array:
     return array if perm is None else array.transpose(np.argsort(perm))
 
 
-def _groups(trial: Trial, known: Sequence[Item], view: _View, _open: _Open) -> list[Way]:
+def _groups(
+    trial: Trial, known: Sequence[FoundRule], view: _Slopes, _open: _OpenLeaves
+) -> list[Way]:
     """Leaves that hold the elements of several leaves of the other side, or the reverse."""
     ways: list[Way] = []
     taken: set[str] = set()
@@ -376,7 +384,9 @@ def _numbered(path: str, numbers: Array, parts: Leaves) -> Group:
 # What no gradient tells
 
 
-def _siblings(trial: Trial, known: Sequence[Item], view: _View, open_: _Open) -> list[Way]:
+def _siblings(
+    trial: Trial, known: Sequence[FoundRule], view: _Slopes, open_: _OpenLeaves
+) -> list[Way]:
     """The last leaf of its shape in a module whose other leaves are all in one module."""
     mates = _mates(known)
     ways = []
@@ -406,7 +416,7 @@ def _siblings(trial: Trial, known: Sequence[Item], view: _View, open_: _Open) ->
     return ways
 
 
-def _place_fits(trial: Trial, view: _View, ours: str, theirs: str) -> bool:
+def _place_fits(trial: Trial, view: _Slopes, ours: str, theirs: str) -> bool:
     """Whether two leaves have one shape and dtype, both are used, and both are seen or neither."""
     linen, nnx = trial.ground.sides
     used = linen.slots_of[ours] and nnx.slots_of[theirs]
@@ -415,7 +425,9 @@ def _place_fits(trial: Trial, view: _View, ours: str, theirs: str) -> bool:
     return bool(used) and alike and seen and _comparable(trial, ours, theirs)
 
 
-def _alike(trial: Trial, known: Sequence[Item], view: _View, _open: _Open) -> list[Way]:
+def _alike(
+    trial: Trial, known: Sequence[FoundRule], view: _Slopes, _open: _OpenLeaves
+) -> list[Way]:
     """A few leaves with equal gradients, in the one order with which the outputs agree.
 
     Where several orders will do, the leaves are interchangeable: then the order of first use
@@ -462,11 +474,11 @@ def _rule(linen: Sequence[str], nnx: Sequence[str], ops: tuple[Op, ...]) -> Rule
 
 def _item(
     trial: Trial,
-    known: Sequence[Item],
+    known: Sequence[FoundRule],
     rule: Rule,
     leaves: tuple[Iterable[str], Iterable[str]],
     why: str,
-) -> Item:
+) -> FoundRule:
     """A rule for some leaves of both sides, with what speaks for it."""
     linen, nnx = map(frozenset, leaves)
     several = len(linen) + len(nnx) > 2  # their number says itself what differs
@@ -474,10 +486,10 @@ def _item(
     how = None if several else contrast(trial.ground.sides, linen, nnx, mates)
     reasons = [why, "outputs agree with numbers that differ from leaf to leaf"]
     reasons[1:1] = [f"the dataflow differs: {how}"] if how else []
-    return Item(rule, linen, nnx, (), tuple(reasons))
+    return FoundRule(rule, linen, nnx, (), tuple(reasons))
 
 
-def _mates(items: Sequence[Item]) -> Mapping[str, frozenset[str]]:
+def _mates(items: Sequence[FoundRule]) -> Mapping[str, frozenset[str]]:
     return {path: item.nnx for item in items for path in item.linen}
 
 

@@ -14,7 +14,7 @@ from linen_nnx.infer.trace import Trace
 Array = np.ndarray
 
 
-class Order(NamedTuple):
+class OutputOrder(NamedTuple):
     """Which outputs of either side correspond, in one order, and what to say of it."""
 
     places: tuple[list[int], list[int]]
@@ -23,7 +23,7 @@ class Order(NamedTuple):
 
 def matched(
     traces: tuple[Trace, Trace], outputs: tuple[list[Array], list[Array]], tolerance: float
-) -> Order | None:
+) -> OutputOrder | None:
     """The order in which outputs agree in value; None where they need none, or have none.
 
     Outputs that stand in containers of one form are compared as they stand: that one of them has no
@@ -45,7 +45,7 @@ def matched(
     if not whole or pairs == as_they_stand:
         return None
     left, right = map(list, zip(*pairs, strict=True))
-    return Order((left, right), _notes(names, pairs))
+    return OutputOrder((left, right), _notes(names, pairs))
 
 
 def _notes(

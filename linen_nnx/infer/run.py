@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from linen_nnx.infer.evaluate import wide
-from linen_nnx.infer.sides import Side
+from linen_nnx.infer.float64 import wide
+from linen_nnx.infer.sides import SlottedSide
 
 Array = np.ndarray
 _KEPT = 1 << 16  # elements of a pattern that is kept: larger ones are drawn anew
@@ -27,7 +27,7 @@ class Run(NamedTuple):
     gradient: Array
 
 
-def run(side: Side, inputs: Sequence[Any], values: Array, gradient: bool = False) -> Run:
+def run(side: SlottedSide, inputs: Sequence[Any], values: Array, gradient: bool = False) -> Run:
     """Evaluates one side in float64.
 
     Args:
@@ -85,7 +85,7 @@ def distances(left: Array, right: Array) -> Array:
     return np.abs(left[:, None] - right[None]).max(-1) / np.maximum(scale, 1e-30)
 
 
-def distinct(side: Side, values: Array, paths: Container[str]) -> Array:
+def distinct(side: SlottedSide, values: Array, paths: Container[str]) -> Array:
     """The values with numbers of its own for every slot of the leaves `paths`."""
     values = values.copy()
     for number, slot in enumerate(side.flow.slots):
@@ -110,7 +110,7 @@ def _pattern(columns: int, summed: int, seed: int) -> Array:
     return random.normal(size=(columns, summed)) / np.sqrt(summed)
 
 
-def lively(array: jax.Array, seed: int) -> Any:
+def with_noise(array: jax.Array, seed: int) -> Any:
     """An example input with noise: zeros, ones and even ramps hide much of a model."""
     kind = getattr(array.dtype, "kind", "") if array.size > 1 else ""
     given = np.asarray(array) if kind in ("f", "i", "u") else np.zeros(0)

@@ -17,13 +17,13 @@ from linen_nnx.infer.dataflow import Flow, Slot, flow
 from linen_nnx.infer.trace import Trace
 
 Array = np.ndarray
-Form = tuple[Any, ...]
+SlotForm = tuple[Any, ...]
 """(collection, N, K), or `HELD` for a slot that has no twin and is held at a value."""
-HELD: Form = ("held",)
+HELD: SlotForm = ("held",)
 
 
 @dataclass(frozen=True)
-class Side:
+class SlottedSide:
     """One side, ready to be compared: its trace, its slots, and the form of each slot.
 
     held: the leaves that the other side has not, with the values at which both compute the same.
@@ -31,7 +31,7 @@ class Side:
 
     trace: Trace
     flow: Flow
-    forms: list[Form]
+    forms: list[SlotForm]
     held: Mapping[str, Array] = field(default_factory=dict)
 
     @cached_property
@@ -66,7 +66,7 @@ class Side:
         numbers = [first] if first == last else np.unique(owners)
         return [self.paths[number] for number in numbers]
 
-    def holding(self, held: Mapping[str, Array]) -> "Side":
+    def holding(self, held: Mapping[str, Array]) -> "SlottedSide":
         """The side with some more leaves held at values."""
         forms = list(self.forms)
         for path in held:
@@ -75,12 +75,16 @@ class Side:
         return replace(self, forms=forms, held={**self.held, **held})
 
 
-def sides(linen: Trace, nnx: Trace, alone: Mapping[str, float]) -> tuple[Side, Side]:
+Both = tuple[SlottedSide, SlottedSide]
+"""The Linen side and the nnx side."""
+
+
+def sides(linen: Trace, nnx: Trace, alone: Mapping[str, float]) -> Both:
     """Both sides; `alone` holds Linen leaves that have no twin, with the value to keep them at."""
     named = [{leaf.collection for leaf in trace.leaves.values()} for trace in (linen, nnx)]
     both = []
     for trace in (linen, nnx):
-        side = Side(trace, flow(trace), [])
+        side = SlottedSide(trace, flow(trace), [])
         for slot, path in zip(side.flow.slots, side.first, strict=True):
             collection = trace.leaves[path].collection
             if named[0] != named[1] and collection != "params":
@@ -92,7 +96,7 @@ def sides(linen: Trace, nnx: Trace, alone: Mapping[str, float]) -> tuple[Side, S
     return _parted(_cut(both[0], both[1])), _parted(_cut(both[1], both[0]))
 
 
-def odd_vectors(linen: Side, nnx: Side) -> tuple[list[str], list[str]]:
+def odd_vectors(linen: SlottedSide, nnx: SlottedSide) -> tuple[list[str], list[str]]:
     """The vectors that only one side has (a bias that the port lacks), by their place."""
     counts = Counter(linen.forms), Counter(nnx.forms)
     surplus = counts[0] - counts[1], counts[1] - counts[0]
@@ -132,7 +136,7 @@ def in_order(one: Sequence[Any], two: Sequence[Any]) -> list[tuple[int, int]]:
     return pairs + [(ends[0] + k, ends[1] + k) for k in range(len(one) - ends[0])]
 
 
-def _parted(side: Side) -> Side:
+def _parted(side: SlottedSide) -> SlottedSide:
     """The side without flow from one lane of a batch to another."""
     counts, lanes = np.array([slot.lane for slot in side.flow.slots]).reshape(-1, 2).T
     apart = (counts[:, None] == counts) & (counts > 1) & (lanes[:, None] != lanes)
@@ -140,7 +144,7 @@ def _parted(side: Side) -> Side:
     return replace(side, flow=parted)
 
 
-def _cut(side: Side, other: Side) -> Side:
+def _cut(side: SlottedSide, other: SlottedSide) -> SlottedSide:
     """The side with slots cut where that gives forms that the other side has more of."""
     mine, theirs = Counter(side.forms), Counter(other.forms)
     cuts: dict[int, list[Array]] = {}
@@ -157,7 +161,7 @@ def _cut(side: Side, other: Side) -> Side:
         return side
     origin: list[int] = []
     slots_now: list[Slot] = []
-    forms: list[Form] = []
+    forms: list[SlotForm] = []
     for number, (slot, form) in enumerate(zip(side.flow.slots, side.forms, strict=True)):
         parts = cuts.get(number, ())
         origin += [number] * (len(parts) or 1)
@@ -168,7 +172,7 @@ def _cut(side: Side, other: Side) -> Side:
     return replace(side, flow=cut, forms=forms)
 
 
-def _axes(side: Side, slot: Slot) -> list[list[Array]]:
+def _axes(side: SlottedSide, slot: Slot) -> list[list[Array]]:
     """The ways to cut a slot along an axis of its one leaf, by columns (N) or by rows (K)."""
     ways = []
     path, *others = side.leaves_of(slot.ids)

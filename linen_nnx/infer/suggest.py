@@ -24,20 +24,20 @@ from linen_nnx.book.grammar import Rule, parse_rule
 from linen_nnx.book.rules import RuleBook, Unassigned
 from linen_nnx.infer.additions import addition
 from linen_nnx.infer.assign import SEE_NOTES, Assignment, Pair, assign, words
-from linen_nnx.infer.compress import Item, compress
+from linen_nnx.infer.compress import compress
 from linen_nnx.infer.fingerprints import fingerprints
-from linen_nnx.infer.forms import Group, rule_for
+from linen_nnx.infer.fit_ops import Group, rule_for
+from linen_nnx.infer.found import FoundRule
 from linen_nnx.infer.ground import Ground, common_ground, even
-from linen_nnx.infer.leafwise import complete
+from linen_nnx.infer.leafwise import pair_leaves
 from linen_nnx.infer.lossy import lossy
-from linen_nnx.infer.sides import Side, sides
-from linen_nnx.infer.trace import Leaf, Trace, trace_linen, trace_nnx
+from linen_nnx.infer.sides import Both, SlottedSide, sides
+from linen_nnx.infer.trace import LeafSpec, Trace, trace_linen, trace_nnx
 from linen_nnx.infer.trial import Trial
 from linen_nnx.infer.twin import Twin
 
 Array = np.ndarray
-Both = tuple[Side, Side]
-Place = tuple[int, str]  # a leaf: side (0 Linen, 1 nnx) and path
+SidedPath = tuple[int, str]  # a leaf: side (0 Linen, 1 nnx) and path
 _CANDIDATES = 8
 _TIMES = 24  # the leaves' bytes, at the peak: `make bench ARGS=proofs` measures it
 
@@ -80,7 +80,7 @@ def propose(linen: Trace, nnx: Trace) -> RuleBook:
             if item not in kept:
                 why |= dict.fromkeys(_leaves_of(item), _APART)
         items = kept
-        more, view = complete(trial, items, _open_leaves(both, items, losses.reasons))
+        more, view = pair_leaves(trial, items, _open_leaves(both, items, losses.reasons))
         items += more
         if ground.constant and not even(both) and view is not None and all(view.blind):
             ground = ground._replace(problem=_HIDDEN)
@@ -106,7 +106,7 @@ _APART = "with numbers that differ from leaf to leaf the twins' outputs differ"
 
 
 def _open_leaves(
-    both: Both, items: Sequence[Item], lossy: Sequence[dict[str, str]]
+    both: Both, items: Sequence[FoundRule], lossy: Sequence[dict[str, str]]
 ) -> tuple[set[str], set[str]]:
     """The leaves that are used, have no rule, and may get one."""
     done = {leaf for item in items for leaf in _leaves_of(item)}
@@ -117,7 +117,9 @@ def _open_leaves(
     return found[0], found[1]
 
 
-def _additions(trial: Trial, items: Sequence[Item], lossy: Sequence[dict[str, str]]) -> list[Rule]:
+def _additions(
+    trial: Trial, items: Sequence[FoundRule], lossy: Sequence[dict[str, str]]
+) -> list[Rule]:
     """Rules for the leaves that only one side has, once nothing of the other side is open."""
     both = trial.ground.sides
     open_ = _open_leaves(both, items, lossy)
@@ -160,11 +162,11 @@ def _notes(ground: Ground, lossy: Sequence[dict[str, str]]) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _items(both: Both, found: Assignment, why: dict[Place, str]) -> list[Item]:
+def _items(both: Both, found: Assignment, why: dict[SidedPath, str]) -> list[FoundRule]:
     """A rule for each group of leaves that share elements; where there is none, `why` says so."""
     linen, nnx = both
     numbers = np.full(nnx.owner.size, -1)
-    groups: dict[Place, tuple[set[Place], list[Pair]]] = {}
+    groups: dict[SidedPath, tuple[set[SidedPath], list[Pair]]] = {}
     for pair in found.pairs:
         ids = linen.flow.slots[pair.linen].ids, nnx.flow.slots[pair.nnx].ids
         numbers[ids[1].ravel()] = ids[0].ravel()
@@ -188,12 +190,12 @@ def _items(both: Both, found: Assignment, why: dict[Place, str]) -> list[Item]:
             why |= dict.fromkeys(leaves, reason)
         else:
             matched = frozenset(arrays.linen), frozenset(arrays.nnx)
-            items.append(Item(rule, *matched, tuple(evidence)))
+            items.append(FoundRule(rule, *matched, tuple(evidence)))
     return items
 
 
 def _refusal(
-    both: Both, leaves: list[Place], found: Assignment, refused: dict[Place, str]
+    both: Both, leaves: list[SidedPath], found: Assignment, refused: dict[SidedPath, str]
 ) -> str | None:
     """Why leaves that correspond must not get a rule all the same."""
     if known := next((refused[leaf] for leaf in leaves if leaf in refused), None):
@@ -206,7 +208,7 @@ def _refusal(
     return f"the dtypes differ: {', '.join(sorted(kinds))}" if len(kinds) > 1 else None
 
 
-def _unused(both: Both) -> list[Item]:
+def _unused(both: Both) -> list[FoundRule]:
     """Rules for leaves that no forward pass uses: by name alone, where the name is the same."""
     idle = [
         {path: side.trace.leaves[path] for path in side.paths if not side.slots_of[path]}
@@ -219,11 +221,11 @@ def _unused(both: Both) -> list[Item]:
         rivals = [other for other in idle[0] if words(other.split("/", 1)[1]) == name]
         if len(alike) == len(rivals) == 1:
             rule = parse_rule({"linen": path, "nnx": alike[0]})
-            items.append(Item(rule, frozenset([path]), frozenset(alike), ()))
+            items.append(FoundRule(rule, frozenset([path]), frozenset(alike), ()))
     return items
 
 
-def _same_kind(one: Leaf, two: Leaf) -> bool:
+def _same_kind(one: LeafSpec, two: LeafSpec) -> bool:
     """Whether two leaves have one shape and dtype, and are parameters both or neither."""
     are_params = {leaf.collection == "params" for leaf in (one, two)}
     return (one.shape, one.dtype) == (two.shape, two.dtype) and len(are_params) == 1
@@ -236,7 +238,7 @@ def _in_order(pairs: list[Pair]) -> set[Pair]:
     return later | set(left[:1])
 
 
-def _note(item: Item, linen: Side, ordered: set[Pair], tolerance: float) -> str:
+def _note(item: FoundRule, linen: SlottedSide, ordered: set[Pair], tolerance: float) -> str:
     """The evidence for a rule, in a sentence."""
     pairs = item.evidence
     if not pairs:
@@ -266,10 +268,10 @@ def _note(item: Item, linen: Side, ordered: set[Pair], tolerance: float) -> str:
 
 def _unassigned(
     both: Both,
-    items: Sequence[Item],
+    items: Sequence[FoundRule],
     extra: Sequence[Rule],
     found: Assignment,
-    why: dict[Place, str],
+    why: dict[SidedPath, str],
 ) -> dict[str, Unassigned]:
     """Every leaf without a rule, with the reason and its candidates."""
     done = {leaf for item in items for leaf in _leaves_of(item)}
@@ -306,7 +308,7 @@ def _unassigned(
     return result
 
 
-def _modules(items: Sequence[Item]) -> tuple[dict[str, str], dict[str, str]]:
+def _modules(items: Sequence[FoundRule]) -> tuple[dict[str, str], dict[str, str]]:
     """By side, which module of the other side holds what a module does: proven by another leaf."""
     found: tuple[dict[str, str], dict[str, str]] = {}, {}
     for item in items:
@@ -316,13 +318,13 @@ def _modules(items: Sequence[Item]) -> tuple[dict[str, str], dict[str, str]]:
     return found
 
 
-def _module(leaf: Place) -> str:
+def _module(leaf: SidedPath) -> str:
     """The path of the module that holds a leaf: `a/norm` of `batch_stats/a/norm/mean`."""
     side, path = leaf
     return (path if side == 1 else path.split("/", 1)[1]).rpartition("/")[0]
 
 
-def _strangeness(leaf: Place, home: str | None, other: str) -> tuple[bool, bool]:
+def _strangeness(leaf: SidedPath, home: str | None, other: str) -> tuple[bool, bool]:
     """How unlikely a candidate is by its names: sorts those of the same name and module first.
 
     Where the mean of a norm is known to be that of `heads/0/norm`, its scale is likely to be there.
@@ -362,5 +364,5 @@ def _key(path: str, taken: dict[str, Unassigned]) -> str:
     return f"{path} (nnx)" if path in taken else path
 
 
-def _leaves_of(item: Item) -> list[Place]:
+def _leaves_of(item: FoundRule) -> list[SidedPath]:
     return [*((0, path) for path in item.linen), *((1, path) for path in item.nnx)]

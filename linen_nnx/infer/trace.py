@@ -14,14 +14,14 @@ from jax.extend.core import jaxpr_as_fun
 
 from linen_nnx.book.ops import Side
 from linen_nnx.infer import calls
-from linen_nnx.infer.evaluate import is_small, pulled, quick, widen
+from linen_nnx.infer.float64 import is_small, outputs_and_slopes, widen, with_little_compiling
 from linen_nnx.infer.jaxprs import holds, some_outputs
 from linen_nnx.infer.keys import Stream, adopt, set_mode
 from linen_nnx.infer.twin import Twin, TwinError, attempt
 
 
 @dataclass(frozen=True)
-class Leaf:
+class LeafSpec:
     """Shape, dtype and collection of one leaf; nnx collections come from the Variable's type."""
 
     shape: tuple[int, ...]
@@ -44,7 +44,7 @@ class Trace:
 
     side: Side
     jaxpr: Any
-    leaves: dict[str, Leaf]
+    leaves: dict[str, LeafSpec]
     inputs: tuple[jax.Array, ...]
     updates: tuple[str, ...]
     layers: dict[str, type]
@@ -75,12 +75,14 @@ class Trace:
     @cached_property
     def run_wide(self) -> Callable[..., list[jax.Array]]:
         """The function in float64, to be called with x64."""
-        return quick(jaxpr_as_fun(self.wide), self.wide)
+        return with_little_compiling(jaxpr_as_fun(self.wide), self.wide)
 
     @cached_property
     def pull_wide(self) -> Callable[..., tuple[list[jax.Array], list[jax.Array]]]:
-        """`pulled` of that function: `(leaves, inputs, count) -> (outputs, slopes)`."""
-        return quick(partial(pulled, jaxpr_as_fun(self.wide)), self.wide, static_argnums=2)
+        """`outputs_and_slopes` of that function: `(leaves, inputs, count) -> (outputs, slopes)`."""
+        return with_little_compiling(
+            partial(outputs_and_slopes, jaxpr_as_fun(self.wide)), self.wide, static_argnums=2
+        )
 
     @cached_property
     def pull_plain(self) -> Callable[..., tuple[list[jax.Array], list[jax.Array]]]:
@@ -88,7 +90,9 @@ class Trace:
         if not holds(self.jaxpr, "stop_gradient"):
             return self.pull_wide
         plain = widen(self.jaxpr, plain=True)
-        return quick(partial(pulled, jaxpr_as_fun(plain)), plain, static_argnums=2)
+        return with_little_compiling(
+            partial(outputs_and_slopes, jaxpr_as_fun(plain)), plain, static_argnums=2
+        )
 
     def constructed(self, path: str, seed: int = 0) -> np.ndarray:
         """What the model's own constructor fills a leaf with."""
@@ -153,7 +157,7 @@ def trace_linen(twin: Twin) -> Trace:
     variables = attempt("the Linen init of the twin", jax.eval_shape, create, *arrays)
     structure = jax.tree.structure(variables)
     leaves = {
-        path: Leaf(leaf.shape, leaf.dtype, path.split("/")[0])
+        path: LeafSpec(leaf.shape, leaf.dtype, path.split("/")[0])
         for path, leaf in named(variables).items()
     }
 
@@ -183,7 +187,7 @@ def trace_nnx(twin: Twin) -> Trace:
     leaves, kinds = {}, {}
     for path, variable in nnx.to_flat_state(variables):
         kinds[joined(path)] = type(variable).__name__
-        leaves[joined(path)] = Leaf(variable.shape, variable.dtype, _collection(type(variable)))
+        leaves[joined(path)] = LeafSpec(variable.shape, variable.dtype, _collection(type(variable)))
 
     def construct(seed: int) -> dict[str, Any]:
         model = attempt("nnx(rngs) of the twin", twin.nnx, nnx.Rngs(seed))
@@ -243,7 +247,7 @@ def place(path: Iterable[Any]) -> str:
 def _trace(
     side: Side,
     forward: Callable[..., Any],
-    leaves: dict[str, Leaf],
+    leaves: dict[str, LeafSpec],
     arrays: tuple[jax.Array, ...],
     layers: dict[str, type],
     bare: tuple[str, ...] = (),

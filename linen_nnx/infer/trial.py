@@ -15,7 +15,7 @@ import numpy as np
 from linen_nnx.book.grammar import Rule
 from linen_nnx.book.ops import Agree, Copy
 from linen_nnx.book.rules import RuleBook
-from linen_nnx.infer.compress import Item
+from linen_nnx.infer.found import FoundRule
 from linen_nnx.infer.ground import Ground
 from linen_nnx.infer.run import Run, difference, distinct, run
 
@@ -39,13 +39,13 @@ class Trial:
     def __init__(self, ground: Ground, tolerance: float) -> None:
         self.ground, self.tolerance = ground, tolerance
 
-    def holds(self, items: Sequence[Item]) -> bool:
+    def holds(self, items: Sequence[FoundRule]) -> bool:
         """Whether the outputs agree with some rules."""
         return self.point(items).gap <= self.tolerance
 
     def point(
         self,
-        items: Sequence[Item],
+        items: Sequence[FoundRule],
         gradient: bool = False,
         fixed: Mapping[str, Array] | None = None,
     ) -> Point:
@@ -74,13 +74,13 @@ class Trial:
         )
         return Point((one, two), gap)
 
-    def sound(self, items: Sequence[Item]) -> list[Item]:
+    def sound(self, items: Sequence[FoundRule]) -> list[FoundRule]:
         """The rules that hold together; what only the order of use decided comes last."""
         firm = [item for item in items if not any(pair.chosen for pair in item.evidence)]
         rest = [item for item in items if item not in firm]
         return self._grown(self._grown([], firm), rest)
 
-    def _grown(self, kept: list[Item], more: Sequence[Item]) -> list[Item]:
+    def _grown(self, kept: list[FoundRule], more: Sequence[FoundRule]) -> list[FoundRule]:
         """`kept` with as many more as hold: all, or what each half adds."""
         if not more or self.holds([*kept, *more]):
             return [*kept, *more]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from linen_nnx.book.draws import Pairing
-from linen_nnx.infer.run import lively
+from linen_nnx.infer.run import with_noise
 
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -92,7 +92,7 @@ class Call:
         def array(leaf: Any, own: Any) -> Any:
             if not is_array(leaf):
                 return leaf
-            return lively(own, 0) if fits else _random(leaf, random)
+            return with_noise(own, 0) if fits else _random(leaf, random)
 
         def concrete(name: str, value: Any) -> Any:
             own = known[name] if fits and name in known and jax.tree.leaves(value) else value

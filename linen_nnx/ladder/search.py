@@ -16,7 +16,7 @@ from jax import Array
 
 from linen_nnx.book.draws import Draw, Pairing
 from linen_nnx.book.tree import flatten, unflatten
-from linen_nnx.infer.evaluate import UNOPTIMISED
+from linen_nnx.infer.float64 import UNOPTIMISED
 from linen_nnx.infer.keys import DrawError, aside, is_mutable, probing, typed, watching
 from linen_nnx.ladder.calls import Call
 from linen_nnx.ladder.feed import Streams, by_part, own_key, streams_of

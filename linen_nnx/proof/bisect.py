@@ -22,7 +22,7 @@ from linen_nnx.book.rules import RuleBook
 from linen_nnx.disk.runs import NO_RUNS, Runs
 from linen_nnx.infer.ground import COMPARABLE
 from linen_nnx.infer.outputs import matched
-from linen_nnx.infer.run import lively
+from linen_nnx.infer.run import with_noise
 from linen_nnx.infer.suggest import propose
 from linen_nnx.infer.trace import trace_linen, trace_nnx
 from linen_nnx.infer.twin import Twin
@@ -118,7 +118,7 @@ def bisect(
     for number, array in enumerate(linen.trace.inputs):
         is_plain = array.size > 1 and getattr(array.dtype, "kind", "key") in ("f", "i", "u")
         even = is_plain and len(np.unique(array)) == 1
-        inputs.append(jnp.asarray(lively(array, number), array.dtype) if even else array)
+        inputs.append(jnp.asarray(with_noise(array, number), array.dtype) if even else array)
         notes += [f"input {number} was all one value, which hides much: it got noise"] * even
     both = Half(linen, leaves[0], inputs), Half(nnx, leaves[1], inputs)
     outputs = [[value.wide for value in half.outs] for half in both]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from linen_nnx.book.ops import Spec
-from linen_nnx.infer.dataflow import Use, lean
+from linen_nnx.infer.dataflow import Use, unbroadcast
 from linen_nnx.infer.run import EXACT
 
 Array = np.ndarray
@@ -103,7 +103,7 @@ def aligned(
     keys = [_keys(use, mapped) for use, mapped in zip(uses, numbers, strict=True)]
     shapes = [value.own.shape for value in values]
     if [key.shape for key in keys] == shapes:
-        small = [np.unique(lean(key)) for key in keys]
+        small = [np.unique(unbroadcast(key)) for key in keys]
         known = [each[each >= 0] for each in small]
         common = np.intersect1d(known[0], known[1])
         if len(common) and len(common) in map(len, known):
@@ -124,7 +124,7 @@ def _keys(use: Use, numbers: Array) -> Array:
     if use.rows is not None:
         of_rows = numbers[use.rows]
         table = np.where((of_rows < 0).any(1), -1, of_rows.min(1))
-    columns = lean(use.columns)
+    columns = unbroadcast(use.columns)
     return np.broadcast_to(np.where(columns < 0, -1, table[columns]), use.columns.shape)
 
 

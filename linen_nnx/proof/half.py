@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import jaxpr_as_fun
 
-from linen_nnx.infer.sides import Side
+from linen_nnx.infer.sides import SlottedSide
 from linen_nnx.infer.trace import place
 from linen_nnx.proof.compare import Value, same
 from linen_nnx.proof.record import Mode, record
@@ -20,7 +20,7 @@ from linen_nnx.proof.unrolled import Unrolled
 class Half:
     """One side, its weights, and all that it gave on them."""
 
-    def __init__(self, side: Side, leaves: dict[str, Any], inputs: Sequence[Any]) -> None:
+    def __init__(self, side: SlottedSide, leaves: dict[str, Any], inputs: Sequence[Any]) -> None:
         self.side, self.flow = side, side.flow
         args = [*(jnp.asarray(leaves[path]) for path in side.paths), *inputs]
         jaxpr, sites = side.trace.jaxpr, {use.site for use in side.flow.uses.values()}

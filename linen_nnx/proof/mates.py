@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from linen_nnx.book.ops import Side as Name
+from linen_nnx.book.ops import Side
 from linen_nnx.book.plan import RuleError
 from linen_nnx.book.rules import RuleBook
 from linen_nnx.disk.runs import Runs
@@ -15,7 +15,7 @@ from linen_nnx.disk.sources import find
 from linen_nnx.disk.state import Form, read_state
 from linen_nnx.infer.dataflow import flow
 from linen_nnx.infer.run import distinct
-from linen_nnx.infer.sides import Side, in_order
+from linen_nnx.infer.sides import SlottedSide, in_order
 from linen_nnx.infer.trace import Trace
 from linen_nnx.infer.trial import equalised, joins
 from linen_nnx.proof.compare import spec
@@ -24,16 +24,16 @@ Array = np.ndarray
 Leaves = dict[str, Any]
 
 
-def side_of(trace: Trace) -> Side:
+def side_of(trace: Trace) -> SlottedSide:
     """A side by itself, its slots as the dataflow has them."""
     found = flow(trace)
-    side = Side(trace, found, [])
+    side = SlottedSide(trace, found, [])
     for slot, path in zip(found.slots, side.first, strict=True):
         side.forms.append((trace.leaves[path].collection == "params", *slot.ids.shape))
     return side
 
 
-def mates(linen: Side, nnx: Side, book: RuleBook) -> tuple[Array, list[str]]:
+def mates(linen: SlottedSide, nnx: SlottedSide, book: RuleBook) -> tuple[Array, list[str]]:
     """(nnx elements,): the Linen element that each is, -1 for none; and notes on what was guessed.
 
     By the rules that keep bits. Slots without a rule are paired in the order of their first use
@@ -65,8 +65,8 @@ def mates(linen: Side, nnx: Side, book: RuleBook) -> tuple[Array, list[str]]:
 
 
 def weights(
-    linen: Side,
-    nnx: Side,
+    linen: SlottedSide,
+    nnx: SlottedSide,
     book: RuleBook,
     mate: Array,
     checkpoints: Sequence[str | Path],
@@ -93,7 +93,7 @@ def weights(
     return found["linen"], found["nnx"], notes
 
 
-def gather(side: Side, leaves: Mapping[str, Any], ids: Array) -> Array:
+def gather(side: SlottedSide, leaves: Mapping[str, Any], ids: Array) -> Array:
     """The values of elements, by number."""
     paths = side.leaves_of(ids)
     numbers = np.concatenate([side.trace.numbers[path].ravel() for path in paths])
@@ -101,7 +101,7 @@ def gather(side: Side, leaves: Mapping[str, Any], ids: Array) -> Array:
     return values[np.searchsorted(numbers, ids)]
 
 
-def random_leaves(side: Side) -> Leaves:
+def random_leaves(side: SlottedSide) -> Leaves:
     """Seeded values, different for every use: positive where a leaf acts element by element."""
     values = distinct(side, np.full(side.owner.size, 0.5), side.paths)
     numbered = side.trace.numbers.items()
@@ -109,7 +109,12 @@ def random_leaves(side: Side) -> Leaves:
 
 
 def _carried(
-    one: Side, two: Side, leaves: Leaves, book: RuleBook, mate: Array, notes: list[str]
+    one: SlottedSide,
+    two: SlottedSide,
+    leaves: Leaves,
+    book: RuleBook,
+    mate: Array,
+    notes: list[str],
 ) -> Leaves:
     """The leaves of side `two` from those of side `one`: by rule, by guess, else random."""
     to = two.trace.side
@@ -128,7 +133,9 @@ def _carried(
     return found
 
 
-def _different(linen: Side, nnx: Side, ours: Leaves, theirs: Leaves, mate: Array) -> list[str]:
+def _different(
+    linen: SlottedSide, nnx: SlottedSide, ours: Leaves, theirs: Leaves, mate: Array
+) -> list[str]:
     """The nnx leaves whose bits are not those of their mates."""
     mates_of = {path: mate[nnx.trace.numbers[path]] for path in nnx.paths}
     return [
@@ -142,7 +149,7 @@ def _few(texts: Sequence[str]) -> str:
     return ", ".join(texts[:4]) + (f", ... ({len(texts)})" if len(texts) > 4 else "")
 
 
-def _check(side: Side, leaves: Mapping[str, Any]) -> None:
+def _check(side: SlottedSide, leaves: Mapping[str, Any]) -> None:
     """Raises `RuleError` with every leaf of the model that a checkpoint lacks or has otherwise."""
     problems = [
         f"`{path}` is {spec(leaves[path])}, the twin's {spec(leaf)}"
@@ -155,7 +162,7 @@ def _check(side: Side, leaves: Mapping[str, Any]) -> None:
         raise RuleError(f"the {side.trace.side} checkpoint does not fit the twin", problems)
 
 
-def _saved(path: str | Path, book: RuleBook, runs: Runs) -> tuple[Name, Leaves]:
+def _saved(path: str | Path, book: RuleBook, runs: Runs) -> tuple[Side, Leaves]:
     """The model's leaves in a checkpoint, and their form; a hybrid of both forms becomes nnx."""
     source = find(path, runs=runs)
     if source.said is None:

@@ -27,7 +27,7 @@ from linen_nnx.errors import Refusal
 from linen_nnx.infer.ground import COMPARABLE
 from linen_nnx.infer.jaxprs import holds
 from linen_nnx.infer.outputs import matched
-from linen_nnx.infer.run import lively
+from linen_nnx.infer.run import with_noise
 from linen_nnx.infer.suggest import propose
 from linen_nnx.infer.trace import Trace
 from linen_nnx.proof.compare import difference, epsilon, same, spec
@@ -124,7 +124,7 @@ def prove(
     before, after, notes = _in_one_order((before, after), (old, new), given)
     pair = _Pair(before, after, _routes(conversion, result))
     random = _randomised(before, old, pair.routes)
-    noisy = [lively(array, seed) for seed, array in enumerate(given)]
+    noisy = [with_noise(array, seed) for seed, array in enumerate(given)]
     finite = all(np.isfinite(out).all() for out in before.forward(random, noisy)[0].values())
     inputs = noisy if finite else given
     if notes:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from linen_nnx.infer.dataflow import Site
-from linen_nnx.infer.evaluate import equation, wide
+from linen_nnx.infer.float64 import equation, wide
 from linen_nnx.infer.jaxprs import bind, branches, called, interpret, scan_parts, while_parts
 
 Mode = Literal["own", "wide", "nudged"]

@@ -20,8 +20,8 @@ from linen_nnx.book.ops import Side
 from linen_nnx.book.plan import RuleError
 from linen_nnx.book.tree import unflatten
 from linen_nnx.disk.state import OPTIMIZER, Id
-from linen_nnx.infer.evaluate import UNOPTIMISED, pulled
-from linen_nnx.infer.trace import Leaf, Trace, named, trace_linen, trace_nnx
+from linen_nnx.infer.float64 import UNOPTIMISED, outputs_and_slopes
+from linen_nnx.infer.trace import LeafSpec, Trace, named, trace_linen, trace_nnx
 from linen_nnx.infer.twin import Twin
 from linen_nnx.proof.compare import spec
 
@@ -50,7 +50,7 @@ class Subject:
     exact: bool = False
 
     @cached_property
-    def leaves(self) -> dict[Id, Leaf]:
+    def leaves(self) -> dict[Id, LeafSpec]:
         """The model's leaves."""
         return {
             Id(*path.split("/", 1)) if self.flat else Id("", path): leaf
@@ -98,7 +98,7 @@ class Subject:
     def _pulled(
         self, state: Arrays, inputs: Sequence[Any], wide: bool, count: int, plain: bool = False
     ) -> tuple[list[Any], list[Any]]:
-        """All that one program gives, see `evaluate.pulled`: outputs and gradients.
+        """All that one program gives, see `float64.outputs_and_slopes`: outputs and gradients.
 
         Compiling is most of what a small model costs, so there is no other program for the outputs
         alone. What was asked last is kept.
@@ -130,9 +130,9 @@ class Subject:
 
     @cached_property
     def _jitted(self) -> Callable[..., tuple[list[Any], list[Any]]]:
-        """`pulled` in the dtypes of the model, optimised only where every bit must be equal."""
+        """`outputs_and_slopes` in the dtypes of the model, optimised where bits must be equal."""
         options = None if self.exact else UNOPTIMISED
-        function = partial(pulled, jaxpr_as_fun(self.trace.jaxpr))
+        function = partial(outputs_and_slopes, jaxpr_as_fun(self.trace.jaxpr))
         return jax.jit(function, static_argnums=2, compiler_options=options)
 
 

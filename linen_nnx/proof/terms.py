@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from linen_nnx.infer.equations import ELEMENTWISE
-from linen_nnx.infer.evaluate import equation, wide
+from linen_nnx.infer.float64 import equation, wide
 from linen_nnx.infer.jaxprs import described, param
 from linen_nnx.proof import curves
 from linen_nnx.proof.curves import GRID

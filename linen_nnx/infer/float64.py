@@ -33,7 +33,7 @@ def widen(jaxpr: Any, plain: bool = False) -> Any:
         return jax.make_jaxpr(lambda *args: _evaluate(jaxpr, args, plain))(*specs)
 
 
-def pulled(
+def outputs_and_slopes(
     function: Callable[..., list[Any]], leaves: Sequence[Any], inputs: Sequence[Any], count: int
 ) -> tuple[list[Any], list[Any]]:
     """What a function gives, and the gradient of a random projection of its first `count` outputs.
@@ -64,7 +64,9 @@ def is_small(jaxpr: Any) -> bool:
     return len(jaxpr.eqns) <= _SMALL
 
 
-def quick(function: Callable[..., Any], jaxpr: Any, **options: Any) -> Callable[..., Any]:
+def with_little_compiling(
+    function: Callable[..., Any], jaxpr: Any, **options: Any
+) -> Callable[..., Any]:
     """What runs a widened jaxpr a few times with the least compiling.
 
     A small one as one program that is not optimised. A large one equation by equation: equal
