@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from linen_nnx.book.ops import Gather, Permute, Reform, Spec, Spread
 from linen_nnx.disk.chunks import apply
+from linen_nnx.disk.leaves import DICT, Key, Leaf
 from linen_nnx.disk.sources import find
-from linen_nnx.disk.store import DICT, Key, Leaf, fresh_metadata
 from linen_nnx.disk.stream import ItemReader, _read_small, open_array
+from linen_nnx.disk.zarr_metadata import fresh_metadata
 
 
 def metadata_of(shape, chunk, zarr3):

@@ -14,10 +14,10 @@ from flax import linen as nn
 from flax import nnx
 
 from linen_nnx import RuleBook, RuleError
+from linen_nnx.disk.checked import StoreError
 from linen_nnx.disk.convert import convert
 from linen_nnx.disk.planning import plan_conversion
 from linen_nnx.disk.sources import find
-from linen_nnx.disk.store import StoreError
 from linen_nnx.proof.verify import verify
 
 DTYPES = [

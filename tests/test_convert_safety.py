@@ -23,11 +23,11 @@ from safetensors.numpy import save_file
 from linen_nnx import RuleBook, RuleError
 from linen_nnx.cli import main
 from linen_nnx.disk import digests
+from linen_nnx.disk.checked import StoreError
 from linen_nnx.disk.convert import TargetError, convert
 from linen_nnx.disk.digests import DigestError
 from linen_nnx.disk.planning import plan_conversion
 from linen_nnx.disk.sources import SUFFIXES
-from linen_nnx.disk.store import StoreError
 from linen_nnx.proof.verify import verify
 
 ROOT = Path(__file__).parent.parent

@@ -24,10 +24,11 @@ from safetensors.numpy import save_file
 from linen_nnx import RuleBook
 from linen_nnx.cli import main
 from linen_nnx.disk import msgpack_tree
+from linen_nnx.disk.checked import StoreError
 from linen_nnx.disk.convert import TargetError, convert
+from linen_nnx.disk.leaves import DICT, SEQUENCE
 from linen_nnx.disk.ranges import Stored
 from linen_nnx.disk.sources import find
-from linen_nnx.disk.store import DICT, SEQUENCE, StoreError
 from linen_nnx.proof.verify import verify
 
 DTYPES = [

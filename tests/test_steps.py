@@ -16,10 +16,11 @@ from orbax.checkpoint._src.path import atomicity
 
 from linen_nnx import RuleBook
 from linen_nnx.cli import main
+from linen_nnx.disk.checked import StoreError
 from linen_nnx.disk.convert import convert
 from linen_nnx.disk.sources import find
 from linen_nnx.disk.steps import unfinished
-from linen_nnx.disk.store import StoreError, read_item
+from linen_nnx.disk.store import read_item
 from linen_nnx.proof.verify import verify
 
 RULES = RuleBook.from_dict(

@@ -25,7 +25,9 @@ from linen_nnx.book.ops import Spec
 from linen_nnx.book.stages import STAGES
 from linen_nnx.disk import digests, ocdbt
 from linen_nnx.disk.convert import convert
-from linen_nnx.disk.store import DICT, Key, Leaf, fresh_metadata, write_side_files
+from linen_nnx.disk.leaves import DICT, Key, Leaf
+from linen_nnx.disk.side_files import write_side_files
+from linen_nnx.disk.zarr_metadata import fresh_metadata
 
 Damage = Callable[[Random, bytes], bytes | mutate.Replacement]
 _BOOK = {

@@ -11,9 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from linen_nnx.disk.layouts import Change
+from linen_nnx.disk.leaves import DICT, SEQUENCE, Key, Leaf, make_key
 from linen_nnx.disk.sources import Source
 from linen_nnx.disk.state import OPTIMIZER, Form, State, without_boxes
-from linen_nnx.disk.store import DICT, SEQUENCE, Key, Leaf, is_item, make_key
+from linen_nnx.disk.store import is_item
 
 
 def items_beside(source: Source) -> dict[str, Path]:

@@ -15,10 +15,10 @@ from linen_nnx.book.stages import WHOLE
 from linen_nnx.book.tree import branches_of
 from linen_nnx.disk.fields import check_plain, ruled, scopes
 from linen_nnx.disk.follow import Mirror
+from linen_nnx.disk.leaves import Leaf
 from linen_nnx.disk.mirrors import factorings, find_mirrors, group, prefix_keys
 from linen_nnx.disk.moves import Move, Place, Step
 from linen_nnx.disk.state import OPTIMIZER, Form, Id, State, unruled
-from linen_nnx.disk.store import Leaf
 
 _SHOWN = 5  # leaves named in a note
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from linen_nnx.book.ops import Action, Gather, Reform, Spread
-from linen_nnx.disk.store import Leaf, chunk_shapes, chunked_parts, metadata_name
+from linen_nnx.disk.leaves import Leaf
+from linen_nnx.disk.zarr_metadata import chunk_shapes, chunked_parts, metadata_name
 
 Place = tuple[int, ...]
 _CHUNKS = 1 << 20

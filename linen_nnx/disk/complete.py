@@ -14,8 +14,10 @@ from pathlib import Path
 from linen_nnx.disk.checked import StoreError, open_data, reason
 from linen_nnx.disk.chunks import Grid
 from linen_nnx.disk.frames import check_length, check_swelling
+from linen_nnx.disk.leaves import Leaf
 from linen_nnx.disk.ocdbt import Ref
-from linen_nnx.disk.store import Item, Leaf, metadata_name
+from linen_nnx.disk.store import Item
+from linen_nnx.disk.zarr_metadata import metadata_name
 
 _PROBLEMS = 10  # that a message shows
 

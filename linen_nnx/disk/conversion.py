@@ -12,10 +12,11 @@ import xxhash
 from linen_nnx.book.ops import Side
 from linen_nnx.book.rules import RuleBook
 from linen_nnx.disk import checked, ocdbt
+from linen_nnx.disk.leaves import Leaf
 from linen_nnx.disk.rekey import Job, kept
 from linen_nnx.disk.sources import Source
 from linen_nnx.disk.state import Form, State
-from linen_nnx.disk.store import INDEX, Leaf
+from linen_nnx.disk.store import INDEX
 
 REPORT, RULES = "report.json", "rules.yaml"
 # Measured: Python, and what each leaf takes; tensorstore, and the batch being committed.

@@ -21,8 +21,9 @@ from linen_nnx.disk.placing import Placer
 from linen_nnx.disk.planning import plan_conversion
 from linen_nnx.disk.rekey import write_store
 from linen_nnx.disk.runs import ITEM, NO_RUNS, Runs
+from linen_nnx.disk.side_files import write_side_files
 from linen_nnx.disk.sources import READABLE, SUFFIXES, Source, check_beside, parts
-from linen_nnx.disk.store import OF_THE_TREE, write_side_files
+from linen_nnx.disk.store import OF_THE_TREE
 from linen_nnx.disk.transaction import TargetError, left_over, publish, workspace
 from linen_nnx.errors import Refusal
 

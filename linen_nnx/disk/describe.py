@@ -11,8 +11,8 @@ Where that is not enough, `state.read_state` says what a tree with `params` or b
 import re
 from collections.abc import Sequence
 
+from linen_nnx.disk.leaves import DICT, Leaf
 from linen_nnx.disk.state import OPTIMIZER
-from linen_nnx.disk.store import DICT, Leaf
 
 # `nn.Dense` without a name becomes `Dense_0`. Attributes of nnx begin with a small letter.
 _LINEN_NAME = re.compile(r"[A-Z]\w*_\d+")

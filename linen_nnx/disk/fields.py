@@ -16,10 +16,10 @@ from linen_nnx.book.index import Hit
 from linen_nnx.book.ops import Side
 from linen_nnx.book.rules import RuleBook
 from linen_nnx.disk.follow import remedy, reshaped
+from linen_nnx.disk.leaves import DICT, Key, Leaf, make_key
 from linen_nnx.disk.mirrors import prefix_keys
 from linen_nnx.disk.moves import Move, Place, Step
 from linen_nnx.disk.state import OPTIMIZER, Id, State, is_key
-from linen_nnx.disk.store import DICT, Key, Leaf, make_key
 
 _OF_MUON = "ns_coeffs"  # as optax.contrib.muon calls the coefficients of its iteration
 

@@ -14,10 +14,12 @@ import numpy as np
 
 from linen_nnx.book.reading import read_json
 from linen_nnx.disk import flat_files, msgpack_tree
+from linen_nnx.disk.checked import StoreError
 from linen_nnx.disk.flat_files import Member
+from linen_nnx.disk.leaves import DICT, Leaf, make_key
 from linen_nnx.disk.loose import Keys, kind, listed, make_leaf, read_value, refuse_unknown, walk
 from linen_nnx.disk.ranges import Array
-from linen_nnx.disk.store import DICT, Leaf, StoreError, make_key, refuse_collisions
+from linen_nnx.disk.store import refuse_collisions
 
 Entries = dict[Keys, Any]
 """What a file holds by key path: arrays in files, numbers, strings, None, `{}`, `[]`."""

@@ -19,8 +19,8 @@ import numpy as np
 
 from linen_nnx.book.reading import open_file, parse_json
 from linen_nnx.disk import checked
+from linen_nnx.disk.checked import StoreError
 from linen_nnx.disk.ranges import Array, Range, Stored, sized
-from linen_nnx.disk.store import StoreError
 
 _DTYPES = {
     "BOOL": "bool", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",

@@ -17,6 +17,7 @@ from functools import cached_property
 
 from linen_nnx.book.ops import Action, Fill, Multiply, Spec
 from linen_nnx.book.tree import branches_of
+from linen_nnx.disk.leaves import Key, Leaf
 from linen_nnx.disk.mirrors import prefix_keys
 from linen_nnx.disk.moments import (
     Factoring,
@@ -31,7 +32,6 @@ from linen_nnx.disk.moments import (
 )
 from linen_nnx.disk.moves import Move, Place, Step
 from linen_nnx.disk.state import OPTIMIZER, Form, Id, State, names_of
-from linen_nnx.disk.store import Key, Leaf
 
 
 def remedy(path: str, side: str) -> str:

@@ -11,9 +11,10 @@ their parts, as `{"model": nnx.State, "optimizer": nnx.State}`, which is the usu
 
 from collections.abc import Mapping, Sequence
 
+from linen_nnx.disk.checked import StoreError
 from linen_nnx.disk.describe import is_optimizer
+from linen_nnx.disk.leaves import DICT, Leaf, make_key, repeated
 from linen_nnx.disk.state import OPTIMIZER
-from linen_nnx.disk.store import DICT, Leaf, StoreError, make_key, repeated
 
 
 def join(parts: Mapping[str, Sequence[Leaf]]) -> list[Leaf]:

@@ -12,9 +12,9 @@ from typing import TypeAlias
 
 from linen_nnx.book.ops import Cast, Spec
 from linen_nnx.book.plan import RuleError
+from linen_nnx.disk.leaves import DICT, SEQUENCE, Key, Leaf, common_sharding, make_key, repeated
 from linen_nnx.disk.moves import Move, Place
 from linen_nnx.disk.state import OPTIMIZER, Form, Id, State
-from linen_nnx.disk.store import DICT, SEQUENCE, Key, Leaf, common_sharding, make_key, repeated
 
 Change: TypeAlias = Move[Leaf, Leaf]
 """A move on disk: target leaves have keys."""

@@ -16,15 +16,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from linen_nnx.disk import msgpack_tree, ocdbt
+from linen_nnx.disk.checked import StoreError
+from linen_nnx.disk.leaves import DICT, SEQUENCE, Leaf, make_key
 from linen_nnx.disk.loose import Keys, make_leaf, read_value, refuse_unknown
 from linen_nnx.disk.store import (
-    DICT,
     INDEX,
-    SEQUENCE,
     Item,
-    Leaf,
-    StoreError,
-    make_key,
     read_shardings,
     read_tree,
     read_zarr,

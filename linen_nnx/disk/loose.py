@@ -12,9 +12,11 @@ import numpy as np
 
 from linen_nnx.book.ops import Spec
 from linen_nnx.disk import checked
+from linen_nnx.disk.checked import StoreError
 from linen_nnx.disk.flat_files import Member
+from linen_nnx.disk.leaves import DICT, SEQUENCE, Key, Leaf, make_key
 from linen_nnx.disk.ranges import Array, Stored
-from linen_nnx.disk.store import DICT, SEQUENCE, Key, Leaf, StoreError, fresh_metadata, make_key
+from linen_nnx.disk.zarr_metadata import fresh_metadata
 
 Keys = tuple[Key, ...]
 _GDA_PLACEHOLDER = "//GDAPlaceholder:"

@@ -15,9 +15,9 @@ from collections.abc import Collection, Iterable, Mapping
 
 from linen_nnx.book.ops import Spec
 from linen_nnx.book.tree import branches_of
+from linen_nnx.disk.leaves import Key, Leaf
 from linen_nnx.disk.moments import FACTORED, Factoring
 from linen_nnx.disk.state import Id, State, names_of
-from linen_nnx.disk.store import Key, Leaf
 
 Tree = Mapping[str, Id]
 """The model's leaves by the path that each has in a mirror."""

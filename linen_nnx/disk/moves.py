@@ -6,8 +6,8 @@ No files here: the leaves of a move may be those of a checkpoint or arrays in me
 from typing import Generic, NamedTuple, TypeVar
 
 from linen_nnx.book.ops import Action, Spec
+from linen_nnx.disk.leaves import Key
 from linen_nnx.disk.state import OPTIMIZER, Id, names_of
-from linen_nnx.disk.store import Key
 
 Source = TypeVar("Source")
 Target = TypeVar("Target")

@@ -30,8 +30,8 @@ import msgpack
 import numpy as np
 
 from linen_nnx.book.reading import open_file
+from linen_nnx.disk.checked import StoreError
 from linen_nnx.disk.ranges import Array, Range, Stored, sized
-from linen_nnx.disk.store import StoreError
 
 _ARRAY, _COMPLEX, _SCALAR = 1, 2, 3  # the extensions of flax.serialization
 _CHUNKED = "__msgpack_chunked_array__"

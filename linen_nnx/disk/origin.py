@@ -11,9 +11,10 @@ from linen_nnx.book.reading import read_json
 from linen_nnx.disk import checked
 from linen_nnx.disk.checked import StoreError
 from linen_nnx.disk.conversion import REPORT
+from linen_nnx.disk.leaves import DICT, SEQUENCE, Leaf, make_key
 from linen_nnx.disk.sources import Source
 from linen_nnx.disk.state import Form
-from linen_nnx.disk.store import DICT, SEQUENCE, Leaf, fresh_metadata, make_key
+from linen_nnx.disk.zarr_metadata import fresh_metadata
 
 
 class Origin(NamedTuple):

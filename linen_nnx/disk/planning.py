@@ -23,13 +23,13 @@ from linen_nnx.disk.carry import Carried, carry, carry_beside
 from linen_nnx.disk.complete import check_complete
 from linen_nnx.disk.conversion import RULES, Conversion, Options
 from linen_nnx.disk.layouts import Change, lay_out
+from linen_nnx.disk.leaves import Key, Leaf
 from linen_nnx.disk.origin import Origin, origin_of
 from linen_nnx.disk.rekey import Job, choose
 from linen_nnx.disk.runs import NO_RUNS, Runs
 from linen_nnx.disk.sides import guess_side
 from linen_nnx.disk.sources import Source, find
 from linen_nnx.disk.state import Form, State, read_state
-from linen_nnx.disk.store import Key, Leaf
 
 MODEL_ALONE = (".safetensors", ".npz")
 """The formats of files that hold arrays by flat names, and so no training state."""

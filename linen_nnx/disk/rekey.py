@@ -14,9 +14,11 @@ from linen_nnx.disk import ocdbt
 from linen_nnx.disk.chunks import Grid, apply
 from linen_nnx.disk.complete import files_below
 from linen_nnx.disk.layouts import Change
+from linen_nnx.disk.leaves import Leaf
 from linen_nnx.disk.placing import Placer
 from linen_nnx.disk.sources import Source
-from linen_nnx.disk.store import Item, Leaf, fresh_metadata
+from linen_nnx.disk.store import Item
+from linen_nnx.disk.zarr_metadata import fresh_metadata
 
 Engine = Literal["name", "chunks", "stream", "drop"]
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from linen_nnx.book.ops import Side
 from linen_nnx.book.rules import RuleBook
-from linen_nnx.disk.store import DICT, Leaf
+from linen_nnx.disk.leaves import DICT, Leaf
 
 _DEPTH = 3  # how deep below the root the model may lie
 

@@ -13,20 +13,11 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from linen_nnx.book.reading import read_json
+from linen_nnx.disk.checked import StoreError
+from linen_nnx.disk.leaves import DICT, Key, Leaf
 from linen_nnx.disk.runs import NO_RUNS, Runs, Said, said_in
 from linen_nnx.disk.steps import Choice, Step, choose, is_named_as_step, pytrees, refuse_unfinished
-from linen_nnx.disk.store import (
-    DICT,
-    INDEX,
-    Item,
-    Key,
-    Leaf,
-    StoreError,
-    begins_as_map,
-    has_index,
-    is_item,
-    read_item,
-)
+from linen_nnx.disk.store import INDEX, Item, begins_as_map, has_index, is_item, read_item
 
 SUFFIXES = (".msgpack", ".safetensors")
 """Of the files that are read and written."""

@@ -16,7 +16,7 @@ from linen_nnx.book.ops import Side
 from linen_nnx.book.plan import RuleError
 from linen_nnx.book.rules import RuleBook
 from linen_nnx.book.stages import WHOLE, Forms
-from linen_nnx.disk.store import DICT, SEQUENCE, Key, Leaf
+from linen_nnx.disk.leaves import DICT, SEQUENCE, Key, Leaf
 
 OPTIMIZER = "opt_state"
 Names = tuple[str, ...]

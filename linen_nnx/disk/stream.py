@@ -21,8 +21,9 @@ from linen_nnx.book.reading import read_bytes
 from linen_nnx.disk import ocdbt
 from linen_nnx.disk.checked import StoreError
 from linen_nnx.disk.chunks import Grid
+from linen_nnx.disk.leaves import Leaf
 from linen_nnx.disk.sources import Reader
-from linen_nnx.disk.store import Item, Leaf
+from linen_nnx.disk.store import Item
 from linen_nnx.errors import Refusal
 
 # As Orbax configures its stores: values up to 1 KB lie in the tree, which is one node.

@@ -27,13 +27,13 @@ from linen_nnx.book.stages import Forms
 from linen_nnx.book.tree import flatten, unflatten
 from linen_nnx.disk.beside import items_beside
 from linen_nnx.disk.carry import carry
+from linen_nnx.disk.leaves import Leaf
 from linen_nnx.disk.mirrors import owner
 from linen_nnx.disk.moves import Place
 from linen_nnx.disk.runs import NO_RUNS, Runs
 from linen_nnx.disk.sides import guess_side
 from linen_nnx.disk.sources import find
 from linen_nnx.disk.state import OPTIMIZER, Form, State, read_state, unruled
-from linen_nnx.disk.store import Leaf
 from linen_nnx.ladder.forms import Book, differences
 from linen_nnx.ladder.move import move
 from linen_nnx.ladder.nesting import renamed

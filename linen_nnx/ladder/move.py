@@ -24,9 +24,9 @@ from linen_nnx.book.ops import Spec
 from linen_nnx.book.plan import RuleError
 from linen_nnx.book.stages import Forms
 from linen_nnx.disk.carry import carry_beside
+from linen_nnx.disk.leaves import DICT, SEQUENCE, Key, Leaf
 from linen_nnx.disk.moves import Move, Step
 from linen_nnx.disk.state import Form, Id, State
-from linen_nnx.disk.store import DICT, SEQUENCE, Key, Leaf
 from linen_nnx.ladder.forms import Book, part_of
 
 _ROOT = "tree"  # the name of a tree that itself mirrors the model

@@ -20,9 +20,9 @@ from linen_nnx.book.ops import Action, Agree, Copies, Fill, Multiply
 from linen_nnx.book.plan import RuleError
 from linen_nnx.book.rules import RuleBook
 from linen_nnx.disk.conversion import Conversion
+from linen_nnx.disk.leaves import Leaf
 from linen_nnx.disk.sources import Reader
 from linen_nnx.disk.state import OPTIMIZER, Id, State
-from linen_nnx.disk.store import Leaf
 from linen_nnx.errors import Refusal
 from linen_nnx.infer.ground import COMPARABLE
 from linen_nnx.infer.jaxprs import holds

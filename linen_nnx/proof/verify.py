@@ -18,13 +18,14 @@ from linen_nnx.book.reading import read_json
 from linen_nnx.book.rules import RuleBook
 from linen_nnx.disk import checked, digests
 from linen_nnx.disk.beside import source_of
+from linen_nnx.disk.checked import StoreError
 from linen_nnx.disk.conversion import REPORT, RULES, Conversion, options_in
+from linen_nnx.disk.leaves import Leaf
 from linen_nnx.disk.planning import MODEL_ALONE, plan_conversion
 from linen_nnx.disk.rekey import Job
 from linen_nnx.disk.runs import NO_RUNS, Runs
 from linen_nnx.disk.sources import SUFFIXES, Source, check_beside, find, parts
 from linen_nnx.disk.state import OPTIMIZER, State, read_state
-from linen_nnx.disk.store import Leaf, StoreError
 from linen_nnx.errors import Refusal
 
 if TYPE_CHECKING:  # jax, which comparing bytes does not need
