@@ -2,50 +2,73 @@
 VENV   := .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
+TOOLS  := $(VENV)/.tools
 ARGS   ?=
 # The interpreter to build .venv with: the first of these that starts and fits.
 PYTHON ?= python3 python3.13 python3.12 python3.11 python /usr/bin/python3
 
-.DEFAULT_GOAL := help
-.PHONY: setup train test test-long lint bench parity fuzz clean help
+# The library lies in this tree, unless a fork has removed it: then the published one is installed.
+LIBRARY  := $(wildcard packages/linen-nnx/pyproject.toml)
+LIBRARY  := $(patsubst %/pyproject.toml,%,$(LIBRARY))
+PROJECTS := pyproject.toml $(LIBRARY:%=%/pyproject.toml) $(wildcard constraints-*.txt)
+# Each Python has the versions that were tested with it. uv installs several times faster than pip.
+VERSIONS  = constraints-py3$$($(PY) -c "import sys; print(11 if sys.version_info < (3, 12) else 12)").txt
+INSTALL   = $(if $(shell command -v uv),uv pip install -q --python $(PY),$(PY) -m pip install -q --disable-pip-version-check) -c $(VERSIONS)
 
-setup: $(READY)  ## create .venv and install the pinned versions (the other targets do so by themselves)
+.DEFAULT_GOAL := help
+.PHONY: setup tools train test test-library test-long lint bench parity fuzz clean help
+
+setup: $(READY)  ## create .venv with what training and converting need (other targets do so by themselves)
+
+tools: $(TOOLS)  ## add what tests, sweeps, figures and linters need
 
 train: $(READY)  ## train the default experiment; ARGS="experiment=digits stage=nnx"
 	$(PY) train.py $(ARGS)
 
-test: $(READY)  ## run the tests; ARGS="tests/test_config.py"
+test: $(TOOLS)  ## run the tests, the library's too; ARGS="tests/test_config.py" for some
 	$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
+ifneq ($(LIBRARY),)
+	$(if $(ARGS),,cd $(LIBRARY) && $(CURDIR)/$(PY) -m pytest -n 2 --dist worksteal)
+endif
 
-test-long: $(READY)  ## run the tests of half a minute and more, which `make test` leaves out
+test-library: $(TOOLS)  ## run the library's tests; ARGS="tests/test_rules.py"
+	cd $(LIBRARY) && $(CURDIR)/$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
+
+test-long: $(TOOLS)  ## run the tests of half a minute and more, which `make test` leaves out
 	$(PY) -m pytest -n 2 --dist worksteal -m long $(ARGS)
+ifneq ($(LIBRARY),)
+	$(if $(ARGS),,cd $(LIBRARY) && $(CURDIR)/$(PY) -m pytest -n 2 --dist worksteal -m long)
+endif
 
-lint: $(READY)  ## check style, layout and types
+lint: $(TOOLS)  ## check style, layout and types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pyrefly check
+ifneq ($(LIBRARY),)
+	cd $(LIBRARY) && $(CURDIR)/$(PY) -m pyrefly check
+endif
 
-bench: $(READY)  ## time conversions, steps, the loop and growth; ARGS="convert steps" for some
+bench: $(TOOLS)  ## time steps, the loop and growth; ARGS="steps loop" for some
 	$(PY) -m benchmarks $(ARGS)
 
-fuzz: $(READY)  ## give damaged checkpoints to the converter; ARGS="--count 50000 --seed 7"
-	$(PY) -m benchmarks.fuzz $(ARGS)
+parity: $(TOOLS)  ## compare the layers of Linen and NNX on the installed versions
+	cd $(LIBRARY) && $(CURDIR)/$(PY) -m benchmarks.parity $(ARGS)
 
-parity: $(READY)  ## compare the layers of Linen and NNX on the installed versions
-	$(PY) -m benchmarks.parity $(ARGS)
+fuzz: $(TOOLS)  ## give damaged checkpoints to the converter; ARGS="--count 50000 --seed 7"
+	cd $(LIBRARY) && $(CURDIR)/$(PY) -m benchmarks.fuzz $(ARGS)
 
 clean:  ## remove .venv and the caches; runs/ stays
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## show this list
-	@awk -F ':.*##' '/^[a-z-]+:.*##/ { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*##' '/^[a-z-]+:.*##/ { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo '  ARGS="..." is passed on; PYTHON=... chooses the interpreter (3.11, 3.12 or 3.13).'
 
 # The stamp is removed before and written after the installation, so an environment whose making
 # was cut short has none and is made anew; one that has it is brought up to date in place.
 # `rm -rf` without a slash: were .venv a link, only the link would go.
-$(READY): pyproject.toml constraints.txt
+$(READY): $(PROJECTS)
 	@found=; \
 	if [ ! -f $@ ] || ! $(PY) -c "" 2>/dev/null; then \
 	  for python in $(PYTHON); do \
@@ -59,8 +82,11 @@ $(READY): pyproject.toml constraints.txt
 	    echo "Install one, or name yours: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; \
 	    exit 1; \
 	  fi; \
-	  echo "Making $(VENV) with $$($$found --version); this takes a minute, once."; \
+	  echo "Making $(VENV) with $$($$found --version); this takes about a minute, once."; \
 	  rm -rf $(VENV) && $$found -m venv $(VENV) || exit 1; \
-	fi; \
-	rm -f $@; \
-	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[train,dev]" && touch $@
+	fi
+	rm -f $@ $(TOOLS)
+	$(INSTALL) $(if $(LIBRARY),-e $(LIBRARY)) -e . && touch $@
+
+$(TOOLS): $(READY)
+	$(INSTALL) $(if $(LIBRARY),-e "$(LIBRARY)[dev]") -e ".[dev]" && touch $@

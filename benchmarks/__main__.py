@@ -1,12 +1,11 @@
 """Runs the benchmarks, each in a process of its own: `make bench ARGS="steps loop"`.
 
-    convert   the converter against copying files, and against Orbax          5 minutes
     steps     a step of every stage against a floor and the usual idioms      8 minutes
     loop      the training loop against the bare step; start-up               5 minutes
-    growth    how cost grows with depth, width, devices, bytes and leaves     5 minutes
-    proofs    CPU seconds of suggest and verify, memory of suggest            3 minutes
+    growth    how a step's cost grows with depth, width and devices           3 minutes
 
-Figures go to runs/benchmarks/NAME.json, plots to NAME.png beside it.
+Figures go to runs/benchmarks/NAME.json, plots to NAME.png beside it. The library has benchmarks of
+its own: packages/linen-nnx/benchmarks.
 """
 
 import argparse
@@ -14,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-NAMES = ("convert", "steps", "loop", "growth", "proofs")
+NAMES = ("steps", "loop", "growth")
 PLOTTED = ("steps", "growth")
 FOLDER = Path("runs/benchmarks")
 

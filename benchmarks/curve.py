@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 from linen_nnx.ladder.stage import STAGES
+
 from training import compose, loop
 
 SMALL = (

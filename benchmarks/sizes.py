@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-TEMPLATE = ("configs", "model", "training", "linen_nnx", "train.py")  # what a training needs
+TEMPLATE = ("configs", "model", "training", "train.py")  # what a training needs
 SHORT = ("experiment=diabetes", "steps=2", "log.tensorboard=false", "log.progress=false")
 NO_CODE = {
     tokenize.COMMENT,
@@ -143,7 +143,7 @@ def groups() -> dict[str, list[Path]]:
     return {
         "yours: configs, model, training, entries": [p for p in owned if p not in runtime],
         "not yours to change: training/runtime": runtime,
-        "library: linen_nnx": sorted((ROOT / "linen_nnx").rglob("*.py")),
+        "library: packages/linen-nnx": sorted((ROOT / "packages").glob("*/linen_nnx/**/*.py")),
     }
 
 

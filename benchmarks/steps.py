@@ -24,11 +24,11 @@ import optax
 from flax import linen as nn
 from flax import nnx
 from flax.training.train_state import TrainState
+from linen_nnx.book.tree import flatten, unflatten
+from linen_nnx.ladder.stage import STAGES
 
 from benchmarks.rounds import interleave, ratios, save, summarise, table
 from configs.schema import Config
-from linen_nnx.book.tree import flatten, unflatten
-from linen_nnx.ladder.stage import STAGES
 from model import Family
 from training import compose, optimizer
 from training.assemble import Setup, prepare

@@ -34,9 +34,9 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from jax import Array
+from linen_nnx import Ladder, Part, RuleBook, Twin
 
 from configs.build import build, module_of, refuse, show
-from linen_nnx import Ladder, Part, RuleBook, Twin
 
 Batch = Any
 """A pytree of arrays with the examples along their first axes."""

@@ -18,7 +18,6 @@ from flax import nnx
 from flax.nnx import bridge
 from jax import Array
 from jax.typing import ArrayLike
-
 from linen_nnx.book.rules import RuleBook
 from linen_nnx.book.tree import flatten, unflatten
 

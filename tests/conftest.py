@@ -57,6 +57,21 @@ def sampled(cases: Iterable[Any], every: int) -> list[Any]:
     ]
 
 
+def bits(tree: Any) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """Every leaf of a tree by its path: dtype, shape and bytes."""
+    import jax
+    import numpy as np
+
+    found = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        is_key = isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(
+            leaf.dtype, jax.dtypes.prng_key
+        )
+        array = np.asarray(jax.random.key_data(leaf) if is_key else leaf)
+        found[jax.tree_util.keystr(path)] = (str(leaf.dtype), array.shape, array.tobytes())
+    return found
+
+
 @pytest.fixture
 def train(tmp_path: Path) -> Train:
     """Trains a small experiment in this process: `train("lm", "stage=nnx", "steps=5")`.

@@ -14,11 +14,11 @@ import numpy as np
 import optax
 from flax import linen as nn
 from flax import nnx
+from linen_nnx import Ladder, Part, RuleBook
+from linen_nnx.book.tree import flatten, unflatten
 
 from configs.build import ConfigError
 from configs.schema import Optimizer
-from linen_nnx import Ladder, Part, RuleBook
-from linen_nnx.book.tree import flatten, unflatten
 from training import chains, optimizer
 from training.runtime.view import View
 

@@ -11,8 +11,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 import yaml
-from convert_helpers import bits
-
+from conftest import bits
 from linen_nnx import RuleBook, RuleError
 from linen_nnx.book.stages import STAGES, forms_at
 from linen_nnx.book.tree import flatten, unflatten
@@ -20,6 +19,7 @@ from linen_nnx.disk import digests
 from linen_nnx.disk.convert import convert
 from linen_nnx.disk.planning import plan_conversion
 from linen_nnx.proof.verify import verify
+
 from training.runtime.runs import RUNS
 
 BOOK = RuleBook.from_dict(

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 from conftest import QUIET, SMALL, Train
-
 from linen_nnx import RuleBook
 from linen_nnx.disk import digests
+
 from training.runtime import checkpoints
 from training.runtime.disk import system_error
 from training.runtime.errors import Refused

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 from conftest import STAGES
-from pages import ROOT, Shell, blocks, follow, project
-
 from linen_nnx import RuleBook, Twin, TwinError, suggest
+from pages import ROOT, Shell, blocks, follow, project
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The examples that train: each the same curve, in every byte, at all four stages."""
 
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -91,3 +92,9 @@ def test_a_target_network_and_two_optimizers_go_to_another_stage(tmp_path: Path)
     rest = train("actor_critic", tmp_path / "rest", "stage=nnx", f"init_from={tmp_path / 'half'}")
     assert [json.loads(line)["step"] for line in rest] == [4, 5, 6, 6]
     assert rest == whole[-4:]
+
+
+def test_every_example_is_listed() -> None:
+    families = {path.parent.name for path in EXAMPLES.glob("*/configs")}
+    listed = re.findall(r"^\| (?:\[?`)(\w+)`", (EXAMPLES / "README.md").read_text(), re.MULTILINE)
+    assert {*listed} >= families == {*SMALL}

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from conftest import STAGES
 from flax import nnx
+from linen_nnx import Part, RuleBook, Stage
+from linen_nnx.book.tree import flatten, unflatten
 
 import model
 from configs.build import ConfigError
-from linen_nnx import Part, RuleBook, Stage
-from linen_nnx.book.tree import flatten, unflatten
 from model.shared import linen_attention
 from training import compose
 from training.assemble import Setup, load_rules

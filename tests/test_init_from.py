@@ -16,12 +16,12 @@ import orbax.checkpoint as ocp
 import pytest
 from conftest import QUIET, STAGES
 from flax import nnx
+from linen_nnx import Refusal
+from linen_nnx.ladder.nesting import renamed
 from strangers import script
 from strangers.net.nnx import Port
 
 import model
-from linen_nnx import Refusal
-from linen_nnx.ladder.nesting import renamed
 from training import compose, data, datasets, evaluation, loop, moving
 from training.assemble import Setup, prepare
 from training.runtime import start

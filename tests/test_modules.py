@@ -48,8 +48,6 @@ HOMES = {
 @pytest.mark.parametrize(("package", "parts", "allowed"), ROWS)
 def test_a_package_imports_only_what_the_map_allows(package: str, parts: str, allowed: str) -> None:
     may = {*re.findall(r"`([\w.]+)`", allowed), package, "linen_nnx.errors"}
-    if allowed == "the five above":
-        may |= {f"linen_nnx.{name}" for name in ("book", "disk", "infer", "ladder", "proof")}
     for path in files(package):
         for name in imports(path):
             head, _, rest = name.partition(".")
@@ -60,20 +58,8 @@ def test_a_package_imports_only_what_the_map_allows(package: str, parts: str, al
             assert any(f"{name}.".startswith(f"{one}.") for one in may), f"{path} imports {name}"
 
 
-@pytest.mark.parametrize("package", ["book", "disk", "infer", "ladder", "proof"])
-def test_the_map_names_every_module_of_the_translator(package: str) -> None:
-    (parts,) = [parts for name, parts, _ in ROWS if name == f"linen_nnx.{package}"]
-    named = set(re.findall(r"`(\w+)`", parts))
-    assert named == {path.stem for path in files(f"linen_nnx.{package}")} - {"__init__"}
-
-
 def test_the_map_names_every_package() -> None:
-    assert {name.split(".")[0] for name, _, _ in ROWS} >= PACKAGES | {"train", "convert"}
-
-
-def test_the_library_knows_no_word_of_the_template() -> None:
-    """Which parts a model has, and what lies in a run directory, it is told."""
-    words = r"\b(encoder|config\.yaml|metrics\.jsonl|template|hydra|training\.\w+|tensorboard)\b"
-    for path in files("linen_nnx"):
-        text = path.read_text().replace("json.encoder", "").replace("flax.training.", "")
-        assert not re.findall(words, text, re.IGNORECASE), path
+    assert {name.split(".")[0] for name, _, _ in ROWS} >= PACKAGES - {"linen_nnx"} | {
+        "train",
+        "convert",
+    }

@@ -12,8 +12,8 @@ from flax.nnx import bridge
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-
 from linen_nnx import RuleError
+
 from model.primitives import (
     DENSE,
     coexistence_parity,

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 from conftest import QUIET, SMALL, STAGES, Train
-
 from linen_nnx import Refusal
+
 from training import moving
 from training.runtime import lock, signals, start
 from training.runtime.errors import Refused

@@ -6,6 +6,7 @@ digests, so that what reads the files has to find it itself.
 
 import contextlib
 import copy
+import itertools
 import json
 import os
 import random
@@ -17,13 +18,15 @@ from typing import Any
 
 import pytest
 from conftest import QUIET, SMALL
+from linen_nnx.disk import digests
+from linen_nnx.disk.runs import said_in
+from linen_nnx.errors import Refusal
 
 from configs.schema import Config
-from linen_nnx.disk import digests
-from linen_nnx.errors import Refusal
 from training import assemble, compose, data, evaluation, loop, moving
 from training.runtime import lock, start
 from training.runtime.metrics import Metrics, read
+from training.runtime.runs import RUNS
 from training.table import table
 
 COUNT = int(os.environ.get("FUZZ_RUNS", "30"))  # more: FUZZ_RUNS=3000
@@ -177,3 +180,17 @@ def refusal(reader: Callable[[Path], object], run_dir: Path, where: str) -> str 
     except BaseException as error:
         raise AssertionError(where) from error
     return None
+
+
+def test_whatever_an_item_says_of_its_run_is_read_or_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    known = {"stage": "linen", "rules": {}, "forms": {"a": "nnx"}, "ported": ["a"], "config": {}}
+    for left_out, key in itertools.product((None, *known), known):
+        for value in VALUES:
+            content = {**known, key: value}
+            content.pop(left_out, None)
+            (tmp_path / "run" / "metadata").write_text(json.dumps(content))
+            with contextlib.suppress(Refusal):
+                if (said := said_in(tmp_path, RUNS)) is not None:
+                    said.at("nnx_in_linen")
+                    RUNS.moved(said.content, "nnx")

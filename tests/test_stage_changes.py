@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 from conftest import STAGES, Train, sampled
-
 from linen_nnx import convert
+
 from training.runtime.runs import RUNS
 
 HALF = 100

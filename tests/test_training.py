@@ -11,10 +11,10 @@ import numpy as np
 import optax
 import pytest
 from conftest import STAGES, Train
-
-from configs.build import ConfigError
 from linen_nnx import RuleBook, RuleError, Stage
 from linen_nnx.book.tree import flatten
+
+from configs.build import ConfigError
 from model import create, mlp
 from training import assemble, compose, losses
 from training.assemble import load_rules

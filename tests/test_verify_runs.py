@@ -4,10 +4,10 @@ import json
 
 import pytest
 from conftest import Train
-
 from linen_nnx import RuleBook
 from linen_nnx.cli import main
 from linen_nnx.disk.convert import convert
+
 from training.runtime.runs import RUNS
 
 OWN = {"runs": "training.runtime.runs:RUNS", "build": "training.proof:subject"}

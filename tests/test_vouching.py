@@ -10,10 +10,10 @@ from pathlib import Path
 import jax
 import pytest
 from conftest import QUIET, SMALL
-
-from configs.schema import Config
 from linen_nnx.cli import main
 from linen_nnx.disk import digests
+
+from configs.schema import Config
 from training import compose, debug, loop
 from training.assemble import prepare
 from training.evaluation import report

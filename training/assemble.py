@@ -9,11 +9,11 @@ from typing import Any
 
 import jax
 from jax import Array
+from linen_nnx import RuleBook
 
 import model
 from configs.earlier import upgraded
 from configs.schema import Config
-from linen_nnx import RuleBook
 from model import Metrics, Rngs
 from training import data, datasets, losses
 from training.datasets import Dataset

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-
 from linen_nnx import Stage
+
 from model import Metrics, Rngs
 from training.runtime.errors import refuse
 

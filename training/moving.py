@@ -9,6 +9,7 @@ from pathlib import Path
 
 from linen_nnx import RuleBook, RuleError
 from linen_nnx.ladder.load import Checkpoint
+
 from training.assemble import Setup
 from training.data import TrainIterator
 from training.runtime import checkpoints

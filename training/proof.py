@@ -10,15 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from configs.build import build
-from configs.earlier import upgraded
-from configs.schema import Config
 from linen_nnx import RuleBook
 from linen_nnx.book.tree import flatten, unflatten
 from linen_nnx.disk.state import Id
 from linen_nnx.infer.trace import LeafSpec, Trace
 from linen_nnx.proof.subject import Arrays, Subject
+
+from configs.build import build
+from configs.earlier import upgraded
+from configs.schema import Config
 from training import data
 from training.assemble import Setup
 from training.runtime.mesh import OneDevice

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-
 from linen_nnx import Stage
+
 from training import data
 from training.assemble import Setup
 from training.runtime.board import Board

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from linen_nnx.book.tree import flatten
 from omegaconf import OmegaConf
 
 from configs.schema import Optimizer
-from linen_nnx.book.tree import flatten
 from training import chains
 from training.assemble import Setup
 from training.datasets import Dataset

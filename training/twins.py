@@ -9,8 +9,9 @@ is called as the family's `inputs` say, in evaluation.
 
 from pathlib import Path
 
-import model
 from linen_nnx import Twin
+
+import model
 from training import compose, data
 from training.runtime.cli import CONFIGS
 

@@ -5,11 +5,11 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 from jax import Array
+from linen_nnx import Part
 
 from configs.build import Count, Fraction, Positive, Share
 from examples.actor_critic import world
 from examples.actor_critic.step import Step
-from linen_nnx import Part
 from model import Applied, Batch, Metrics, Rngs
 
 __all__ = ["Options", "Step", "forward", "inputs", "loss", "methods", "parts"]

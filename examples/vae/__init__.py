@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from linen_nnx import Part
 
 from configs.build import Count, Decay
-from linen_nnx import Part
 from model import Applied, Batch, Metrics, Rngs
 
 STREAMS = ("noise", "dropout")

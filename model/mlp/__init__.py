@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from linen_nnx import Part
 
 from configs.build import Count, Decay
-from linen_nnx import Part
 from model import Applied, Batch, Metrics, Rngs
 
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import orbax.checkpoint as ocp
-
 from linen_nnx.disk import digests
 from linen_nnx.ladder.forms import check
 from linen_nnx.ladder.load import Checkpoint
+
 from training.runtime import processes, reading, vouching
 from training.runtime.errors import Refused
 from training.runtime.names import named

@@ -15,9 +15,9 @@ from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
 
 import yaml
+from linen_nnx.errors import Refusal
 
 from configs.build import ConfigError, build, did_you_mean, paths, show
-from linen_nnx.errors import Refusal
 
 T = TypeVar("T")
 

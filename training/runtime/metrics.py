@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from linen_nnx.book.reading import parse_json
+
 from training.runtime import reading
 from training.runtime.tally import Tally
 

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-
 from linen_nnx.ladder.forms import check
+
 from training.runtime.errors import Refused
 from training.runtime.mesh import Layout, OneDevice
 from training.runtime.names import named, path_name

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
 from linen_nnx.book.reading import open_file, parse_json, read_bytes, read_text
 from linen_nnx.book.text import parse
+
 from training.runtime.errors import Refused
 
 LIMIT = 1 << 24  # bytes of a YAML or JSON file of a run: the longest has some 20 kB

@@ -14,12 +14,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from configs.earlier import HALVES
 from linen_nnx import RuleBook
 from linen_nnx.book.reading import read_text
 from linen_nnx.book.stages import STAGES, forms_at
 from linen_nnx.disk import checked, runs
 from linen_nnx.disk.checked import StoreError
+
+from configs.earlier import HALVES
 from training.runtime import metrics, vouching
 
 

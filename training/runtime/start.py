@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
 from linen_nnx import RuleBook
+
 from training.runtime import checkpoints, metrics, numerics, processes, reading, vouching
 from training.runtime.errors import Refused
 from training.runtime.program import Program, State

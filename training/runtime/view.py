@@ -4,7 +4,6 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from jax import Array
-
 from linen_nnx import Stage
 from linen_nnx.book.tree import flatten
 from linen_nnx.ladder import view

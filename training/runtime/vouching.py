@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from configs.earlier import upgraded
 from linen_nnx import RuleBook
+
+from configs.earlier import upgraded
 from training.runtime import metrics, reading, tally
 from training.runtime.errors import Refused
 

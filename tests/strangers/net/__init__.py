@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax.numpy as jnp
+from linen_nnx import Part
 
 from configs.build import Count, Decay
-from linen_nnx import Part
 from model import Applied, Batch, Metrics, Rngs
 
 
