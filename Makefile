@@ -34,7 +34,7 @@ endif
 test-library: $(TOOLS)  ## run the library's tests; ARGS="tests/test_rules.py"
 	cd $(LIBRARY) && $(CURDIR)/$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
-test-long: $(TOOLS)  ## run the tests of half a minute and more, which `make test` leaves out
+test-long: $(TOOLS)  ## run the longer tests, which `make test` leaves out
 	$(PY) -m pytest -n 2 --dist worksteal -m long $(ARGS)
 ifneq ($(LIBRARY),)
 	$(if $(ARGS),,cd $(LIBRARY) && $(CURDIR)/$(PY) -m pytest -n 2 --dist worksteal -m long)

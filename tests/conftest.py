@@ -1,7 +1,10 @@
 """What all tests share: eight simulated CPU devices, and small runs of the three experiments."""
 
+import gc
 import os
-from collections.abc import Callable, Iterable
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -46,15 +49,35 @@ needs_setuptools = pytest.mark.skipif(
 QUIET = ("log.tensorboard=false", "log.progress=false", "log_every=1")
 
 
-def sampled(cases: Iterable[Any], every: int) -> list[Any]:
-    """Parameters of a test: one in `every` is always run, the others are long.
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`@pytest.mark.sampled(2)`: two cases of a test are always run, the others are long.
 
-    For cases of one kind, each as dear as the others: a few show that the kind holds.
+    For cases of one kind, each as dear as the others: a few show that the kind holds. They are
+    taken at even distances, the first among them. A case that is named alone is run.
     """
-    return [
-        case if number % every == 0 else pytest.param(case, marks=pytest.mark.long)
-        for number, case in enumerate(cases)
-    ]
+    cases = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("long") is None:
+            cases[item.nodeid.partition("[")[0]].append(item)
+    for group in cases.values():
+        marker = group[0].get_closest_marker("sampled")
+        if marker is None:
+            continue
+        (count,) = marker.args
+        always = {number * len(group) // count for number in range(count)}
+        for number, item in enumerate(group):
+            if number not in always:
+                item.add_marker(pytest.mark.long)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs() -> Iterator[None]:
+    """Compiled programs of one file are of no use to the next, and take gigabytes together."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+    gc.collect()
 
 
 def bits(tree: Any) -> dict[str, tuple[str, tuple[int, ...], bytes]]:

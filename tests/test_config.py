@@ -267,6 +267,7 @@ def test_a_family_builds_its_own_options_with_paths_under_model():
 # What the command line answers
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize(
     ("args", "words"),
     [

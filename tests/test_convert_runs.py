@@ -132,6 +132,7 @@ def runs(tmp_path_factory):
     return {stage: make_run(folder / stage, stage) for stage in STAGES}
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("before", "after"), list(itertools.permutations(STAGES, 2)))
 def test_a_run_changes_its_stage(tmp_path, runs, before, after):
     out = tmp_path / "out"
@@ -201,6 +202,7 @@ def rows(run):
     return [(row["step"], row["loss"]) for row in map(json.loads, lines) if row["split"] == "train"]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("experiment", "before", "after"),
     [("lm", "linen", "nnx"), ("digits", "nnx_in_linen", "linen"), ("diabetes", "nnx", "linen")],

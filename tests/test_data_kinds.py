@@ -249,7 +249,7 @@ def run(folder, name, stage, run_dir, *overrides, **options):
     return (folder / run_dir / "metrics.jsonl").read_bytes()
 
 
-@pytest.mark.slow
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", ["ring", "lines"])
 def test_a_data_set_of_the_page_draws_one_curve_at_every_stage(page_sets, name):
     steps = ("steps=6", "eval.every=3", "optimizer.warmup=2")
@@ -259,7 +259,7 @@ def test_a_data_set_of_the_page_draws_one_curve_at_every_stage(page_sets, name):
     assert curves.pop().count(b'"eval"') == 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_on_a_stream_resumes_to_the_same_curve(page_sets):
     steps = ("steps=10", "eval.every=5", "optimizer.warmup=2")
     whole = run(page_sets, "lines", "nnx", "whole", *steps)
@@ -268,7 +268,7 @@ def test_a_run_on_a_stream_resumes_to_the_same_curve(page_sets):
     assert run(page_sets, "lines", "nnx", "halves", *steps) == whole
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_on_a_stream_may_be_spread_over_devices(page_sets):
     steps = ("steps=4", "eval.every=2", "optimizer.warmup=2", "checkpoint.every=100")
     spread = run(page_sets, "lines", "nnx", "spread", *steps, "mesh.data=2")

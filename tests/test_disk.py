@@ -47,6 +47,7 @@ PARTS = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("part", PARTS)
 def test_a_full_disk_is_one_message_whatever_is_written(
     train: Train, tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch

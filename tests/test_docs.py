@@ -9,7 +9,7 @@ from linen_nnx import RuleBook, Twin, TwinError, suggest
 from pages import ROOT, Shell, blocks, follow, project
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_family_added_as_the_page_shows_trains_alike_at_all_stages(tmp_path: Path) -> None:
     shell, page = Shell(project(tmp_path)), blocks(ROOT / "docs" / "family.md")
     assert len([block for block in page if block.file]) == 5

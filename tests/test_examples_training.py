@@ -41,7 +41,7 @@ def train(name: str, run_dir: Path, *overrides: str) -> list[str]:
     return (run_dir / "metrics.jsonl").read_text().splitlines()
 
 
-@pytest.mark.slow
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.long] * (name in LONG)) for name in SMALL]
 )

@@ -24,7 +24,7 @@ def test_lm_beats_the_bigram_model_in_half_its_steps(tmp_path: Path) -> None:
     assert rows[-1]["loss"] < baselines["bigram"] < baselines["uniform"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_digits_reaches_97_percent(tmp_path: Path) -> None:
     rows, baselines = train(tmp_path, "experiment=digits")
     assert rows[-1]["accuracy"] >= 0.97 > baselines["majority"]

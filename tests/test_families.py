@@ -56,7 +56,7 @@ def bits(tree: Any) -> list[bytes]:
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
-@pytest.mark.slow
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_outputs_are_the_same_bits_at_every_stage_with_dropout_on(name: str) -> None:
     found = []
@@ -76,7 +76,7 @@ def test_outputs_are_the_same_bits_at_every_stage_with_dropout_on(name: str) -> 
 TABLE = ("Embed_0/embedding", "token_embed/embedding")
 
 
-@pytest.mark.slow
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("stage_name", STAGES)
 def test_the_gradient_of_the_shared_table_is_the_sum_over_its_two_uses(
     monkeypatch: pytest.MonkeyPatch, stage_name: str
@@ -189,7 +189,7 @@ SHAPES: dict[str, tuple[Any, Any, str, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_family_may_be_one_part_or_have_parts_of_any_kind(
     monkeypatch: pytest.MonkeyPatch, shape: str

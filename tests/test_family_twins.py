@@ -52,6 +52,7 @@ def same(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> bool:
     return left.keys() == right.keys() and all(np.array_equal(left[p], right[p]) for p in left)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "options",
     [
@@ -92,6 +93,7 @@ def test_bisect_takes_a_run_of_this_template_at_any_stage(train: Train, stage: s
     assert not found.notes and not found.findings
 
 
+@pytest.mark.long
 def test_flags_are_known_also_where_a_transform_calls_the_layers() -> None:
     made = family({"family": "transformer", "dtype": "bfloat16", "remat": True, "scan": True})
     tokens = jnp.array([[1, 2, 3, 4], [6, 5, 0, 1]])

@@ -67,6 +67,7 @@ def losses(run_dir: Path) -> list[float]:
     return [row["loss"] for row in rows if row["split"] == "train"]
 
 
+@pytest.mark.long
 def test_all_four_stages_go_on_as_the_script_itself_does(
     state: script.State, own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

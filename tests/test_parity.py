@@ -10,7 +10,7 @@ def curve(run_dir: Path) -> bytes:
     return (run_dir / "metrics.jsonl").read_bytes()
 
 
-@pytest.mark.slow
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("experiment", "dtype"),
     [
@@ -56,7 +56,7 @@ def test_the_curve_is_the_same_under_every_optimizer_setting(
     assert len(set(curves.values())) == 1, first_difference(curves)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_curve_is_the_same_with_recomputed_activations(train: Train) -> None:
     options = ("steps=24", "model.remat=true", "eval.every=8")
     curves = {stage: curve(train("digits", f"stage={stage}", *options)) for stage in STAGES}

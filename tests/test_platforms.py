@@ -16,7 +16,7 @@ from training.runtime.errors import Refused
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_mistyped_platform_is_one_message_and_its_remedy_works(tmp_path: Path) -> None:
     settings = [*SMALL["diabetes"], *QUIET, "steps=1", f"run_dir={tmp_path / 'run'}"]
 

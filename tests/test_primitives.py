@@ -113,6 +113,7 @@ def reference_step(seed, x, y, lr):
     return before, loss([p - lr * g for p, g in zip(params, grads, strict=True)])
 
 
+@pytest.mark.long
 @many
 @given(SEEDS, arrays((1,), (7,), bound=2), arrays((1,), (3,), bound=2), RATES)
 def test_one_step_through_both_frameworks_decreases_the_loss(seed, x, y, lr):
@@ -122,6 +123,7 @@ def test_one_step_through_both_frameworks_decreases_the_loss(seed, x, y, lr):
     assert np.allclose([before, after], reference_step(seed, x, y, lr), rtol=1e-5)
 
 
+@pytest.mark.long
 @settings(max_examples=50, deadline=None)
 @given(SEEDS, arrays((6, 3), bound=2), arrays((6, 2), bound=2), RATES)
 def test_the_step_takes_batches_too(seed, x, y, lr):

@@ -77,7 +77,7 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(
     assert curve(run_dir) == curve(whole)
 
 
-@pytest.mark.slow
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_ends_the_run_cleanly(train: Train, tmp_path: Path, number: int) -> None:
     settings = ("steps=4000", "checkpoint.every=100000", "eval.every=100000")
@@ -111,7 +111,7 @@ def test_a_signal_ends_a_multirun_with_the_run_at_hand(tmp_path: Path) -> None:
     assert not (tmp_path / "run-nnx").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @each_stage
 def test_stop_at_leaves_the_schedules_and_the_curve_as_they_are(train: Train, stage: str) -> None:
     options = (f"stage={stage}", "steps=12", "eval.every=5", "optimizer.ema=0.9",

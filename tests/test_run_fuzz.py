@@ -147,6 +147,7 @@ def readers(
     }
 
 
+@pytest.mark.long
 def test_any_damage_to_a_run_is_a_refusal_that_names_the_file_or_none(
     trained: Path, tmp_path: Path, readers: dict[str, Callable[[Path], object]]
 ) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from conftest import QUIET, SMALL, STAGES, Train, sampled
+from conftest import QUIET, SMALL, STAGES, Train
 
 from configs import schema
 from configs.build import ConfigError
@@ -57,7 +57,7 @@ def host(state: dict[str, Any]) -> list[bytes]:
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
 
 
-@pytest.mark.slow
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("experiment", "grid", "options"),
     [
@@ -82,7 +82,8 @@ def test_a_mesh_draws_the_curve_of_one_device_and_four_stages_one_curve(
         assert curve(run).splitlines() == curve(runs[0]).splitlines()
 
 
-@pytest.mark.parametrize("stage", sampled(STAGES, every=3))
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("experiment", ["lm", "digits"])
 def test_each_device_holds_an_eighth(experiment: str, stage: str) -> None:
     made = setup(experiment, f"stage={stage}", "mesh.fsdp=8", "optimizer.ema=0.9")
@@ -155,10 +156,8 @@ def test_a_mesh_that_does_not_fit_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "after", sampled(["mesh.data=2 mesh.fsdp=2", "", "mesh.data=4", "mesh.fsdp=8"], every=4)
-)
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("after", ["mesh.data=2 mesh.fsdp=2", "", "mesh.data=4", "mesh.fsdp=8"])
 def test_a_run_saved_on_eight_devices_goes_on_with_others(train: Train, after: str) -> None:
     options = (*OPTIONS, "optimizer.ema=0.9")
     before = ["mesh.data=2", "mesh.fsdp=4"]
@@ -171,7 +170,7 @@ def test_a_run_saved_on_eight_devices_goes_on_with_others(train: Train, after: s
     assert_near(parts, whole)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_goes_on_with_the_same_mesh_bit_for_bit(train: Train) -> None:
     whole = train("lm", *OPTIONS, "mesh.fsdp=8")
     parts = train("lm", *OPTIONS, "mesh.fsdp=8", "stop_at=15")
@@ -179,7 +178,7 @@ def test_a_run_goes_on_with_the_same_mesh_bit_for_bit(train: Train) -> None:
     assert curve(parts) == curve(whole)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_on_eight_devices_goes_on_at_another_stage(train: Train, tmp_path: Path) -> None:
     from linen_nnx.cli import main
 
@@ -252,7 +251,7 @@ def test_two_processes_draw_the_curve_of_one(
     assert "process_id: 0" in (tmp_path / "pair" / "config.yaml").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_saved_on_eight_devices_goes_on_in_two_processes_and_back(
     train: Train, tmp_path: Path
 ) -> None:
@@ -271,7 +270,7 @@ def test_a_run_saved_on_eight_devices_goes_on_in_two_processes_and_back(
     assert_near(parts, whole)
 
 
-@pytest.mark.slow
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("number", "to"), [(signal.SIGTERM, 1), (signal.SIGINT, 0)])
 def test_a_signal_to_one_process_stops_both_after_the_same_step(
     train: Train, tmp_path: Path, number: int, to: int
@@ -292,7 +291,7 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(
     assert curve(run_dir).count(b"\n") == int(saved.name)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_one_process_finds_wrong_ends_both_with_its_message(tmp_path: Path) -> None:
     held = tmp_path / "held"
     held.mkdir()
@@ -421,7 +420,7 @@ def test_a_sweep_gives_each_run_its_folder_and_the_table_has_a_line_for_each(
     assert set(result.columns[0].cells) == names
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_second_start_finds_the_programs_compiled(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     kept: list[set[str]] = []

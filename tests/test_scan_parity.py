@@ -55,7 +55,7 @@ def test_scanned_blocks_draw_the_same_curve_in_linen_and_nnx(
 
 # Between runs with and without a loop; between stages there is no difference to bound. The figures
 # measured are 1.9e-7 and 4.0e-4.
-@pytest.mark.slow
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 8e-7), ("bfloat16", 1.6e-3)])
 def test_a_loop_stays_close_to_the_blocks_written_out(
     train: Train, dtype: str, bound: float
@@ -109,7 +109,7 @@ def forward_and_backward(dtype: str, *, scan: bool, excess: bool) -> dict[str, b
 
 # Adafactor scales an array's update by the array's own root mean square; a stack of blocks is one
 # array in Linen and several in nnx. That is arithmetic, not rounding. Measured: 2.1e-4.
-@pytest.mark.slow
+@pytest.mark.long
 def test_adafactor_on_a_stack_stays_close_to_adafactor_on_its_blocks(train: Train) -> None:
     settings = ("model.scan=true", "optimizer=adafactor", "steps=50")
     runs = (train("lm", f"stage={stage}", *settings) for stage in ("linen", "nnx"))

@@ -74,7 +74,7 @@ def stepping(run_dir: Path, output: Path) -> bool:
     return len(list((run_dir / "checkpoints").glob("[0-9]*"))) > 1
 
 
-@pytest.mark.slow
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("moment", [importing, compiling, stepping])
 def test_a_double_interrupt_ends_a_run_without_a_traceback(
     tmp_path: Path, moment: Callable[[Path, Path], bool]

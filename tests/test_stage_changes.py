@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import STAGES, Train, sampled
+from conftest import STAGES, Train
 from linen_nnx import convert
 
 from training.runtime.runs import RUNS
@@ -22,8 +22,8 @@ def rows(run_dir: Path) -> list[bytes]:
     return (run_dir / "metrics.jsonl").read_bytes().splitlines()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("before", sampled(STAGES, every=2))
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("before", STAGES)
 @each_experiment
 def test_a_change_of_stage_in_mid_run_does_not_move_the_curve(
     train: Train, experiment: str, before: str
@@ -37,7 +37,7 @@ def test_a_change_of_stage_in_mid_run_does_not_move_the_curve(
             assert rows(first) + rows(second) == rows(whole), f"{before} -> {after}"
 
 
-@pytest.mark.slow
+@pytest.mark.sampled(1)
 @each_experiment
 def test_one_run_climbs_all_four_rungs(train: Train, tmp_path: Path, experiment: str) -> None:
     """The first two changes through `init_from`, the last by converting the run directory."""

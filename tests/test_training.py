@@ -55,7 +55,7 @@ def test_a_part_to_port_that_the_model_does_not_have_is_named() -> None:
     assert error.value.problems == {"ported": "got 'tail'; the model's parts: encoder, head"}
 
 
-@pytest.mark.slow
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("experiment", ["lm", "digits", "diabetes"])
 def test_the_loss_decreases_over_training(train: Train, experiment: str) -> None:
     run_dir = train(experiment, "steps=150", "eval.every=50", "optimizer.lr=5e-3")
@@ -102,6 +102,7 @@ def test_one_small_sgd_step_lowers_the_loss_whatever_the_seed(
         assert (np.asarray(norms[half]) > 0).all()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("stage_name", STAGES)
 def test_every_parameter_of_both_halves_moves(train: Train, stage_name: str) -> None:
     run_dir = train("digits", f"stage={stage_name}", "steps=4", "checkpoint.every=1",
@@ -112,6 +113,7 @@ def test_every_parameter_of_both_halves_moves(train: Train, stage_name: str) -> 
     assert still == []
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("rule", ["adamw", "sgd"])
 @pytest.mark.parametrize("frozen", HALVES)
 def test_a_frozen_half_stays_exactly_as_it_was(train: Train, frozen: str, rule: str) -> None:
@@ -191,6 +193,7 @@ def test_one_step_goes_the_whole_path_once(train: Train, tmp_path: Path) -> None
     assert (run_dir / "checkpoints" / "1" / "state").is_dir()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("mode", ["one_step", "overfit", "nans", "profile"])
 def test_a_debug_run_that_has_ended_begins_anew(
     train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str
@@ -357,6 +360,7 @@ def test_a_warm_up_longer_than_the_run_is_said(
     assert capsys.readouterr().out.count(text) == said
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("options", [(), ("mesh.data=2",), ("debug=nans",)], ids=str)
 def test_the_step_is_compiled_once_however_a_run_begins(
     train: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture, options: tuple[str, ...]

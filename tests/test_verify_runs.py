@@ -21,6 +21,7 @@ def proof(capsys, *arguments):
     return code, {check["name"]: check for check in content["checks"]}
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("experiment", "before", "after", "settings"),
     [
@@ -44,6 +45,7 @@ def test_a_runs_change_of_stage_is_proved_in_every_bit(
     assert bool(blind) == (experiment == "lm") and all("/key/bias`" in text for text in blind)
 
 
+@pytest.mark.long
 def test_a_wrong_rule_book_of_a_run_is_found_by_running_it(train: Train, tmp_path, capsys):
     run = train("lm", "stage=linen", "steps=2", "model.depth=1")
     rules = RuleBook.load(run / "rules.yaml").to_dict()

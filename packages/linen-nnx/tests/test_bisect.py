@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import sampled
 from convert_helpers import save
 from faults import DEPTH, SCANNED, NnxConvs, X, book, convs, net, sharp_attention
 from flax import nnx
@@ -49,6 +48,7 @@ def assert_named(found, linen, nnx_, leaf):
 # Pairs without a fault
 
 
+@pytest.mark.long
 def test_clean_twins_are_exact_in_every_layer_and_output():
     found = bisect(net(), book())
 
@@ -57,6 +57,7 @@ def test_clean_twins_are_exact_in_every_layer_and_output():
     assert not found.findings and not found.notes
 
 
+@pytest.mark.long
 def test_scanned_blocks_equal_a_list_of_blocks_but_for_rounding():
     found = bisect(net(scan=True), SCANNED)
 
@@ -65,13 +66,15 @@ def test_scanned_blocks_equal_a_list_of_blocks_but_for_rounding():
     assert len(found.layers) == 3 * DEPTH + 2
 
 
-@pytest.mark.parametrize("name", sampled(sorted(set(PAIRS) - {"gru_cells"}), every=4))
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("name", sorted(set(PAIRS) - {"gru_cells"}))
 def test_twins_that_compute_the_same_never_diverge(name):
     pair = PAIRS[name]()
 
     assert bisect(pair.twin, pair.truth).first is None
 
 
+@pytest.mark.long
 def test_a_leaf_without_a_home_on_the_other_side_is_noted():
     pair = PAIRS["gru_cells"]()
     found = bisect(pair.twin, pair.truth)
@@ -98,11 +101,13 @@ def test_leaves_of_the_root_are_shown_as_such():
     assert (first.linen, first.nnx, first.leaf) == ("(root)", "(root)", "params/scale")
 
 
-@pytest.mark.parametrize("seed", sampled(range(4), every=2))
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("seed", range(4))
 def test_random_twins_never_diverge(seed):
     assert bisect(random_twin(seed)[0]).first is None
 
 
+@pytest.mark.long
 def test_the_same_attention_in_another_form_is_rounding():
     found = bisect(net(depth=2, attention=nnx.dot_product_attention))
 
@@ -124,6 +129,7 @@ def test_a_wrong_epsilon_is_named():
     assert "epsilon 1e-06 inside the root" in function and "epsilon 1e-05 inside" in function
 
 
+@pytest.mark.long
 def test_a_wrong_epsilon_is_named_without_a_rule_book_and_under_scan():
     assert bisect(net(at=7, epsilon=1e-5)).first.linen == "block_7/LayerNorm_0"
     found = bisect(net(scan=True, at=7, epsilon=1e-5), SCANNED)
@@ -192,6 +198,7 @@ def test_swapped_mean_and_variance_are_named():
     assert_named(found, "BatchNorm_1", "norms/1", "mean")
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("train", ["linen", "nnx"])
 def test_batch_norm_in_train_mode_on_one_side_is_named(train):
     twin = convs(train=train == "linen")
@@ -203,6 +210,7 @@ def test_batch_norm_in_train_mode_on_one_side_is_named(train):
     assert "train mode in one of them" in found.findings[0]
 
 
+@pytest.mark.long
 def test_dropout_that_is_active_on_one_side_is_named_at_what_reads_it():
     twin = replace(net(at=6, dropping=True), call_nnx=lambda model, x: model(x))
     found = bisect(twin, book())

@@ -96,6 +96,7 @@ def nested(leaves):
     return tree
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("rules", BOOKS)
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_dtype_survives_every_store_there_and_back(tmp_path, option, rules):

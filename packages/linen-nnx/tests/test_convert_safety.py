@@ -302,6 +302,7 @@ def test_two_conversions_to_one_target_do_not_mix(source, tmp_path):
     assert os.listdir(tmp_path) == ["nnx"]
 
 
+@pytest.mark.long
 def test_a_kill_leaves_the_target_absent_or_complete(source, tmp_path):
     before = snapshot(source)
     out = tmp_path / "nnx"
@@ -361,6 +362,7 @@ FILES = {  # as those libraries write them whose formats they are
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("suffix", FILES)
 def test_the_memory_that_a_plan_foretells_for_a_file_is_what_it_takes(tmp_path, suffix):
     leaf = np.random.default_rng(0).standard_normal((1024, 1024), np.float32)

@@ -4,7 +4,6 @@ import jax
 import numpy as np
 import optax
 import pytest
-from conftest import sampled
 from convert_helpers import (
     RENAMES,
     bits,
@@ -60,7 +59,8 @@ def load_nnx(path, tx):
     return model, optimizer, restored["ema"]
 
 
-@pytest.mark.parametrize("name", sampled(OPTIMIZERS, every=3))
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_linen_training_goes_on_in_nnx(tmp_path, name):
     tx = OPTIMIZERS[name]()
     state, _ = linen_train(linen_state(tx), range(3))
@@ -73,7 +73,8 @@ def test_linen_training_goes_on_in_nnx(tmp_path, name):
     assert nnx_ema == sorted(np.asarray(x).tobytes() for x in jax.tree.leaves(expected.ema))
 
 
-@pytest.mark.parametrize("name", sampled(OPTIMIZERS, every=3))
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_nnx_training_goes_on_in_linen(tmp_path, name):
     tx = OPTIMIZERS[name]()
     model, optimizer, ema = nnx_state(tx)
@@ -88,6 +89,7 @@ def test_nnx_training_goes_on_in_linen(tmp_path, name):
     assert int(state.step) == 8
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_there_and_back_is_identical(tmp_path, name):
     state, _ = linen_train(linen_state(OPTIMIZERS[name]()), range(3))

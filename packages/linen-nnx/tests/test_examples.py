@@ -51,7 +51,7 @@ def test_the_difference_that_the_page_shows_is_the_whole_one():
     assert is_code == shown.text.splitlines()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_rules_for_bert_are_those_that_the_code_suggests():
     twin = Twin.load(f"{EXAMPLES}/bert/twin.py:twin")
     shapes = jax.eval_shape(twin.linen().init, jax.random.key(0), *twin.inputs())

@@ -8,7 +8,7 @@ import flax.errors
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import STAGES, sampled
+from conftest import STAGES
 from flax import linen as nn
 from flax import nnx
 from jax import Array
@@ -136,6 +136,7 @@ def test_a_draw_is_read_back_from_its_text(draw: Draw) -> None:
     assert Draw.parse(str(draw)) == draw
 
 
+@pytest.mark.long
 def test_a_stream_that_has_changed_since_it_was_paired_is_paired_anew_and_that_is_said() -> None:
     book = plain().pair(X).to_dict()
     book["draws"][0]["pairs"][0]["linen"] = "dropout/Dropout_7"
@@ -161,6 +162,7 @@ def test_a_pair_may_stand_for_many() -> None:
     assert not said
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("rate", [0.05, 0.1, 0.2])
 def test_a_draw_that_two_keys_do_not_show_is_not_taken_for_idle(rate: float) -> None:
     """A mask of few elements and a low rate is often the same mask under another key."""
@@ -175,7 +177,8 @@ def test_a_draw_that_two_keys_do_not_show_is_not_taken_for_idle(rate: float) -> 
     assert pairing.idle == ()
 
 
-@pytest.mark.parametrize("count", sampled([3, 1, 0], every=3))
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("count", [3, 1, 0])
 def test_draws_of_a_model_of_another_depth_are_not_those_in_the_rule_book(count: int) -> None:
     """One stream is drawn from once a layer: for a third layer the book has no key."""
 
@@ -271,6 +274,7 @@ def test_suggest_pairs_the_layers_as_one_and_a_wrong_pair_is_found() -> None:
     assert check.passed is None
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("stage", ["nnx_in_linen", "nnx"])
 def test_draws_without_a_partner_have_repeatable_streams_of_their_own(stage: str) -> None:
     said: list[str] = []
@@ -313,6 +317,7 @@ class Extra(nnx.Module):
         return self.dense(self.drop(x))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("stage", STAGES)
 def test_updates_of_collections_that_are_not_mutable_are_linens_own_error(stage: str) -> None:
     model = CASES["mlp"].ladder().at(stage)

@@ -70,6 +70,7 @@ def run(model: Any, variables: Any, *args: Any, **kwargs: Any) -> list[bytes]:
     return bits(call(variables, X, KEY))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("port", [SameWord, OtherWord, OwnModes])
 def test_a_port_is_in_the_mode_that_the_linen_call_says(port: Any) -> None:
     climb = Ladder(Twin(Linen, lambda rngs: port(rngs=rngs), lambda: (X,)), BOOK)

@@ -103,6 +103,7 @@ def test_variables_and_bare_parameters_move_in_containers_of_any_kind() -> None:
     assert climb.move(optax.sgd(1.0).init(variables["params"]), "linen", "nnx") is not None
 
 
+@pytest.mark.long
 def test_stacked_layers_move_with_their_moments() -> None:
     case = CASES["scan, list"]
     climb, tx = case.ladder(), optax.adam(1e-2)
@@ -151,6 +152,7 @@ def test_moments_of_a_rescaled_parameter_are_refused() -> None:
         climb.move(state, "linen", "nnx")
 
 
+@pytest.mark.long
 def test_on_disk_a_checkpoint_that_says_its_parts_goes_to_every_stage(tmp_path: Path) -> None:
     tx = optax.adamw(1e-2)
     torso = Part(nn.Dense(4), lambda rngs: nnx.Linear(3, 4, rngs=rngs))

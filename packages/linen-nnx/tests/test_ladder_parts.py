@@ -134,6 +134,7 @@ def ladder(*ported: str) -> Ladder:
     )
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "ported",
     [

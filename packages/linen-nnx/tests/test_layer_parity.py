@@ -32,6 +32,7 @@ FAST = (
 )
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", FAST)
 def test_a_pair_is_as_the_table_says(name: str) -> None:
     row = parity.measure(ROWS[name])
@@ -40,6 +41,7 @@ def test_a_pair_is_as_the_table_says(name: str) -> None:
     assert len(row.cells) == 8
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("gap", [*gaps.GAPS, *private.PRIVATE], ids=lambda gap: gap.name)
 def test_a_known_gap_is_still_there(gap: gaps.Gap) -> None:
     result = parity.probe(gap)

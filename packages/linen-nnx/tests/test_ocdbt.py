@@ -62,6 +62,7 @@ def test_what_tensorstore_wrote_is_read(parts, config):
         assert by_us(Path(folder)) == by_tensorstore(folder)
 
 
+@pytest.mark.long
 @settings(max_examples=40, deadline=None)
 @given(PARTS, CONFIGS, st.sampled_from([2, 3, 1000]))
 def test_what_is_written_is_read_by_tensorstore(parts, config, arity):

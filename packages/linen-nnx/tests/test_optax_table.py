@@ -21,6 +21,7 @@ def test_the_page_names_every_factory_once() -> None:
         assert f"- `{name}`: {why}\n" in PAGE.read_text()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", FEW)
 def test_a_state_is_taken_along_as_the_page_says(name: str) -> None:
     assert outcomes(name) == SAID[name]

@@ -143,6 +143,7 @@ def test_to_linen_inverts_to_nnx_bit_for_bit(pair):
     same_bits(rules.to_nnx(rules.to_linen(there), target=there), there)
 
 
+@pytest.mark.long
 @settings(deadline=None, max_examples=15)
 @given(books_and_leaves(dtypes=tuple(JAX_DTYPES)))
 def test_the_inverse_holds_for_jax_arrays_and_under_jit(pair):

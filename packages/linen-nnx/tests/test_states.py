@@ -206,6 +206,7 @@ def test_a_mask_that_may_choose_by_axes_is_noted(tmp_path):
     assert any("whose number of axes rules change" in note for note in notes)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("axis", [0, 1, 2])
 @pytest.mark.parametrize("layers", [2, 9])
 def test_factored_moments_follow_a_stack_or_are_refused(tmp_path, axis, layers):
@@ -385,6 +386,7 @@ class Bare(nn.Module):
 TWIN = Twin(linen=Bare, nnx=Linear, inputs=lambda: (jnp.ones((2, 6)),))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", ["whole dict", "sm3"])
 def test_the_models_prove_a_step_from_states_of_odd_forms(tmp_path, name):
     tx = optax.sm3(0.1) if name == "sm3" else optax.MultiSteps(optax.adam(0.1), 1)

@@ -57,6 +57,7 @@ def test_suggest_with_open_leaves_lists_them_with_reason_writes_the_rest_and_exi
     assert set(RuleBook.load(tmp_path / "some.yaml").unassigned) == {"params/GRUCell_0/hn/bias"}
 
 
+@pytest.mark.long
 def test_a_twin_brings_its_rule_book_to_plan_run_and_verify(linen, tmp_path, capsys):
     to = ["--to", "nnx", "--twin", TWIN]
     assert call(capsys, "plan", linen, *to)[0] == 0

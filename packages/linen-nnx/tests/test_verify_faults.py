@@ -102,6 +102,7 @@ WRONG_BOOKS = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("fault", WRONG_BOOKS)
 def test_a_wrong_rule_is_found_by_the_models_and_named(linen, tmp_path, fault):
     changes, named = WRONG_BOOKS[fault]

@@ -71,6 +71,7 @@ def verified(folder, capsys, one, two):
     return code, {check["name"]: check for check in json.loads(printed.out)["checks"]}
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.long) for name in MANY)]
 )

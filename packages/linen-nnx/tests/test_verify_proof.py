@@ -46,6 +46,7 @@ def test_twins_with_the_same_operations_are_exact(name, tmp_path):
     assert not any(check.close or check.passed is False for check in checks.values())
 
 
+@pytest.mark.long
 def test_other_operations_of_one_function_are_close_never_exact_and_the_blind_leaf_is_named(
     tmp_path,
 ):
