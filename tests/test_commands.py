@@ -7,6 +7,7 @@ does not exist, fails its test.
 
 import math
 import re
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from conftest import needs_setuptools
 from pages import EXAMPLES, PAGES, ROOT, SHELL, Block, Shell, blocks, follow, inline, project
 
 README, DOCS = ROOT / "README.md", ROOT / "docs"
+SHOWN = ("Two commands", "What `make train` shows")
 
 # Sizes alone: steps, depth and settings stay as they are.
 SMALL = {
@@ -200,30 +202,30 @@ def in_blocks() -> set[str]:
 
 @pytest.mark.long
 def test_the_two_commands_of_the_readme_and_those_of_training(shell: Shell) -> None:
-    follow(sections(README, "Two commands"), shell, tolerance=math.inf)
-    follow(sections(README, "Commands", "Changing stage"), shell)
+    follow(sections(README, *SHOWN), shell, tolerance=math.inf)
+    follow(sections(DOCS / "running.md", "Commands", "Changing stage"), shell)
 
 
 @pytest.mark.long
 def test_make_train_ends_as_the_readme_quotes(tmp_path: Path) -> None:
     shell = Shell(project(tmp_path))
-    follow(sections(README, "Two commands"), shell, {"make test": "make -n test"})
+    follow(sections(README, *SHOWN), shell, {"make test": "make -n test"})
 
 
 @pytest.mark.long
 def test_the_commands_of_converting(shell: Shell) -> None:
     shell.run("python train.py experiment=digits stop_at=20 && python train.py stop_at=2")
     (shell.folder / "models.py").write_text(MODELS)
-    (shell.folder / "tests" / "faults.py").rename(shell.folder / "faults.py")
+    shutil.copy(ROOT / "packages/linen-nnx/tests/faults.py", shell.folder)
     shell.python(CHECKPOINT)
-    follow(sections(README, "Converting checkpoints"), shell, INSTEAD)
+    follow(blocks(DOCS / "converting.md"), shell, INSTEAD)
     assert (shell.folder / "errors.png").stat().st_size > 0
 
 
 @pytest.mark.long
 def test_the_commands_of_scale(shell: Shell) -> None:
     instead = INSTEAD | dict.fromkeys(EXTRAS, "true")
-    follow(sections(README, "Scale"), shell, instead)
+    follow(sections(DOCS / "running.md", "Scale"), shell, instead)
 
 
 @pytest.mark.long
