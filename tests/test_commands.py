@@ -102,7 +102,7 @@ INLINE = {
     ".ci/run": "bash -n .ci/run && test -x .ci/run",
     "cp -r": "cp -r docs copied",
     # What it would install is on no list of ours; its hooks are the commands of `make lint`.
-    "pip install pre-commit && pre-commit install": "make -n lint | sed 's/ [.]$//' |"
+    "pip install pre-commit && pre-commit install": "make -n lint | grep ^.venv | sed 's/ [.]$//' |"
     ' while read hook; do grep -F "entry: $hook" .pre-commit-config.yaml || exit 1; done',
     "python convert.py inspect CKPT": "python convert.py inspect --help | grep CKPT",
     **{
