@@ -11,16 +11,18 @@ raises `ValueError` with what was expected and what was got; who asked adds wher
 
 import math
 import re
+from collections.abc import Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from linen_nnx.book.reading import open_file, parse_json, read_bytes
+from linen_nnx.book.reading import ObjectPath, open_file, parse_json, read_bytes, size_of
 from linen_nnx.errors import Refusal
 
 _RANK = 32  # axes of an array: numpy's own limit was 32 until version 2, tensorstore's still is
 _BYTES = 1 << 60  # of one array: more than any disk, and still exact in every reader's integers
 METADATA_LIMIT = 1 << 20  # bytes of one array's zarr metadata, which take some hundred
+_AT_ONCE = 16  # requests for files in a bucket
 _LEVELS = 32  # that a value nests which nothing here takes apart: real ones nest four deep
 _SHOWN = 60  # characters of a value in a message
 
@@ -42,10 +44,29 @@ def read(path: Path) -> bytes:
         raise StoreError(f"{path} cannot be read: {reason(error)}") from None
 
 
+def read_all(paths: Sequence[Path]) -> list[bytes]:
+    """The contents of many metadata files, or `StoreError`."""
+    if any(isinstance(path, ObjectPath) for path in paths):
+        from concurrent.futures import ThreadPoolExecutor
+
+        # One after another, 96 arrays in a bucket take 3.0 s, and 0.25 s so.
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            return list(pool.map(read, paths))
+    return [read(path) for path in paths]
+
+
 def open_data(path: Path) -> FileIO:
     """Opens a data file, or raises `StoreError` or `OSError`."""
     try:
         return open_file(path)
+    except ValueError as error:
+        raise StoreError(f"{path} cannot be read: {error}") from None
+
+
+def data_size(path: Path) -> int:
+    """The bytes of a data file that can be read, or `StoreError` or `OSError`."""
+    try:
+        return size_of(path)
     except ValueError as error:
         raise StoreError(f"{path} cannot be read: {error}") from None
 

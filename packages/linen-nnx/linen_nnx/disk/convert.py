@@ -20,11 +20,13 @@ from linen_nnx.disk.conversion import REPORT, RULES, Conversion
 from linen_nnx.disk.placing import Placer
 from linen_nnx.disk.planning import plan_conversion
 from linen_nnx.disk.rekey import write_store
+from linen_nnx.disk.remote import Remote, as_path
 from linen_nnx.disk.runs import ITEM, NO_RUNS, Runs
 from linen_nnx.disk.side_files import write_side_files
 from linen_nnx.disk.sources import READABLE, SUFFIXES, Source, check_beside, parts
 from linen_nnx.disk.store import OF_THE_TREE
 from linen_nnx.disk.transaction import TargetError, left_over, publish, workspace
+from linen_nnx.disk.transfers import copy_file
 from linen_nnx.errors import Refusal
 
 _SPARE = 16 << 20  # bytes of room for the new tree and the side files
@@ -67,7 +69,9 @@ def convert(
     Raises:
       StoreError, RuleError, DigestError, TargetError, OSError: with nothing left behind.
     """
-    path, out = Path(path), Path(out)
+    path, out = as_path(path), as_path(out)
+    if isinstance(out, Remote):
+        raise TargetError(f"{out}: buckets are read, and not written")
     to_file = out.suffix in SUFFIXES
     if out.suffix in READABLE and not to_file:
         known = " or ".join(SUFFIXES)
@@ -198,7 +202,7 @@ def _write_item(conversion: Conversion, item: Path, placer: Placer) -> None:
     for original in source.paths:
         for file in (p for p in sorted(original.iterdir()) if p.is_file()):
             if not (item / file.name).exists() and file.name not in (*ours, *OF_THE_TREE):
-                shutil.copyfile(file, item / file.name)
+                copy_file(file, item / file.name)
 
 
 def _seal(
@@ -264,7 +268,7 @@ def _carry_along(conversion: Conversion, folder: Path, placer: Placer, runs: Run
         if said is not None and child.name == ITEM:
             continue
         if child.is_file():
-            shutil.copyfile(child, folder / child.name)
+            copy_file(child, folder / child.name)
         elif child.is_dir():
             for file in files_below(child):
                 placer.place(file, folder / file.relative_to(source.folder))
@@ -307,7 +311,7 @@ def _write_run(path: Path, partial: Path, conversion: Conversion, runs: Runs) ->
     stage = conversion.to.stage
     assert stage is not None  # a whole run directory goes to a stage
     for file in runs.taken(path):
-        shutil.copyfile(file, partial / file.relative_to(path))
+        copy_file(file, partial / file.relative_to(path))
     runs.write(path, partial, stage, conversion.book)
 
 

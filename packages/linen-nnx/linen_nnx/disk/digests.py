@@ -16,6 +16,7 @@ import xxhash
 
 from linen_nnx.book.reading import open_file, read_json
 from linen_nnx.disk import checked
+from linen_nnx.disk.remote import Remote, as_path
 from linen_nnx.errors import Refusal
 
 NAME = "digests.json"
@@ -37,6 +38,11 @@ class DigestError(Refusal):
 def hash_file(path: Path) -> Digest:
     """Size and hash of one file. Raises `DigestError` for a pipe or a device."""
     state, size = xxhash.xxh3_128(), 0
+    if isinstance(path, Remote):
+        for part in path.blocks():
+            state.update(part)
+            size += len(part)
+        return size, state.hexdigest()
     block = bytearray(_BLOCK)
     view = memoryview(block)
     try:
@@ -56,7 +62,9 @@ def write(directory: str | Path, known: Mapping[str, Digest] = MappingProxyType(
     `known` are digests that need not be computed.
     """
     directory = Path(directory)
-    files = {p: known[p] if p in known else hash_file(directory / p) for p in _files(directory)}
+    # What the server of a bucket copied lies there and not in the directory that is hashed here.
+    names = sorted({*_files(directory), *known})
+    files = {name: known[name] if name in known else hash_file(directory / name) for name in names}
     content = {"version": 1, "algorithm": _ALGORITHM, "files": files}
     partial = directory / f".{NAME}.partial"
     partial.unlink(missing_ok=True)  # of a killed process, or a link, which is not written through
@@ -69,7 +77,7 @@ def write(directory: str | Path, known: Mapping[str, Digest] = MappingProxyType(
 
 def read(directory: str | Path) -> Digests | None:
     """The digests that cover a directory, if there are any: its own, or its parent's."""
-    directory = Path(directory).absolute()
+    directory = as_path(directory).absolute()
     for base in (directory, directory.parent):
         try:
             files = _parsed(read_json(base / NAME))
@@ -106,7 +114,7 @@ def check(directory: str | Path) -> bool:
     Raises:
       DigestError: naming every file that is missing, foreign, truncated or altered.
     """
-    directory = Path(directory)
+    directory = as_path(directory)
     digests = read(directory)
     if digests is None:
         return False
@@ -129,6 +137,9 @@ def check(directory: str | Path) -> bool:
 
 def _files(directory: Path) -> list[str]:
     """Every file below a directory but its digest file, as sorted relative paths."""
+    if isinstance(directory, Remote):
+        below = (path for path in directory.rglob("*") if path.is_file())
+        return sorted({str(path.relative_to(directory)) for path in below} - {NAME})
     found = []
     for folder, _, names in os.walk(directory):
         found += [os.path.relpath(os.path.join(folder, name), directory) for name in names]

@@ -50,7 +50,7 @@ class Member:
 
     def read(self) -> Array:
         """The array itself, `shape` of `dtype`."""
-        with np.load(self.archive, allow_pickle=False) as arrays:
+        with open_file(self.archive) as file, np.load(file, allow_pickle=False) as arrays:
             array = arrays[self.name]
         return array.view(self.dtype)
 
@@ -101,14 +101,14 @@ def read_npz(path: Path) -> dict[str, Member]:
     """
     members, problems = {}, []
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_file(path) as file, zipfile.ZipFile(file) as archive:
             for info in archive.infolist():
                 name = info.filename.removesuffix(".npy")
                 try:
                     members[name] = _member(path, name, archive, info)
                 except ValueError as error:
                     problems.append(f"`{name}`: {error}")
-    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+    except (OSError, ValueError, zipfile.BadZipFile, RuntimeError, EOFError) as error:
         raise StoreError(f"{path} cannot be read as npz: {error}") from None
     if problems:
         raise StoreError(f"{path} cannot be read: {'; '.join(problems)}")

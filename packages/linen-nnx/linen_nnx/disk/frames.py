@@ -48,6 +48,26 @@ def check_length(file: FileIO, metadata: dict[str, Any], nbytes: int) -> None:
         raise ValueError("it is empty")
 
 
+def check_size(size: int, metadata: dict[str, Any], nbytes: int) -> None:
+    """The same by the length alone, where no byte of the chunk is to be read.
+
+    So a chunk that is stored as it is must be as long as its array says; of any other it is known
+    only that it is not empty, and no longer than codecs make it. Raises `ValueError`.
+    """
+    check_swelling(size, nbytes)
+    if _is_plain(metadata):
+        _expect(size, nbytes)
+    elif not size:
+        raise ValueError("it is empty")
+
+
+def _is_plain(metadata: dict[str, Any]) -> bool:
+    """Whether chunks are stored as they are, neither compressed nor filtered."""
+    if metadata["zarr_format"] == 3:
+        return [codec["name"] for codec in metadata["codecs"]] == ["bytes"]
+    return metadata["compressor"] is None and not metadata["filters"]
+
+
 def check_swelling(size: int, nbytes: int) -> None:
     """Compares the stored and the decoded length of a chunk, which no codec makes so different.
 

@@ -84,7 +84,7 @@ def read(path: Path) -> Any:
 
 def _guess(path: Path) -> str:
     """What a file that is no msgpack may be instead."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         first = file.read(8)
     if first[:1] == b"\x80" and first[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         return ". It begins like a pickle, which is refused, as reading one runs code from it"

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import google_crc32c
 from backports import zstd
 
-from linen_nnx.book.reading import open_file, read_bytes
+from linen_nnx.book.reading import read_bytes, read_range
 
 MANIFEST = "manifest.ocdbt"
 _MANIFEST, _NODE = bytes.fromhex("0cdb3a2a"), bytes.fromhex("0cdb20de")  # `magic_value`
@@ -97,12 +97,8 @@ def fetch(folder: Path, value: Value, limit: int = _NODE_BYTES) -> bytes:
         raise ValueError(f"a value is longer than {limit} bytes")
     if isinstance(value, bytes):
         return value
-    end = value.offset + value.length
     try:
-        with open_file(folder / value.file) as file:
-            if os.fstat(file.fileno()).st_size < end:
-                raise ValueError(f"it ends before byte {end}")
-            return os.pread(file.fileno(), value.length, value.offset)
+        return read_range(folder / value.file, value.offset, value.length)
     except ValueError as error:
         raise ValueError(f"{value.file}: {error}") from None
 

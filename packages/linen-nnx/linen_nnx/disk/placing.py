@@ -8,6 +8,8 @@ from pathlib import Path
 
 from linen_nnx.disk.checked import StoreError, open_data
 from linen_nnx.disk.digests import Digest, hash_file
+from linen_nnx.disk.remote import Remote
+from linen_nnx.disk.transfers import download
 
 _STEP = 32 << 20  # bytes of a file that are copied before the disk gets to work on them
 # What the kernel says where two file systems, or one of them, do not know `copy_file_range`.
@@ -47,6 +49,9 @@ class Placer:
 
     def _linked(self, source: Path, target: Path) -> bool:
         """Whether a hard link could be made."""
+        if isinstance(source, Remote):
+            self.fell_back = f"{source} lies in a bucket"
+            return False
         try:
             os.link(os.path.realpath(source, strict=True), target)
         except OSError as error:
@@ -57,6 +62,8 @@ class Placer:
 
     def _copy(self, source: Path, target: Path) -> Digest:
         """Copies a file through to disk, which begins with the first step; returns its digest."""
+        if isinstance(source, Remote):
+            return download(source, target, lambda: self._stopped)
         flushes: list[Future[None]] = []
         try:
             with open_data(source) as old, target.open("xb", buffering=0) as new:

@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 from linen_nnx.book.reading import read_json
 from linen_nnx.disk.checked import StoreError
 from linen_nnx.disk.leaves import DICT, Key, Leaf
+from linen_nnx.disk.remote import Remote, as_path
 from linen_nnx.disk.runs import NO_RUNS, Runs, Said, said_in
 from linen_nnx.disk.steps import Choice, Step, choose, is_named_as_step, pytrees, refuse_unfinished
 from linen_nnx.disk.store import INDEX, Item, begins_as_map, has_index, is_item, read_item
@@ -205,6 +206,8 @@ def _format(path: Path) -> str:
 
 
 def _read_item(path: Path, number: int) -> Item:
+    if isinstance(path, Remote):
+        path.look_below()
     if (path / "_METADATA").is_file():
         return read_item(path, number)
     from linen_nnx.disk.legacy import read_index_item  # needs numpy
@@ -234,7 +237,7 @@ def find(
     Raises:
       StoreError: with what was seen, if there is no checkpoint, or if it is not clear which.
     """
-    path = Path(path)
+    path = as_path(path)
     if not path.exists():
         raise StoreError(f"{path} does not exist")
     if path.is_file():

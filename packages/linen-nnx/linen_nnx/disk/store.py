@@ -22,7 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from linen_nnx.book.reading import read_json
+from linen_nnx.book.reading import read_json, read_range
 from linen_nnx.disk import checked, ocdbt
 from linen_nnx.disk.checked import StoreError
 from linen_nnx.disk.leaves import DICT, EMPTY_TYPES, SEQUENCE, Key, Leaf, make_key, repeated
@@ -86,11 +86,13 @@ def begins_as_map(path: Path) -> bool:
     """Whether a file begins as a map in msgpack does, which no text and no pickle does."""
     if not path.is_file():
         return False
-    with path.open("rb") as file:
-        first = file.read(2)
+    try:
+        first, _ = read_range(path, 0, 2)
+    except ValueError:  # it is shorter
+        return False
     # A pickle begins with 0x80 and its protocol; in msgpack that is an empty map, which ends there.
     # A map of 1 to 15 entries begins with 0x81 to 0x8f, a longer one with 0xde or 0xdf.
-    return len(first) == 2 and (0x81 <= first[0] <= 0x8F or first[0] in (0xDE, 0xDF))
+    return 0x81 <= first <= 0x8F or first in (0xDE, 0xDF)
 
 
 class _Entry(NamedTuple):
@@ -352,13 +354,13 @@ def _zarr_contents(
     path: Path, key: str, names: Iterable[str], tree: ocdbt.Tree | None
 ) -> dict[str, bytes]:
     """The bytes of the metadata of each named array that the store has."""
+    if tree is None:
+        files = {name: path / name / key for name in names}
+        there = {name: file for name, file in files.items() if file.is_file()}
+        return dict(zip(there, checked.read_all(list(there.values())), strict=True))
     contents = {}
     for name in names:
-        if tree is None:
-            file = path / name / key
-            if file.is_file():
-                contents[name] = checked.read(file)
-        elif key in tree.get(name, ()):
+        if key in tree.get(name, ()):
             contents[name] = _fetch(path, tree[name][key])
     return contents
 

@@ -17,7 +17,7 @@ import tensorstore as ts
 from backports import zstd
 
 from linen_nnx.book.ops import Action
-from linen_nnx.book.reading import read_bytes
+from linen_nnx.book.reading import ObjectPath, read_bytes
 from linen_nnx.disk import ocdbt
 from linen_nnx.disk.checked import StoreError
 from linen_nnx.disk.chunks import Grid
@@ -46,7 +46,11 @@ class ItemReader:
     def __init__(self, items: Sequence[Item]) -> None:
         self._items = items
         self._context = ts.Context()
-        self._stores = [_open_kv(item.path, self._context, item.ocdbt) for item in items]
+        # All in a bucket, or none: what makes up one state lies in one folder.
+        self._remote = any(isinstance(item.path, ObjectPath) for item in items)
+        self._stores: list[ts.KvStore] = []
+        if not self._remote:
+            self._stores = [_open_kv(item.path, self._context, item.ocdbt) for item in items]
 
     def read(self, leaves: Sequence[Leaf]) -> list[Array]:
         """All leaves at once. Raises `StoreError` for bytes that cannot be decoded."""
@@ -56,6 +60,8 @@ class ItemReader:
             raise StoreError(
                 f"{names}: {needed / 1e9:.1f} GB, but {_MEMORY / 1e9:.1f} GB of memory"
             )
+        if self._remote:
+            return self._read_large(leaves)
         small = [_read_small(self._items[leaf.item], leaf) for leaf in leaves]
         rest = [leaf for leaf, array in zip(leaves, small, strict=True) if array is None]
         large = iter(self._read_large(rest))
@@ -63,11 +69,21 @@ class ItemReader:
 
     def _read_large(self, leaves: Sequence[Leaf]) -> list[Array]:
         """The same by tensorstore, which reads and decodes in several threads."""
-        opened = [
-            open_array(self._stores[leaf.item], leaf.stored, leaf.zarr, self._context)
-            for leaf in leaves
-        ]
         with refusing(f"{', '.join(leaf.path for leaf in leaves[:3])} cannot be read"):
+            if self._remote:
+                from linen_nnx.disk.fetched import fetched, place
+
+                # Of its own: what it holds is let go with the arrays.
+                context = ts.Context()
+                store = fetched(self._items, leaves, context)
+                places = [(store, place(leaf)) for leaf in leaves]
+            else:
+                context = self._context
+                places = [(self._stores[leaf.item], leaf.stored) for leaf in leaves]
+            opened = [
+                open_array(store, name, leaf.zarr, context)
+                for (store, name), leaf in zip(places, leaves, strict=True)
+            ]
             pending = [array.result().read() for array in opened]
             return [np.asarray(future.result()) for future in pending]
 

@@ -23,6 +23,7 @@ from linen_nnx.disk.conversion import REPORT, RULES, Conversion, options_in
 from linen_nnx.disk.leaves import Leaf
 from linen_nnx.disk.planning import MODEL_ALONE, plan_conversion
 from linen_nnx.disk.rekey import Job
+from linen_nnx.disk.remote import as_path
 from linen_nnx.disk.runs import NO_RUNS, Runs
 from linen_nnx.disk.sources import SUFFIXES, Source, check_beside, find, parts
 from linen_nnx.disk.state import OPTIMIZER, State, read_state
@@ -82,7 +83,7 @@ def verify(
       StoreError: if there is no checkpoint at `path` or at `out`.
       TwinError: when a part of the twin cannot be built or called.
     """
-    path, out = Path(path), Path(out)
+    path, out = as_path(path), as_path(out)
     build = None if build is None else _once(build)
     checks: list[Check] = []
     roots = (None,) if out.suffix in SUFFIXES else parts(path, runs)
