@@ -56,6 +56,10 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """Imports a public name when it is used: `convert.py --help` needs none, few need jax."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("linen-nnx")
     if name in _HOMES:
         return getattr(import_module(f"linen_nnx.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

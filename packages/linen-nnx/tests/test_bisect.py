@@ -468,7 +468,7 @@ def test_the_command_prints_a_table_and_exits_with_one_if_twins_diverge(tmp_path
     assert main(["bisect", wrong, str(saved / "nnx"), *rules, "--png", str(png)]) == 1
 
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split()[-1] == "verdict"
+    assert lines[0].split() == ["Linen", "nnx"] and lines[1].split()[-1] == "verdict"
     marked = [line for line in lines if line.startswith("->")]
     assert len(marked) == 1 and marked[0].split()[1:3] == ["block_7/LayerNorm_0", "blocks/7/norm"]
     assert any(line.startswith("First divergence: block_7/LayerNorm_0") for line in lines)

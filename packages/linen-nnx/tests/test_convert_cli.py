@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -42,12 +43,17 @@ def test_plan_shows_what_happens_to_every_leaf_and_writes_nothing(source, capsys
     arguments = ["plan", source / "linen", "--to", "nnx", "--rules", source / "rules.yaml"]
     assert main([*map(str, arguments)]) == 0
     text = capsys.readouterr().out
-    assert "model/blocks/0/kernel/value" in text
+    rule = "params/blk_{i}/{name}  ->  blocks/{i}/{name}\n"
+    assert f"{rule}    24 leaves: 6 in params, 12 in opt_state, 6 in ema (name)\n" in text
     assert "43 name, 1 stream" in text
+    assert main([*map(str, arguments), "--leaves"]) == 0
+    leaf = "name    params/blk_0/bias\n        ->  model/blocks/0/bias/value "
+    assert leaf in capsys.readouterr().out
     content = run_json(capsys, *arguments)
     moved = [job for job in content["jobs"] if job["from"] == ["params/out/bias"]]
     assert moved[0]["to"] == ["model/out/bias/value"]
     assert moved[0]["engine"] == "name"
+    assert moved[0]["rule"] == "`params/out/{name}` <-> `out/{name}`"
     assert sorted(source.rglob("*")) == before
 
 
@@ -87,6 +93,8 @@ def test_refusals_exit_with_one_and_mistakes_with_two(source, tmp_path, capsys):
         ("plan x --tto nnx", "linen-nnx plan: error: unknown option `--tto`; did you mean `--to`?"),
         ("run a b --to nnx --lnik=1", "unknown option `--lnik`; did you mean `--link`?"),
         ("destroy x", "unknown command `destroy`; known: inspect, suggest, plan, run, verify, "),
+        ("convert x", "unknown command `convert`; did you mean `run`?"),
+        ("run a b --target nnx", "unknown option `--target`; did you mean `--to`?"),
     ],
 )
 def test_a_mistyped_command_or_option_is_told_the_nearest(mistyped, said, capsys):
@@ -104,9 +112,11 @@ def test_the_plan_of_many_layers_in_one_leaf_stays_narrow(tmp_path, capsys):
     (tmp_path / "rules.yaml").write_text(json.dumps({"version": 1, "rules": [rule]}))
     arguments = ["plan", tmp_path / "linen", "--to", "nnx", "--rules", tmp_path / "rules.yaml"]
     assert main([*map(str, arguments)]) == 0
+    rule = "  stack(capture i, axis 0)\n    2 leaves: in params (stream)\n"
+    assert rule in capsys.readouterr().out
+    assert main([*map(str, arguments), "--leaves"]) == 0
     text = capsys.readouterr().out
-    assert "-> blocks/0/kernel/value, ... (40)     float32[3]\n" in text.replace("->  ", "-> ")
-    assert max(map(len, text.splitlines()[:2])) < 100
+    assert "->  blocks/0/kernel/value, ... (40)" in text
     assert "the first is shown" in text and "--json" in text
     jobs = run_json(capsys, *arguments)["jobs"]
     assert jobs[0]["to"] == [f"blocks/{i}/kernel/value" for i in range(40)]
@@ -141,6 +151,31 @@ absent("jax", "flax", "orbax")
 """
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}"
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_the_version_is_that_of_the_installed_library(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"linen-nnx (linen-nnx {metadata.version('linen-nnx')})\n"
+
+
+def test_tables_and_on_a_terminal_sentences_fit_80_columns(source, tmp_path, capsys, monkeypatch):
+    deep = {"params": {"a_block_of_many_layers": {"self_attention": {"query": jnp.ones((3, 4))}}}}
+    rules = ["--rules", str(source / "rules.yaml")]
+    save(tmp_path / "deep", {**deep, "ema": deep["params"]})
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+    for words in (
+        ["inspect", str(tmp_path / "deep")],
+        ["plan", str(source / "linen"), "--to", "nnx", *rules],
+        ["plan", str(source / "linen"), "--to", "nnx", *rules, "--leaves"],
+        ["plan", str(tmp_path / "deep"), "--to", "nnx", *rules],
+    ):
+        main(words)
+        captured = capsys.readouterr()
+        lines = (captured.out + captured.err).replace(str(tmp_path), "").splitlines()
+        assert max(map(len, lines)) <= 80, words
 
 
 def test_a_long_table_keeps_its_columns(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Ctrl-C ends a command with one line, and leaves nothing behind, however often it is pressed."""
+"""Ctrl-C and SIGTERM end a command with one line, and leave nothing behind, however often."""
 
 import os
 import signal
@@ -11,6 +11,7 @@ import pytest
 from convert_helpers import save_small
 
 from linen_nnx import cli
+from linen_nnx.cli import stopping
 from linen_nnx.disk import convert, planning, sources
 
 ROOT = Path(__file__).parent.parent
@@ -32,19 +33,51 @@ def source(tmp_path_factory):
     return save_small(tmp_path_factory.mktemp("source") / "linen")
 
 
-@pytest.mark.parametrize("times", [1, 2, 5])
-def test_pressing_it_while_files_are_copied_leaves_nothing(source, tmp_path, times):
+@pytest.mark.parametrize(
+    ("number", "times"),
+    [(signal.SIGINT, 1), (signal.SIGINT, 2), (signal.SIGINT, 5), (signal.SIGTERM, 2)],
+)
+def test_a_signal_while_files_are_copied_leaves_nothing(source, tmp_path, number, times):
     words = ["run", str(source), str(tmp_path / "nnx"), "--to", "nnx"]
     command = [sys.executable, "-c", SLOW, *words]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr.readline() == "copying\n"
         for _ in range(times):
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             time.sleep(0.05)
         lines = [line for line in process.stderr.read().splitlines() if line != "copying"]
-        assert process.wait() == 130
-    assert lines == ["interrupted: nothing was left behind"]
+        assert process.wait() == 128 + number
+    assert lines == [f"{stopping.WORDS[number]}: nothing was left behind"]
     assert os.listdir(tmp_path) == []
+
+
+# Signals that come where Python has no use for an exception: as an object is deleted, and as a
+# module that is being imported makes an error of its own of whatever it meets.
+HIDDEN = """
+import os, signal, sys, time
+from linen_nnx.disk import sources
+class Deleted:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+def deleted(*_, **__):
+    Deleted()
+    time.sleep(60)
+def importing(*_, **__):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    except KeyboardInterrupt as error:
+        raise ImportError("initialization failed") from error
+sources.find = {"deleted": deleted, "importing": importing}[sys.argv.pop()]
+from linen_nnx.cli import program
+raise SystemExit(program())
+"""
+
+
+@pytest.mark.parametrize("moment", ["deleted", "importing"])
+def test_a_signal_that_is_hidden_from_the_command_still_ends_it(moment):
+    command = [sys.executable, "-c", HIDDEN, "inspect", "x", moment]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "interrupted: nothing was left behind\n")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """`suggest` and `--twin` on the command line: what is printed, written and refused."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,7 @@ def test_verify_prints_each_check_as_soon_as_it_is_known(linen, tmp_path, capsys
         printed.append(capsys.readouterr().out)
         before.setdefault(text, "".join(printed))
 
-    monkeypatch.setattr("linen_nnx.cli._progress", lambda: progress)
+    monkeypatch.setattr("linen_nnx.cli.verify.progress", lambda: nullcontext(progress))
     assert main(["verify", str(linen), str(tmp_path / "nnx"), "--twin", TWIN]) == 0
     progress("end")
 

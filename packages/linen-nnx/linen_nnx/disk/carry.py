@@ -74,9 +74,10 @@ def carry(
     if like is not None:
         specs = {_path(id, like.form.flat): leaf.spec for id, leaf in like.model.items()}
     steps = list(_steps(state, to, book, specs, problems, idle))
-    for old, new, actions, due in steps:
-        sources = tuple([state.model[id] for id in old])
-        moves.append(Move(sources, tuple([Place(id) for id in new]), actions, due))
+    for step in steps:
+        sources = tuple([state.model[id] for id in step.sources])
+        places = tuple([Place(id) for id in step.targets])
+        moves.append(Move(sources, places, step.actions, step.specs, step.rule))
     given = like or origin
     as_they_are = _carry_rest(state, rest, to, steps, given, moves, problems, notes)
     if problems:
@@ -305,7 +306,7 @@ def _planned(
         known = {id.collection for id in sources} - {""}
         if known and len(known | {id.collection for id in targets}) > 1:
             problems.append(f"{step.rule} moves {step.sources} to another collection")
-        yield Move(sources, targets, step.actions, step.specs)
+        yield Move(sources, targets, step.actions, step.specs, step.rule)
 
 
 def _path(id: Id, flat: bool) -> str:

@@ -124,10 +124,10 @@ class Conversion:
             # The names of data files are random, and a manifest leads to all that it needs.
             small = path.name.startswith(("_", ocdbt.MANIFEST)) or path.name == INDEX
             state.update(path.read_bytes() if small else _stamp(path))
-        jobs = [
-            ([(leaf.item, leaf.stored) for leaf in old], [leaf.form for leaf in new], actions)
-            for (old, _, actions, _), _, new, _ in self.jobs
-        ]
+        jobs = []
+        for job in self.jobs:
+            read = [(leaf.item, leaf.stored) for leaf in job.change.sources]
+            jobs.append((read, [leaf.form for leaf in job.targets], job.change.actions))
         state.update(f"{jobs}{self.to} {self.source.kind}".encode())
         for name, one in self.beside.items():
             state.update(f"{name} {one and one.fingerprint}".encode())

@@ -72,16 +72,16 @@ def _settled(
     rule = book.rules[hit.rule]
     targets = rule.side(to)
     if not targets:
-        return [Move((leaf,), ())]
+        return [Move((leaf,), (), rule=rule)]
     if rule.ops:
         problems.append(f"`{path}` is no leaf of the model: {rule} can only drop or rename it")
         return []
     new = targets[0].format(hit.captures)
     keys = prefix_keys(path, leaf)
     if new == path.removeprefix("../"):
-        return [Move((leaf,), (Place(path=path, prefix=keys),))]
+        return [Move((leaf,), (Place(path=path, prefix=keys),), rule=rule)]
     above = "../" if path.startswith("../") else ""
-    return [Move((leaf,), (Place(path=above + new, prefix=_dicts(new)),))]
+    return [Move((leaf,), (Place(path=above + new, prefix=_dicts(new)),), rule=rule)]
 
 
 def _dicts(path: str) -> tuple[Key, ...]:

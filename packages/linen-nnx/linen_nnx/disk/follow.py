@@ -88,9 +88,13 @@ class Mirror:
         yield from self._branches(steps)
         for step in steps:
             if step.sources:
-                yield from self._follow(step)
+                moves = self._follow(step)
             elif self.tree in ("", step.targets[0].collection):
-                yield from self._fill(step)
+                moves = self._fill(step)
+            else:
+                continue
+            for move in moves:
+                yield move._replace(rule=step.rule)
 
     @property
     def field(self) -> str:

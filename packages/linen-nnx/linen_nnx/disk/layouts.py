@@ -47,7 +47,7 @@ def lay_out(
     changes: list[Change] = []
     for move in moves:
         targets: list[Leaf] = []
-        change: Change = Move(move.sources, (), move.actions, move.specs)
+        change: Change = Move(move.sources, (), move.actions, move.specs, move.rule)
         for number, place in enumerate(move.targets):
             mould = None
             if given:

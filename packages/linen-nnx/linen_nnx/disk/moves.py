@@ -5,6 +5,7 @@ No files here: the leaves of a move may be those of a checkpoint or arrays in me
 
 from typing import Generic, NamedTuple, TypeVar
 
+from linen_nnx.book.grammar import Rule
 from linen_nnx.book.ops import Action, Spec
 from linen_nnx.disk.leaves import Key
 from linen_nnx.disk.state import OPTIMIZER, Id, names_of
@@ -52,6 +53,8 @@ class Move(NamedTuple, Generic[Source, Target]):
     actions: tuple[Action, ...] = ()
     specs: tuple[Spec, ...] = ()
     """Shape and dtype of each target after the last action, where there are actions."""
+    rule: Rule | None = None
+    """The rule that says so; None where no rule was needed, as for a step count."""
 
 
 Step = Move[Id, Id]

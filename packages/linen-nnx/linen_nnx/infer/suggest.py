@@ -41,20 +41,30 @@ SidedPath = tuple[int, str]  # a leaf: side (0 Linen, 1 nnx) and path
 _CANDIDATES = 8
 _TIMES = 24  # the leaves' bytes, at the peak: `make bench ARGS=proofs` measures it
 
+Say = Callable[[str], None]
 
-def suggest(twin: Twin, progress: Callable[[str], None] = lambda text: None) -> RuleBook:
+
+def silent(text: str) -> None:
+    """Tells nobody."""
+
+
+def suggest(twin: Twin, say: Say = silent, progress: Say = silent) -> RuleBook:
     """The rules that the evidence proves, each with a note of it; the rest in `unassigned`.
 
-    `progress` is told, before it starts, how much memory it will take, from 1 GB on.
+    Args:
+      twin: both models, and an example of their inputs.
+      say: is told, before the work starts, how much memory it will take, from 1 GB on.
+      progress: is told what is being done, a few words each time.
 
     Raises:
       TwinError: when a part of the twin cannot be built or called.
     """
+    progress("tracing both models")
     traces = trace_linen(twin), trace_nnx(twin)
     size = max(map(_bytes, traces)) / 1e9
     if _TIMES * size >= 1:
-        progress(f"leaves of {size:.2g} GB: suggest takes up to {_TIMES * size:.2g} GB of memory")
-    return propose(*traces)
+        say(f"leaves of {size:.2g} GB: suggest takes up to {_TIMES * size:.2g} GB of memory")
+    return propose(*traces, progress)
 
 
 def _bytes(trace: Trace) -> int:
@@ -62,11 +72,13 @@ def _bytes(trace: Trace) -> int:
     return sum(4 * math.prod(leaf.shape) for leaf in trace.leaves.values())
 
 
-def propose(linen: Trace, nnx: Trace) -> RuleBook:
+def propose(linen: Trace, nnx: Trace, progress: Say = silent) -> RuleBook:
     """The same for a twin whose sides are traced already."""
+    progress("looking for values at which both models compute the same")
     losses = lossy(linen, nnx)
     ground = common_ground(sides(linen, nnx, losses.alone))
     both = ground.sides
+    progress("comparing gradients, use by use")
     prints = fingerprints(ground)
     ground = ground._replace(runs=None)  # their gradients have told what they can
     found = assign(*both, prints)
@@ -74,6 +86,7 @@ def propose(linen: Trace, nnx: Trace) -> RuleBook:
     items = _items(both, found, why)
     extra: list[Rule] = []
     if ground.problem is None:
+        progress("testing the rules on random numbers")
         trial = Trial(ground, prints.tolerance)
         kept = trial.sound(items)
         for item in items:

@@ -259,11 +259,12 @@ class Checkpoint:
         places = [place for move in carried.moves for place in move.targets]
         side = self._side_of([place.id.path for place in places if place.id is not None])
         jobs = []
-        for sources, targets, actions, due in carried.moves:
-            if targets and not any(leaf.zarr is None for leaf in sources):  # empty nodes
-                specs = due if actions else [leaf.spec for leaf in sources]
-                names = [self._ladder_name(place, side) for place in targets]
-                jobs.append(_Job(sources, actions, dict(zip(names, specs, strict=True))))
+        for moved in carried.moves:
+            if not moved.targets or any(leaf.zarr is None for leaf in moved.sources):
+                continue  # a leaf that a rule drops, or an empty node
+            specs = moved.specs if moved.actions else [leaf.spec for leaf in moved.sources]
+            names = [self._ladder_name(place, side) for place in moved.targets]
+            jobs.append(_Job(moved.sources, moved.actions, dict(zip(names, specs, strict=True))))
         return jobs, dict.fromkeys(self._book.parts, side)
 
     def _side_of(self, paths: Sequence[str]) -> Side:

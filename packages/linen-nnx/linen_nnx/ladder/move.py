@@ -128,7 +128,7 @@ def _steps(book: Book, before: Forms, after: Forms) -> Iterator[Step]:
                     tuple(Id(*name.split("/", 1)) for name in names)
                     for names in (way.sources, way.targets)
                 )
-                yield Move(sources, targets, way.step.actions, way.step.specs)
+                yield Move(sources, targets, way.step.actions, way.step.specs, way.step.rule)
 
 
 def _nodes(tree: Any, keys: tuple[Key, ...]) -> Iterator[_Node]:

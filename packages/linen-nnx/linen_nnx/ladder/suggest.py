@@ -8,8 +8,6 @@ their draws paired (`pairing.py`): for the twin's own call in training, and in e
 model draws there, too.
 """
 
-from collections.abc import Callable
-
 from linen_nnx.book.rules import RuleBook
 from linen_nnx.errors import Refusal
 from linen_nnx.infer import suggest as rules
@@ -27,15 +25,20 @@ from linen_nnx.ladder.training import (
 )
 
 
-def suggest(twin: Twin, progress: Callable[[str], None] = lambda text: None) -> RuleBook:
+def suggest(
+    twin: Twin, say: rules.Say = rules.silent, progress: rules.Say = rules.silent
+) -> RuleBook:
     """The rules and the pairs of draws that the evidence proves; the rest in `unassigned`.
 
-    `progress` is told, before it starts, how much memory it will take, from 1 GB on.
+    Args:
+      twin: both models, and an example of their inputs.
+      say: is told, before the work starts, how much memory it will take, from 1 GB on.
+      progress: is told what is being done, a few words each time.
 
     Raises:
       TwinError: when a part of the twin cannot be built or called.
     """
-    book = rules.suggest(twin, progress)
+    book = rules.suggest(twin, say, progress)
     if book.unassigned:
         book = _seen_in_training(twin, book)
     if book.unassigned:
@@ -43,6 +46,7 @@ def suggest(twin: Twin, progress: Callable[[str], None] = lambda text: None) -> 
     notes: list[str] = []
     ladder = ladder_of(twin).with_rules(book, notes.append)
     for trains in (True, False):
+        progress(f"pairing draws in {'training' if trains else 'evaluation'}")
         try:
             call = own_call(ladder, trains)
             if not _known(ladder, call) and draws_in(ladder, call):
