@@ -9,7 +9,7 @@ import tensorstore as ts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from linen_nnx.disk import ocdbt
+from linen_nnx.disk import ocdbt, ocdbt_writing
 
 KEYS = st.text("ab.é/0", min_size=1, max_size=9).filter(lambda key: key[0] != "/" != key[-1])
 VALUES = st.binary(max_size=40) | st.integers(1, 3000).map(bytes)  # in the tree, or outside of it
@@ -67,14 +67,14 @@ def test_what_tensorstore_wrote_is_read(parts, config):
 @given(PARTS, CONFIGS, st.sampled_from([2, 3, 1000]))
 def test_what_is_written_is_read_by_tensorstore(parts, config, arity):
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ocdbt, "_ARITY", arity)
+        patch.setattr(ocdbt_writing, "_ARITY", arity)
         save(Path(folder), parts, config)
         before = by_tensorstore(folder)
         tree = {
             name: {rest or "x": value for rest, value in values.items()}
             for name, values in ocdbt.read(Path(folder)).items()
         }
-        ocdbt.write(Path(folder), tree)
+        ocdbt_writing.write(Path(folder), tree)
         assert ocdbt.read(Path(folder)) == tree
         after = by_tensorstore(folder)
         assert sorted(after.values()) == sorted(before.values())
@@ -89,13 +89,13 @@ def test_an_empty_tree_is_read_and_written(tmp_path):
     save(tmp_path, [{"a": b"x"}], {})
     open_store(tmp_path, ts.Context()).delete_range(ts.KvStore.KeyRange()).result()
     assert ocdbt.read(tmp_path) == {}
-    ocdbt.write(tmp_path, {})
+    ocdbt_writing.write(tmp_path, {})
     assert by_tensorstore(tmp_path) == ocdbt.read(tmp_path) == {}
 
 
 @pytest.fixture
 def written(tmp_path):
-    ocdbt.write(
+    ocdbt_writing.write(
         tmp_path, {f"a{n}": {".zarray": b"{}", "0": ocdbt.Ref("d/x", n, 1)} for n in range(9)}
     )
     return tmp_path
@@ -128,7 +128,7 @@ def test_what_is_not_known_is_named(written):
         path.write_bytes(content + google_crc32c.value(bytes(content)).to_bytes(4, "little"))
         with pytest.raises(ValueError, match=seen):
             ocdbt.read(written)
-    ocdbt.write(written, {"a": {"0": ocdbt.Ref("d/../../x", 0, 1)}})
+    ocdbt_writing.write(written, {"a": {"0": ocdbt.Ref("d/../../x", 0, 1)}})
     with pytest.raises(ValueError, match=r"'d/../../x', which lies outside of the store"):
         ocdbt.read(written)
     numbered = {"manifest_kind": "numbered"}
@@ -138,9 +138,9 @@ def test_what_is_not_known_is_named(written):
 
 
 def test_a_tree_of_many_values_is_cut_into_nodes_that_are_not_too_large(tmp_path, monkeypatch):
-    monkeypatch.setattr(ocdbt, "_FULL", 500)
+    monkeypatch.setattr(ocdbt_writing, "_FULL", 500)
     tree = {f"a{n}": {".zarray": bytes(100), "0": ocdbt.Ref("d/x", n, 1)} for n in range(100)}
-    ocdbt.write(tmp_path, tree)
+    ocdbt_writing.write(tmp_path, tree)
     assert ocdbt.read(tmp_path) == tree
     (version,) = ts.ocdbt.dump(ts.KvStore.open(f"file://{tmp_path}/").result()).result()["versions"]
     assert version["root_height"] > 0

@@ -7,26 +7,27 @@ from pathlib import Path
 import pytest
 from backports import zstd
 
-from linen_nnx.disk import ocdbt
+from linen_nnx.disk import ocdbt, ocdbt_writing
 
 _MIB = 1 << 20
 
 
 def sealed_node(body: bytes) -> bytes:
-    return ocdbt._sealed(ocdbt._NODE, [body])
+    return ocdbt_writing.sealed(ocdbt.NODE_MAGIC, body)
 
 
-def manifest(root: ocdbt._Child, height: int) -> bytes:
+def manifest(root: ocdbt.Child, height: int) -> bytes:
     """A manifest whose only version has this root."""
-    config = [bytes(16), b"\0", ocdbt._varints([1024, 100_000_000]), b"\4\1", bytes(4)]
-    version = [b"\1\1", bytes([height]), ocdbt._children([root], [root.ref.file]), bytes(9)]
-    return ocdbt._sealed(ocdbt._MANIFEST, [*config, ocdbt._files([root.ref.file]), *version])
+    config = [bytes(16), b"\0", ocdbt_writing.varints([1024, 100_000_000]), b"\4\1", bytes(4)]
+    version = [b"\1\1", bytes([height]), ocdbt_writing.children([root], [root.ref.file]), bytes(9)]
+    table = ocdbt_writing.file_table([root.ref.file])
+    return ocdbt_writing.sealed(ocdbt.MANIFEST_MAGIC, b"".join([*config, table, *version]))
 
 
 def store(folder: Path, node: bytes, height: int = 0) -> Path:
     """A store of one node."""
     (folder / "d").write_bytes(node)
-    root = ocdbt._Child(ocdbt.Ref("d", 0, len(node)), keys=1)
+    root = ocdbt.Child(ocdbt.Ref("d", 0, len(node)), keys=1)
     (folder / ocdbt.MANIFEST).write_bytes(manifest(root, height))
     return folder
 
@@ -49,8 +50,8 @@ def refused(folder: Path) -> str:
 def inner_node(height: int, children: list[ocdbt.Ref]) -> bytes:
     """A node above some others, with keys `a`, `b`, ..."""
     keys = [bytes([97 + number]) for number in range(len(children))]
-    entries = [(key, ocdbt._Child(ref, keys=1)) for key, ref in zip(keys, children, strict=True)]
-    return ocdbt._node(height, entries)
+    entries = [(key, ocdbt.Child(ref, keys=1)) for key, ref in zip(keys, children, strict=True)]
+    return ocdbt_writing.node(height, entries)
 
 
 def test_a_node_that_refers_to_itself_is_refused(tmp_path):
@@ -64,14 +65,14 @@ def test_a_node_that_refers_to_itself_is_refused(tmp_path):
 
 
 def test_a_tree_of_sixty_levels_whose_nodes_share_their_children_is_refused(tmp_path):
-    leaf = ocdbt._node(0, [(b"x", b"value")])
+    leaf = ocdbt_writing.node(0, [(b"x", b"value")])
     content, below = leaf, ocdbt.Ref("d", 0, len(leaf))
     for height in range(1, 61):
         node = inner_node(height, [below, below])
         below = ocdbt.Ref("d", len(content), len(node))
         content += node
     (tmp_path / "d").write_bytes(content)
-    (tmp_path / ocdbt.MANIFEST).write_bytes(manifest(ocdbt._Child(below, keys=2**60), 60))
+    (tmp_path / ocdbt.MANIFEST).write_bytes(manifest(ocdbt.Child(below, keys=2**60), 60))
     assert "two nodes refer to the node at byte 0" in refused(tmp_path)
 
 
@@ -85,22 +86,25 @@ def test_a_node_that_unpacks_to_a_gigabyte_is_refused(tmp_path):
     packed = [packer.compress(bytes(16 * _MIB)) for _ in range(64)]
     content = b"\0\1" + b"".join([*packed, packer.flush()])
     assert len(content) < 2 * _MIB
-    content = ocdbt._NODE + (len(content) + 16).to_bytes(8, "little") + content
+    content = ocdbt.NODE_MAGIC + (len(content) + 16).to_bytes(8, "little") + content
     node = content + ocdbt.google_crc32c.value(content).to_bytes(4, "little")
     assert "decodes to more than 104857600 bytes" in refused(store(tmp_path, node))
 
 
 def test_keys_that_repeat_a_megabyte_each_are_refused(tmp_path):
     count, long = 100_000, 1_000_000
-    columns = [b"\0", b"\0", ocdbt._varints([count])]  # the height, no file, the entries
-    columns += [ocdbt._varints([long] * (count - 1)), ocdbt._varints([long] + [1] * (count - 1))]
+    columns = [b"\0", b"\0", ocdbt_writing.varints([count])]  # the height, no file, the entries
+    columns += [
+        ocdbt_writing.varints([long] * (count - 1)),
+        ocdbt_writing.varints([long] + [1] * (count - 1)),
+    ]
     node = sealed_node(b"".join([*columns, b"a" * (long + count - 1)]))
     assert "decodes to more than 268435456 bytes" in refused(store(tmp_path, node))
 
 
 @pytest.mark.parametrize("count", [2**20, 2**40, 2**63, 2**64 - 1])
 def test_more_entries_than_bytes_are_refused(tmp_path, count):
-    node = sealed_node(b"\0\0" + ocdbt._varints([count]) + bytes(100))
+    node = sealed_node(b"\0\0" + ocdbt_writing.varints([count]) + bytes(100))
     assert f"lists {count} things in 100 bytes" in refused(store(tmp_path, node))
 
 
@@ -112,7 +116,7 @@ def test_a_number_without_an_end_is_refused(tmp_path):
 @pytest.mark.parametrize("place", [2**31, 2**63, 2**64 - 1])
 def test_a_place_beyond_the_end_of_its_file_is_refused(tmp_path, place):
     (tmp_path / "d").write_bytes(b"short")
-    root = ocdbt._Child(ocdbt.Ref("d", place, 100), keys=1)
+    root = ocdbt.Child(ocdbt.Ref("d", place, 100), keys=1)
     (tmp_path / ocdbt.MANIFEST).write_bytes(manifest(root, 0))
     assert refused(tmp_path) in {
         f"d: it ends before byte {place + 100}",

@@ -23,7 +23,7 @@ from benchmarks.fuzz import mutate
 from linen_nnx import RuleBook
 from linen_nnx.book.ops import Spec
 from linen_nnx.book.stages import STAGES
-from linen_nnx.disk import digests, ocdbt
+from linen_nnx.disk import digests, ocdbt, ocdbt_writing
 from linen_nnx.disk.convert import convert
 from linen_nnx.disk.leaves import DICT, Key, Leaf
 from linen_nnx.disk.side_files import write_side_files
@@ -136,7 +136,7 @@ def _tree(folder: Path) -> Sample:
     step = sample.path / "3"
     item = step / "default"
     _item(item, in_tree=True)
-    ocdbt.write(item, ocdbt.read(item))  # one node, in a file of its own
+    ocdbt_writing.write(item, ocdbt.read(item))  # one node, in a file of its own
     root = _root(item)
     sample.add(item / root.ref.file, _node, _node, _node, _metadata_in_node, _metadata_in_node)
     for value in ocdbt.read(item)["params.encoder.kernel"].values():
@@ -153,15 +153,9 @@ def _tree(folder: Path) -> Sample:
 
 def _root(item: Path) -> Any:
     content = (item / ocdbt.MANIFEST).read_bytes()
-    body = ocdbt._Body(content, ocdbt._MANIFEST, ocdbt._Budget())
-    body.take(16 + 1)
-    body.varints(2)
-    body.take(6)
-    files = body.files("")
-    count = body.count()
-    body.varints(count)
-    body.take(count)
-    return list(body.children(files, count))[-1]
+    body = ocdbt._Body(content, ocdbt.MANIFEST_MAGIC, ocdbt._Budget())
+    root, _ = ocdbt._newest_version(body)
+    return root
 
 
 def _opened(data: bytes) -> bytes:

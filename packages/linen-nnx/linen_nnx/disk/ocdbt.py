@@ -1,9 +1,50 @@
-"""The tree of an OCDBT store: the bytes that each key has, or where they lie.
+r"""Reads the tree of an OCDBT store: the bytes that each key has, or where those bytes lie.
 
 OCDBT is the database in files that Orbax keeps arrays in, through tensorstore. `manifest.ocdbt`
 names the root of a B-tree; its nodes lie in data files, and so do values too long for a node. The
 format is described under "Storage format" at https://google.github.io/tensorstore/kvstore/ocdbt/
 and in tensorstore's `kvstore/ocdbt/format/*codec*`; names here are those of that page.
+
+A tree of four leaves, two arrays with a metadata text and a chunk of 400 bytes each:
+
+    >>> tree = {
+    ...     "a": {".zarray": b"{}", "0": Ref("d/f", 0, 400)},
+    ...     "b": {".zarray": b"{}", "0": Ref("d/f", 400, 400)},
+    ... }
+
+It fits in one node, which lists its entries by column. A key is written as the number of bytes that
+it shares with the key before it, and the bytes that follow:
+
+    height          0                                  a leaf node: its entries are values
+    files           d/f                                what the file numbers below count
+    entries         4
+    keys            a/.zarray  a/0  b/.zarray  b/0
+      shared                   2    0          2       (the first shares nothing, and is left out)
+      own           9          1    9          1
+      text          a/.zarray  0    b/.zarray  0
+    values
+      length        2          400  2          400
+      kind          0          1    0          1       0: in this node, 1: in a data file
+      file number              0               0
+      offset                   0               400
+      text          {}              {}
+
+What is written so is read back:
+
+    >>> import tempfile
+    >>> from linen_nnx.disk.ocdbt_writing import write
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> write(folder, tree)
+    >>> read(folder) == tree
+    True
+    >>> fetch(folder, tree["a"][".zarray"])
+    b'{}'
+
+A larger tree has inner nodes above such leaf nodes; their values are references to nodes. An inner
+node also says how much of each key all keys of the child share, and the child leaves that out:
+
+    inner node      keys  layers/0/a   layers/1/a      common  9  9
+      child 0       keys  a  b  c                      for  layers/0/a  layers/0/b  layers/0/c
 
 A re-key reads one tree and writes another, and needs no more than that of tensorstore, whose
 import takes longer than all the rest. Raises `ValueError` or `OSError` for what cannot be read.
@@ -15,12 +56,9 @@ What a tree decodes to is counted while it is read: 10 kB of zstd may hold gigab
 repeats the beginning of the one before it (a million keys may each repeat a megabyte).
 """
 
-import itertools
-import os
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import google_crc32c
 from backports import zstd
@@ -28,14 +66,14 @@ from backports import zstd
 from linen_nnx.book.reading import read_bytes, read_range
 
 MANIFEST = "manifest.ocdbt"
-_MANIFEST, _NODE = bytes.fromhex("0cdb3a2a"), bytes.fromhex("0cdb20de")  # `magic_value`
+MANIFEST_MAGIC, NODE_MAGIC = bytes.fromhex("0cdb3a2a"), bytes.fromhex("0cdb20de")
+NOWHERE = 2**64 - 1
+"""The offset and the length of the root of an empty tree."""
+MOST_ENTRIES = 1 << 20
+"""Entries of one node: tensorstore refuses more."""
 _FRAME = 18  # bytes of a manifest or a node around its content
-_NOWHERE = 2**64 - 1  # offset and length of the root of an empty tree
-_ENTRIES = 1 << 20  # in one node: tensorstore refuses more
-_ARITY = _ENTRIES  # entries in a node that is written
 _HEIGHT = 64  # levels of nodes: with two entries in each, 2**64 keys
 _NODE_BYTES = 100 << 20  # decoded, of a node or a manifest: Orbax sets a limit of 100 MB
-_FULL = 64 << 20  # bytes of keys and values that end a node that is written
 _TREE_BYTES = 1 << 28  # decoded, of all nodes and keys: a million arrays take 150 MB
 
 
@@ -52,7 +90,7 @@ Tree = dict[str, dict[str, Value]]
 """Values by the first element of their keys (the name of an array), then by the rest."""
 
 
-class _Child(NamedTuple):
+class Child(NamedTuple):
     """A reference to a node, and the statistics of the tree below it."""
 
     ref: Ref
@@ -64,36 +102,50 @@ class _Child(NamedTuple):
 
 
 def read(folder: Path) -> Tree:
-    """The newest version of a store's tree."""
+    """The newest version of a store's tree. Raises as the module says."""
     left = _Budget()
     content = read_bytes(folder / MANIFEST, _NODE_BYTES)
-    body = _Body(content, _MANIFEST, left)
-    body.take(16)  # uuid
-    if kind := body.byte():
-        raise ValueError(f"{MANIFEST} has manifest_kind {kind}, expected 0 (a single file)")
-    body.varints(2)  # max_inline_value_bytes, max_decoded_node_bytes
-    body.byte()  # version_tree_arity_log2
-    if body.varints(1) == [1]:
-        body.take(4)  # the level of zstd
-    files = body.files("")
-    count = body.count()
-    if not count:
-        raise ValueError(f"{MANIFEST} has no version of the tree")
-    body.varints(count)  # generation_number
-    heights = body.take(count)
-    root = list(body.children(files, count))[-1]
+    root, height = _newest_version(_Body(content, MANIFEST_MAGIC, left))
     tree: Tree = {}
-    if root.ref.offset != _NOWHERE:
-        _Reading(folder, left, tree).node(root, heights[-1], b"")
+    if root.ref.offset != NOWHERE:
+        _Reading(folder, left, tree).add(root, height, b"")
+    # A tree that lost a node in a way that every check missed still has too few keys.
     found = sum(map(len, tree.values()))
     if found != root.keys:
         raise ValueError(f"the tree has {found} keys, expected {root.keys} by its manifest")
     return tree
 
 
+def _newest_version(body: "_Body") -> tuple[Child, int]:
+    """The root that a manifest names last, and the height of the tree below it."""
+    body.take(16)  # uuid
+    # A manifest of another kind would name its versions in further files. Orbax writes kind 0.
+    if kind := body.byte():
+        raise ValueError(f"{MANIFEST} has manifest_kind {kind}, expected 0 (a single file)")
+    body.varints(2)  # max_inline_value_bytes, max_decoded_node_bytes
+    body.byte()  # version_tree_arity_log2
+    compression = body.varints(1)
+    if compression == [1]:
+        body.take(4)  # the level of zstd
+    files = body.files("")
+    count = body.count()
+    if not count:
+        raise ValueError(f"{MANIFEST} has no version of the tree")
+    body.varints(count)  # generation_number, which rises
+    heights = body.take(count)
+    *_, root = body.children(files, count)
+    return root, heights[-1]
+
+
 def fetch(folder: Path, value: Value, limit: int = _NODE_BYTES) -> bytes:
-    """The bytes of a value, which may be at most `limit`."""
-    if len(value) > limit if isinstance(value, bytes) else value.length > limit:
+    """The bytes of a value, which may be at most `limit`.
+
+    Raises:
+      ValueError: for a longer value, and for one that ends behind its file's end.
+      OSError: for a data file that is not there.
+    """
+    length = len(value) if isinstance(value, bytes) else value.length
+    if length > limit:
         raise ValueError(f"a value is longer than {limit} bytes")
     if isinstance(value, bytes):
         return value
@@ -116,43 +168,48 @@ class _Budget:
 
 
 class _Reading:
-    """One reading of a tree: what is found goes to `tree`."""
+    """One reading of a tree: the keys of each node are added to `tree`."""
 
     def __init__(self, folder: Path, left: _Budget, tree: Tree) -> None:
         self.folder, self.left, self.tree = folder, left, tree
         self.seen: set[Ref] = set()
 
-    def node(self, node: _Child, height: int, prefix: bytes) -> None:
-        """Adds the keys of a node and of all below it, which begin with `prefix`."""
+    def add(self, node: Child, height: int, prefix: bytes) -> None:
+        """Adds the keys of a node and of all nodes below it. All of them begin with `prefix`."""
+        # Sixty levels whose nodes each refer twice to one child are 2**60 paths through 60 nodes.
         if node.ref in self.seen:
             raise ValueError(f"two nodes refer to the node at byte {node.ref.offset}")
         self.seen.add(node.ref)
         if height > _HEIGHT:
             raise ValueError(f"a node has height {height}, expected at most {_HEIGHT}")
-        body = _Body(fetch(self.folder, node.ref, _NODE_BYTES), _NODE, self.left)
-        if (seen := body.byte()) != height:
-            raise ValueError(f"a node has height {seen}, expected {height} by its parent")
+        body = _Body(fetch(self.folder, node.ref, _NODE_BYTES), NODE_MAGIC, self.left)
+        if (own_height := body.byte()) != height:
+            raise ValueError(f"a node has height {own_height}, expected {height} by its parent")
         files = body.files(node.base)
         count = body.count()
-        if count > _ENTRIES:
-            raise ValueError(f"a node has {count} entries, expected at most {_ENTRIES}")
+        if count > MOST_ENTRIES:
+            raise ValueError(f"a node has {count} entries, expected at most {MOST_ENTRIES}")
         keys, common = body.keys(count, inner=height > 0)
+        # Each key is about to be joined to the prefix, which may be long and the keys many.
         self.left.spend(count * len(prefix))
-        if height:
-            children = body.children(files, count)
-            for key, same, child in zip(keys, common, children, strict=True):
-                self.node(child, height - 1, prefix + key[:same])
-        else:
-            self.values(body, files, [prefix + key for key in keys])
+        if height == 0:
+            self._add_values(body, files, [prefix + key for key in keys])
+            return
+        children = body.children(files, count)
+        for key, same, child in zip(keys, common, children, strict=True):
+            self.add(child, height - 1, prefix + key[:same])
 
-    def values(self, body: "_Body", files: Sequence[tuple[str, str]], keys: list[bytes]) -> None:
+    def _add_values(
+        self, body: "_Body", files: Sequence[tuple[str, str]], keys: list[bytes]
+    ) -> None:
         """Adds the values of a leaf node."""
         lengths, kinds = body.varints(len(keys)), body.take(len(keys))
-        far = kinds.count(1)
-        if far + kinds.count(0) != len(keys):
+        in_files = kinds.count(1)
+        if in_files + kinds.count(0) != len(keys):
             raise ValueError(f"a node has values of kinds {sorted(set(kinds))}, expected 0 and 1")
-        paths = [_entry(files, number)[0] for number in body.varints(far)]
-        places = zip(paths, body.varints(far), strict=True)
+        # The columns of places have an entry for each value in a file, and none for the others.
+        paths = [_entry(files, number)[0] for number in body.varints(in_files)]
+        places = zip(paths, body.varints(in_files), strict=True)
         for key, length, kind in zip(keys, lengths, kinds, strict=True):
             name, _, rest = key.decode().partition("/")
             value = Ref(*next(places), length) if kind else body.take(length)
@@ -167,9 +224,10 @@ def _entry(files: Sequence[tuple[str, str]], number: int) -> tuple[str, str]:
 
 
 def _decoded(data: bytes) -> bytes:
-    """What zstd has made smaller."""
+    """The content of a node that zstd has compressed."""
     decoder = zstd.ZstdDecompressor()
     try:
+        # One byte more than is allowed tells a node of the limit's size from a longer one.
         content = decoder.decompress(data, max_length=_NODE_BYTES + 1)
     except zstd.ZstdError as error:
         raise ValueError(f"a node is malformed: {error}") from None
@@ -181,10 +239,14 @@ def _decoded(data: bytes) -> bytes:
 
 
 class _Body:
-    """What a manifest or a node holds, read from the front."""
+    """The content of a manifest or a node, read from the front.
+
+    Around the content there are 18 bytes: 4 of magic, 8 of length, 1 of version, 1 that says how it
+    is compressed, and a checksum of 4 at the end.
+    """
 
     def __init__(self, data: bytes, magic: bytes, left: _Budget) -> None:
-        what = MANIFEST if magic == _MANIFEST else "a node"
+        what = MANIFEST if magic == MANIFEST_MAGIC else "a node"
         if data[:4] != magic or int.from_bytes(data[4:12], "little") != len(data):
             raise ValueError(f"{what} begins with {data[:12].hex()}, of {len(data)} bytes")
         if google_crc32c.value(data[:-4]) != int.from_bytes(data[-4:], "little"):
@@ -218,11 +280,15 @@ class _Body:
         return number
 
     def varints(self, count: int) -> list[int]:
-        """The next numbers, each in groups of seven bits, the lowest first."""
+        """The next numbers, each in groups of seven bits, the lowest group first.
+
+        All groups but a number's last have the eighth bit: 400 = 3 * 128 + 16 is `90 03`.
+        """
         data, at = self._data, self._at
         if at + count > len(data):
             raise ValueError("a node ends too early")
-        if data[at : at + count].isascii():  # all small, as most columns are
+        # Numbers below 128 take a byte each, as in most columns: then the bytes are the numbers.
+        if data[at : at + count].isascii():
             return list(self.take(count))
         numbers = []
         for _ in range(count):
@@ -231,6 +297,7 @@ class _Body:
                 number |= (byte & 127) << shift
                 shift += 7
                 at += 1
+            # Nine groups make 63 bits, so the tenth may hold one bit more.
             if at >= len(data) or data[at] > 127 or (shift == 63 and data[at] > 1):
                 raise ValueError("a node has a number that ends too early, or takes over 64 bits")
             numbers.append(number | data[at] << shift)
@@ -241,7 +308,9 @@ class _Body:
     def texts(self, shared: Sequence[int], own: Sequence[int]) -> list[bytes]:
         """The next texts, each of which begins as the one before it does.
 
-        `shared` says with how many bytes of that one, `own` how many bytes of its own follow:
+        Args:
+          shared: how many bytes each has in common with the one before it.
+          own: how many bytes of its own follow:
 
             shared 0 3 3, own 5 1 2, bytes "a/b/0" "1" "10"   ->   "a/b/0" "a/b1" "a/b10"
         """
@@ -262,7 +331,12 @@ class _Body:
         return self.texts(shared, own), common
 
     def files(self, base: str) -> list[tuple[str, str]]:
-        """A data file table: each file's path, and the base of the paths in nodes that it holds."""
+        """A data file table: each file's path, and the base of the paths in nodes that it holds.
+
+        A store that was merged from those of several processes, as Orbax does it, has a file
+        `ocdbt.process_0/d/f`. The nodes in that file write `d/g` for `ocdbt.process_0/d/g`: their
+        base is `ocdbt.process_0/`.
+        """
         count = self.count()
         shared = [0, *self.varints(count - 1)] if count else []
         own, bases = self.varints(count), self.varints(count)
@@ -275,121 +349,9 @@ class _Body:
             found.append((whole, base + path[:length].decode()))
         return found
 
-    def children(self, files: Sequence[tuple[str, str]], count: int) -> Iterator[_Child]:
-        """References to nodes."""
+    def children(self, files: Sequence[tuple[str, str]], count: int) -> Iterator[Child]:
+        """References to nodes, written as six columns: file, offset, length, and statistics."""
         columns = [self.varints(count) for _ in range(6)]
         for number, offset, length, *statistics in zip(*columns, strict=True):
             path, base = _entry(files, number)
-            yield _Child(Ref(path, offset, length), base, *statistics)
-
-
-def write(folder: Path, tree: Mapping[str, Mapping[str, Value]]) -> None:
-    """Writes a tree, and a manifest in place of the one that may be there."""
-    level: list[tuple[bytes, Any]] = sorted(
-        (f"{name}/{rest}".encode(), value)
-        for name, values in tree.items()
-        for rest, value in values.items()
-    )
-    name, nodes = f"d/{os.urandom(16).hex()}", bytearray()
-    root, height = _Child(Ref("", _NOWHERE, _NOWHERE)), 0
-    for height in itertools.count() if level else ():
-        parts, level = _parts(level), []
-        for part in parts:
-            node = _node(height, part)
-            below = [v for _, v in part if isinstance(v, _Child)]
-            sizes = (value.length for _, value in part if isinstance(value, Ref))
-            root = _Child(
-                Ref(name, len(nodes), len(node)),
-                keys=sum(child.keys for child in below) if height else len(part),
-                tree_bytes=sum(child.tree_bytes for child in below) + len(node),
-                value_bytes=sum(sizes) + sum(child.value_bytes for child in below),
-            )
-            level.append((part[0][0], root))
-            nodes += node
-        if len(level) == 1:
-            break
-    if nodes:
-        (folder / "d").mkdir(exist_ok=True)
-        (folder / name).write_bytes(nodes)
-    # As Orbax configures its stores: values up to 1 KB lie in the tree, which is one node.
-    config = [os.urandom(16), b"\0", _varints([1024, 100_000_000]), b"\4\1", bytes(4)]
-    version = [b"\1\1", bytes([height]), _children([root], [root.ref.file])]
-    when = time.time_ns().to_bytes(8, "little")
-    body = [*config, _files([root.ref.file]), *version, when, b"\0"]
-    (folder / MANIFEST).write_bytes(_sealed(_MANIFEST, body))
-
-
-def _parts(level: list[tuple[bytes, Any]]) -> list[list[tuple[bytes, Any]]]:
-    """The entries of one level, cut into those of each node."""
-    parts, size = [], 0
-    for number, (key, value) in enumerate(level):
-        size += len(key) + (len(value) if isinstance(value, bytes) else 0)
-        if not parts or len(parts[-1]) == _ARITY or size > _FULL:
-            parts.append([])
-            size = 0
-        parts[-1].append(level[number])
-    return parts
-
-
-def _node(height: int, entries: Sequence[tuple[bytes, Any]]) -> bytes:
-    """A node with `entries`, which are sorted: keys with values, or with children."""
-    keys, values = zip(*entries, strict=True)
-    shared = [0, *itertools.starmap(_shared, itertools.pairwise(keys))]
-    texts = [key[same:] for key, same in zip(keys, shared, strict=True)]
-    refs = [v.ref if height else v for v in values if not isinstance(v, bytes)]
-    files = sorted({ref.file for ref in refs})
-    body = [bytes([height]), _files(files), _varints([len(keys)])]
-    body += [_varints(shared[1:]), _varints(list(map(len, texts)))]
-    body += [bytes(len(keys) if height else 0), *texts]  # subtree_common_prefix_length
-    if height:
-        return _sealed(_NODE, [*body, _children(values, files)])
-    body.append(_varints([len(v) if isinstance(v, bytes) else v.length for v in values]))
-    body.append(bytes([not isinstance(value, bytes) for value in values]))
-    body += _places(refs, files)
-    return _sealed(_NODE, [*body, *(value for value in values if isinstance(value, bytes))])
-
-
-def _children(children: Sequence[_Child], files: Sequence[str]) -> bytes:
-    places = _places([child.ref for child in children], files)
-    statistics = zip(*((c.ref.length, *c[2:]) for c in children), strict=True)
-    return b"".join([*places, *map(_varints, statistics)])
-
-
-def _places(refs: Sequence[Ref], files: Sequence[str]) -> list[bytes]:
-    """The columns of file numbers and offsets."""
-    numbers = {file: number for number, file in enumerate(files)}
-    return [_varints([numbers[ref.file] for ref in refs]), _varints([ref.offset for ref in refs])]
-
-
-def _files(files: Sequence[str]) -> bytes:
-    """A data file table."""
-    paths = [file.encode() for file in files]
-    none = bytes(len(paths))
-    lengths = _varints(list(map(len, paths)))
-    return b"".join([_varints([len(paths)]), none[1:], lengths, none, *paths])
-
-
-def _shared(one: bytes, other: bytes) -> int:
-    """The length of the common beginning."""
-    size = min(len(one), len(other))
-    differing = int.from_bytes(one[:size], "big") ^ int.from_bytes(other[:size], "big")
-    return size - (differing.bit_length() + 7) // 8
-
-
-def _varints(numbers: Sequence[int]) -> bytes:
-    if max(numbers, default=0) < 128:
-        return bytes(numbers)
-    data = bytearray()
-    for number in numbers:
-        while number > 127:
-            data.append(number & 127 | 128)
-            number >>= 7
-        data.append(number)
-    return bytes(data)
-
-
-def _sealed(magic: bytes, body: Sequence[bytes]) -> bytes:
-    """A manifest or a node with its header and its checksum."""
-    content = b"\0\1" + zstd.compress(b"".join(body))
-    content = magic + (len(content) + 16).to_bytes(8, "little") + content
-    return content + google_crc32c.value(content).to_bytes(4, "little")
+            yield Child(Ref(path, offset, length), base, *statistics)

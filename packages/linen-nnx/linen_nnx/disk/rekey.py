@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from linen_nnx.disk import ocdbt
+from linen_nnx.disk import ocdbt, ocdbt_writing
 from linen_nnx.disk.chunks import Grid, apply
 from linen_nnx.disk.complete import files_below
 from linen_nnx.disk.layouts import Change
@@ -79,7 +79,7 @@ def write_store(out: Path, source: Source, jobs: Sequence[Job], placer: Placer) 
         stream(arrays, source.reader, out, in_tree, placer.progress)
     if in_tree:
         streamed = ocdbt.read(out) if changed else {}
-        ocdbt.write(out, streamed | _moved(items, moving))
+        ocdbt_writing.write(out, streamed | _moved(items, moving))
 
 
 def kept(jobs: Sequence[Job], item: int) -> list[str]:
