@@ -27,7 +27,7 @@ from linen_nnx.disk import msgpack_tree
 from linen_nnx.disk.checked import StoreError
 from linen_nnx.disk.convert import TargetError, convert
 from linen_nnx.disk.leaves import DICT, SEQUENCE
-from linen_nnx.disk.ranges import Stored
+from linen_nnx.disk.ranges import FileArray
 from linen_nnx.disk.sources import find
 from linen_nnx.proof.verify import verify
 
@@ -47,7 +47,7 @@ def whole(tree):
         return {key: whole(value) for key, value in tree.items()}
     if isinstance(tree, list):
         return [whole(value) for value in tree]
-    return tree.read() if isinstance(tree, Stored) else tree
+    return tree.read() if isinstance(tree, FileArray) else tree
 
 
 def same(left, right):

@@ -4,6 +4,15 @@
     Composite(model_state=..., optimizer_state=...)      `--item model_state`: the other has moments
 
 Each is carried by the rules of the training state's model, and stays an item of its own.
+
+To be carried, an item is placed where it would lie in a whole training state: its leaves get a
+head, the keys in front of their own. On the other side the head is another, and comes off again:
+
+    item `ema`, of Linen     fc/kernel      head (ema)         ema/fc/kernel
+    the result, of nnx       fc/kernel      head (ema)         ema/fc/kernel
+    an optimizer, of nnx     0/mu/fc/...    head (optimizer opt_state)
+                                                               optimizer/opt_state/0/mu/fc/...
+    the result, of Linen     0/mu/fc/...    head (opt_state)   opt_state/0/mu/fc/...
 """
 
 from collections.abc import Sequence
@@ -24,20 +33,32 @@ def items_beside(source: Source) -> dict[str, Path]:
 
 def source_of(source: Source, path: Path) -> Source:
     """An item of a step as a source of its own."""
+    # What the checkpoint says, and what was passed over, is of the training state.
     return replace(source, paths=(path,), names=(path.name,), said=None, passed=())
 
 
 def head_of(name: str, leaves: Sequence[Leaf], side: str) -> tuple[Key, ...]:
-    """Where an item's tree would lie in a whole training state.
+    """The keys in front of an item's tree, if it lay in a whole training state.
 
     An optimizer's state lies below `opt_state`, as a chain of optax does by itself (a tuple, or
     one state with a `count`); anything else below the item's name.
+
+    Example:
+      >>> from linen_nnx.disk.leaves import SEQUENCE
+      >>> kernel = Leaf((Key("fc", DICT), Key("kernel", DICT)), "jax.Array")
+      >>> [key.name for key in head_of("ema", [kernel], "linen")]
+      ['ema']
+      >>> count = Leaf((Key("0", SEQUENCE), Key("count", DICT)), "jax.Array")
+      >>> [key.name for key in head_of("optimizer_state", [count], "nnx")]
+      ['optimizer', 'opt_state']
     """
     tops = {leaf.keys[0] for leaf in leaves}
     names = {key.name for key in tops}
     above = ("optimizer",) if side == "nnx" else ()
+    # The item has the level `opt_state` itself.
     if OPTIMIZER in names:
         return _dicts(*above)
+    # Flax writes a tuple as a dict whose keys are digits.
     is_chain = all(key.kind == SEQUENCE or key.name.isdigit() for key in tops)
     if is_chain or "count" in names:
         return _dicts(*above, OPTIMIZER)
@@ -48,12 +69,13 @@ def head_in(head: tuple[Key, ...], side: str) -> tuple[Key, ...]:
     """The head that an item has on the other side."""
     if not is_optimizer(head):
         return head
-    below = tuple(key for key in head if key.name != "optimizer")
-    return (*(_dicts("optimizer") if side == "nnx" else ()), *below)
+    below = [key for key in head if key.name != "optimizer"]
+    above = _dicts("optimizer") if side == "nnx" else ()
+    return (*above, *below)
 
 
 def without_head(change: Change, sources: int, targets: int) -> Change:
-    """A change with the first keys of its leaves taken off."""
+    """A change whose leaves have lost their first keys: `sources` and `targets` of them."""
     return change._replace(
         sources=tuple([leaf.at(leaf.keys[sources:]) for leaf in change.sources]),
         targets=tuple([leaf.at(leaf.keys[targets:]) for leaf in change.targets]),
@@ -69,6 +91,7 @@ def read_beside(leaves: Sequence[Leaf], head: tuple[Key, ...], form: Form) -> St
     """An item's tree as a state without a model. The leaves' keys get the head in front."""
     placed = [leaf.at((*head, *leaf.keys)) for leaf in leaves]
     rest = {}
+    # A state calls what lies in `optimizer` of nnx by the same path as Linen's: `opt_state/...`.
     for names, leaf in without_boxes(placed, lambda path: False):
         above = names[:1] == ("optimizer",) and form.side == "nnx"
         rest["/".join(names[1:] if above else names)] = leaf

@@ -2,11 +2,14 @@
 
 A checkpoint's side files may hold anything: a number where a mapping belongs, a shape of minus one,
 a name that no file system can write. Each function here returns a value that is what it says, or
-raises `ValueError` with what was expected and what was got; who asked adds where it was.
+raises `ValueError` with what was expected and what was got. The caller adds where it was.
 
-    entry = {"key": "kernel", "key_type": 2}
-    text(field(entry, "key"))                   # "kernel"
-    integer(field(entry, "key_type"), 1, 2)     # 2
+    >>> entry = {"key": "kernel", "key_type": 7}
+    >>> text(field(entry, "key"))
+    'kernel'
+    >>> integer(field(entry, "key_type"), 1, 2)
+    Traceback (most recent call last):
+    ValueError: expected an integer from 1 to 2, got 7
 """
 
 import math
@@ -19,11 +22,15 @@ from typing import Any
 from linen_nnx.book.reading import ObjectPath, open_file, parse_json, read_bytes, size_of
 from linen_nnx.errors import Refusal
 
-_RANK = 32  # axes of an array: numpy's own limit was 32 until version 2, tensorstore's still is
-_BYTES = 1 << 60  # of one array: more than any disk, and still exact in every reader's integers
-METADATA_LIMIT = 1 << 20  # bytes of one array's zarr metadata, which take some hundred
+METADATA_LIMIT = 1 << 20
+"""Bytes of one array's zarr metadata, which take some hundred."""
+# Axes of an array: numpy's own limit was 32 until version 2, tensorstore's still is.
+_RANK = 32
+# Of one array: more than any disk, and still exact in every reader's integers.
+_BYTES = 1 << 60
+# Levels of a value that nothing here takes apart: real ones nest four deep.
+_LEVELS = 32
 _AT_ONCE = 16  # requests for files in a bucket
-_LEVELS = 32  # that a value nests which nothing here takes apart: real ones nest four deep
 _SHOWN = 60  # characters of a value in a message
 
 # What zarr calls the dtypes that numpy has not; zarr2 has codes such as `<f4` for the others.
@@ -77,12 +84,20 @@ def reason(error: OSError | ValueError) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as a message shows it: short, whatever it is."""
-    if isinstance(value, (dict, list)):
-        # Not its `repr`, which for a long or shared value may take hours.
-        return f"a {'mapping' if isinstance(value, dict) else 'list'} of {len(value)}"
+    """A value as a message shows it: short, whatever it is.
+
+    Example:
+      >>> shown([1, 2]), shown(10**5000), shown("kernel")
+      ('a list of 2', 'a huge integer', "'kernel'")
+    """
+    # Not the `repr` of a container, which for a long or shared value may take hours.
+    if isinstance(value, dict):
+        return f"a mapping of {len(value)}"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    # Python refuses to print an integer of 4,301 digits.
     if isinstance(value, int) and abs(value) >= _BYTES:
-        return "a huge integer"  # Python refuses to print one of 4,301 digits
+        return "a huge integer"
     whole = repr(value)
     return whole if len(whole) <= _SHOWN else f"{whole[:_SHOWN]}..."
 
@@ -101,7 +116,7 @@ def sequence(value: Any) -> list[Any]:
 
 
 def field(value: Any, key: str) -> Any:
-    """What a mapping has under a key that it must have."""
+    """The value of a key that a mapping must have."""
     if key not in mapping(value):
         raise ValueError(f"`{key}` is missing")
     return value[key]
@@ -111,13 +126,15 @@ def text(value: Any) -> str:
     """A text that UTF-8 can hold: JSON can also spell halves of characters, such as `\\ud800`."""
     if not isinstance(value, str):
         raise ValueError(f"expected a text, got {shown(value)}")
+    # The `UnicodeEncodeError` of half a character is a `ValueError`, too.
     if not value.isascii():
         value.encode()
     return value
 
 
 def integer(value: Any, least: int, most: int) -> int:
-    """An integer between two others; `true` is none."""
+    """An integer between two others."""
+    # `isinstance` would take `true` for 1.
     if type(value) is not int or not least <= value <= most:
         raise ValueError(f"expected an integer from {least} to {most}, got {shown(value)}")
     return value
@@ -140,6 +157,7 @@ def shape(value: Any, least: int = 0) -> list[int]:
     sizes = [integer(size, least, _BYTES) for size in sequence(value)]
     if len(sizes) > _RANK:
         raise ValueError(f"expected at most {_RANK} axes, got {len(sizes)}")
+    # Each may be possible by itself: 2**40 by 2**40 is not.
     if math.prod(sizes) > _BYTES:
         raise ValueError(f"an array of shape {sizes} is larger than any disk")
     return sizes
@@ -148,7 +166,7 @@ def shape(value: Any, least: int = 0) -> list[int]:
 def plain(value: Any) -> Any:
     """A value that is handed on as it is, which may not nest deeper than writing it again allows.
 
-    The levels are taken one by one, from the outside:
+    The levels are taken one by one from the outside, as recursion would end in a `RecursionError`:
 
         {"a": [1, [2]]}   ->   [1, [2]]   ->   1, [2]   ->   2          three levels
     """
@@ -174,13 +192,19 @@ def dtype_name(value: Any) -> str:
 
 
 def array_metadata(content: str | bytes, zarr3: bool) -> dict[str, Any]:
-    """The zarr metadata of one array, with everything that is used of it checked."""
+    """The zarr metadata of one array, in which everything that this library uses is checked.
+
+    Args:
+      content: the JSON.
+      zarr3: whether it has to be of zarr3, else of zarr2.
+    """
     metadata = mapping(plain(parse_json(content)))
     version = 3 if zarr3 else 2
     if field(metadata, "zarr_format") != version:
         found = shown(metadata["zarr_format"])
         raise ValueError(f"`zarr_format` is {found}, expected {version}")
     rank = len(shape(field(metadata, "shape")))
+    # A chunk of length 0 would make infinitely many.
     for sizes in _chunks(metadata, zarr3):
         if len(shape(sizes, least=1)) != rank:
             raise ValueError(f"its chunks have {len(sizes)} axes, expected {rank} as its shape has")
@@ -192,11 +216,12 @@ def array_metadata(content: str | bytes, zarr3: bool) -> dict[str, Any]:
 
 
 def _chunks(metadata: dict[str, Any], zarr3: bool) -> list[Any]:
-    """The shapes of its chunks, and of the chunks in those, not yet checked."""
+    """The shapes of an array's chunks, and of the chunks in a shard, not yet checked."""
     if not zarr3:
         _zarr2_encoding(metadata)
         return [field(metadata, "chunks")]
     grid = field(metadata, "chunk_grid")
+    # Zarr3 allows other grids, such as rectangles of several sizes; Orbax writes none.
     if field(grid, "name") != "regular":
         raise ValueError(f"its chunk grid {shown(grid['name'])} is not known, `regular` is")
     mapping(field(metadata, "chunk_key_encoding"))
@@ -208,7 +233,7 @@ def _chunks(metadata: dict[str, Any], zarr3: bool) -> list[Any]:
 
 
 def _zarr2_encoding(metadata: dict[str, Any]) -> None:
-    """What of zarr2 metadata says how a chunk is encoded and named."""
+    """Checks the fields of zarr2 metadata that say how a chunk is encoded and named."""
     if field(metadata, "order") not in ("C", "F"):
         raise ValueError(f"its order is {shown(metadata['order'])}, expected `C` or `F`")
     if field(metadata, "filters") is not None:

@@ -8,14 +8,14 @@ would otherwise be read as zeros.
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from linen_nnx.book.reading import ObjectPath
 from linen_nnx.disk.checked import StoreError, data_size, open_data, reason
+from linen_nnx.disk.chunk_lengths import check_length, check_size, check_swelling
 from linen_nnx.disk.chunks import Grid
-from linen_nnx.disk.frames import check_length, check_size, check_swelling
 from linen_nnx.disk.leaves import Leaf
 from linen_nnx.disk.ocdbt import Ref
 from linen_nnx.disk.store import Item
@@ -29,13 +29,15 @@ def files_below(folder: Path) -> list[Path]:
 
     Raises `StoreError` for a pipe, a device, a link to nothing, or one that leads in a circle.
     """
-    if isinstance(folder, ObjectPath):  # a bucket has neither links nor devices
-        return sorted(path for path in folder.rglob("*") if path.is_file())
+    # A bucket has neither links nor devices.
+    if isinstance(folder, ObjectPath):
+        return sorted([path for path in folder.rglob("*") if path.is_file()])
     return sorted(_walk(folder, ()))
 
 
 def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
     here = os.path.realpath(folder)
+    # Two links to one folder side by side are no circle: only the folders above count.
     if here in above:
         raise StoreError(f"{folder} is a symbolic link to a folder above it")
     for child in folder.iterdir():
@@ -50,26 +52,31 @@ def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
 def check_complete(items: Sequence[Item]) -> list[str]:
     """Compares what lies on disk with what the trees and metadata of a state's items say.
 
-    Returns notes of what is no fault and yet worth knowing. Raises `StoreError` that names what is
-    missing, too short, or no file.
+    Returns:
+      Notes of what is no fault and yet worth knowing.
+
+    Raises:
+      StoreError: that names what is missing, too short, or no file.
     """
     problems: list[str] = []
     left_out = 0
     for item in items:
         problems += _short_files(item)
         for leaf in item.leaves:
-            if leaf.zarr is not None and not leaf.loose:
-                found = _chunks(item, leaf)
-                missing = _missing(leaf, found)
-                if missing and _may_lack(item, leaf):
-                    left_out += 1
-                elif missing:
-                    problems.append(f"{item.path}: the array `{leaf.path}` has no chunk {missing}")
-                problems += _wrong_chunks(item, leaf, found)
+            if leaf.zarr is None or leaf.loose:
+                continue
+            found = _chunk_names(item, leaf)
+            missing = _missing(leaf, found)
+            if missing and _may_lack(item, leaf):
+                left_out += 1
+            elif missing:
+                problems.append(f"{item.path}: the array `{leaf.path}` has no chunk {missing}")
+            problems += _wrong_chunks(item, leaf, found)
     if problems:
-        more = f"; and {len(problems) - _PROBLEMS} more" * (len(problems) > _PROBLEMS)
         shown = "; ".join(problems[:_PROBLEMS])
-        raise StoreError(f"the checkpoint is not complete, copy it again: {shown}{more}")
+        more = len(problems) - _PROBLEMS
+        rest = f"; and {more} more" if more > 0 else ""
+        raise StoreError(f"the checkpoint is not complete, copy it again: {shown}{rest}")
     if left_out:
         return [f"{left_out} arrays have chunks that are not stored, as they hold the fill value"]
     return []
@@ -77,6 +84,7 @@ def check_complete(items: Sequence[Item]) -> list[str]:
 
 def _short_files(item: Item) -> list[str]:
     """What is wrong with the data files of an OCDBT store."""
+    # The end of the last value in each file. Between values there may be bytes of old versions.
     ends: dict[str, int] = {}
     for values in (item.tree or {}).values():
         for value in values.values():
@@ -94,7 +102,7 @@ def _short_files(item: Item) -> list[str]:
     return problems
 
 
-def _chunks(item: Item, leaf: Leaf) -> set[str]:
+def _chunk_names(item: Item, leaf: Leaf) -> Collection[str]:
     """The names of an array's chunks, as they are stored."""
     if item.tree is not None:
         return item.tree.get(leaf.stored, {}).keys() - {metadata_name(item.zarr3)}
@@ -102,8 +110,12 @@ def _chunks(item: Item, leaf: Leaf) -> set[str]:
     return {str(file.relative_to(folder)) for file in files_below(folder)}
 
 
-def _missing(leaf: Leaf, found: set[str]) -> str:
-    """The name of the first chunk that an array should have and has not, or nothing."""
+def _missing(leaf: Leaf, found: Collection[str]) -> str:
+    """The name of the first chunk that an array should have and has not, or nothing.
+
+    The names are made one by one and the first gap ends the search: a damaged shape may ask for
+    more chunks than memory holds.
+    """
     assert leaf.zarr is not None
     grid = Grid(leaf.zarr, {})
     for place in grid.places():
@@ -123,16 +135,18 @@ def _may_lack(item: Item, leaf: Leaf) -> bool:
     return not stored and leaf.zarr.get("fill_value") is not None
 
 
-def _wrong_chunks(item: Item, leaf: Leaf, found: set[str]) -> list[str]:
+def _wrong_chunks(item: Item, leaf: Leaf, found: Collection[str]) -> list[str]:
     """What is wrong with the lengths of an array's chunks."""
     assert leaf.zarr is not None
-    nbytes = math.prod(Grid(leaf.zarr, {}).steps) * leaf.itemsize
+    nbytes = math.prod(Grid(leaf.zarr, {}).chunk_shape) * leaf.itemsize
     problems = []
     for name in sorted(found):
+        # A folder also holds the metadata, and hidden files that a file system leaves behind.
         if name.rpartition("/")[2].startswith(".") or name == metadata_name(item.zarr3):
             continue
         try:
             if item.tree is not None:
+                # `_short_files` has compared the place and length that the tree gives.
                 value = item.tree[leaf.stored][name]
                 check_swelling(value.length if isinstance(value, Ref) else len(value), nbytes)
             else:

@@ -33,27 +33,39 @@ def describe(leaves: Sequence[Leaf]) -> str | None:
       'bare parameters of Linen'
     """
     paths = [leaf.path.split("/") for leaf in leaves]
-    names = {name for path in paths for name in path}
+    names = set().union(*paths)
+    # A whole state: `state.read_state` knows more of it.
     if "params" in names:
         return None
     if is_optimizer(leaves):
         owner = "nnx.Optimizer" if OPTIMIZER in names else "an optimizer"
         return f"the state of {owner} alone, without a model"
+    # Boxes of `nn.with_partitioning` end in `value`, and so do the Variables of an nnx.State.
     if any(leaf.keys[-1] == ("value", DICT) for leaf in leaves) or OPTIMIZER in names:
         return None
     linen = any(_LINEN_NAME.fullmatch(name) for name in names)
     nnx = any(name.isdigit() for name in names)
+    # Signs of both, or of neither, prove nothing.
     if linen != nnx:
         return "bare parameters of Linen" if linen else "nnx.State as a pure dict of the model"
     return "bare parameters of Linen, or a pure dict of nnx: their names do not tell"
 
 
 def is_optimizer(leaves: Sequence[Leaf]) -> bool:
-    """Whether all leaves lie in an optimizer's state."""
+    """Whether all leaves lie in an optimizer's state.
+
+    Example:
+      >>> from linen_nnx.disk.leaves import SEQUENCE, Key
+      >>> count = (Key("0", SEQUENCE), Key("count", DICT))
+      >>> is_optimizer([Leaf(count, "jax.Array")])
+      True
+    """
     paths = [leaf.path.split("/") for leaf in leaves]
     heads = {path[0] for path in paths}
+    # `nnx.Optimizer` counts its updates in `step`, beside the state of optax.
     if OPTIMIZER in heads:
         return heads <= {OPTIMIZER, "step"}
+    # One transformation by itself, or a chain of several, whose states are numbered.
     if not all(head.isdigit() for head in heads):
         return bool(heads & _OPTAX_FIELDS)
     return any(_OPTAX_FIELDS.intersection(path[:_DEPTH]) for path in paths)

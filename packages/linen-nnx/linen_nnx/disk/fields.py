@@ -1,8 +1,13 @@
-"""What a training state holds that mirrors no parameter: counts, keys, and fields of one's own.
+"""The leaves of a training state that mirror no parameter: counts, keys, fields of one's own.
 
-Such a leaf goes along as it is, and arrays are listed. Where that could be wrong it is refused: an
-array of an optimizer may hold all parameters in one row, say, which rules would put in another
-order. A rule may name such a leaf by its path beside the model, and settles it:
+Such a leaf goes along as it is, and arrays are listed. Where that could be wrong it is refused. Two
+parameters `a` and `b` become `z` and `b`: their order by name changes, and an array of an optimizer
+that holds both in a row would have to be put in another order, too. Nothing says whether an array
+of their common length is such a row:
+
+    opt_state/0/flat   float32[6]      a [2,2], then b [2]     or something else of length 6?
+
+A rule may name such a leaf by its path beside the model, and settles it:
 
     - {linen: obs_mean, ops: [{op: drop}]}                           left behind
     - {linen: obs_mean, nnx: statistics}                             renamed
@@ -21,12 +26,13 @@ from linen_nnx.disk.mirrors import prefix_keys
 from linen_nnx.disk.moves import Move, Place, Step
 from linen_nnx.disk.state import OPTIMIZER, Id, State, is_key
 
-_OF_MUON = "ns_coeffs"  # as optax.contrib.muon calls the coefficients of its iteration
+# As optax.contrib.muon calls the coefficients of its iteration.
+_OF_MUON = "ns_coeffs"
 
 
 @dataclass(frozen=True)
 class Ruled:
-    """What rules say of single leaves of the rest."""
+    """What rules say of single leaves that mirror nothing."""
 
     moves: list[Move[Leaf, Place]]
     paths: frozenset[str]
@@ -44,16 +50,21 @@ def ruled(
     """
     side = state.form.side
     found: dict[str, list[Hit]] = {}
+    rules: set[int] = set()
     for path in state.rest:
+        # `../` is above the training state: what lies beside it in a checkpoint.
         if hits := book.hits(side, path.removeprefix("../")):
             found[path] = hits
-    rules = {hit.rule for hits in found.values() for hit in hits}
+            rules.update([hit.rule for hit in hits])
+    # Mostly there are none, and the model's leaves are many.
     if rules:
-        rules -= {hit.rule for path in model for hit in book.hits(side, path)}
+        for path in model:
+            rules.difference_update([hit.rule for hit in book.hits(side, path)])
     moves: list[Move[Leaf, Place]] = []
     settled: set[str] = set()
     for path, hits in found.items():
         named = [hit for hit in hits if hit.rule in rules]
+        # Only rules of the model match it: `params/{rest...}`, say, and a field called `params`.
         if not named:
             continue
         settled.add(path)
@@ -68,7 +79,7 @@ def ruled(
 def _settled(
     path: str, leaf: Leaf, hit: Hit, book: RuleBook, to: Side, problems: list[str]
 ) -> list[Move[Leaf, Place]]:
-    """What one rule makes of one leaf of the rest."""
+    """The moves that one rule makes of one leaf: none of its targets, or one."""
     rule = book.rules[hit.rule]
     targets = rule.side(to)
     if not targets:
@@ -78,6 +89,7 @@ def _settled(
         return []
     new = targets[0].format(hit.captures)
     keys = prefix_keys(path, leaf)
+    # Under its old name it keeps the kinds of its keys; a new one is made of dicts.
     if new == path.removeprefix("../"):
         return [Move((leaf,), (Place(path=path, prefix=keys),), rule=rule)]
     above = "../" if path.startswith("../") else ""
@@ -92,8 +104,9 @@ def _dicts(path: str) -> tuple[Key, ...]:
 class Scope:
     """The parameters that a part of an optimizer is for, and what the rules do to them.
 
-    Of `opt_state/inner_states/muon/inner_state/0/ns_coeffs` that are those in the mirrors below
-    the nearest node above that has any: the matrices, which Muon's moments are kept of.
+    A leaf belongs with the mirrors below the nearest node above it that has any. Above
+    `opt_state/inner_states/muon/inner_state/0/ns_coeffs` that is `.../inner_state/0`, whose mirror
+    `mu` has the matrices alone: Muon is for these.
     """
 
     steps: Sequence[Step]
@@ -109,29 +122,35 @@ class Scope:
     @property
     def telling(self) -> set[int]:
         """The lengths of an array that may hold something for each parameter, element or layer."""
-        ids = [id for step in self.steps for id in step.sources]
-        changed = [id for step in self.steps if step.actions for id in step.sources]
-        specs = self.state.model
-        lengths = {len(ids), sum(specs[id].spec.size for id in ids)}
+        lengths = {sum(len(step.sources) for step in self.steps), self.in_a_row()}
         for step in self.steps:
-            if step.actions:
-                lengths |= {len(step.sources), len(step.targets)} - {1}
-        for id in changed:
-            lengths |= {specs[id].spec.size, *specs[id].spec.shape}
+            # A step that only renames leaves its arrays as they are.
+            if not step.actions:
+                continue
+            # How many layers are stacked, or parts joined. Length 1 would tell of everything.
+            lengths |= {len(step.sources), len(step.targets)} - {1}
+            for id in step.sources:
+                spec = self.state.model[id].spec
+                lengths |= {spec.size, *spec.shape}
         return lengths
 
     def reordered(self) -> bool:
         """Whether the parameters come in another order, which is that of their names."""
-        pairs = [
-            (step.sources[0].path, step.targets[0].path) for step in self.steps if step.targets
-        ]
-        old = sorted(pairs, key=lambda pair: pair[0].split("/"))
-        return old != sorted(pairs, key=lambda pair: pair[1].split("/"))
+        pairs = []
+        for step in self.steps:
+            if step.targets:
+                pairs.append((step.sources[0].path, step.targets[0].path))
+        # Level by level, as jax flattens dicts: `a/b` comes before `a-c` there, and not as text.
+        by_old_name = sorted(pairs, key=lambda pair: pair[0].split("/"))
+        by_new_name = sorted(pairs, key=lambda pair: pair[1].split("/"))
+        return by_old_name != by_new_name
 
     def in_a_row(self) -> int:
         """The length of all parameters in a row."""
-        ids = [id for step in self.steps for id in step.sources]
-        return sum(self.state.model[id].spec.size for id in ids)
+        length = 0
+        for step in self.steps:
+            length += sum(self.state.model[id].spec.size for id in step.sources)
+        return length
 
 
 def scopes(
@@ -140,7 +159,15 @@ def scopes(
     steps: Sequence[Step],
     state: State,
 ) -> dict[str, Scope]:
-    """The scope of each of some leaves of the rest; `mirrors`: the parameters in each mirror."""
+    """The scope of each of some leaves that mirror nothing.
+
+    Args:
+      paths: those leaves.
+      mirrors: the parameters in each mirror, by the path of the mirror.
+      steps: what the rules do to the model.
+      state: the state that all of them are of.
+    """
+    # Every node above a mirror, with the parameters of all mirrors below it.
     by_node: dict[str, set[Id]] = {}
     for prefix, ids in mirrors.items():
         node = prefix
@@ -154,6 +181,7 @@ def scopes(
         node = path.rpartition("/")[0]
         while node and node not in by_node:
             node = node.rpartition("/")[0]
+        # Leaves of one node share a scope, which takes a pass over all steps to make.
         if node not in known:
             inside = [s for s in everything if by_node.get(node, set()) & {*s.sources}]
             known[node] = Scope(inside if node else everything, state, everything)
@@ -179,9 +207,11 @@ def check_plain(
     if leaf.zarr is None:
         return None
     names = path.split("/")
+    # `extra/fc/kernel` beside a parameter `fc/kernel`: a mirror that lacks the other parameters.
     ends = ["/".join(names[n:]) for n in range(1, len(names))]
     if any(end in tree for end in ends):
         return f"`{leaf.path}` has a parameter's name outside of any mirror: {remedy(path, side)}"
+    # Counts and keys depend on no form, and what lies outside of the optimizer is the user's own.
     if beside or path.split("/")[0] != OPTIMIZER or is_key(leaf) or not leaf.spec.shape:
         return None
     if names[-1] == _OF_MUON and reshaped(scope.everything, scope.state):
@@ -191,6 +221,7 @@ def check_plain(
         )
     lengths = {*leaf.spec.shape}
     row = scope.in_a_row()
+    # Renaming can only change the order of the parameters, and so only an array of all of them.
     if scope.renamed and not (row in lengths and scope.reordered()):
         return None
     if not scope.renamed and not lengths & scope.telling:

@@ -3,6 +3,14 @@
 A msgpack file holds a whole tree, be it parameters alone or a training state. The other formats
 hold arrays under flat names. Nothing is read but headers before an array is asked for; then one
 at a time.
+
+A checkpoint in shards, as Hugging Face writes it, is one index and the files that it lists:
+
+    m.safetensors.index.json          {"weight_map": {"fc.kernel": "m-00001-of-00002.safetensors",
+    m-00001-of-00002.safetensors                      "fc.bias": "m-00002-of-00002.safetensors"}}
+    m-00002-of-00002.safetensors
+
+`flat_files.py` and `msgpack_tree.py` know the formats; `loose.py` makes leaves of what they read.
 """
 
 import re
@@ -15,7 +23,7 @@ import numpy as np
 from linen_nnx.book.reading import read_json
 from linen_nnx.disk import flat_files, msgpack_tree
 from linen_nnx.disk.checked import StoreError
-from linen_nnx.disk.flat_files import Member
+from linen_nnx.disk.flat_files import NpzArray
 from linen_nnx.disk.leaves import DICT, Leaf, make_key
 from linen_nnx.disk.loose import Keys, kind, listed, make_leaf, read_value, refuse_unknown, walk
 from linen_nnx.disk.ranges import Array
@@ -25,7 +33,7 @@ Entries = dict[Keys, Any]
 """What a file holds by key path: arrays in files, numbers, strings, None, `{}`, `[]`."""
 
 INDEX_SUFFIX = ".index.json"
-_SHARD = re.compile(r".*-\d+-of-(\d+)\.\w+")
+_SHARD = re.compile(r".*-\d+-of-(\d+)\.\w+")  # `model-00001-of-00002.msgpack`
 
 
 class FileReader:
@@ -39,10 +47,11 @@ class FileReader:
             self.parts[name] = []
             for keys, value in _entries(path).items():
                 leaf = make_leaf(keys, value)
+                # Several files may each have a `params/fc/kernel`.
                 leaf = leaf._replace(stored=f"{name}/{leaf.stored}")
                 self._values[leaf.stored] = value
                 self.parts[name].append(leaf)
-        if any(isinstance(value, Member) and value.unnamed for value in self._values.values()):
+        if any(isinstance(value, NpzArray) and value.unnamed for value in self._values.values()):
             self.notes.append("numpy has no bfloat16: what it calls `|V2` is read as that")
 
     def read(self, leaves: Sequence[Leaf]) -> list[Array]:
@@ -56,7 +65,7 @@ def files_of(path: Path) -> list[Path]:
 
 
 def _entries(path: Path) -> Entries:
-    """What a file holds. Raises `StoreError` for what cannot be read or expressed."""
+    """The entries of a file. Raises `StoreError` for what cannot be read or expressed."""
     if path.name.endswith(INDEX_SUFFIX):
         entries = _sharded(path)
     else:
@@ -66,13 +75,15 @@ def _entries(path: Path) -> Entries:
                 f"folder, or its index `*{INDEX_SUFFIX}`"
             )
         entries = _whole(path)
-    refuse_collisions(path, [".".join(key.name for key in keys) for keys in entries])
+    # The result is an Orbax item, which joins keys by dots.
+    names = [".".join([key.name for key in keys]) for keys in entries]
+    refuse_collisions(path, names)
     refuse_unknown(path, entries)
     return entries
 
 
 def _whole(path: Path) -> Entries:
-    """What a file holds that is no index."""
+    """The entries of a file that is no index."""
     if path.suffix == ".safetensors":
         return _flat(flat_files.read_safetensors(path))
     if path.suffix == ".npz":
@@ -84,23 +95,30 @@ def _whole(path: Path) -> Entries:
 
 
 def _flat(arrays: Mapping[str, Any], separator: str | None = None) -> Entries:
+    """Arrays under flat names as a tree of dicts."""
     entries = {}
     for names, value in flat_files.split(arrays, separator).items():
-        entries[tuple([make_key(name, DICT) for name in names])] = value
+        keys = tuple([make_key(name, DICT) for name in names])
+        entries[keys] = value
     return entries
 
 
 def _sharded(path: Path) -> Entries:
-    """What the shards hold that an index lists. Raises `StoreError` for all that do not agree."""
+    """The entries of the shards that an index lists.
+
+    Raises `StoreError` for each array that the index and the shards do not agree on.
+    """
     places, shards = _weights(path)
     found = {shard.name: _shard_arrays(shard) for shard in shards}
     problems = []
     for name, shard in places.items():
         if name not in found[shard]:
             problems.append(f"`{name}` is not in {shard}, where the index has it")
+    # An unlisted array may be an old version of one that is in another shard.
     for shard, arrays in found.items():
-        unlisted = (name for name in arrays if places.get(name) != shard)
-        problems += [f"`{name}` in {shard} is not listed by the index" for name in unlisted]
+        for name in arrays:
+            if places.get(name) != shard:
+                problems.append(f"`{name}` in {shard} is not listed by the index")
     if problems:
         raise StoreError(f"{path} and its shards differ: {listed(problems)}")
     # Shards of msgpack hold trees, whose names were joined by slashes just now.
@@ -109,17 +127,20 @@ def _sharded(path: Path) -> Entries:
 
 
 def _shard_arrays(shard: Path) -> Mapping[str, Any]:
-    """What a shard holds by the names that an index uses."""
+    """The arrays of a shard by the names that an index uses."""
     if shard.suffix == ".safetensors":
         return flat_files.read_safetensors(shard)
-    tree = msgpack_tree.read(shard)
-    return {"/".join(key.name for key in keys): value for keys, value in walk(tree)}
+    arrays = {}
+    for keys, value in walk(msgpack_tree.read(shard)):
+        arrays["/".join([key.name for key in keys])] = value
+    return arrays
 
 
 def _weights(path: Path) -> tuple[dict[str, str], list[Path]]:
     """The shard of each array, and all shards. Raises `StoreError` if some are missing."""
     try:
         places = read_json(path)["weight_map"]
+        # A name with a slash would lead out of the folder.
         good = all(isinstance(name, str) and Path(name).name == name for name in places.values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreError(f"{path} cannot be read as an index of shards: {error!r}") from None
@@ -148,6 +169,7 @@ def _nested(leaves: Iterable[tuple[Keys, Leaf, Array | None]]) -> dict[str, Any]
     for keys, leaf, array in leaves:
         node: Any = tree
         for key in keys[:-1]:
+            # A leaf where a branch is needed: none of the levels below it can be.
             node = node.setdefault(key.name, {}) if isinstance(node, dict) else None
         if not isinstance(node, dict) or keys[-1].name in node:
             raise StoreError(f"msgpack cannot hold `{leaf.path}`, a leaf and a branch at once")
@@ -156,6 +178,7 @@ def _nested(leaves: Iterable[tuple[Keys, Leaf, Array | None]]) -> dict[str, Any]
 
 
 def _value(keys: Keys, leaf: Leaf, array: Array | None) -> Any:
+    # A number of Python comes back as one, as it was before it was saved.
     if array is not None:
         return array.item() if leaf.value_type == "scalar" else array
     if leaf.value_type == "string":
@@ -171,9 +194,10 @@ def _write_safetensors(path: Path, leaves: Iterable[tuple[Keys, Leaf, Array | No
 
     flat = {}
     for keys, leaf, array in leaves:
-        name = ".".join(key.name for key in keys)
+        name = ".".join([key.name for key in keys])
         if array is None:
             raise StoreError(f"{path}: safetensors cannot hold `{leaf.path}`, a {leaf.value_type}")
+        # `save_file` takes no array whose memory lies in another order, as a transposed one's does.
         flat[name] = np.require(array, requirements="C")
     try:
         save_file(flat, path)

@@ -39,13 +39,13 @@ class Reference(NamedTuple):
 
 
 class Index(NamedTuple):
-    """What an index says."""
+    """The tree of an index: each leaf, and who wrote it."""
 
     leaves: dict[Keys, Any]
     """By key path: a `Reference`, or the value itself, as `msgpack_tree.read` gives it."""
     writer: str
     left_out: tuple[str, ...] = ()
-    """What only its writer can use."""
+    """The branches that only its writer can use."""
 
     @property
     def arrays_inside(self) -> bool:
@@ -58,6 +58,7 @@ def read_index(folder: Path) -> Index:
     tree = msgpack_tree.read(folder / INDEX)
     if not isinstance(tree, (dict, list)) or not tree:
         raise StoreError(f"{folder / INDEX} holds no tree")
+    # Both, as a model of one's own may have a submodule `optimizer`.
     if isinstance(tree, dict) and isinstance(tree.get("optimizer"), dict) and "version" in tree:
         return _t5x(folder, tree)
     return Index(dict(_walk(tree, ())), "Orbax 0.2 to 0.4")
@@ -68,6 +69,7 @@ def _t5x(folder: Path, tree: dict[str, Any]) -> Index:
     optimizer = tree["optimizer"]
     if not isinstance(optimizer.get(_T5X_TARGET), dict):
         raise StoreError(f"{folder / INDEX} is of T5X, but has no `optimizer/{_T5X_TARGET}`")
+    # T5X has the parameters without the level `params`, and the other collections with theirs.
     leaves = dict(_walk(optimizer[_T5X_TARGET], (make_key("params", DICT),)))
     left = [f"optimizer/{name}" for name in optimizer if name != _T5X_TARGET]
     for name, branch in tree.items():
@@ -79,7 +81,14 @@ def _t5x(folder: Path, tree: dict[str, Any]) -> Index:
 
 
 def _walk(tree: Any, keys: Keys) -> Iterator[tuple[Keys, Any]]:
-    """The leaves of an index; an empty dict or list is one, too."""
+    """The leaves of an index; an empty dict or list is one, too.
+
+    Example:
+      >>> tree = {"kernel": "PLACEHOLDER://params.kernel", "step": 7}
+      >>> [(keys[-1].name, value) for keys, value in _walk(tree, ())]
+      [('kernel', Reference(name='params.kernel')), ('step', 7)]
+    """
+    # Before the dicts, as the spec of an array is one, too.
     name = _spec_name(tree)
     if name is not None:
         yield keys, Reference(name)
@@ -97,23 +106,26 @@ def _walk(tree: Any, keys: Keys) -> Iterator[tuple[Keys, Any]]:
 
 def _spec_name(tree: Any) -> str | None:
     """The directory that a spec of tensorstore names, which T5X writes in place of an array."""
+    # A spec that casts has the spec of the stored array in `base`.
     while isinstance(tree, dict) and isinstance(tree.get("base"), dict):
-        tree = tree["base"]  # of a spec that casts what it reads
+        tree = tree["base"]
     if not isinstance(tree, dict) or not isinstance(tree.get("kvstore"), dict):
         return None
     path = tree["kvstore"].get("path")
+    # The path leads from the root of the writer's disk or bucket: the last element is the array's.
     return path.rstrip("/").rpartition("/")[2] if isinstance(path, str) else None
 
 
 def read_index_item(folder: Path, number: int = 0) -> Item:
     """Reads the tree of an item that has an index. Raises `StoreError` for what is damaged."""
     index = read_index(folder)
-    refuse_collisions(folder, [".".join(key.name for key in keys) for keys in index.leaves])
+    refuse_collisions(folder, [".".join([key.name for key in keys]) for keys in index.leaves])
     refuse_unknown(folder / INDEX, index.leaves)
     in_tree = (folder / ocdbt.MANIFEST).is_file()
     tree = read_tree(folder) if in_tree else None
     names = [value.name for value in index.leaves.values() if isinstance(value, Reference)]
-    zarr = read_zarr(folder, False, _plain(folder, names), tree)
+    _refuse_outside(folder, names)
+    zarr = read_zarr(folder, False, names, tree)
     shardings = read_shardings(folder, names)
     inside: dict[str, Any] = {}
     leaves = []
@@ -134,18 +146,18 @@ def read_index_item(folder: Path, number: int = 0) -> Item:
     return Item(folder, tuple(leaves), header, tree, inside)
 
 
-def _plain(folder: Path, names: list[str]) -> list[str]:
-    """The names, each of which must stay inside the folder."""
+def _refuse_outside(folder: Path, names: list[str]) -> None:
+    """Raises `StoreError` for names that would lead out of the folder, or stand for it."""
     if odd := [name for name in names if "/" in name or name in ("", ".", "..")]:
         raise StoreError(f"{folder / INDEX} has names that are none of arrays in its folder: {odd}")
-    return names
 
 
 def _stored_leaf(keys: Keys, name: str, zarr: dict[str, Any], sharding: str | None) -> Leaf:
     """A leaf in the store, under the type that Orbax would give it today."""
     value_type = "np.ndarray" if sharding is None else "jax.Array"
+    # A number of Python was saved as 64 bits; arrays of jax have them only if that was asked for.
     if zarr["shape"] == [] and zarr["dtype"] in ("<i8", "<f8"):
-        value_type = "scalar"  # what a number of Python was saved as
+        value_type = "scalar"
     return Leaf(keys, value_type, zarr=zarr, sharding=sharding, stored=name)
 
 
@@ -159,9 +171,13 @@ class IndexReader:
         self._store = ItemReader(items)
 
     def read(self, leaves: Sequence[Leaf]) -> list[Any]:
-        """All leaves at once. Raises `ValueError` for bytes that cannot be decoded."""
-        arrays = iter(self._store.read([leaf for leaf in leaves if not leaf.loose]))
-        return [
-            read_value(self._items[leaf.item].inside[leaf.stored]) if leaf.loose else next(arrays)
-            for leaf in leaves
-        ]
+        """The arrays of some leaves. Raises `ValueError` for bytes that cannot be decoded."""
+        # All of the store in one call, which reads them side by side.
+        stored = iter(self._store.read([leaf for leaf in leaves if not leaf.loose]))
+        arrays = []
+        for leaf in leaves:
+            if leaf.loose:
+                arrays.append(read_value(self._items[leaf.item].inside[leaf.stored]))
+            else:
+                arrays.append(next(stored))
+        return arrays

@@ -1,7 +1,12 @@
 """Leaves that lie in files and not in a store, under the types that Orbax has for them.
 
 A tree of msgpack holds arrays, numbers, strings, None, and empty dicts and lists. Orbax saves all
-of these, and calls them `np.ndarray`, `scalar`, `string`, `None`, `Dict` and `List`.
+of these, and calls them `np.ndarray`, `scalar`, `string`, `None`, `Dict` and `List`. So a leaf of a
+file gets the metadata that Orbax would give it, and the rest of the library sees no difference:
+
+    >>> keys = (make_key("step", DICT),)
+    >>> [make_leaf(keys, value).value_type for value in (7, "adam", None, {})]
+    ['scalar', 'string', 'None', 'Dict']
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,12 +18,13 @@ import numpy as np
 from linen_nnx.book.ops import Spec
 from linen_nnx.disk import checked
 from linen_nnx.disk.checked import StoreError
-from linen_nnx.disk.flat_files import Member
+from linen_nnx.disk.flat_files import NpzArray
 from linen_nnx.disk.leaves import DICT, SEQUENCE, Key, Leaf, make_key
-from linen_nnx.disk.ranges import Array, Stored
+from linen_nnx.disk.ranges import Array, FileArray
 from linen_nnx.disk.zarr_metadata import fresh_metadata
 
 Keys = tuple[Key, ...]
+# Flax, before Orbax, wrote arrays of several processes beside the file, and this text in it.
 _GDA_PLACEHOLDER = "//GDAPlaceholder:"
 _SHOWN = 10  # problems in one message
 
@@ -42,8 +48,8 @@ def walk(tree: Any, keys: Keys = ()) -> Iterator[tuple[Keys, Any]]:
 
 def make_leaf(keys: Keys, value: Any) -> Leaf:
     """The leaf that a value is."""
-    stored = "/".join(key.name for key in keys)
-    if isinstance(value, Stored | Member):
+    stored = "/".join([key.name for key in keys])
+    if isinstance(value, FileArray | NpzArray):
         metadata = fresh_metadata(Spec(value.shape, value.dtype.name), zarr3=False)
         return Leaf(keys, "np.ndarray", zarr=metadata, stored=stored, loose=True)
     if isinstance(value, str):
@@ -51,24 +57,27 @@ def make_leaf(keys: Keys, value: Any) -> Leaf:
     if value is None or isinstance(value, (dict, list)):
         return Leaf(keys, kind(value), stored=stored, loose=True)
     metadata = fresh_metadata(Spec((), _number_dtype(value)), zarr3=False)
+    # Orbax calls int, float and bool a `scalar`.
     value_type = "np.ndarray" if isinstance(value, complex) else "scalar"
     return Leaf(keys, value_type, zarr=metadata, stored=stored, loose=True)
 
 
 def read_value(value: Any) -> Array:
     """The array of a leaf, or its number as an array without axes."""
-    if isinstance(value, Stored | Member):
+    if isinstance(value, FileArray | NpzArray):
         return value.read()
     return np.asarray(value, _number_dtype(value))
 
 
 def kind(value: Any) -> str:
     """What Orbax calls the type of an empty node; of other values, the type of Python."""
-    return {dict: "Dict", list: "List", type(None): "None"}.get(type(value), type(value).__name__)
+    names = {dict: "Dict", list: "List", type(None): "None"}
+    return names.get(type(value), type(value).__name__)
 
 
 def _number_dtype(value: Any) -> str:
     """The dtype that Orbax gives a number of Python."""
+    # Before the others, as a bool of Python is an int, too.
     if isinstance(value, bool):
         return "bool"
     return {int: "int64", float: "float64", complex: "complex128"}[type(value)]
@@ -78,7 +87,7 @@ def refuse_unknown(path: Path, leaves: Mapping[Keys, Any]) -> None:
     """Raises `StoreError` for values that no leaf can be, all in one message."""
     problems = []
     for keys, value in leaves.items():
-        shown = "/".join(key.name for key in keys)
+        shown = "/".join([key.name for key in keys])
         problems += _odd_keys(shown, keys)
         if isinstance(value, str) and value.startswith(_GDA_PLACEHOLDER):
             problems.append(

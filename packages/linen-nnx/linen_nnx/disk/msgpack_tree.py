@@ -31,15 +31,19 @@ import numpy as np
 
 from linen_nnx.book.reading import open_file
 from linen_nnx.disk.checked import StoreError
-from linen_nnx.disk.ranges import Array, Range, Stored, sized
+from linen_nnx.disk.ranges import Array, FileArray, Range, sized
 
-_ARRAY, _COMPLEX, _SCALAR = 1, 2, 3  # the extensions of flax.serialization
+# The types of the extensions of flax.serialization.
+_ARRAY, _COMPLEX, _SCALAR = 1, 2, 3
+# The key that marks a map as an array in chunks of 1 GiB: an extension holds less than 4 GiB.
 _CHUNKED = "__msgpack_chunked_array__"
-_CHUNK = 1 << 30  # bytes, of flax's chunks: an extension of msgpack holds less than 4 GiB
+_CHUNK = 1 << 30
 # No model nests deeper than some dozens; Python itself stops at 1000 calls.
 _DEPTH = 100
-_BLOCK = 1 << 14  # bytes read at once: the heads of many small leaves, or of one large one
-_LONGEST_TEXT = 1 << 20  # bytes; keys and strings of a checkpoint are short
+# Bytes read at once: the heads of many small leaves, or of one large one.
+_BLOCK = 1 << 14
+# Bytes of a text: keys and strings of a checkpoint are short.
+_LONGEST_TEXT = 1 << 20
 # `first byte: (format of struct, kind)`. The kinds with a length are followed by their content.
 _HEADS = {
     0xC4: (">B", "bytes"), 0xC5: (">H", "bytes"), 0xC6: (">I", "bytes"),
@@ -55,14 +59,14 @@ _WORDS = {0xC0: None, 0xC2: False, 0xC3: True}
 
 
 class _Head(NamedTuple):
-    """What a value begins with: its kind, and its length or (of numbers and words) itself."""
+    """The beginning of a value: its kind, and its length or (of numbers and words) itself."""
 
     kind: str
     value: Any
 
 
 def read(path: Path) -> Any:
-    """The tree of a file: dicts and lists of `Stored` arrays, numbers, strings and None.
+    """The tree of a file: dicts and lists of `FileArray` arrays, numbers, strings and None.
 
     Raises:
       StoreError: for what is no such file, damaged, or written by something else.
@@ -83,7 +87,7 @@ def read(path: Path) -> Any:
 
 
 def _guess(path: Path) -> str:
-    """What a file that is no msgpack may be instead."""
+    """A sentence for the message: what a file that is no msgpack may be instead."""
     with open_file(path) as file:
         first = file.read(8)
     if first[:1] == b"\x80" and first[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
@@ -111,6 +115,7 @@ class _Walk:
     def whole(self) -> Any:
         """The one value that the file holds."""
         tree = self.value(0)
+        # Two saves in one file, or a file whose first byte is damaged.
         if (left := self.size - self.at) > 0:
             raise ValueError(f"{left} bytes follow behind the tree")
         return tree
@@ -136,6 +141,7 @@ class _Walk:
         tree: dict[str, Any] = {}
         for _ in range(self._count(count)):
             key = self.value(depth + 1)
+            # Flax writes the keys of a list as texts; other writers, as integers.
             if isinstance(key, bool) or not isinstance(key, str | int):
                 raise ValueError(f"a key is a {type(key).__name__}, expected a string")
             if str(key) in tree:
@@ -147,19 +153,22 @@ class _Walk:
         """An array, a number of numpy, or a complex number."""
         (code,) = self._take(1)
         end = self.at + length
+        # Inside is a list in msgpack again, of which the last part is the array's bytes.
         if code == _COMPLEX:
             self._parts(2)
             return complex(self._number(), self._number())
         if code not in (_ARRAY, _SCALAR):
             raise ValueError(f"an extension of type {code}, which flax.serialization does not have")
         self._parts(3)
-        shape = tuple(self._number() for _ in range(self._count(self._sized("list"))))
+        rank = self._count(self._sized("list"))
+        shape = tuple([self._number() for _ in range(rank)])
         dtype = sized(self._text(self._sized("text")))
         held = self._sized("bytes")
+        # Passed over without being read.
         start, self.at = self.at, end
         if start + held != end or end > self.size:
             raise ValueError(f"an array at byte {start} is cut off")
-        return Stored(shape, dtype, (Range(self.path, start, held),))
+        return FileArray(shape, dtype, (Range(self.path, start, held),))
 
     def _parts(self, expected: int) -> None:
         if (count := self._sized("list")) != expected:
@@ -176,11 +185,14 @@ class _Walk:
         return value
 
     def _head(self) -> _Head:
+        """The next byte, and the length or number behind it if it has one."""
         (first,) = self._take(1)
+        # 0x00 to 0x7f and 0xe0 to 0xff are numbers themselves: 0 to 127, and -32 to -1.
         if first < 0x80:
             return _Head("number", first)
         if first >= 0xE0:
             return _Head("number", first - 256)
+        # Short maps (0x80), lists (0x90) and texts (0xa0, 0xb0) have their length in the low bits.
         if first < 0xC0:
             short = (("map", 0x0F), ("list", 0x0F), ("text", 0x1F), ("text", 0x1F))
             kind, mask = short[(first >> 4) - 8]
@@ -201,7 +213,7 @@ class _Walk:
         return self._take(length).decode()
 
     def _count(self, count: int) -> int:
-        """A number of values, each of which takes a byte at least."""
+        """A number of values, compared with the bytes left: each value takes a byte at least."""
         if count > self.size - self.at:
             raise ValueError(f"{count} values are announced in fewer bytes")
         return count
@@ -209,6 +221,7 @@ class _Walk:
     def _take(self, length: int) -> bytes:
         """The next bytes, which are few: what is long is passed over."""
         first = self.at - self.start
+        # Behind an array the next bytes lie outside of the block at hand.
         if not 0 <= first <= len(self.block) - length:
             self.file.seek(self.at)
             self.block, self.start, first = self.file.read(max(_BLOCK, length)), self.at, 0
@@ -219,18 +232,23 @@ class _Walk:
         return data
 
 
-def _joined(tree: Mapping[str, Any]) -> Stored:
-    """One array of those that flax has cut into chunks, each a flat piece of it."""
+def _joined(tree: Mapping[str, Any]) -> FileArray:
+    """The array that flax has cut into chunks, each a flat piece of it.
+
+    Its shape and its chunks are dicts whose keys count: `{"0": 3, "1": 5}` is the shape (3, 5).
+    """
+    pieces: list[Range] = []
     try:
-        shape = tuple(tree["shape"][str(n)] for n in range(len(tree["shape"])))
+        shape = tuple([tree["shape"][str(n)] for n in range(len(tree["shape"]))])
         chunks = [tree["chunks"][str(n)] for n in range(len(tree["chunks"]))]
         dtype = chunks[0].dtype
-        pieces = tuple(piece for chunk in chunks for piece in chunk.ranges)
+        for chunk in chunks:
+            pieces += chunk.ranges
     except (KeyError, IndexError, TypeError, AttributeError):
         raise ValueError("an array in chunks lacks some of them, or its shape") from None
     if any(chunk.dtype != dtype for chunk in chunks):
         raise ValueError("an array in chunks has chunks of several dtypes")
-    return Stored(shape, dtype, pieces)
+    return FileArray(shape, dtype, tuple(pieces))
 
 
 def write(path: Path, tree: Any) -> None:
@@ -245,6 +263,7 @@ def write(path: Path, tree: Any) -> None:
 
 
 def _pieces(packer: Any, tree: Any) -> Iterator[bytes]:
+    """The bytes of a tree, leaf by leaf, so that they are never in memory together."""
     if isinstance(tree, dict):
         yield packer.pack_map_header(len(tree))
         for key, value in tree.items():
@@ -253,6 +272,7 @@ def _pieces(packer: Any, tree: Any) -> Iterator[bytes]:
     elif isinstance(tree, np.ndarray) and tree.nbytes > _CHUNK:
         yield from _pieces(packer, _chunks(tree))
     elif isinstance(tree, np.ndarray | np.generic):
+        # Flax reads a number of numpy back as one, and not as an array without axes.
         code = _ARRAY if isinstance(tree, np.ndarray) else _SCALAR
         parts = [list(tree.shape), tree.dtype.name, tree.tobytes()]
         yield packer.pack_ext_type(code, msgpack.packb(parts))

@@ -79,13 +79,13 @@ def _add_levels(nodes: bytearray, data_file: str, level: list[Entry]) -> tuple[C
         for entries in _parts(level):
             content = node(height, entries)
             place = Ref(data_file, len(nodes), len(content))
-            child = _summed(place, height, entries)
             # An inner node knows its children by their first keys.
-            parents.append((entries[0][0], child))
+            parents.append((entries[0][0], _summed(place, height, entries)))
             nodes += content
-        if len(parents) == 1:
-            return child, height
         level = parents
+        if len(level) == 1:
+            _, root = level[0]
+            return root, height
     raise AssertionError("`count` has no end")
 
 

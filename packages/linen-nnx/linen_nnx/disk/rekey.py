@@ -47,7 +47,7 @@ def choose(change: Change, zarr3: bool) -> Job:
         return Job(change, "name", change.targets)
     grids = None if loose else apply(change.actions, change.sources)
     if grids is not None and change.sources:
-        stored = [(grid.metadata, tuple(grid.steps)) for grid in grids]
+        stored = [(grid.metadata, tuple(grid.chunk_shape)) for grid in grids]
         engine: Engine = "chunks"
     else:
         specs = change.specs or [leaf.spec for leaf in change.targets]
