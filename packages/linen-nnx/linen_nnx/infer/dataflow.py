@@ -1,11 +1,40 @@
-"""The dataflow of a traced forward pass: where, in which order and in which form leaves are used.
+"""Finds where a model first uses each element of each leaf, and what flows into that place.
 
-`flow(trace)` walks a jaxpr through jit, remat, scan, while, cond and custom derivatives without
-computing anything. Casts, reshapes, transposes, broadcasts, slices and concatenations of a leaf
-are views of its elements, and so are slices of what a leaf was applied to. Every first use becomes
-a `Slot`: the leaf elements in the form in which the computation sees them, (N, K) for a product
-that sums over K and (N, 1) for everything else. Two models that compute the same have the same
-slots, however their leaves are named, stacked, fused, transposed or reshaped.
+`flow(trace)` reads the jaxpr of one side. It computes nothing. In place of arrays it carries the
+*numbers* of leaf elements along and looks where they end up. The Linen side of `example.py` has
+ten elements:
+
+    down/kernel  [[0 1]        up/bias  [4 5]        up/kernel  [[6 7]
+                  [2 3]]                                         [8 9]]
+
+    forward pass            elements that the two outputs use     slot             what flows in
+    a = x @ up/kernel       6 and 8         7 and 9               0  [[6 8] [7 9]]
+    b = a + up/bias         4               5                     1  [[4] [5]]     slot 0
+    h = tanh(b)             -               -
+    y = h @ down/kernel     0 and 2         1 and 3               2  [[0 2] [1 3]] slots 0 and 1
+
+    >>> from linen_nnx.infer.example import two_layers
+    >>> from linen_nnx.infer.trace import trace_linen
+    >>> found = flow(trace_linen(two_layers()))
+    >>> [slot.ids.tolist() for slot in found.slots]
+    [[[6, 8], [7, 9]], [[4], [5]], [[0, 2], [1, 3]]]
+    >>> found.above.astype(int).tolist()
+    [[0, 0, 0], [1, 0, 0], [1, 1, 0]]
+
+The nnx side keeps `down/kernel` transposed in a leaf `last`. Its third slot is (2, 2) all the same:
+three rules make slots independent of how a model is written.
+
+1. An operation that only moves elements (cast, reshape, transpose, broadcast, slice, concatenate)
+   is followed and not counted as a use. What it gives is still a *view* of leaves.
+2. The first operation that computes with an element is its first use. A product that sums over K
+   inputs for N outputs gives (N, K) elements, anything else (N, 1).
+3. A use does not become a slot at once. A fused layer computes `x @ qkv + bias` and cuts the result
+   in three; a port has three layers. So a use leaves a *tag* on its output, which is moved and cut
+   as the output is. The tag becomes slots when something else consumes the output:
+
+    x @ qkv                  one tag, 12 columns        a product of 12 columns
+    q, k, v = split(...)     three tags, 4 columns      as if each had been a product of its own
+    q @ k.T                  q and k become slots       here both are consumed
 """
 
 from collections.abc import Iterable, Sequence
@@ -30,6 +59,7 @@ from linen_nnx.infer.jaxprs import (
     scan_parts,
     while_parts,
 )
+from linen_nnx.infer.masks import holds_bit, mask_of, renamed, unpacked
 from linen_nnx.infer.trace import Trace
 
 Array = np.ndarray
@@ -40,9 +70,10 @@ _FOLD = 1 << 16  # integer arrays up to this size (positions, indices) are compu
 class Slot(NamedTuple):
     """One first use of leaf elements.
 
-    ids: (N, K) element numbers, counted through all leaves of the side in their order.
-    lane: (how many, which): of a product batched over several layers (nn.vmap), the entry. Lanes
-      of one batch do not flow into each other.
+    Attributes:
+      ids: (N, K) element numbers, counted through all leaves of the side in their order.
+      lane: `(how many, which)`. A product under `nn.vmap` runs several layers as one batch; each
+        entry of the batch is a lane. Lanes of one batch do not flow into each other.
     """
 
     ids: Array
@@ -50,13 +81,16 @@ class Slot(NamedTuple):
 
 
 class Use(NamedTuple):
-    """One equation that uses leaf elements for the first time, and where they are in its output.
+    """One equation that uses leaf elements for the first time.
 
-    site: the address of the equation: its index, within nested jaxprs the chain of indices; the
-      iteration follows the index of a scan.
-    columns: -1 or an element number at each place of the output (or of an operand, where the
-      equation keeps no element in its place); with `rows` (columns, K) the number of a row, whose
-      elements a product sums over. inputs: its operands that depend on the model's inputs.
+    Attributes:
+      site: where the equation is. `(3,)` is the fourth equation of the jaxpr; `(3, 0, 7)` is
+        equation 7 in iteration 0 of a scan that is equation 3.
+      columns: in the shape of the output, the element that each place uses, or -1. Where `rows` is
+        given, the row that each place uses. In the shape of an operand, where the equation keeps no
+        element in its place.
+      rows: (rows, K) for a product: the elements that each row sums over.
+      inputs: which operands depend on the model's inputs.
     """
 
     site: Site
@@ -68,8 +102,11 @@ class Use(NamedTuple):
 class Flow(NamedTuple):
     """All slots of one side, by first use.
 
-    above: (slots, slots) bool; [a, b]: what b gives flows into the place where a is used.
-    uses: the equations of the slots; owner: for each element the number of its use, -1 if none.
+    Attributes:
+      above: (slots, slots) bool; `above[a, b]` says that what slot b gives flows into the place
+        where slot a is used.
+      uses: the equations of the slots, by number.
+      owner: (elements,) int32; the number of the use of each element, -1 if none.
     """
 
     slots: list[Slot]
@@ -79,11 +116,16 @@ class Flow(NamedTuple):
 
 
 class _Tag(NamedTuple):
-    """Columns that are still in line with the axes of a value, -1 where there is none.
+    """A first use that no slot stands for yet, and where its elements are in a value.
 
-    A column is a leaf element or, with `rows` (columns, K), one output of a product; `lanes` are
-    the batch entries of such outputs. `order` tells of the first use, `above` (bits of tags) what
-    flows into it.
+    Attributes:
+      bit: its number among all tags, and its bit in masks.
+      columns: in the shape of the value, the element at each place, or -1. Where `rows` is given,
+        the row at each place.
+      order: the number of the use; the parts that a tag is cut into keep it.
+      above: the mask of the tags that flow into the use.
+      rows: (rows, K) for a product: the elements that each row sums over.
+      lanes: (rows,) for a product: the batch entry of each row.
     """
 
     bit: int
@@ -95,36 +137,53 @@ class _Tag(NamedTuple):
 
 
 class _Value(NamedTuple):
-    """What is known of one variable: views of leaves, or tags of an activation, or a constant."""
+    """What is known of one variable of the jaxpr.
+
+    A value that depends on leaves alone has `views`: arrays of element numbers in its shape, -1
+    where no element is; several, if leaves were combined (`w * scale`). A value that depends on the
+    inputs is `active`, with the tags that are still in line with its axes. A small array of
+    integers that depends on neither is a `const`. `mask` names all tags that flow in.
+    """
 
     views: tuple[Array, ...] = ()
     tags: tuple[_Tag, ...] = ()
-    mask: int = 0  # the bits of all tags that flow in
+    mask: int = 0
     active: bool = False
     const: Array | None = None
 
 
 def flow(trace: Trace) -> Flow:
-    """The slots of a traced side."""
-    values = [_Value(views=(numbers,)) for numbers in trace.numbers.values()]
-    walk = _Walk(sum(numbers.size for numbers in trace.numbers.values()))
-    values += [_Value(active=True) for _ in trace.inputs]
-    walk.flush(walk.run(trace.jaxpr, values, ()), ())
+    """Finds the slots of a traced side; the example above shows what they are."""
+    values: list[_Value] = []
+    count = 0
+    for numbers in trace.numbers.values():
+        values.append(_Value(views=(numbers,)))
+        count += numbers.size
+    for _ in trace.inputs:
+        values.append(_Value(active=True))
+    walk = _Walk(count)
+    outputs = walk.run(trace.jaxpr, values, ())
+    walk.flush(outputs, ())
     return walk.finish()
 
 
 class _Walk:
+    """One walk through the equations of a side: collects tags, and makes slots of them."""
+
     def __init__(self, size: int) -> None:
-        self.owner = np.full(size, -1, np.int32)  # element -> the tag of its first use
-        self.slot_of = np.full(size, -1, np.int32)
-        self.slots: list[tuple[tuple[int, int], int, Slot]] = []  # with its order and `above`
         self.tags: list[_Tag] = []
         self.uses: dict[int, Use] = {}
-        self.inputs: tuple[int, ...] = ()  # of the equation at hand
-        self.covers: dict[int, list[int]] = {}  # bit -> slots, once a tag is flushed
+        self.slots: list[tuple[tuple[int, int], int, Slot]] = []  # with its order and `above`
+        # By element: the tag of its first use, and its slot; -1 as long as it has none.
+        self.owner = np.full(size, -1, np.int32)
+        self.slot_of = np.full(size, -1, np.int32)
+        # By tag, once it is flushed: the slots that stand for its elements.
+        self.covers: dict[int, list[int]] = {}
+        # Which operands of the equation at hand depend on the model's inputs.
+        self.inputs: tuple[int, ...] = ()
 
     def run(self, jaxpr: Any, args: Sequence[_Value], site: Site) -> list[_Value]:
-        """The values that a jaxpr, open or closed, returns."""
+        """What is known of the results of a jaxpr, open or closed."""
 
         def equation(number: int, eqn: Any, given: list[_Value]) -> Sequence[_Value]:
             return self.equation(eqn, given, (*site, number))
@@ -132,149 +191,201 @@ class _Walk:
         return interpret(jaxpr, args, _constant, equation)
 
     def equation(self, eqn: Any, args: list[_Value], site: Site) -> Sequence[_Value]:
+        """What is known of the outputs of an equation."""
         name = eqn.primitive.name
         self.inputs = tuple(number for number, arg in enumerate(args) if arg.active)
-        if control := {"scan": self.scan, "while": self.loop, "cond": self.branches}.get(name):
-            return control(eqn, args, site)
-        if (inner := called(eqn)) is not None:
+        controls = {"scan": self.scan, "while": self.loop, "cond": self.branches}
+        if name in controls:
+            return controls[name](eqn, args, site)
+        inner = called(eqn)
+        if inner is not None:
             return self.run(inner, args, site)
-        if all(arg.const is not None for arg in args) and (folded := _fold(eqn, args)):
-            return folded
+        # Positions and loop counters are computed, so that a lookup by them is a known movement.
+        if all(arg.const is not None for arg in args):
+            folded = _fold(eqn, args)
+            if folded:
+                return folded
         if name in ELEMENTWISE:
-            several = len(eqn.outvars) > 1  # an optimization_barrier, say: nothing is combined
-            shapes = [out.aval.shape for out in eqn.outvars]
-            return args if several else [self.elementwise(args, shapes[0], site)]
+            if len(eqn.outvars) > 1:  # an optimization_barrier, say: nothing is combined
+                return args
+            return [self.elementwise(args, eqn.outvars[0].aval.shape, site)]
         if name in ("concatenate", "stack"):
             return [self.joined(eqn, args, site)]
-        rest = [arg.const for arg in args[1:]]
-        if args and (args[0].views or args[0].tags) and (moves := movements(eqn, rest)):
-            return [self.moved(args[0], move) for move in moves]
+        if args and (args[0].views or args[0].tags):
+            moves = movements(eqn, [arg.const for arg in args[1:]])
+            if moves:
+                return [self.moved(args[0], move) for move in moves]
+        # Most layers write `x @ w`, the weight second.
         for weight in (1, 0):
-            if weight < len(args) and args[weight].views and (axes := product_axes(eqn, weight)):
-                return [self.product(args, weight, axes, eqn.outvars[0].aval.shape, site)]
+            if weight < len(args) and args[weight].views:
+                axes = product_axes(eqn, weight)
+                if axes:
+                    shape = eqn.outvars[0].aval.shape
+                    return [self.product(args, weight, axes, shape, site)]
         return [self.mixed(args, site)] * len(eqn.outvars)
 
     # Control flow
 
     def scan(self, eqn: Any, args: list[_Value], site: Site) -> list[_Value]:
-        """Runs the body once; once per step where that shows which elements a step uses."""
+        """The results of a scan: its body is run once, or once per step.
+
+        Once per step, where steps use different elements. Layers stacked by `nn.scan` come in row
+        by row; `fori_loop(0, 2, lambda k, x: x + p[k], x)` looks its row up by the counter.
+        """
         scan = scan_parts(eqn)
         fixed, carry, rows = scan.operands(args)
+        is_stacked = any(row.views or row.tags for row in rows)
         counts = any(value.const is not None and value.const.ndim == 0 for value in carry)
-        every = any(row.views or row.tags for row in rows) or (
-            counts and any(value.views for value in fixed)
-        )
+        is_looked_up = counts and any(value.views for value in fixed)
         collected = []
-        for step in scan.steps() if every else (0,):
+        for step in scan.steps() if is_stacked or is_looked_up else (0,):
             now = [_row(self, row, step) for row in rows]
             outs = self.run(scan.body, [*fixed, *carry, *now], (*site, step))
             carry = outs[: scan.carried]
             collected.append(outs[scan.carried :])
-        return [*carry, *(self.mixed(each, site) for each in zip(*collected, strict=True))]
+        # What the steps give row by row is stacked, which keeps no element in its place.
+        stacked = [self.mixed(each, site) for each in zip(*collected, strict=True)]
+        return [*carry, *stacked]
 
     def loop(self, eqn: Any, args: list[_Value], site: Site) -> list[_Value]:
+        """The results of a while loop, whose body is run once."""
         loop = while_parts(eqn)
         of_test, of_body, carry = loop.operands(args)
-        carry = [value._replace(const=None) for value in carry]  # it may be counted up
+        # What is constant before the loop may be counted up in it.
+        carry = [value._replace(const=None) for value in carry]
         test = self.run(loop.test, [*of_test, *carry], (*site, 0))
         self.flush(test, site)
         return self.run(loop.body, [*of_body, *carry], (*site, 1))
 
     def branches(self, eqn: Any, args: list[_Value], site: Site) -> list[_Value]:
-        outs = [
-            self.run(branch, args[1:], (*site, number))
-            for number, branch in enumerate(branches(eqn))
-        ]
+        """The results of a cond: those of all its branches together."""
+        outs = []
+        for number, branch in enumerate(branches(eqn)):
+            outs.append(self.run(branch, args[1:], (*site, number)))
         self.flush(args[:1], site)
         return [self.mixed(each, site) for each in zip(*outs, strict=True)]
 
     # Views and tags
 
     def touch(self, views: Iterable[Array], site: Site, above: int = 0) -> tuple[list[_Tag], int]:
-        """Tags for the elements that are used for the first time, and the bits of all."""
-        tags, bits = [], 0
+        """Tags the elements of some views that are used here for the first time.
+
+        Returns the new tags, and the mask of the tags of all the elements, new and old.
+        """
+        tags: list[_Tag] = []
+        mask = 0
         for view in views:
+            # A bias of 4 elements, broadcast to (32, 128, 4), is looked up 4 times and not 16,384.
             small = unbroadcast(view)
-            used = np.where(small < 0, -2, self.owner[small])
-            bits |= _bits(np.unique(used[used >= 0]))
-            if (fresh := used == -1).any():
+            owner = np.where(small < 0, -2, self.owner[small])
+            mask |= mask_of(np.unique(owner[owner >= 0]))
+            fresh = owner == -1
+            if fresh.any():
                 columns = np.broadcast_to(np.where(fresh, small, -1), view.shape)
-                tags.append(self.tag(columns, site, above))
-                self.owner[small[fresh]] = tags[-1].bit
-        return tags, bits | _bits(tag.bit for tag in tags)
+                tag = self.tag(columns, site, above)
+                self.owner[small[fresh]] = tag.bit
+                tags.append(tag)
+        for tag in tags:
+            mask |= 1 << tag.bit
+        return tags, mask
 
     def tag(self, columns: Array, site: Site, above: int, *product: Array | None) -> _Tag:
+        """A new tag, and the use that it stands for. `product`: the rows and lanes of one."""
         tag = _Tag(len(self.tags), columns, len(self.tags), above, *product)
         self.tags.append(tag)
         self.uses[tag.bit] = Use(site, columns, tag.rows, self.inputs)
         return tag
 
     def elementwise(self, args: list[_Value], shape: tuple[int, ...], site: Site) -> _Value:
-        views = [np.broadcast_to(view, shape) for arg in args for view in arg.views]
+        """The result of an equation that keeps every element in its place: `x + bias`, say."""
+        views: list[Array] = []
+        for arg in args:
+            for view in arg.views:
+                views.append(np.broadcast_to(view, shape))
+        # `kernel * scale` without an input is no use yet: what is applied to it will be.
         if not any(arg.active for arg in args):
             return _Value(views=tuple(views))
         tags: list[_Tag] = []
         mask = 0
         for arg in args:
             mask |= arg.mask
-            wide = (_spread(tag, shape) for tag in self.pending(arg))
-            tags += [tag for tag in wide if not _among(tag, tags)]
+            for tag in self.pending(arg):
+                wide = _spread(tag, shape)
+                if not _among(wide, tags):  # `x * sigmoid(x)` has each tag of x twice
+                    tags.append(wide)
         new, bits = self.touch(views, site, mask)
         return _Value(tags=(*tags, *new), mask=mask | bits, active=True)
 
     def moved(self, value: _Value, move: Movement) -> _Value:
-        """The value after a movement of its elements, which may leave some of them out."""
+        """A value after a movement of its elements, which may leave some of them out.
+
+        A tag of which elements were left out is cut: the part that is left gets a bit of its own.
+        """
         if not value.active:
             return _Value(views=tuple(move(view) for view in value.views))
-        tags = [tag._replace(columns=move(tag.columns)) for tag in self.pending(value)]
-        parts: dict[int, int] = {}
-        for place, (tag, old) in enumerate(zip(tags, self.pending(value), strict=True)):
-            if tag.columns.size < old.columns.size and _cut(old.columns, tag.columns):
-                parts[tag.bit] = len(self.tags)
-                tags[place] = tag._replace(bit=len(self.tags))
-                self.tags.append(tags[place])
-        if parts:  # of what was cut with it only this part flows on
-            tags = [tag._replace(above=_renamed(tag.above, parts)) for tag in tags]
-            for tag in tags:
-                self.tags[tag.bit] = tag
-        return _Value(tags=tuple(tags), mask=_renamed(value.mask, parts), active=True)
+        tags: list[_Tag] = []
+        parts: dict[int, int] = {}  # bits, of the whole to the part
+        for whole in self.pending(value):
+            tag = whole._replace(columns=move(whole.columns))
+            if tag.columns.size < whole.columns.size and _is_cut(whole.columns, tag.columns):
+                tag = tag._replace(bit=len(self.tags))
+                parts[whole.bit] = tag.bit
+                self.tags.append(tag)
+            tags.append(tag)
+        if parts:
+            # `split(x @ w + b)`: into a part of b flows that part of `x @ w` and not the whole.
+            for place, tag in enumerate(tags):
+                tag = tag._replace(above=renamed(tag.above, parts))
+                tags[place] = self.tags[tag.bit] = tag
+        return _Value(tags=tuple(tags), mask=renamed(value.mask, parts), active=True)
 
     def joined(self, eqn: Any, args: list[_Value], site: Site) -> _Value:
-        """A concatenation or stack of values of any kind."""
-        stack, shape = eqn.primitive.name == "stack", eqn.outvars[0].aval.shape
-        axis = param(eqn, "axis" if stack else "dimension")
-        ends = np.cumsum([1 if stack else atom.aval.shape[axis] for atom in eqn.invars])
+        """The result of a concatenation or a stack of values of any kind."""
+        is_stack = eqn.primitive.name == "stack"
+        shape = eqn.outvars[0].aval.shape
+        axis = param(eqn, "axis" if is_stack else "dimension")
+        sizes = [1 if is_stack else atom.aval.shape[axis] for atom in eqn.invars]
+        ends = np.cumsum(sizes)
 
         def place(array: Array, end: int) -> Array:
-            small = unbroadcast(np.expand_dims(array, axis) if stack else array, keep=axis)
+            """One array in the shape of the result, with -1 where the others are."""
+            whole = np.expand_dims(array, axis) if is_stack else array
+            small = unbroadcast(whole, keep=axis)
             out = np.full((*small.shape[:axis], shape[axis], *small.shape[axis + 1 :]), -1)
-            out[(*[slice(None)] * axis, slice(end - small.shape[axis], end))] = small
+            own_part = slice(end - small.shape[axis], end)
+            out[(*[slice(None)] * axis, own_part)] = small
             return np.broadcast_to(out, shape)
 
-        if not any(arg.active for arg in args) and all(len(arg.views) == 1 for arg in args):
-            whole = [place(arg.views[0], end) for arg, end in zip(args, ends, strict=True)]
-            return _Value(views=(np.maximum.reduce(whole),))
+        # Leaves alone, side by side: `stack([w1, w2])` is one view, as if it were one leaf.
+        if all(not arg.active and len(arg.views) == 1 for arg in args):
+            parts = [place(arg.views[0], end) for arg, end in zip(args, ends, strict=True)]
+            return _Value(views=(np.maximum.reduce(parts),))
         tags: list[_Tag] = []
         mask = 0
         for arg, end in zip(args, ends, strict=True):
             new, bits = self.touch(arg.views, site)
             mask |= arg.mask | bits
-            every = [*self.pending(arg), *new]
-            tags += [tag._replace(columns=place(tag.columns, end)) for tag in every]
-        return _Value(tags=tuple(tags), mask=mask, active=bool(mask) or any(a.active for a in args))
+            for tag in (*self.pending(arg), *new):
+                tags.append(tag._replace(columns=place(tag.columns, end)))
+        active = bool(mask) or any(arg.active for arg in args)
+        return _Value(tags=tuple(tags), mask=mask, active=active)
 
     def product(
         self, args: list[_Value], weight: int, axes: Axes, shape: tuple[int, ...], site: Site
     ) -> _Value:
-        """A sum over products with a leaf."""
+        """The result of a sum over products with operand `weight`, which is made of leaves."""
+        # Of `kernel * scale` the kernel varies most: it is the weight. The scale counts as used
+        # just before.
         view, *others = sorted(args[weight].views, key=lambda each: -_varying(each).size)
         rest = [arg for number, arg in enumerate(args) if number != weight]
         above = self.flush([*rest, _Value(views=tuple(others))], site)
+        # One row for each output of the product, batch entry by batch entry.
         ids = view.transpose([*axes.batch, *axes.free, *axes.summed])
         grid = ids.shape[: len(axes.places)]
         rows = ids.reshape(int(np.prod(grid)), -1)
         owners = self.owner[rows]
-        bits = _bits(np.unique(owners[owners >= 0]))
+        bits = mask_of(np.unique(owners[owners >= 0]))
+        # A row one of whose elements was used before (a kernel applied twice) is no first use.
         fresh = (owners < 0).all(axis=1)
         if not fresh.any():
             return _Value(mask=above | bits, active=True)
@@ -287,15 +398,18 @@ class _Walk:
         return _Value(tags=(tag,), mask=above | bits | 1 << tag.bit, active=True)
 
     def mixed(self, args: Sequence[_Value], site: Site) -> _Value:
-        """What comes of values in a way that keeps no element in its place."""
+        """The result of an equation that keeps no element in its place: a softmax's sum, say."""
         active = any(arg.active or arg.views for arg in args)
         return _Value(mask=self.flush(args, site), active=active)
 
+    # From tags to slots
+
     def pending(self, value: _Value) -> list[_Tag]:
+        """The tags of a value that no slot stands for yet."""
         return [tag for tag in value.tags if tag.bit not in self.covers]
 
     def flush(self, values: Iterable[_Value], site: Site) -> int:
-        """Makes slots of all that is pending on values; returns the bits that flow out of them."""
+        """Makes slots of all that is pending on values; returns the mask of what flows out."""
         mask = 0
         for value in values:
             new, bits = self.touch(value.views, site)
@@ -306,6 +420,8 @@ class _Walk:
         return mask
 
     def register(self, tag: _Tag, beside: Sequence[_Tag]) -> None:
+        """Makes a slot of the elements of a tag that have none: one for each lane."""
+        # In the order in which they stand in the value, which is that of the computation.
         numbers, first = np.unique(_varying(tag.columns), return_index=True)
         numbers = numbers[np.argsort(first)]
         numbers = numbers[numbers >= 0]
@@ -318,22 +434,34 @@ class _Walk:
             slot = Slot(rows[part], (len(np.unique(lanes)), int(lane)))
             covers.append(len(self.slots))
             self.slot_of[slot.ids] = len(self.slots)
-            self.slots.append(((tag.order, int(numbers[part].min())), tag.above, slot))
+            # Parts of one use have one order: among them the first columns come first.
+            order = tag.order, int(numbers[part].min())
+            self.slots.append((order, tag.above, slot))
         self.covers[tag.bit] = covers
 
     def finish(self) -> Flow:
-        """Registers what nothing consumed, and turns bits into slots."""
-        for tag in reversed(self.tags):  # parts before the whole they were cut from
+        """Makes slots of what nothing consumed, and turns masks of tags into pairs of slots."""
+        # Backwards: parts come after the whole that they were cut from. Once they have slots, the
+        # whole makes a slot of no more than what is left of it.
+        for tag in reversed(self.tags):
             if tag.bit not in self.covers:
                 self.register(tag, ())
         ranks = sorted(range(len(self.slots)), key=lambda number: self.slots[number][0])
         place = {number: rank for rank, number in enumerate(ranks)}
+        # (tags, slots), 1 where a slot stands for a tag. In float32, as numpy has no fast product
+        # of booleans.
         cover = np.zeros((len(self.tags), len(ranks)), np.float32)
         for bit, numbers in self.covers.items():
-            cover[bit, [place[number] for number in numbers]] = 1
-        above = _unpacked([self.slots[number][1] for number in ranks], len(self.tags)) @ cover > 0
-        slots = [self.slots[number][2] for number in ranks]
-        return Flow(slots, above, self.uses, self.owner)
+            for number in numbers:
+                cover[bit, place[number]] = 1
+        slots: list[Slot] = []
+        masks: list[int] = []
+        for number in ranks:
+            _, above, slot = self.slots[number]
+            slots.append(slot)
+            masks.append(above)
+        flows_in = unpacked(masks, len(self.tags)) @ cover > 0
+        return Flow(slots, flows_in, self.uses, self.owner)
 
 
 def _fold(eqn: Any, args: list[_Value]) -> list[_Value] | None:
@@ -358,10 +486,21 @@ def _row(walk: _Walk, value: _Value, step: int) -> _Value:
     return walk.moved(value, lambda array: array[step])
 
 
+# Arrays of numbers
+
+
 def unbroadcast(array: Array, keep: int | None = None) -> Array:
-    """The array with every broadcast axis cut to length 1."""
-    ones = (stride == 0 and axis != keep for axis, stride in enumerate(array.strides))
-    return array[tuple(slice(0, 1) if one else slice(None) for one in ones)]
+    """The array with every broadcast axis, but the axis `keep`, cut to length 1.
+
+    Example:
+        >>> unbroadcast(np.broadcast_to([4, 5], (3, 2)))
+        array([[4, 5]])
+    """
+    cut = [slice(None)] * array.ndim
+    for axis, stride in enumerate(array.strides):
+        if stride == 0 and axis != keep:
+            cut[axis] = slice(0, 1)
+    return array[tuple(cut)]
 
 
 def _varying(array: Array) -> Array:
@@ -374,7 +513,7 @@ def _varying(array: Array) -> Array:
     return array
 
 
-def _cut(before: Array, after: Array) -> bool:
+def _is_cut(before: Array, after: Array) -> bool:
     """Whether a movement left columns out, rather than copies of the same ones."""
     return len(np.unique(unbroadcast(after))) < len(np.unique(unbroadcast(before)))
 
@@ -386,39 +525,29 @@ def _spread(tag: _Tag, shape: tuple[int, ...]) -> _Tag:
 
 
 def _among(tag: _Tag, tags: list[_Tag]) -> bool:
-    return any(
-        tag.bit == other.bit
-        and (tag.columns is other.columns or np.array_equal(tag.columns, other.columns))
-        for other in tags
-    )
+    """Whether a tag is among others, with its columns in the same places."""
+    for other in tags:
+        if tag.bit != other.bit:
+            continue
+        # Identity first: comparing large arrays takes long, and most are the same one.
+        if tag.columns is other.columns or np.array_equal(tag.columns, other.columns):
+            return True
+    return False
 
 
 def _lanes(tag: _Tag, beside: Sequence[_Tag], numbers: Array) -> Array:
-    """Which lane of a batched product each column belongs to, or acts on."""
+    """Which lane of a batched product each column belongs to, or acts on; -1 for none.
+
+    Three experts under `nn.vmap`: the product with their kernels has three lanes. A bias that is
+    added has no lanes of its own, but each of its elements stands beside columns of one lane.
+    """
     if tag.lanes is not None:
         return tag.lanes[numbers]
     for other in beside:
-        if other.lanes is not None and other.lanes.any() and tag.above >> other.bit & 1:
+        if other.lanes is None or not other.lanes.any():
+            continue
+        if holds_bit(tag.above, other.bit):
             found, first = np.unique(tag.columns, return_index=True)
             acts_on = other.columns.reshape(-1)[first[np.searchsorted(found, numbers)]]
             return np.where(acts_on < 0, -1, other.lanes[acts_on])
     return np.zeros(len(numbers), int)
-
-
-def _bits(numbers: Iterable[int]) -> int:
-    return sum({1 << int(number) for number in numbers})
-
-
-def _renamed(mask: int, names: dict[int, int]) -> int:
-    for old, new in names.items():
-        if mask >> old & 1:
-            mask = mask & ~(1 << old) | 1 << new
-    return mask
-
-
-def _unpacked(masks: list[int], count: int) -> Array:
-    """(masks, count) float32 of 0 and 1."""
-    width = (count + 7) // 8
-    data = b"".join(mask.to_bytes(width, "little") for mask in masks)
-    bits = np.frombuffer(data, np.uint8).reshape(len(masks), width)
-    return np.unpackbits(bits, axis=1, bitorder="little")[:, :count].astype(np.float32)

@@ -1,9 +1,29 @@
-"""Gradient fingerprints: leaves that act alike have equal gradients, whatever they are called.
+"""Gradient fingerprints: slots that act alike have equal gradients, whatever they are called.
 
-Every slot of one form (see `dataflow.py`) gets the same values on both sides, so that the twins'
-outputs agree whichever slot is whose. Then the gradient of a slot tells what flows into it and what
-becomes of it, and the new value of a slot that the call updates does the same. Where those values
-come from is `ground.py`.
+We do not know yet which slot matches which. So all slots of one form get the same values on both
+sides (`ground.py` finds them), and both models give the same output under any pairing. The
+gradients of that output still differ from slot to slot, as each depends on what comes before and
+after. In the twin of `example.py` the two kernels hold the same four numbers:
+
+    Linen                gradient                    nnx
+    0 up/kernel          [[.001 .001] [.009 .012]]   0 first/kernel
+    1 up/bias            [[.001] [.008]]             1 first/bias
+    2 down/kernel        [[.071 .071] [.600 .603]]   2 last
+
+    >>> from linen_nnx.infer.example import two_layers
+    >>> from linen_nnx.infer.ground import common_ground
+    >>> from linen_nnx.infer.sides import sides
+    >>> from linen_nnx.infer.trace import trace_linen, trace_nnx
+    >>> both = sides(trace_linen(two_layers()), trace_nnx(two_layers()), {})
+    >>> prints = fingerprints(common_ground(both))
+    >>> np.allclose(prints.linen, prints.nnx, atol=0, rtol=1e-9)     # 0 with 0, 1 with 1, 2 with 2
+    True
+    >>> np.allclose(prints.linen[0], prints.nnx[2], rtol=0.5)        # 0 is not 2
+    False
+
+For slots that the call updates (batch statistics, say) the new value serves likewise. A fingerprint
+is sixteen weighted sums of each, so that slots of any size are compared at one cost, and the order
+of their elements counts.
 """
 
 from functools import lru_cache
@@ -12,21 +32,23 @@ from typing import NamedTuple
 import numpy as np
 
 from linen_nnx.infer.ground import Ground
-from linen_nnx.infer.run import EXACT, Run, difference, distinct, pattern, run
+from linen_nnx.infer.run import EXACT, Run, difference, distinct, pattern, rounding, run
 from linen_nnx.infer.sides import SlotForm, SlottedSide
 
 Array = np.ndarray
-_BLIND = 1e-10  # of the median gradient
 _SUMS = 16
 
 
 class Prints(NamedTuple):
-    """Fingerprints of both sides, (slots, 2, sums): of the gradient and of the new value.
+    """Fingerprints of both sides.
 
-    noise: relative difference of the twins' outputs.
-    seen: for each Linen slot, whether any output, or its own new value, depends on it.
-    rich: the forms whose values told; `partial`: the others had to be held constant.
-    problem: why there are no fingerprints, else None.
+    Attributes:
+      linen, nnx: (slots, 2, sums) float64; of the gradient of each slot and of its new value.
+      noise: relative difference of the twins' outputs.
+      seen: (Linen slots,) bool; whether any output, or its own new value, depends on the slot.
+      rich: the forms that had numbers of their own.
+      partial: whether there are other forms; they had to be held at a constant.
+      problem: why there are no fingerprints, else None.
     """
 
     linen: Array
@@ -39,28 +61,33 @@ class Prints(NamedTuple):
 
     @property
     def tolerance(self) -> float:
-        """Fingerprints that differ relatively by no more than this are equal."""
+        """Fingerprints that differ relatively by no more than this are equal.
+
+        Outputs that agree but for rounding allow 1e-8. Outputs that differ (by another epsilon in a
+        norm, say) allow their difference a hundredfold, up to a percent: gradients differ by more
+        than outputs do.
+        """
         return max(EXACT, min(100 * self.noise, 0.01))
 
 
 def fingerprints(ground: Ground) -> Prints:
-    """What both sides gave on common ground, slot by slot."""
+    """The fingerprints of both sides on common ground; none where there is no such ground."""
     if ground.runs is None:
         none = np.zeros(0)
         return Prints(none, none, 0.0, none, set(), False, ground.problem)
-    one, two = ground.runs
-    linen, nnx = ground.sides
-    (ours, sizes), (theirs, _) = _prints(linen, one), _prints(nnx, two)
-    noise = difference(one.outputs, two.outputs)
+    linen, sizes = _prints(ground.sides[0], ground.runs[0])
+    nnx, _ = _prints(ground.sides[1], ground.runs[1])
+    noise = difference(ground.runs[0].outputs, ground.runs[1].outputs)
     seen = sizes > 0
     seen[_waking(ground, np.flatnonzero(~seen).tolist())] = True
-    return Prints(ours, theirs, noise, seen, ground.rich, ground.partial, None)
+    return Prints(linen, nnx, noise, seen, ground.rich, ground.partial, None)
 
 
 def _waking(ground: Ground, slots: list[int]) -> list[int]:
     """Which Linen slots without a gradient are seen after all, once no two slots are alike.
 
-    Where all slots of a form are equal, symmetry hides some: the gates of equal experts, say.
+    Where all slots of a form are equal, symmetry hides some. A router that chooses between experts
+    has no gradient while all experts compute the same.
     """
     if not slots:
         return []
@@ -70,42 +97,45 @@ def _waking(ground: Ground, slots: list[int]) -> list[int]:
     for number in slots:
         ids = side.flow.slots[number].ids
         moved[ids] *= pattern(*ids.shape)
-    one, two = (run(side, ground.inputs, given) for given in (base, moved))
-    if difference(one.outputs, two.outputs) <= EXACT:
+    before = run(side, ground.inputs, base)
+    after = run(side, ground.inputs, moved)
+    if difference(before.outputs, after.outputs) <= EXACT:
         return []
     if len(slots) == 1:
         return slots
+    # Most are blind indeed. Looking at halves takes few runs where few slots wake.
     half = len(slots) // 2
-    halves = (_waking(ground, part) for part in (slots[:half], slots[half:]))
-    return [number for found in halves for number in found]
+    return _waking(ground, slots[:half]) + _waking(ground, slots[half:])
 
 
 def _prints(side: SlottedSide, result: Run) -> tuple[Array, Array]:
     """(slots, 2, sums): of the gradient of each slot, 0 if blind, and of its new value.
 
-    And (slots,): how strongly outputs, or its own new value, depend on each; 0 is rounding.
+    And (slots,): how strongly outputs, or its own new value, depend on each slot; 0 for those whose
+    gradient is nothing but rounding.
     """
     updated = np.zeros(side.owner.size)
     for path, value in result.updates.items():
         updated[side.trace.numbers[path]] = value
-    both = result.gradient, updated
-    slopes, news = np.array(
-        [[np.abs(values[slot.ids]).max() for slot in side.flow.slots] for values in both]
-    )
-    noise = _BLIND * float(np.median(slopes[slopes > 0])) if (slopes > 0).any() else 0.0
-    sizes = np.where(slopes > noise, slopes, 0) + news
-    rows = [
-        [
-            _sums(result.gradient[slot.ids]) if size > 0 else np.zeros(_SUMS),
-            _sums(updated[slot.ids]),
-        ]
-        for slot, size in zip(side.flow.slots, sizes, strict=True)
-    ]
+    slots = side.flow.slots
+    slopes = np.array([np.abs(result.gradient[slot.ids]).max() for slot in slots])
+    news = np.array([np.abs(updated[slot.ids]).max() for slot in slots])
+    sizes = np.where(slopes > rounding(slopes), slopes, 0) + news
+    rows: list[list[Array]] = []
+    for slot, size in zip(slots, sizes, strict=True):
+        # Rounding differs from side to side: as it stands it would be a fingerprint of nothing.
+        of_gradient = _sums(result.gradient[slot.ids]) if size > 0 else np.zeros(_SUMS)
+        rows.append([of_gradient, _sums(updated[slot.ids])])
     return np.array(rows), sizes
 
 
 def _sums(values: Array) -> Array:
-    """Up to 16 weighted sums of an array: different for different orders of its elements."""
+    """(sums,): sixteen weighted sums over parts of an array, fewer and zeros where it is small.
+
+    Example:
+        >>> bool(_sums(np.array([1.0, 2.0])).sum() == _sums(np.array([2.0, 1.0])).sum())
+        False
+    """
     weighted = values.ravel() * _weights(values.size)
     starts = np.unique(np.linspace(0, values.size, _SUMS, endpoint=False).astype(int))
     return np.pad(np.add.reduceat(weighted, starts), (0, _SUMS - len(starts)))
@@ -113,4 +143,5 @@ def _sums(values: Array) -> Array:
 
 @lru_cache(maxsize=64)
 def _weights(size: int) -> Array:
+    """(size,): the same random weights for all slots of a size, on both sides."""
     return np.random.default_rng(size).uniform(0.5, 1.5, size)

@@ -12,14 +12,19 @@ from linen_nnx.infer.float64 import wide
 from linen_nnx.infer.sides import SlottedSide
 
 Array = np.ndarray
-_KEPT = 1 << 16  # elements of a pattern that is kept: larger ones are drawn anew
 EXACT = 1e-8  # relative: what rounding in float64 may do, with room to spare
+_BLIND = 1e-10  # of the median gradient
+_KEPT = 1 << 16  # elements of a pattern that is kept: larger ones are drawn anew
 
 
 class Run(NamedTuple):
-    """Outputs, leaves with new values, and the gradient: one number per element, if asked for.
+    """What one side gave.
 
-    The gradient is as large as the model twice over (float64): it is kept no longer than needed.
+    Attributes:
+      outputs: the arrays that the call returned.
+      updates: new values by path, of the leaves whose value the call changed.
+      gradient: (elements,) float64, or empty if it was not asked for. It is twice as large as a
+        model in float32, so a run is kept no longer than needed.
     """
 
     outputs: list[Array]
@@ -36,12 +41,21 @@ def run(side: SlottedSide, inputs: Sequence[Any], values: Array, gradient: bool 
       values: (elements,), the leaves one after the other.
       gradient: whether to compute that of a fixed random projection of the outputs, as if the
         model had no `stop_gradient`.
+
+    Example:
+        >>> from linen_nnx.infer.example import two_layers
+        >>> from linen_nnx.infer.sides import sides
+        >>> from linen_nnx.infer.trace import trace_linen, trace_nnx
+        >>> linen, _ = sides(trace_linen(two_layers()), trace_nnx(two_layers()), {})
+        >>> run(linen, [np.ones((1, 2))], np.zeros(10)).outputs      # tanh(0 + 0) @ 0
+        [array([[0., 0.]])]
     """
     trace = side.trace
     with jax.enable_x64(True):
         kinds = [aval.dtype for aval in trace.wide.in_avals]
-        numbers = zip(trace.numbers.values(), kinds, strict=False)
-        leaves = [jnp.asarray(values[each], kind) for each, kind in numbers]
+        leaves = []
+        for numbers, kind in zip(trace.numbers.values(), kinds, strict=False):
+            leaves.append(jnp.asarray(values[numbers], kind))
         inputs = list(map(wide, inputs))
         flat = np.zeros(0)
         # A small model is compiled once, with its gradient: compiling it twice would take longer.
@@ -52,9 +66,11 @@ def run(side: SlottedSide, inputs: Sequence[Any], values: Array, gradient: bool 
         else:
             outs = trace.run_wide(*leaves, *inputs)
         outs = [np.asarray(out) for out in outs]
-    old = dict(zip(side.paths, leaves, strict=True))
-    new = zip(trace.updates, outs[trace.count :], strict=True)
-    updates = {path: value for path, value in new if not np.array_equal(value, old[path])}
+    before = dict(zip(side.paths, leaves, strict=True))
+    updates: dict[str, Array] = {}
+    for path, value in zip(trace.updates, outs[trace.count :], strict=True):
+        if not np.array_equal(value, before[path]):
+            updates[path] = value
     return Run(outs[: trace.count], updates, flat)
 
 
@@ -69,20 +85,56 @@ def _joined(arrays: list[Any]) -> Array:
     return joined
 
 
+# Comparing
+
+
 def difference(left: Sequence[Any], right: Sequence[Any]) -> float:
-    """The largest difference between two lists of arrays, relative to each array; NaN is inf."""
+    """The largest difference between two lists of arrays, relative to each array.
+
+    NaN is an infinite difference. Arrays of integers are not compared.
+
+    Example:
+        >>> difference([np.array([1.0, 4.0])], [np.array([1.0, 5.0])])
+        0.2
+    """
     worst = 0.0
     for one, two in zip(left, right, strict=True):
         if one.size and one.dtype.kind in "fc":
             scale = max(np.abs(one).max(), np.abs(two).max(), 1e-30)
-            worst = max(worst, float(np.nan_to_num(np.abs(one - two).max() / scale, nan=np.inf)))
+            gap = np.abs(one - two).max() / scale
+            worst = max(worst, float(np.nan_to_num(gap, nan=np.inf)))
     return worst
 
 
 def distances(left: Array, right: Array) -> Array:
-    """(n, m): relative differences of n and m rows of sums."""
+    """Relative differences of the rows of two arrays, each with each.
+
+    Args:
+      left: (n, sums).
+      right: (m, sums).
+
+    Returns:
+      (n, m): relative to the larger of the two rows.
+
+    Example:
+        >>> distances(np.array([[1.0], [2.0]]), np.array([[2.0]]))
+        array([[0.5],
+               [0. ]])
+    """
     scale = np.maximum(np.abs(left).max(-1)[:, None], np.abs(right).max(-1)[None])
     return np.abs(left[:, None] - right[None]).max(-1) / np.maximum(scale, 1e-30)
+
+
+def rounding(sizes: Array) -> float:
+    """Up to which size a gradient is nothing but rounding, given the sizes of all gradients.
+
+    Where softmax cancels a key bias, the gradient is a sum of terms that cancel: 1e-17, not 0.
+    """
+    seen = sizes[sizes > 0]
+    return _BLIND * float(np.median(seen)) if seen.size else 0.0
+
+
+# Values to run on
 
 
 def distinct(side: SlottedSide, values: Array, paths: Container[str]) -> Array:
@@ -97,13 +149,18 @@ def distinct(side: SlottedSide, values: Array, paths: Container[str]) -> Array:
 
 
 def pattern(columns: int, summed: int, seed: int = 0) -> Array:
-    """(N, K) values: positive ones for scales, biases, variances; else of variance 1/K."""
+    """(N, K) values for a slot: the same for the same arguments, wherever they are asked for.
+
+    Positive ones from 0.5 to 1.5 for scales, biases and variances (K = 1); else of variance 1/K, so
+    that activations neither vanish nor explode in a deep model.
+    """
     small = columns * summed <= _KEPT
     return (_pattern if small else _pattern.__wrapped__)(columns, summed, seed)
 
 
 @lru_cache(maxsize=64)
 def _pattern(columns: int, summed: int, seed: int) -> Array:
+    """`pattern`, kept once it is drawn."""
     random = np.random.default_rng([columns, summed, seed])
     if summed == 1:
         return random.uniform(0.5, 1.5, (columns, 1))
@@ -111,12 +168,17 @@ def _pattern(columns: int, summed: int, seed: int) -> Array:
 
 
 def with_noise(array: jax.Array, seed: int) -> Any:
-    """An example input with noise: zeros, ones and even ramps hide much of a model."""
+    """An example input with noise: zeros, ones and even ramps hide much of a model.
+
+    Floats get noise as large as their own spread. Integers are kept (they may be indices that must
+    stay in range), unless all are equal: then they are drawn between 0 and that number.
+    """
     kind = getattr(array.dtype, "kind", "") if array.size > 1 else ""
     given = np.asarray(array) if kind in ("f", "i", "u") else np.zeros(0)
     random = np.random.default_rng([seed, given.size])
     if kind == "f" and np.isfinite(given).all():
         return given + random.uniform(0, given.std() or 1.0, given.shape)
-    if given.size and (given == given.flat[0]).all():  # all tokens the same
+    # A batch of zero tokens looks up one row of a table: no other row would have a gradient.
+    if given.size and (given == given.flat[0]).all():
         return random.integers(0, max(int(given.flat[0]), 1) + 1, given.shape).astype(given.dtype)
     return array
