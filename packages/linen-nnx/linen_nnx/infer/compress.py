@@ -2,132 +2,225 @@
 
     params/Block_0/Dense_0/kernel <-> blocks/0/up/kernel
     params/Block_0/Dense_0/bias   <-> blocks/0/up/bias      =>  params/Block_{i}/Dense_0/{leaf}
-    params/Block_1/...                                          <-> blocks/{i}/up/{leaf}
+    params/Block_1/Dense_0/kernel <-> blocks/1/up/kernel        <-> blocks/{i}/up/{leaf}
+    params/Block_1/Dense_0/bias   <-> blocks/1/up/bias
 
-Rules are merged only where the shorter one matches exactly the leaves of the rules it stands for.
+    >>> from linen_nnx.infer.found import rule_of
+    >>> rules = []
+    >>> for block, leaf in (("0", "kernel"), ("0", "bias"), ("1", "kernel"), ("1", "bias")):
+    ...     linen, nnx = [f"params/Block_{block}/Dense_0/{leaf}"], [f"blocks/{block}/up/{leaf}"]
+    ...     rules.append(
+    ...         FoundRule(rule_of(linen, nnx, ()), frozenset(linen), frozenset(nnx), ())
+    ...     )
+    >>> leaves = [[path for each in rules for path in each.linen]]
+    >>> leaves.append([path for each in rules for path in each.nnx])
+    >>> [str(found.rule) for found in compress(rules, *leaves)]
+    ['`params/Block_{i}/Dense_0/{leaf}` <-> `blocks/{i}/up/{leaf}`']
+
+Integers are merged first, then names. Rules are merged only where the shorter one matches exactly
+the leaves of the rules that it stands for: were there a `params/Block_2/Dense_0/kernel` without a
+rule, the four rules above would stay four.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from linen_nnx.book.grammar import Rule
 from linen_nnx.book.ops import Op, Stack
-from linen_nnx.book.patterns import Pattern
-from linen_nnx.infer.found import FoundRule
+from linen_nnx.infer.found import FoundRule, rule_of
 
 _LETTERS = "ijklmnopqrstuvwxyz"
 _NAMES = ("name", "part", "piece", "element")
 Texts = tuple[tuple[str, ...], tuple[str, ...]]
-
-
-def _texts(found: FoundRule) -> Texts:
-    """The patterns of both sides, as text."""
-    linen = tuple(pattern.text for pattern in found.rule.linen)
-    return linen, tuple(pattern.text for pattern in found.rule.nnx)
+"""The patterns of a rule's Linen and nnx side, as text."""
+Leaves = tuple[Sequence[str], Sequence[str]]
+"""The paths of all Linen leaves and of all nnx leaves."""
 
 
 def compress(
-    items: Sequence[FoundRule], linen: Iterable[str], nnx: Iterable[str]
+    rules: Sequence[FoundRule], linen: Iterable[str], nnx: Iterable[str]
 ) -> list[FoundRule]:
-    """Fewer rules for the same leaves, in the order of the first of each.
+    """Merges rules that differ by an index or a name; the example above shows how.
 
     Args:
-      items: rules without notes, whose patterns match no leaf in common.
+      rules: rules without notes, whose patterns match no leaf in common.
       linen, nnx: the paths of all leaves of the two models.
+
+    Returns:
+      rules for the same leaves, in the order of the first leaf of each.
     """
-    leaves = (tuple(linen), tuple(nnx))
+    leaves = tuple(linen), tuple(nnx)
     groups: dict[Any, list[FoundRule]] = {}
-    for item in items:
-        groups.setdefault((_mapped(_texts(item), r"\d+", "#"), item.rule.ops), []).append(item)
-    result = [merged for group in groups.values() for merged in _indexed(group, leaves)]
-    while len(shorter := _named(result, leaves)) < len(result):
+    for found in rules:
+        alike = _replaced(_texts(found), r"\d+", "#"), found.rule.ops
+        groups.setdefault(alike, []).append(found)
+    result: list[FoundRule] = []
+    for group in groups.values():
+        result += _merged_by_number(group, leaves)
+    # Each round merges by one path element; `{name}/{leaf}` takes two.
+    while len(shorter := _merged_by_name(result, leaves)) < len(result):
         result = shorter
-    place = {path: number for number, item in enumerate(items) for path in item.linen}
-    return sorted(result, key=lambda item: min(place[path] for path in item.linen))
+    place: dict[str, int] = {}
+    for number, found in enumerate(rules):
+        place |= dict.fromkeys(found.linen, number)
+    return sorted(result, key=lambda found: min(place[path] for path in found.linen))
 
 
-def _indexed(items: list[FoundRule], leaves: tuple[Sequence[str], ...]) -> list[FoundRule]:
-    """Items that differ by integers alone, merged where these are the same on both sides."""
-    if len(items) == 1:
-        return items
-    numbers = [re.findall(r"\d+", _flat(_texts(item))) for item in items]
-    columns = list(zip(*numbers, strict=True))
-    varying = [k for k, column in enumerate(columns) if len(set(column)) > 1]
-    used = set(re.findall(r"\{(\w)\}", _flat(_texts(items[0])))) | _stacked(items[0].rule.ops)
-    free = iter(letter for letter in _LETTERS if letter not in used)
-    captures = {column: next(free) for column in dict.fromkeys(columns[k] for k in varying)}
-    filled = iter([f"{{{captures[c]}}}" if c in captures else c[0] for c in columns])
-    texts = _mapped(_texts(items[0]), r"\d+", lambda _: next(filled))
-    merged = _merged(items, texts, leaves)
-    if merged is not None:
-        return [merged]
-    # First apart where only one side counts: `Dense_0` is `up1` and `Dense_1` is `down2`.
-    left = len(re.findall(r"\d+", "\n".join(_texts(items[0])[0])))
-    sides = [{other < left for other in varying if columns[other] == columns[k]} for k in varying]
-    alone = [k for k, side in zip(varying, sides, strict=True) if len(side) == 1]
-    apart: dict[str, list[FoundRule]] = {}
-    for item, row in zip(items, numbers, strict=True):
-        apart.setdefault(row[(alone or varying)[0]], []).append(item)
-    return [result for part in apart.values() for result in _indexed(part, leaves)]
-
-
-def _named(items: list[FoundRule], leaves: tuple[Sequence[str], ...]) -> list[FoundRule]:
-    """Items that differ by one path element, the same on both sides, merged; one round."""
-    groups: dict[Any, dict[str, int]] = {}
-    for number, item in enumerate(items):
-        elements = [set(text.split("/")) for side in _texts(item) for text in side]
-        roots = {text.split("/")[0] for text in _texts(item)[1]}
-        for word in set.intersection(*elements) - roots:  # a root names a half of the model
-            if "{" not in word:
-                groups.setdefault((_renamed(_texts(item), word), item.rule.ops), {})[word] = number
-    result: dict[int, FoundRule] = dict(enumerate(items))
-    for (texts, _), members in sorted(groups.items(), key=lambda group: -len(group[1])):
-        numbers = sorted(set(members.values()) & set(result))
-        if len(numbers) > 1 and all(result[k] is items[k] for k in numbers):
-            merged = _merged([items[k] for k in numbers], texts, leaves)
-            if merged is not None:
-                for number in numbers[1:]:
-                    del result[number]
-                result[numbers[0]] = merged
-    return list(result.values())
-
-
-def _merged(
-    items: list[FoundRule], texts: Texts, leaves: tuple[Sequence[str], ...]
-) -> FoundRule | None:
-    """One item for all, if its patterns match their leaves and no others."""
-    try:
-        rule = Rule(tuple(map(Pattern, texts[0])), tuple(map(Pattern, texts[1])), items[0].rule.ops)
-    except ValueError:
-        return None
-    linen = frozenset[str]().union(*(item.linen for item in items))
-    nnx = frozenset[str]().union(*(item.nnx for item in items))
-    for patterns, paths, due in ((rule.linen, leaves[0], linen), (rule.nnx, leaves[1], nnx)):
-        hits = [path for pattern in patterns for path in paths if pattern.match(path) is not None]
-        if len(hits) != len(due) or set(hits) != due:
-            return None
-    evidence = tuple(found for item in items for found in item.evidence)
-    reasons = dict.fromkeys(reason for item in items for reason in item.reasons)
-    return FoundRule(rule, linen, nnx, evidence, tuple(reasons))
-
-
-def _renamed(texts: Texts, word: str) -> Texts:
-    """The texts with a capture in place of a path element: `{leaf}` at the end, `{name}` before."""
-    last = all(text.split("/")[-1] == word for side in texts for text in side)
-    taken = _flat(texts)
-    name = "leaf" if last else next((n for n in _NAMES if f"{{{n}}}" not in taken), word)
-    return _mapped(texts, rf"(?<![^/]){re.escape(word)}(?![^/])", f"{{{name}}}")
-
-
-def _mapped(texts: Texts, pattern: str, replacement: Any) -> Texts:
-    linen, nnx = (tuple(re.sub(pattern, replacement, text) for text in side) for side in texts)
+def _texts(found: FoundRule) -> Texts:
+    linen = tuple(pattern.text for pattern in found.rule.linen)
+    nnx = tuple(pattern.text for pattern in found.rule.nnx)
     return linen, nnx
 
 
-def _flat(texts: Texts) -> str:
+# By number
+
+
+def _merged_by_number(rules: list[FoundRule], leaves: Leaves) -> list[FoundRule]:
+    """Rules that differ by integers alone, merged where these are the same on both sides."""
+    if len(rules) == 1:
+        return rules
+    # One row for each rule, one column for each place where an integer stands.
+    rows = [re.findall(r"\d+", _joined(_texts(found))) for found in rules]
+    columns = list(zip(*rows, strict=True))
+    varying = [k for k, column in enumerate(columns) if len(set(column)) > 1]
+    merged = _merged(rules, _captured(rules[0], columns, varying), leaves)
+    if merged is not None:
+        return [merged]
+    # They cannot all be one rule. So they are parted by one of their integers, and each part is
+    # tried again.
+    by = _number_to_part_by(rules[0], columns, varying)
+    parts: dict[str, list[FoundRule]] = {}
+    for found, row in zip(rules, rows, strict=True):
+        parts.setdefault(row[by], []).append(found)
+    result: list[FoundRule] = []
+    for part in parts.values():
+        result += _merged_by_number(part, leaves)
+    return result
+
+
+def _captured(
+    found: FoundRule, columns: Sequence[tuple[str, ...]], varying: Sequence[int]
+) -> Texts:
+    """The patterns of a rule with a capture for each integer that varies.
+
+    Integers that vary alike get one letter: it is the same index, on both sides.
+    """
+    texts = _texts(found)
+    used = set(re.findall(r"\{(\w)\}", _joined(texts))) | _stacked(found.rule.ops)
+    free = iter(letter for letter in _LETTERS if letter not in used)
+    letters: dict[tuple[str, ...], str] = {}
+    for k in varying:
+        if columns[k] not in letters:
+            letters[columns[k]] = next(free)
+    filled: list[str] = []
+    for column in columns:
+        filled.append(f"{{{letters[column]}}}" if column in letters else column[0])
+    rest = iter(filled)
+    return _replaced(texts, r"\d+", lambda _: next(rest))
+
+
+def _number_to_part_by(
+    found: FoundRule, columns: Sequence[tuple[str, ...]], varying: Sequence[int]
+) -> int:
+    """The column of integers by which rules are parted that cannot be merged.
+
+    First by one that varies on one side alone: where `Dense_0` is `up1` and `Dense_1` is `down2`,
+    no capture can say so, but within either all blocks have one rule. Parting by block first would
+    give each block rules of its own (40 rules for a convnet that needs 22).
+    """
+    on_linen = len(re.findall(r"\d+", "\n".join(_texts(found)[0])))
+    for k in varying:
+        alike = [other for other in varying if columns[other] == columns[k]]
+        sides = {other < on_linen for other in alike}
+        if len(sides) == 1:
+            return k
+    return varying[0]
+
+
+# By name
+
+
+def _merged_by_name(rules: list[FoundRule], leaves: Leaves) -> list[FoundRule]:
+    """Rules that differ by one path element, the same on both sides, merged; one round."""
+    # By what a rule is once a word is a capture: the words, and the number of each one's rule.
+    groups: dict[Any, dict[str, int]] = {}
+    for number, found in enumerate(rules):
+        for word in _shared_words(_texts(found)):
+            alike = _with_capture(_texts(found), word), found.rule.ops
+            groups.setdefault(alike, {})[word] = number
+    result: dict[int, FoundRule] = dict(enumerate(rules))
+    for (texts, _), members in sorted(groups.items(), key=lambda group: -len(group[1])):
+        numbers = sorted(set(members.values()) & set(result))
+        # A rule that was merged in this round no longer has the word that it was grouped by.
+        if len(numbers) < 2 or any(result[k] is not rules[k] for k in numbers):
+            continue
+        merged = _merged([rules[k] for k in numbers], texts, leaves)
+        if merged is not None:
+            for number in numbers[1:]:
+                del result[number]
+            result[numbers[0]] = merged
+    return list(result.values())
+
+
+def _shared_words(texts: Texts) -> set[str]:
+    """The path elements that stand in every pattern of a rule, on both sides.
+
+    But for the root of an nnx path: it may name a part of the model, and rules of different parts
+    are told apart.
+    """
+    elements = [set(text.split("/")) for side in texts for text in side]
+    roots = {text.split("/")[0] for text in texts[1]}
+    shared = set.intersection(*elements) - roots
+    return {word for word in shared if "{" not in word}
+
+
+def _with_capture(texts: Texts, word: str) -> Texts:
+    """The texts with a capture in place of a path element: `{leaf}` at the end, `{name}` before."""
+    is_last = all(text.split("/")[-1] == word for side in texts for text in side)
+    name = "leaf" if is_last else _free_name(_joined(texts), word)
+    return _replaced(texts, rf"(?<![^/]){re.escape(word)}(?![^/])", f"{{{name}}}")
+
+
+def _free_name(taken: str, word: str) -> str:
+    """A name for a capture that no pattern has yet; the word itself if there is none left."""
+    for name in _NAMES:
+        if f"{{{name}}}" not in taken:
+            return name
+    return word
+
+
+# Both
+
+
+def _merged(rules: list[FoundRule], texts: Texts, leaves: Leaves) -> FoundRule | None:
+    """One rule for all, if its patterns match their leaves and no others."""
+    try:
+        rule = rule_of(*texts, rules[0].rule.ops)
+    except ValueError:
+        return None
+    linen = frozenset[str]().union(*(found.linen for found in rules))
+    nnx = frozenset[str]().union(*(found.nnx for found in rules))
+    for patterns, paths, due in ((rule.linen, leaves[0], linen), (rule.nnx, leaves[1], nnx)):
+        hits = [path for pattern in patterns for path in paths if pattern.match(path) is not None]
+        # As many hits as leaves, too: two patterns of one rule may not match the same leaf.
+        if len(hits) != len(due) or set(hits) != due:
+            return None
+    evidence = tuple(pair for found in rules for pair in found.evidence)
+    reasons = dict.fromkeys(reason for found in rules for reason in found.reasons)
+    return FoundRule(rule, linen, nnx, evidence, tuple(reasons))
+
+
+def _replaced(texts: Texts, pattern: str, new: str | Callable[[Any], str]) -> Texts:
+    """The texts of both sides after `re.sub`, Linen first."""
+    linen, nnx = (tuple(re.sub(pattern, new, text) for text in side) for side in texts)
+    return linen, nnx
+
+
+def _joined(texts: Texts) -> str:
+    """All patterns in one text, line by line."""
     return "\n".join((*texts[0], *texts[1]))
 
 
 def _stacked(ops: tuple[Op, ...]) -> set[str]:
+    """The letters that a rule's stacks count by."""
     return {op.capture for op in ops if isinstance(op, Stack)}

@@ -1,4 +1,11 @@
-"""Says where two models treat a leaf in different ways, in leaves and places."""
+"""Says where two models treat a leaf in different ways, in leaves and places.
+
+Where gradients of whole leaves have shown a rule, its note adds how the dataflow differs:
+
+    Linen    (h @ c/kernel + c/bias) * t2
+    nnx      (h * scales/1) @ c/kernel + scales/1 * c/bias
+    note     Linen applies `params/c/bias` + `params/c/kernel` before `params/t2`, nnx not
+"""
 
 from collections.abc import Iterable, Mapping
 
@@ -10,35 +17,43 @@ from linen_nnx.infer.sides import Both, SlottedSide
 def contrast(
     both: Both, linen: Iterable[str], nnx: Iterable[str], mates: Mapping[str, frozenset[str]]
 ) -> str | None:
-    """How the uses of some leaves differ; None where the dataflow tells no difference.
+    """How the uses of some leaves differ.
 
-    mates: for each Linen leaf that has a rule the nnx leaves that it becomes.
+    Args:
+      both: the two sides.
+      linen, nnx: the leaves of either side that belong together.
+      mates: for each Linen leaf that has a rule the nnx leaves that it becomes.
+
+    Returns:
+      a clause, or None where the dataflow tells no difference.
     """
-    paths = list(linen), list(nnx)
-    counts = [
-        sum(len(side.slots_of[path]) for path in each)
-        for side, each in zip(both, paths, strict=True)
-    ]
-    names = [_listed(each) for each in paths]
-    if counts[0] != counts[1]:
-        uses = [_uses(count, len(each)) for count, each in zip(counts, paths, strict=True)]
-        return f"Linen uses {names[0]} {uses[0]}, nnx uses {names[1]} {uses[1]}"
-    before = [_before(side, each) for side, each in zip(both, paths, strict=True)]
-    known = {path for path in before[0] if path in mates}
-    more = [path for path in known if not mates[path] <= before[1]]
+    ours, theirs = list(linen), list(nnx)
+    ours_named, theirs_named = _listed(ours), _listed(theirs)
+    our_uses, their_uses = _count(both[0], ours), _count(both[1], theirs)
+    if our_uses != their_uses:
+        first = f"Linen uses {ours_named} {_parts(our_uses, len(ours))}"
+        return f"{first}, nnx uses {theirs_named} {_parts(their_uses, len(theirs))}"
+    # Only leaves that have a rule can be looked for on the other side.
+    before_ours = _before(both[0], ours) & mates.keys()
+    before_theirs = _before(both[1], theirs)
+    more = [path for path in before_ours if not mates[path] <= before_theirs]
     if more:
-        return f"Linen applies {_listed(sorted(more)[:3])} before {names[0]}, nnx not"
-    ours = set[str]().union(*(mates[path] for path in known))
-    every = set[str]().union(*mates.values())
-    if less := sorted((before[1] & every) - ours):
-        return f"nnx applies {_listed(less[:3])} before {names[1]}, Linen not"
+        return f"Linen applies {_listed(sorted(more)[:3])} before {ours_named}, nnx not"
+    expected = set[str]().union(*(mates[path] for path in before_ours))
+    with_a_rule = set[str]().union(*mates.values())
+    less = sorted((before_theirs & with_a_rule) - expected)
+    if less:
+        return f"nnx applies {_listed(less[:3])} before {theirs_named}, Linen not"
     return None
 
 
-def _uses(count: int, leaves: int) -> str:
-    if count <= leaves:
-        return "whole"
-    return f"in {count} parts"
+def _count(side: SlottedSide, paths: Iterable[str]) -> int:
+    """In how many slots some leaves are used."""
+    return sum(len(side.slots_of[path]) for path in paths)
+
+
+def _parts(uses: int, leaves: int) -> str:
+    return "whole" if uses <= leaves else f"in {uses} parts"
 
 
 def _before(side: SlottedSide, paths: Iterable[str]) -> set[str]:
@@ -46,7 +61,8 @@ def _before(side: SlottedSide, paths: Iterable[str]) -> set[str]:
     found = set[str]()
     for path in paths:
         for slot in side.slots_of[path]:
-            found |= {side.first[k] for k in np.flatnonzero(side.flow.above[slot])}
+            for above in np.flatnonzero(side.flow.above[slot]):
+                found.add(side.first[above])
     return found
 
 

@@ -1,8 +1,11 @@
 """A rule that the search has found, with what it rests on."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from linen_nnx.book.grammar import Rule
+from linen_nnx.book.ops import Op
+from linen_nnx.book.patterns import Pattern
 from linen_nnx.infer.assign import Pair
 
 
@@ -20,3 +23,16 @@ class FoundRule:
     nnx: frozenset[str]
     evidence: tuple[Pair, ...]
     reasons: tuple[str, ...] = ()
+
+
+def rule_of(linen: Iterable[str], nnx: Iterable[str], ops: tuple[Op, ...]) -> Rule:
+    """The rule with these patterns, as text, and these ops.
+
+    Raises:
+      ValueError: when a pattern is none, or the ops do not go with it.
+
+    Example:
+        >>> print(rule_of(["params/up/kernel"], ["first/kernel"], ()))
+        `params/up/kernel` <-> `first/kernel`
+    """
+    return Rule(tuple(map(Pattern, linen)), tuple(map(Pattern, nnx)), ops)

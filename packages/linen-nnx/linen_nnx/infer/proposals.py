@@ -1,0 +1,345 @@
+"""Proposes rules for whole leaves, each from one kind of likeness between their gradients.
+
+    `equal_leaves`     one leaf has the gradient of one leaf, up to the order of its elements
+    `copies`           one leaf has the sum of the gradients of several: they hold the same
+    `parts`            one leaf has the elements of several: a concat, a stack
+    `siblings`         one leaf is the last of its shape in a module whose others are settled
+    `interchangeable`  a few leaves all have one gradient: some order of them is right
+
+A proposal proves nothing yet: `leafwise.py` tries and confirms it. Where several rules fit one leaf
+(its gradient is symmetric, say), all are proposed as alternatives.
+"""
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from linen_nnx.book.grammar import Rule
+from linen_nnx.book.ops import Copy
+from linen_nnx.infer.assign import words
+from linen_nnx.infer.contrast import contrast
+from linen_nnx.infer.elements import EXACT, gap, orders, positions, table, turned_back, turns
+from linen_nnx.infer.fit_ops import Group, rule_for
+from linen_nnx.infer.found import FoundRule, rule_of
+from linen_nnx.infer.trial import Trial
+
+Array = np.ndarray
+Leaves = dict[str, Array]
+OpenLeaves = tuple[set[str], set[str]]
+"""The Linen and the nnx leaves that have no rule."""
+Alternatives = list[FoundRule]
+"""Rules for the same leaves, the plainest first, of which one at most is right."""
+_COUNTS = 1e-4  # of the largest element of a sum, what a part of it has at least
+_KEPT = 6  # alternatives for one pair of leaves
+_HOMES = 3  # of one leaf, at most
+_ALIKE = 4  # leaves that nothing tells apart and whose every order is tried: 24 orders
+_MANY = 24  # leaves of one size among which copies are looked for: 2,300 choices of up to three
+
+
+class OpenGradients(NamedTuple):
+    """What is known of the leaves without a rule, by side.
+
+    Attributes:
+      seen: the gradients, in the shapes of the leaves.
+      blind: the leaves whose gradient is nothing but rounding.
+    """
+
+    seen: tuple[Leaves, Leaves]
+    blind: tuple[set[str], set[str]]
+
+
+# One leaf, one leaf
+
+
+def equal_leaves(
+    trial: Trial, known: Sequence[FoundRule], gradients: OpenGradients, _open: OpenLeaves
+) -> list[Alternatives]:
+    """Leaves whose gradients are equal to one another's and to no other's."""
+    fits = _fits(trial, known, gradients)
+    of_linen = Counter(linen for linen, _ in fits)
+    of_nnx = Counter(nnx for _, nnx in fits)
+    proposed = []
+    for (linen, nnx), alternatives in fits.items():
+        if of_linen[linen] == of_nnx[nnx] == 1:
+            proposed.append(alternatives)
+    return proposed
+
+
+def _fits(
+    trial: Trial, known: Sequence[FoundRule], gradients: OpenGradients
+) -> dict[tuple[str, str], Alternatives]:
+    """All pairs of leaves with equal gradients, with the rules that move one into the other."""
+    found: dict[tuple[str, str], Alternatives] = {}
+    for linen, nnx in itertools.product(*gradients.seen):
+        before, after = gradients.seen[0][linen], gradients.seen[1][nnx]
+        if not _comparable(trial, linen, nnx) or not _same_sums(before, after):
+            continue
+        alternatives: Alternatives = []
+        for ops in orders(before, after, EXACT).values():
+            rule = rule_of([linen], [nnx], ops)
+            why = "gradients equal element by element"
+            alternatives.append(_found(trial, known, rule, ([linen], [nnx]), why))
+        if alternatives:
+            found[linen, nnx] = alternatives[:_KEPT]
+    return found
+
+
+def _comparable(trial: Trial, linen: str, nnx: str) -> bool:
+    """Whether two leaves could hold the same: as many elements, of one dtype."""
+    one, two = (side.trace.leaves for side in trial.ground.sides)
+    before, after = one[linen], two[nnx]
+    return np.prod(before.shape) == np.prod(after.shape) and before.dtype == after.dtype
+
+
+def _same_sums(one: Array, two: Array) -> bool:
+    """Whether sums over all elements agree, as they do in whatever order the elements stand.
+
+    It takes microseconds, and spares most pairs the trying of every order.
+    """
+    sums = np.array([[a.sum(), (a * a).sum(), np.abs(a).sum()] for a in (one, two)])
+    sizes = np.maximum(np.abs(one).sum(), np.abs(sums).max(0))
+    return bool((np.abs(sums[0] - sums[1]) <= 1e-6 * sizes).all())
+
+
+# Several leaves that are one
+
+
+def copies(
+    trial: Trial, known: Sequence[FoundRule], gradients: OpenGradients, _open: OpenLeaves
+) -> list[Alternatives]:
+    """Leaves whose gradient is the sum of those of several on the other side: its homes.
+
+    An embedding that is also the head is used twice, and its gradient is the sum over both uses. A
+    port that unties them has two leaves with one term each.
+    """
+    proposed: list[Alternatives] = []
+    taken: set[str] = set()
+    for one, many in ((0, 1), (1, 0)):
+        for path, whole in gradients.seen[one].items():
+            homes: Leaves = {}
+            for other, slope in gradients.seen[many].items():
+                linen, nnx = (path, other) if one == 0 else (other, path)
+                if _comparable(trial, linen, nnx):
+                    homes[other] = slope
+            for chosen, perms in _sums_to(whole, homes):
+                if not taken.isdisjoint({path, *chosen}):
+                    continue
+                taken |= {path, *chosen}
+                ops = (Copy(perms if any(perms) else None),)
+                sides = ([path], chosen) if one == 0 else (chosen, [path])
+                why = "its gradient is the sum of theirs: one leaf with several homes"
+                proposed.append([_found(trial, known, rule_of(*sides, ops), sides, why)])
+    return proposed
+
+
+def _sums_to(
+    whole: Array, parts: Leaves
+) -> Iterator[tuple[list[str], tuple[tuple[int, ...] | None, ...]]]:
+    """Ways to add some arrays, as they are or turned, to a whole one."""
+    # Each part must count: one that is next to nothing would be a home of whatever the others are.
+    least = _COUNTS * float(np.abs(whole).max())
+    parts = {path: part for path, part in parts.items() if np.abs(part).max() >= least}
+    if len(parts) > _MANY:
+        return
+    size = np.abs(whole).sum()
+    for count in range(2, _HOMES + 1):
+        for chosen in itertools.combinations(parts, count):
+            # Sums over all elements do not depend on turns: they rule most choices out.
+            sum_of_parts = sum(parts[path].sum() for path in chosen)
+            if abs(whole.sum() - sum_of_parts) > 1e-6 * size:
+                continue
+            ways = [turns(parts[path].shape, whole.shape) for path in chosen]
+            for perms in itertools.product(*ways):
+                turned = map(turned_back, (parts[path] for path in chosen), perms)
+                if gap(np.asarray(sum(turned)), whole) <= EXACT:
+                    yield list(chosen), perms
+                    break
+
+
+def parts(
+    trial: Trial, known: Sequence[FoundRule], gradients: OpenGradients, _open: OpenLeaves
+) -> list[Alternatives]:
+    """Leaves that hold the elements of several leaves of the other side, or the reverse."""
+    proposed: list[Alternatives] = []
+    taken: set[str] = set()
+    for one, many in ((0, 1), (1, 0)):
+        for path, whole in gradients.seen[one].items():
+            at = _positions_in(whole, gradients.seen[many])
+            filled = sum(places.size for places in at.values()) == whole.size
+            if not filled or not taken.isdisjoint({path, *at}):
+                continue
+            taken |= {path, *at}
+            numbers = np.arange(whole.size).reshape(whole.shape)
+            if one == 0:
+                group = Group({path: numbers}, at)
+                sides = [path], list(at)
+            else:
+                group = _numbered(path, numbers, at)
+                sides = list(at), [path]
+            rule = rule_for(group)
+            if rule is not None:
+                why = "gradients equal element by element, of the parts and of the whole"
+                proposed.append([_found(trial, known, rule, sides, why)])
+    return proposed
+
+
+def _positions_in(whole: Array, others: Leaves) -> Leaves:
+    """The leaves all of whose gradients are among those of a whole, and where they are in it."""
+    known = table(whole)
+    found: Leaves = {}
+    for path, slope in others.items():
+        places = positions(slope, *known) if slope.size <= whole.size else None
+        if places is not None:
+            found[path] = places
+    return found
+
+
+def _numbered(path: str, numbers: Array, parts: Leaves) -> Group:
+    """A group whose whole is on the nnx side: numbered by the Linen parts."""
+    mine: Leaves = {}
+    mapped = np.full(numbers.size, -1)
+    start = 0
+    for part, places in parts.items():
+        mine[part] = np.arange(start, start + places.size).reshape(places.shape)
+        is_known = places >= 0
+        mapped[places[is_known]] = mine[part][is_known]
+        start += places.size
+    return Group(mine, {path: mapped.reshape(numbers.shape)})
+
+
+# What no gradient tells
+
+
+def siblings(
+    trial: Trial, known: Sequence[FoundRule], gradients: OpenGradients, open_: OpenLeaves
+) -> list[Alternatives]:
+    """The last leaf of its shape in a module whose other leaves are all in one module.
+
+    Softmax cancels the bias of keys: it has no gradient. But where `attn/k/kernel` is `key/kernel`,
+    `attn/k/bias` is `key/bias`, if nothing else there has its shape.
+    """
+    homes_of = _homes(known)
+    proposed: list[Alternatives] = []
+    for path in sorted(open_[0]):
+        module = _module(path)
+        homes: set[str] = set()
+        for other, nnx_leaves in homes_of.items():
+            if _module(other) == module:
+                homes |= {_module(leaf) for leaf in nnx_leaves}
+        if len(homes) != 1:
+            continue
+        (home,) = homes
+        beside = [other for other in open_[0] if _module(other) == module]
+        there = [other for other in open_[1] if _module(other) == home]
+        fit = [other for other in there if _place_fits(trial, gradients, path, other)]
+        if len(fit) != 1:
+            continue
+        rivals = [other for other in beside if _place_fits(trial, gradients, other, fit[0])]
+        if rivals != [path]:
+            continue
+        why = "the last leaf of its shape beside leaves that are settled (elimination)"
+        if path not in gradients.seen[0]:
+            why += f": no output sees `{path}`, placed by its siblings alone"
+        rule = rule_of([path], fit, ())
+        proposed.append([_found(trial, known, rule, ([path], fit), why)])
+    return proposed
+
+
+def _module(path: str) -> str:
+    """The path of a leaf without its own name."""
+    return path.rpartition("/")[0]
+
+
+def _place_fits(trial: Trial, gradients: OpenGradients, linen: str, nnx: str) -> bool:
+    """Whether two leaves have one shape and dtype, both are used, and both are seen or neither."""
+    one, two = trial.ground.sides
+    are_used = bool(one.slots_of[linen] and two.slots_of[nnx])
+    is_same_shape = one.trace.leaves[linen].shape == two.trace.leaves[nnx].shape
+    are_seen_alike = (linen in gradients.blind[0]) == (nnx in gradients.blind[1])
+    return are_used and is_same_shape and are_seen_alike and _comparable(trial, linen, nnx)
+
+
+def interchangeable(
+    trial: Trial, known: Sequence[FoundRule], gradients: OpenGradients, _open: OpenLeaves
+) -> list[Alternatives]:
+    """A few leaves with equal gradients, in the one order with which the outputs agree.
+
+    Where several orders will do, the leaves are interchangeable: then the order of first use
+    decides, unless the names say otherwise.
+    """
+    fits = _fits(trial, known, gradients)
+    linen, nnx = trial.ground.sides
+    for first in sorted({a for a, _ in fits}, key=lambda path: linen.slots_of[path]):
+        rights = sorted((b for a, b in fits if a == first), key=lambda path: nnx.slots_of[path])
+        lefts = sorted({a for a, b in fits if b in rights}, key=lambda path: linen.slots_of[path])
+        is_whole = all(pair in fits for pair in itertools.product(lefts, rights))
+        if not (is_whole and 1 < len(lefts) == len(rights) <= _ALIKE):
+            continue
+        # In the order of first use first, as the leaves are sorted by it.
+        holding: list[tuple[Sequence[str], list[Alternatives]]] = []
+        for order in itertools.permutations(rights):
+            chosen = [fits[pair] for pair in zip(lefts, order, strict=True)]
+            if trial.holds([*known, *(alternatives[0] for alternatives in chosen)]):
+                holding.append((order, chosen))
+        if not holding or _named_otherwise(lefts, [order for order, _ in holding]):
+            continue
+        why = "told from others with equal gradients by the outputs"
+        if len(holding) > 1:
+            why = "interchangeable to all outputs: by order of first use"
+        _, chosen = holding[0]
+        return [_with_reason(alternatives, why) for alternatives in chosen]
+    return []
+
+
+def _with_reason(alternatives: Alternatives, why: str) -> Alternatives:
+    """The same rules with one more reason."""
+    return [replace(found, reasons=(*found.reasons, why)) for found in alternatives]
+
+
+def _named_otherwise(lefts: Sequence[str], holding: Sequence[Sequence[str]]) -> bool:
+    """Whether the names speak for another order than the first."""
+    scores = []
+    for order in holding:
+        shared = [words(a) & words(b) for a, b in zip(lefts, order, strict=True)]
+        scores.append(sum(map(len, shared)))
+    return max(scores) > scores[0]
+
+
+# Rules
+
+
+def _found(
+    trial: Trial,
+    known: Sequence[FoundRule],
+    rule: Rule,
+    leaves: tuple[Iterable[str], Iterable[str]],
+    why: str,
+) -> FoundRule:
+    """A rule for some leaves of both sides, with what speaks for it."""
+    linen, nnx = map(frozenset, leaves)
+    reasons = [why]
+    # Of one leaf against several their number says itself what differs.
+    if len(linen) + len(nnx) == 2:
+        how = contrast(trial.ground.sides, linen, nnx, _homes(known))
+        if how:
+            reasons.append(f"the dataflow differs: {how}")
+    reasons.append("outputs agree with numbers that differ from leaf to leaf")
+    return FoundRule(rule, linen, nnx, (), tuple(reasons))
+
+
+def _homes(known: Sequence[FoundRule]) -> Mapping[str, frozenset[str]]:
+    """For each Linen leaf that has a rule, the nnx leaves that it becomes."""
+    homes: dict[str, frozenset[str]] = {}
+    for found in known:
+        for path in found.linen:
+            homes[path] = found.nnx
+    return homes
+
+
+Proposal = Callable[[Trial, Sequence[FoundRule], OpenGradients, OpenLeaves], list[Alternatives]]
+PROPOSALS: tuple[Proposal, ...] = (equal_leaves, copies, parts, siblings, interchangeable)
+"""The kinds of proposal, the one that rests on most evidence first."""
