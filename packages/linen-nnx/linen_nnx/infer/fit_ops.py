@@ -15,8 +15,9 @@ the left into the right:
     >>> down, last = np.array([[0, 1], [2, 3]]), np.array([[0, 2], [1, 3]])
     >>> rule_for(Group({"params/down/kernel": down}, {"last": last})).ops
     (Transpose(perm=(1, 0)),)
-    >>> print(rule_for(Group({"params/w": down}, {"l/0/w": down[0], "l/1/w": down[1]})))
-    `params/w` <-> `l/{i}/w` (stack)
+    >>> stacked = rule_for(Group({"params/w": down}, {"l/0/w": down[0], "l/1/w": down[1]}))
+    >>> print(stacked, stacked.ops)
+    `params/w` <-> `l/{i}/w` (Stack(capture='i', axis=0),)
 
 Candidates are made from the plainest to the most involved: stacks are taken off first, then parts
 are joined, then single arrays are moved. No candidate needs to be right. Each is run on the numbers

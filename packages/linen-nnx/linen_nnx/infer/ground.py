@@ -8,42 +8,56 @@ Nothing is known yet of which leaf is whose, so each value must fit every way to
     o           (8, 8)        o, in two halves        not the same forms: the same for equal shapes
     -                         pe           (16, 8)    only one side has it: its constructor's value
 
+The twin of `example.py` has one form twice, its two kernels. Both get the same four numbers, and so
+do those of the nnx side, one of them stored transposed:
+
+    >>> from linen_nnx.infer.example import two_layers
+    >>> from linen_nnx.infer.sides import sides
+    >>> from linen_nnx.infer.trace import trace_linen, trace_nnx
+    >>> ground = common_ground(sides(trace_linen(two_layers()), trace_nnx(two_layers()), {}))
+    >>> up, _, down = (ground.values[0][slot.ids] for slot in ground.sides[0].flow.slots)
+    >>> first, _, last = (ground.values[1][slot.ids] for slot in ground.sides[1].flow.slots)
+    >>> all((values == up).all() for values in (down, first, last))
+    True
+    >>> difference(ground.runs[0].outputs, ground.runs[1].outputs) < 1e-12
+    True
+
 Forms with equal numbers in them are *rich*: their gradients tell much. Leaves in other forms get
 the numbers of their shape; where that does not fit (one is the other's transpose), a constant,
-which fits however the elements are arranged, and tells less. Which leaves only one side has is
-tried out, the likeliest guess first: with the right guess the outputs of both sides agree.
+which fits however the elements are arranged, and tells less.
 """
 
-import itertools
-import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from linen_nnx.infer.guesses import guesses
 from linen_nnx.infer.outputs import matched
 from linen_nnx.infer.run import Run, difference, pattern, run, with_noise
-from linen_nnx.infer.sides import HELD, Both, SlotForm, SlottedSide, odd_vectors
+from linen_nnx.infer.sides import HELD, Both, SlotForm, SlottedSide, even
 
 Array = np.ndarray
-Held = tuple[Mapping[str, Array], Mapping[str, Array]]
 COMPARABLE = 1e-3  # twins whose outputs differ by more compute something else
 _CLOSE = 1e-6  # where a constant stands for some leaves: it hides more than it should
-_POOR = 0.03
-_GROUPS = 5  # kinds of leaves of which every subset is tried: 31 at most
+_POOR = 0.03  # the constant: small, as it adds up over all summed elements
 
 
 class Ground(NamedTuple):
     """Where both sides can be compared.
 
-    sides: both, with the leaves that only one of them has held, and outputs in one order.
-    inputs, values: what they are run on; values are (elements,) for each side.
-    runs: what they gave, with gradients; None where there is no common ground: `problem` says why.
-    rich: the forms that have numbers of their own; `partial`: there are others; `constant`: these
-      are held at a constant, which may hide that the two models are not the same.
-    notes: what was found out about both models as a whole.
+    Attributes:
+      sides: both, with the leaves that only one of them has held, and outputs in one order.
+      inputs: what they are run on.
+      values: (elements,) float32 for each side.
+      runs: what they gave, with gradients; None where there is no common ground.
+      rich: the forms that have numbers of their own.
+      partial: whether there are other forms, too.
+      constant: whether these are held at a constant, which may hide that the models differ.
+      notes: what was found out about both models as a whole.
+      problem: why there is no common ground, else None.
     """
 
     sides: Both
@@ -71,165 +85,115 @@ class _Attempt(NamedTuple):
 
 
 def common_ground(both: Both) -> Ground:
-    """Values at which both sides compute the same, as many of them rich as can be."""
+    """Finds values at which both sides compute the same, as many of them rich as can be.
+
+    What the user's models raise is no error here: it is the `problem` of the ground.
+    """
     given = both[0].trace.inputs
-    ways = [with_noise(array, seed) for seed, array in enumerate(given)], given
+    noisy = [with_noise(array, seed) for seed, array in enumerate(given)]
     problem = None
-    for inputs in ways:
+    # The example inputs as they are come second: some models take no others (a fixed length, say).
+    for inputs in (noisy, given):
         try:
             for search in (_by_shape, _all_rich, _some_rich):
-                for held in _guesses(both):
+                for held in guesses(both):
                     sides = both[0].holding(held[0]), both[1].holding(held[1])
-                    trial = search(sides, inputs)
-                    if trial.problem is None:
-                        return _ground(trial)
-                    problem = problem or trial.problem
+                    attempt = search(sides, inputs)
+                    if attempt.problem is None:
+                        return _ground(attempt)
+                    problem = problem or attempt.problem  # the first is that of the plainest way
         except Exception as error:  # the user's own model: whatever it raises is the reason
             problem = f"the twins could not be run in float64: {type(error).__name__}: {error}"
     none = np.zeros(0)
     return Ground(both, given, (none, none), None, set(), False, False, (), problem)
 
 
-def _ground(trial: _Attempt) -> Ground:
-    """The ground that a trial found, with its gradients."""
-    runs = trial.runs
+def _ground(attempt: _Attempt) -> Ground:
+    """The ground that an attempt found, with its gradients."""
+    runs = attempt.runs
     if not runs[0].gradient.size:
-        runs = _run(trial.sides, trial.inputs, trial.values, gradient=True)
-    every = {form for side in trial.sides for form in side.forms} - {HELD}
-    partial = trial.rich != every
-    where = trial.sides, trial.inputs, trial.values, runs
-    return Ground(*where, trial.rich, partial, trial.constant, trial.notes, None)
+        runs = _run(attempt.sides, attempt.inputs, attempt.values, gradient=True)
+    forms = {form for side in attempt.sides for form in side.forms} - {HELD}
+    return Ground(
+        sides=attempt.sides,
+        inputs=attempt.inputs,
+        values=attempt.values,
+        runs=runs,
+        rich=attempt.rich,
+        partial=attempt.rich != forms,
+        constant=attempt.constant,
+        notes=attempt.notes,
+        problem=None,
+    )
 
 
-# What only one side has
-
-
-def _guesses(both: Both) -> Iterator[Held]:
-    """Guesses at the leaves that only one side has, the likeliest first, each once."""
-    yield {}, {}
-    if even(both):
-        return
-    seen: set[tuple[frozenset[str], ...]] = {(frozenset(), frozenset())}
-    for linen, nnx in _likely(both):
-        key = frozenset(linen), frozenset(nnx)
-        if key in seen:
-            continue
-        seen.add(key)
-        ours = {path: both[0].trace.constructed(path) for path in linen}
-        yield ours, {path: both[1].trace.constructed(path) for path in nnx}
-
-
-def _likely(both: Both) -> Iterator[tuple[Sequence[str], Sequence[str]]]:
-    """Leaves of either side that the other may lack, by path."""
-    constants = [_constants(side, other) for side, other in (both, both[::-1])]
-    yield constants[0], constants[1]
-    added = [path for path in _surplus(both) if _looks_added(both[1], path)]
-    yield constants[0], [*constants[1], *added]
-    nothing = np.zeros(0)  # only which leaves are left counts here
-    for more in ([], added):
-        start = [*constants[1], *more]
-        linen = both[0].holding(dict.fromkeys(constants[0], nothing))
-        odd = odd_vectors(linen, both[1].holding(dict.fromkeys(start, nothing)))
-        yield [*constants[0], *odd[0]], [*start, *odd[1]]
-    kinds: dict[str, list[str]] = {}
-    for path in set(_surplus(both)) - set(added):
-        kinds.setdefault(re.sub(r"\d+", "*", path), []).append(path)
-    names = sorted(kinds)[:_GROUPS]
-    for count in range(1, len(names) + 1):
-        for chosen in itertools.combinations(names, count):
-            paths = [path for name in chosen for path in kinds[name]]
-            yield constants[0], [*constants[1], *added, *paths]
-
-
-def _constants(side: SlottedSide, other: SlottedSide) -> list[str]:
-    """The leaves that are no parameters, where the other side has only parameters."""
-    if any(leaf.collection != "params" for leaf in other.trace.leaves.values()):
-        return []
-    leaves = side.trace.leaves.items()
-    return [path for path, leaf in leaves if leaf.collection != "params"]
-
-
-def _surplus(both: Both) -> list[str]:
-    """The nnx leaves all of whose forms nnx has more of than Linen."""
-    more = Counter(both[1].forms) - Counter(both[0].forms)
-    found = []
-    for path, numbers in both[1].slots_of.items():
-        if numbers and all(both[1].forms[number] in more for number in numbers):
-            found.append(path)
-    return found
-
-
-def _looks_added(side: SlottedSide, path: str) -> bool:
-    """Whether a leaf looks like no weight of the original: an adapter's, or a fixed table."""
-    if "lora" in side.trace.kinds.get(path, "").lower() or "lora" in path.lower():
-        return True
-    value = side.trace.constructed(path)
-    uneven = bool(value.size > 1 and (value != value.flat[0]).any())
-    return uneven and not side.trace.varies(path)
-
-
-# How much of it can be rich
+# How much of it can be rich: three ways, the one that tells most first
 
 
 def _by_shape(both: Both, inputs: Sequence[Any]) -> _Attempt:
-    """A trial with numbers in forms that the sides have equally often, and by shape elsewhere."""
-    return _trial(both, inputs, _balanced(both), constant=False)
+    """Numbers in forms that the sides have equally often, and by shape elsewhere."""
+    return _attempt(both, inputs, _balanced(both), constant=False)
 
 
 def _all_rich(both: Both, inputs: Sequence[Any]) -> _Attempt:
-    """The same with a constant elsewhere."""
-    return _trial(both, inputs, _balanced(both), constant=True)
+    """Numbers in forms that the sides have equally often, and a constant elsewhere."""
+    return _attempt(both, inputs, _balanced(both), constant=True)
 
 
 def _some_rich(both: Both, inputs: Sequence[Any]) -> _Attempt:
-    """A trial with numbers in those forms with which the outputs still agree."""
-    trial = _trial(both, inputs, set(), constant=True)
-    for form in sorted(_balanced(both)) if trial.problem is None else ():
-        more = _trial(trial.sides, inputs, trial.rich | {form}, constant=True)
-        trial = trial if more.problem else more._replace(notes=trial.notes)
-    return trial
+    """Numbers in those forms with which the outputs still agree, and a constant elsewhere.
 
-
-def even(both: Both) -> bool:
-    """Whether both sides have the same forms, equally often."""
-    return Counter(both[0].forms) == Counter(both[1].forms)
+    A form that both sides have equally often may still stand for different things: one side cuts
+    this product in two, and the other that one.
+    """
+    attempt = _attempt(both, inputs, set(), constant=True)
+    if attempt.problem is not None:
+        return attempt
+    for form in sorted(_balanced(both)):
+        more = _attempt(attempt.sides, inputs, attempt.rich | {form}, constant=True)
+        if more.problem is None:
+            attempt = more._replace(notes=attempt.notes)
+    return attempt
 
 
 def _balanced(both: Both) -> set[SlotForm]:
     """The forms that both sides have equally often."""
-    counts = [Counter(side.forms) for side in both]
-    return {form for form in counts[0] if counts[0][form] == counts[1][form]} - {HELD}
+    linen, nnx = (Counter(side.forms) for side in both)
+    return {form for form in linen if linen[form] == nnx[form]} - {HELD}
 
 
-def _trial(both: Both, inputs: Sequence[Any], rich: set[SlotForm], constant: bool) -> _Attempt:
+def _attempt(both: Both, inputs: Sequence[Any], rich: set[SlotForm], constant: bool) -> _Attempt:
+    """Runs both sides on equal values, and sees whether their outputs agree."""
     values = _values(both[0], rich, constant), _values(both[1], rich, constant)
     runs = _run(both, inputs, values)
     outputs = runs[0].outputs, runs[1].outputs
-    problem = None
+    attempt = _Attempt(both, inputs, values, runs, rich, constant, problem=None)
     if not all(np.isfinite(out).all() for out in (*outputs[0], *outputs[1])):
-        problem = "the outputs are not finite at the values tried"
-        return _Attempt(both, inputs, values, runs, rich, constant, problem)
-    traces = both[0].trace, both[1].trace
-    if order := matched(traces, outputs, COMPARABLE):
-        sides = tuple(
-            replace(side, trace=side.trace.with_outputs(places))
-            for side, places in zip(both, order.places, strict=True)
-        )
-        again = _trial((sides[0], sides[1]), inputs, rich, constant)
+        return attempt._replace(problem="the outputs are not finite at the values tried")
+    # A dict against a tuple: once outputs are in one order, all begins anew.
+    order = matched((both[0].trace, both[1].trace), outputs, COMPARABLE)
+    if order:
+        linen, nnx = both
+        linen = replace(linen, trace=linen.trace.with_outputs(order.places[0]))
+        nnx = replace(nnx, trace=nnx.trace.with_outputs(order.places[1]))
+        again = _attempt((linen, nnx), inputs, rich, constant)
         return again._replace(notes=(*order.notes, *again.notes))
     shapes = [[out.shape for out in each] for each in outputs]
     if shapes[0] != shapes[1]:
         problem = f"the outputs differ in form: Linen {shapes[0]}, nnx {shapes[1]}"
-    elif (gap := difference(*outputs)) > (COMPARABLE if even(both) else _CLOSE):
+        return attempt._replace(problem=problem)
+    gap = difference(*outputs)
+    if gap > (COMPARABLE if even(both) else _CLOSE):
         problem = f"the outputs of the twins differ (by {gap:.0e} of their size), whatever is whose"
-    return _Attempt(both, inputs, values, runs, rich, constant, problem)
+        return attempt._replace(problem=problem)
+    return attempt
 
 
 def _run(
     both: Both, inputs: Sequence[Any], values: tuple[Array, Array], gradient: bool = False
 ) -> tuple[Run, Run]:
-    one, two = (run(s, inputs, v, gradient) for s, v in zip(both, values, strict=True))
-    return one, two
+    linen = run(both[0], inputs, values[0], gradient)
+    return linen, run(both[1], inputs, values[1], gradient)
 
 
 def _values(side: SlottedSide, rich: set[SlotForm], constant: bool) -> Array:
@@ -241,8 +205,10 @@ def _values(side: SlottedSide, rich: set[SlotForm], constant: bool) -> Array:
     values = np.full(side.owner.size, 0.5, np.float32)
     shaped = values if constant else _shaped(side)
     for slot, form in zip(side.flow.slots, side.forms, strict=True):
-        poor = _POOR if constant else shaped[slot.ids]
-        values[slot.ids] = pattern(*slot.ids.shape) if form in rich else poor
+        if form in rich:
+            values[slot.ids] = pattern(*slot.ids.shape)
+        else:
+            values[slot.ids] = _POOR if constant else shaped[slot.ids]
     for path, held in side.held.items():
         values[side.trace.numbers[path]] = held
     return values
@@ -252,6 +218,7 @@ def _shaped(side: SlottedSide) -> Array:
     """(elements,) float32: equal values for leaves of equal shape."""
     values = np.zeros(side.owner.size, np.float32)
     for path, leaf in side.trace.leaves.items():
+        # As if it were used whole: summed over all axes but the last, a vector over none.
         columns = leaf.shape[-1] if len(leaf.shape) > 1 else int(np.prod(leaf.shape))
         summed = int(np.prod(leaf.shape[:-1])) if len(leaf.shape) > 1 else 1
         if columns and summed:

@@ -1,8 +1,20 @@
 """Both sides of a twin, cut into slots of comparable form.
 
-A form is what must agree before two slots can be twins: collection and (N, K). Where one side keeps
-in one leaf what the other keeps in several (experts, stacked on an axis) and the dataflow does not
-show it, the slots of the one leaf are cut along that axis.
+A form is what must agree before two slots can be twins: collection and (N, K). The sides of
+`example.py` have the same three forms, in the same order:
+
+    Linen    up/kernel       (params, 2, 2)      first/kernel    nnx
+             up/bias         (params, 2, 1)      first/bias
+             down/kernel     (params, 2, 2)      last
+
+    >>> from linen_nnx.infer.example import two_layers
+    >>> from linen_nnx.infer.trace import trace_linen, trace_nnx
+    >>> linen, nnx = sides(trace_linen(two_layers()), trace_nnx(two_layers()), {})
+    >>> linen.forms, even((linen, nnx))
+    ([('params', 2, 2), ('params', 2, 1), ('params', 2, 2)], True)
+
+Where one side keeps in one leaf what the other keeps in several (experts, stacked on an axis) and
+the dataflow does not show it, the slots of the one leaf are cut along that axis.
 """
 
 from collections import Counter
@@ -24,9 +36,13 @@ HELD: SlotForm = ("held",)
 
 @dataclass(frozen=True)
 class SlottedSide:
-    """One side, ready to be compared: its trace, its slots, and the form of each slot.
+    """One side, ready to be compared.
 
-    held: the leaves that the other side has not, with the values at which both compute the same.
+    Attributes:
+      trace: the side as a function.
+      flow: its slots, and what flows into each.
+      forms: the form of each slot.
+      held: the leaves that the other side has not, with the values at which both compute the same.
     """
 
     trace: Trace
@@ -52,7 +68,7 @@ class SlottedSide:
 
     @cached_property
     def slots_of(self) -> dict[str, list[int]]:
-        """For each leaf the slots that hold some of its elements."""
+        """For each leaf the slots that hold some of its elements; none for an unused leaf."""
         slots: dict[str, list[int]] = {path: [] for path in self.paths}
         for number, slot in enumerate(self.flow.slots):
             for path in self.leaves_of(slot.ids):
@@ -63,11 +79,12 @@ class SlottedSide:
         """The paths of the leaves that elements belong to."""
         owners = self.owner[ids]
         first, last = int(owners.min()), int(owners.max())
+        # Nearly every slot is of one leaf, and sorting the owners of a large one takes long.
         numbers = [first] if first == last else np.unique(owners)
         return [self.paths[number] for number in numbers]
 
     def holding(self, held: Mapping[str, Array]) -> "SlottedSide":
-        """The side with some more leaves held at values."""
+        """The side with some more leaves held at values: their slots have the form `HELD`."""
         forms = list(self.forms)
         for path in held:
             for number in self.slots_of[path]:
@@ -80,15 +97,22 @@ Both = tuple[SlottedSide, SlottedSide]
 
 
 def sides(linen: Trace, nnx: Trace, alone: Mapping[str, float]) -> Both:
-    """Both sides; `alone` holds Linen leaves that have no twin, with the value to keep them at."""
-    named = [{leaf.collection for leaf in trace.leaves.values()} for trace in (linen, nnx)]
-    both = []
+    """Finds the slots of both sides.
+
+    Args:
+      linen, nnx: the traced sides.
+      alone: Linen leaves that have no twin, with the value to keep them at.
+    """
+    collections = [{leaf.collection for leaf in trace.leaves.values()} for trace in (linen, nnx)]
+    are_named_alike = collections[0] == collections[1]
+    both: list[SlottedSide] = []
     for trace in (linen, nnx):
         side = SlottedSide(trace, flow(trace), [])
         for slot, path in zip(side.flow.slots, side.first, strict=True):
             collection = trace.leaves[path].collection
-            if named[0] != named[1] and collection != "params":
-                collection = "other"  # the sides name them differently: no evidence
+            # `batch_stats` against a Variable type of one's own: that names differ proves nothing.
+            if collection != "params" and not are_named_alike:
+                collection = "other"
             side.forms.append((collection, *slot.ids.shape))
         both.append(side)
     held = {path: np.full(linen.leaves[path].shape, value) for path, value in alone.items()}
@@ -96,23 +120,42 @@ def sides(linen: Trace, nnx: Trace, alone: Mapping[str, float]) -> Both:
     return _parted(_cut(both[0], both[1])), _parted(_cut(both[1], both[0]))
 
 
+def even(both: Both) -> bool:
+    """Whether both sides have the same forms, equally often."""
+    return Counter(both[0].forms) == Counter(both[1].forms)
+
+
+# What stands where on the other side
+
+
 def odd_vectors(linen: SlottedSide, nnx: SlottedSide) -> tuple[list[str], list[str]]:
-    """The vectors that only one side has (a bias that the port lacks), by their place."""
+    """The vectors that only one side has (a bias that the port lacks), by their place.
+
+    Linen   kernel  bias  kernel  bias  kernel         the second bias stands where nnx has
+    nnx     kernel  bias  kernel        kernel         nothing: it is the odd one
+    """
     counts = Counter(linen.forms), Counter(nnx.forms)
     surplus = counts[0] - counts[1], counts[1] - counts[0]
-    paired = list(zip(*in_order(linen.forms, nnx.forms), strict=True)) or [(), ()]
+    pairs = in_order(linen.forms, nnx.forms)
     found: tuple[list[str], list[str]] = [], []
     for number, side in enumerate((linen, nnx)):
+        paired = {pair[number] for pair in pairs}
         for form, count in surplus[number].items():
-            alike = [k for k, other in enumerate(side.forms) if other == form]
-            odd = [k for k in alike if k not in paired[number]]
+            odd = [slot for slot, other in enumerate(side.forms) if other == form]
+            odd = [slot for slot in odd if slot not in paired]
             if form != HELD and form[-1] == 1 and len(odd) == count:
-                found[number].extend(dict.fromkeys(side.first[k] for k in odd))
+                found[number].extend(dict.fromkeys(side.first[slot] for slot in odd))
     return found
 
 
 def in_order(one: Sequence[Any], two: Sequence[Any]) -> list[tuple[int, int]]:
-    """Places of equal items, in order, as many as there can be (a longest common subsequence)."""
+    """Places of equal items, in order, as many as there can be (a longest common subsequence).
+
+    Example:
+        >>> in_order("kbkbk", "kbkk")
+        [(0, 0), (1, 1), (2, 2), (4, 3)]
+    """
+    # What both begin and end with is nearly all, and the table below grows with the square.
     start, ends = 0, [len(one), len(two)]
     while start < min(ends) and one[start] == two[start]:
         start += 1
@@ -133,58 +176,93 @@ def in_order(one: Sequence[Any], two: Sequence[Any]) -> list[tuple[int, int]]:
             a += 1
         else:
             b += 1
-    return pairs + [(ends[0] + k, ends[1] + k) for k in range(len(one) - ends[0])]
+    for k in range(len(one) - ends[0]):
+        pairs.append((ends[0] + k, ends[1] + k))
+    return pairs
+
+
+# Slots made comparable
 
 
 def _parted(side: SlottedSide) -> SlottedSide:
-    """The side without flow from one lane of a batch to another."""
+    """The side without flow from one lane of a batch to another.
+
+    Under `nn.vmap` three experts are one product, and one value flows on. In a list of experts none
+    flows into another.
+    """
     counts, lanes = np.array([slot.lane for slot in side.flow.slots]).reshape(-1, 2).T
-    apart = (counts[:, None] == counts) & (counts > 1) & (lanes[:, None] != lanes)
+    is_same_batch = (counts[:, None] == counts) & (counts > 1)
+    apart = is_same_batch & (lanes[:, None] != lanes)
     parted = side.flow._replace(above=side.flow.above & ~apart)
     return replace(side, flow=parted)
 
 
 def _cut(side: SlottedSide, other: SlottedSide) -> SlottedSide:
     """The side with slots cut where that gives forms that the other side has more of."""
+    cuts = _cuts(side, other)
+    if not cuts:
+        return side
+    origin: list[int] = []  # of each new slot, the slot that it is, or is a part of
+    slots: list[Slot] = []
+    forms: list[SlotForm] = []
+    for number, (slot, form) in enumerate(zip(side.flow.slots, side.forms, strict=True)):
+        parts = cuts.get(number)
+        if parts is None:
+            origin.append(number)
+            slots.append(slot)
+            forms.append(form)
+            continue
+        for lane, ids in enumerate(parts):
+            origin.append(number)
+            slots.append(Slot(ids, (len(parts), lane)))
+            forms.append((form[0], *ids.shape))
+    # What flowed into the whole flows into each part.
+    above = side.flow.above[np.ix_(origin, origin)]
+    return replace(side, flow=side.flow._replace(slots=slots, above=above), forms=forms)
+
+
+def _cuts(side: SlottedSide, other: SlottedSide) -> dict[int, list[Array]]:
+    """By slot, the parts that it is to be cut into.
+
+    Only forms none of whose slots has a twin are cut, and only into forms of which the other side
+    has enough over: three experts (3, 4, 8) in one leaf against three leaves (4, 8).
+    """
     mine, theirs = Counter(side.forms), Counter(other.forms)
     cuts: dict[int, list[Array]] = {}
-    for form in [form for form in mine if form != HELD and mine[form] > theirs[form]]:
-        slots = [k for k, known in enumerate(side.forms) if known == form]
-        for number in slots if mine[form] - theirs[form] == len(slots) else ():
-            for parts in _axes(side, side.flow.slots[number]):
+    surplus = [form for form in mine if form != HELD and mine[form] > theirs[form]]
+    for form in surplus:
+        slots = [slot for slot, known in enumerate(side.forms) if known == form]
+        if mine[form] - theirs[form] != len(slots):
+            continue
+        for number in slots:
+            for parts in _ways_to_cut(side, side.flow.slots[number]):
                 small = (form[0], *parts[0].shape)
                 if theirs[small] - mine[small] >= len(parts):
                     mine[small] += len(parts)
                     cuts[number] = parts
                     break
-    if not cuts:
-        return side
-    origin: list[int] = []
-    slots_now: list[Slot] = []
-    forms: list[SlotForm] = []
-    for number, (slot, form) in enumerate(zip(side.flow.slots, side.forms, strict=True)):
-        parts = cuts.get(number, ())
-        origin += [number] * (len(parts) or 1)
-        slots_now += [Slot(ids, (len(parts), lane)) for lane, ids in enumerate(parts)] or [slot]
-        forms += [(form[0], *ids.shape) for ids in parts] or [form]
-    grid = np.ix_(origin, origin)
-    cut = side.flow._replace(slots=slots_now, above=side.flow.above[grid])
-    return replace(side, flow=cut, forms=forms)
+    return cuts
 
 
-def _axes(side: SlottedSide, slot: Slot) -> list[list[Array]]:
+def _ways_to_cut(side: SlottedSide, slot: Slot) -> list[list[Array]]:
     """The ways to cut a slot along an axis of its one leaf, by columns (N) or by rows (K)."""
-    ways = []
     path, *others = side.leaves_of(slot.ids)
+    if others:
+        return []
+    ways: list[list[Array]] = []
     shape = side.trace.leaves[path].shape
-    for axis, count in enumerate(shape if not others else ()):
-        places = np.unravel_index(slot.ids - side.trace.numbers[path].flat[0], shape)[axis]
+    first = side.trace.numbers[path].flat[0]
+    for axis, count in enumerate(shape):
+        # (N, K): the index along the axis of each element. It must be that of a whole row or
+        # column, or the parts would be no rectangles.
+        places = np.unravel_index(slot.ids - first, shape)[axis]
         if (places == places[:, :1]).all():
             parts = [slot.ids[places[:, 0] == k] for k in range(count)]
         elif (places == places[:1]).all():
             parts = [slot.ids[:, places[0] == k] for k in range(count)]
         else:
             continue
-        if count > 1 and len({part.shape for part in parts}) == 1 and parts[0].size:
+        is_even = len({part.shape for part in parts}) == 1
+        if count > 1 and is_even and parts[0].size:
             ways.append(parts)
     return ways

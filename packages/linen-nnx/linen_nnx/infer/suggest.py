@@ -28,10 +28,10 @@ from linen_nnx.infer.compress import compress
 from linen_nnx.infer.fingerprints import fingerprints
 from linen_nnx.infer.fit_ops import Group, rule_for
 from linen_nnx.infer.found import FoundRule
-from linen_nnx.infer.ground import Ground, common_ground, even
+from linen_nnx.infer.ground import Ground, common_ground
 from linen_nnx.infer.leafwise import pair_leaves
 from linen_nnx.infer.lossy import lossy
-from linen_nnx.infer.sides import Both, SlottedSide, sides
+from linen_nnx.infer.sides import Both, SlottedSide, even, sides
 from linen_nnx.infer.trace import LeafSpec, Trace, trace_linen, trace_nnx
 from linen_nnx.infer.trial import Trial
 from linen_nnx.infer.twin import Twin

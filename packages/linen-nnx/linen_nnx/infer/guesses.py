@@ -1,0 +1,100 @@
+"""Guesses which leaves only one side has, before it is known which leaf is whose.
+
+    Linen               nnx
+    attn/k/kernel       key/kernel      on both sides
+    -                   key/bias        softmax cancels it; zeros, from its constructor
+    -                   pe              a table that Linen computes in its call
+    -                   up/lora_a       an adapter's
+    stats/count         -               a variable that is no parameter
+
+Such a leaf is held at the value that its model's constructor gives it. With the right guess the
+outputs of both sides agree, which `ground.py` tries out. So a guess may be wrong. The likeliest
+come first, and there are 36 at most.
+"""
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from linen_nnx.infer.sides import Both, SlottedSide, even, odd_vectors
+
+Array = np.ndarray
+Held = tuple[Mapping[str, Array], Mapping[str, Array]]
+"""For Linen and nnx: the leaves that the other side has not, with their values."""
+_GROUPS = 5  # kinds of leaves of which every subset is tried: 31 at most
+
+
+def guesses(both: Both) -> Iterator[Held]:
+    """Yields guesses at the leaves that only one side has, the likeliest first, each once.
+
+    The first is that there are none; the only one, where both sides have the same forms.
+    """
+    yield {}, {}
+    if even(both):
+        return
+    seen: set[tuple[frozenset[str], ...]] = {(frozenset(), frozenset())}
+    for linen, nnx in _likely(both):
+        key = frozenset(linen), frozenset(nnx)
+        if key in seen:
+            continue
+        seen.add(key)
+        ours = {path: both[0].trace.constructed(path) for path in linen}
+        yield ours, {path: both[1].trace.constructed(path) for path in nnx}
+
+
+def _likely(both: Both) -> Iterator[tuple[Sequence[str], Sequence[str]]]:
+    """Linen and nnx leaves that the other side may lack, by path; some of them twice."""
+    # Variables that are no parameters, where the other side has none: tables, counts, masks.
+    linen, nnx = _constants(both[0], both[1]), _constants(both[1], both[0])
+    yield linen, nnx
+    # Adapters and tables beside them.
+    surplus = _surplus(both)
+    added = [path for path in surplus if _looks_added(both[1], path)]
+    yield linen, [*nnx, *added]
+    # Biases and scales that one side lacks, by their place among the others.
+    nothing = np.zeros(0)  # only which leaves are left counts here, not their values
+    without_constants = both[0].holding(dict.fromkeys(linen, nothing))
+    for more in ([], added):
+        start = [*nnx, *more]
+        odd = odd_vectors(without_constants, both[1].holding(dict.fromkeys(start, nothing)))
+        yield [*linen, *odd[0]], [*start, *odd[1]]
+    # Any other kind of leaf of which nnx has more: that of all layers at once, or of none.
+    kinds: dict[str, list[str]] = {}
+    for path in set(surplus) - set(added):
+        kinds.setdefault(re.sub(r"\d+", "*", path), []).append(path)
+    names = sorted(kinds)[:_GROUPS]
+    for count in range(1, len(names) + 1):
+        for chosen in itertools.combinations(names, count):
+            paths = itertools.chain.from_iterable(kinds[name] for name in chosen)
+            yield linen, [*nnx, *added, *paths]
+
+
+def _constants(side: SlottedSide, other: SlottedSide) -> list[str]:
+    """The leaves that are no parameters, where the other side has only parameters."""
+    if any(leaf.collection != "params" for leaf in other.trace.leaves.values()):
+        return []
+    leaves = side.trace.leaves.items()
+    return [path for path, leaf in leaves if leaf.collection != "params"]
+
+
+def _surplus(both: Both) -> list[str]:
+    """The nnx leaves all of whose forms nnx has more of than Linen."""
+    more = Counter(both[1].forms) - Counter(both[0].forms)
+    found: list[str] = []
+    for path, slots in both[1].slots_of.items():
+        if slots and all(both[1].forms[slot] in more for slot in slots):
+            found.append(path)
+    return found
+
+
+def _looks_added(side: SlottedSide, path: str) -> bool:
+    """Whether a leaf looks like no weight of the original: an adapter's, or a fixed table."""
+    if "lora" in side.trace.kinds.get(path, "").lower() or "lora" in path.lower():
+        return True
+    # Numbers that differ, and that no seed changes, were computed: no initialiser does that.
+    value = side.trace.constructed(path)
+    is_uneven = bool(value.size > 1 and (value != value.flat[0]).any())
+    return is_uneven and not side.trace.varies(path)
