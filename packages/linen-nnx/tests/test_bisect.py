@@ -26,8 +26,9 @@ from linen_nnx.cli import main
 from linen_nnx.infer.sides import in_order
 from linen_nnx.infer.trace import trace_linen
 from linen_nnx.proof.compare import Value, difference, judge
-from linen_nnx.proof.mates import random_leaves, side_of
+from linen_nnx.proof.mates import side_of
 from linen_nnx.proof.show import conclusion
+from linen_nnx.proof.weights import random_leaves
 
 PARTS = (("LayerNorm_0", "norm", "scale"), ("up", "up", "kernel"), ("down", "down", "kernel"))
 

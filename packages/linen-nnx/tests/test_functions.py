@@ -9,7 +9,7 @@ import pytest
 from linen_nnx.infer.jaxprs import described
 from linen_nnx.proof import curves
 from linen_nnx.proof.functions import differences
-from linen_nnx.proof.terms import Part
+from linen_nnx.proof.read_terms import Region
 from linen_nnx.proof.unrolled import Unrolled
 
 X = jnp.linspace(-1.0, 1.0, 8).reshape(2, 4)
@@ -17,14 +17,14 @@ W = jnp.ones((4, 4))
 CAUSAL = np.tril(np.ones((4, 4), bool))
 
 
-def part(function, *args):
+def region(function, *args):
     steps = Unrolled(jax.make_jaxpr(function)(*args))
-    return Part(steps, steps.outs[0], leaves=0)
+    return Region(steps, steps.outs[0], leaves=0)
 
 
 def said(one, two, *args):
     args = args or (X,)
-    return differences(part(one, *args), part(two, *args))
+    return differences(region(one, *args), region(two, *args))
 
 
 def norm(x, epsilon=1e-6, inside=True, centred=True, fast=False, ddof=0):

@@ -1,11 +1,17 @@
 """Finds the first layer at which twins part: same inputs, same weights, every layer compared.
 
-    found = bisect(twin, checkpoints=["linen_ckpt"])
-    print(found.first)          # None, or the first layer whose output diverges
+    Linen                        nnx                        what the two products gave
+    first:  h = x @ W            first:  h = x @ W          equal bits: exact
+            g = gelu_tanh(h)             g = gelu_erf(h)    (no leaf is used here)
+    last:   y = g @ V            last:   y = g @ V          apart, as what they took: DIVERGES
 
-Both sides run one equation at a time (`record.py`), and what the equations give that use paired
-leaves is compared. Each side is run in float64 as well: what differs there is no rounding, and how
-far a side is from its own float64 run is what rounding may do.
+    first divergence: last; its inputs differ already, so the fault lies between it and `first`;
+    there gelu is the tanh approximation on one side and exact on the other (`functions.py`)
+
+Both sides run one equation at a time (`record.py`). What is compared is what the equations give
+that use paired leaves (`points.py`): layers of the two models have other names and numbers, but
+their weights are known to correspond. Each side is run in float64 as well: what differs there is
+no rounding, and how far a side is from its own float64 run is what rounding may do.
 """
 
 import itertools
@@ -15,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -24,18 +31,21 @@ from linen_nnx.infer.ground import COMPARABLE
 from linen_nnx.infer.outputs import matched
 from linen_nnx.infer.run import with_noise
 from linen_nnx.infer.suggest import propose
-from linen_nnx.infer.trace import trace_linen, trace_nnx
+from linen_nnx.infer.trace import Trace, trace_linen, trace_nnx
 from linen_nnx.infer.twin import Twin
-from linen_nnx.proof.compare import Error, Value, Verdict, aligned, judge, spec
+from linen_nnx.proof.compare import Error, Value, Verdict, judge
 from linen_nnx.proof.functions import differences
-from linen_nnx.proof.half import Half
 from linen_nnx.proof.lint import lint, watch
-from linen_nnx.proof.mates import gather, mates, side_of, weights
+from linen_nnx.proof.mates import mates, side_of
+from linen_nnx.proof.points import Both, Point, feeds, points, shape_of
+from linen_nnx.proof.side_run import SideRun
+from linen_nnx.proof.weights import gather, weights
 
 Array = np.ndarray
 T = TypeVar("T")
 _AGREE = ("exact", "rounding", "absorbed")
 _FAILED = ("DIVERGES", "NaN")
+# Of several points in one layer the one with the last of these verdicts is shown.
 _RANKS = ("other form", *_AGREE, *_FAILED)
 
 
@@ -43,12 +53,15 @@ _RANKS = ("other form", *_AGREE, *_FAILED)
 class Layer:
     """One line of a bisection: a layer of both twins, an updated leaf, or an output.
 
-    leaf: the Linen leaf after whose use the values were compared; shape: theirs.
-    before: the worst error of the layers that feed it, None where only inputs do.
-    after: the error of what it gives, None where the sides' values have no common form.
-    verdict: exact, rounding, DIVERGES, NaN; `absorbed`, if it differs but all that is computed
-      from it agrees; `other form`, if there is no `after`.
-    inside: whether the inputs of the equation at which it diverges agree; None if unknown.
+    Attributes:
+      linen, nnx: the paths of the two modules, `block_7/up`; or `update of ...`, `output 0`.
+      leaf: the Linen leaf after whose use the values were compared; empty for an end of the model.
+      shape: dtype and shape of the values.
+      before: the worst error of the layers that feed it; None where only inputs do.
+      after: the error of what it gives; None where the sides' values have no common form.
+      verdict: `exact`, `rounding`, `DIVERGES` or `NaN`. `absorbed` if it differs, but all that is
+        computed from it agrees. `other form` if there is no `after`.
+      inside: whether the inputs of the equation at which it diverges agree; None if unknown.
     """
 
     linen: str
@@ -63,10 +76,14 @@ class Layer:
 
 @dataclass(frozen=True)
 class Bisection:
-    """All layers in the order of first use, then updated leaves and outputs.
+    """What was compared, and what was found.
 
-    first: the first layer that diverges; functions: what the two sides do differently there, from
-    the layers on that agree; findings: of the lint; notes: on how it was run.
+    Attributes:
+      layers: all layers in the order of first use, then updated leaves and outputs.
+      first: the first layer that diverges; None if none does.
+      functions: what the two sides do differently there, from the layers on that agree.
+      findings: the settings in which paired modules differ (`lint.py`).
+      notes: how the models were run.
     """
 
     layers: tuple[Layer, ...]
@@ -82,6 +99,7 @@ def bisect(
     checkpoints: Sequence[str | Path] = (),
     runs: Runs = NO_RUNS,
     training: bool = False,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> Bisection:
     """Compares twins layer by layer.
 
@@ -94,11 +112,32 @@ def bisect(
       runs: what a training code says of its runs, where the checkpoints are in one.
       training: whether the models are called in training, each draw of both with one key; else as
         the twin says, or in evaluation.
+      progress: is told what is being done.
 
     Raises:
       TwinError: when a part of the twin cannot be built or called.
       RuleError: when the rules or the checkpoints do not fit the twin.
       StoreError: when a checkpoint cannot be read.
+
+    Example:
+        >>> import flax.linen as nn
+        >>> from flax import nnx
+        >>> class Linen(nn.Module):
+        ...     @nn.compact
+        ...     def __call__(self, x):
+        ...         return nn.Dense(2, name="last")(nn.gelu(nn.Dense(4, name="first")(x)))
+        >>> class Nnx(nnx.Module):
+        ...     def __init__(self, rngs):
+        ...         self.first, self.last = nnx.Linear(3, 4, rngs=rngs), nnx.Linear(4, 2, rngs=rngs)
+        ...     def __call__(self, x):
+        ...         return self.last(nnx.gelu(self.first(x), approximate=False))
+        >>> twin = Twin(Linen, lambda rngs: Nnx(rngs), lambda: (jnp.arange(6.0).reshape(2, 3),))
+        >>> rule = {"linen": "params/{layer}/{leaf}", "nnx": "{layer}/{leaf}"}
+        >>> found = bisect(twin, RuleBook.from_dict({"version": 1, "rules": [rule]}))
+        >>> found.first.linen, found.first.verdict, found.first.inside
+        ('last', 'DIVERGES', False)
+        >>> found.functions
+        ('gelu: Linen the tanh approximation, nnx exact, by erf',)
     """
     notes: list[str] = []
     if training:
@@ -106,27 +145,28 @@ def bisect(
 
         twin = in_training(twin)
         notes.append("both models are called in training; each draw of both sides has one key")
+    progress("reading both models")
     watched, configs = watch(twin)
     traces = trace_linen(watched), trace_nnx(watched)
     if not isinstance(book, RuleBook):
+        if book is None:
+            progress("finding the rules")
         book = propose(*traces) if book is None else RuleBook.load(book)
     linen, nnx = map(side_of, traces)
     mate, unpaired = mates(linen, nnx, book)
     notes += unpaired
     *leaves, more = weights(linen, nnx, book, mate, checkpoints, runs)
-    inputs = []
-    for number, array in enumerate(linen.trace.inputs):
-        is_plain = array.size > 1 and getattr(array.dtype, "kind", "key") in ("f", "i", "u")
-        even = is_plain and len(np.unique(array)) == 1
-        inputs.append(jnp.asarray(with_noise(array, number), array.dtype) if even else array)
-        notes += [f"input {number} was all one value, which hides much: it got noise"] * even
-    both = Half(linen, leaves[0], inputs), Half(nnx, leaves[1], inputs)
-    outputs = [[value.wide for value in half.outs] for half in both]
-    if order := matched(traces, (outputs[0], outputs[1]), COMPARABLE):
-        for half, places in zip(both, order.places, strict=True):
-            half.reorder(places)
-        notes += order.notes
+    inputs, made_noisy = _lively_inputs(linen.trace)
+    notes += made_noisy
+
+    progress("running the Linen model, one equation at a time")
+    one = SideRun(linen, leaves[0], inputs)
+    progress("running the nnx model, one equation at a time")
+    both = one, SideRun(nnx, leaves[1], inputs)
+    notes += _in_one_order(both, traces)
     notes += [*traces[0].chosen, *traces[1].chosen]
+
+    progress("comparing layer by layer")
     found = _Comparison(both, mate)
     layers, first = found.layers()
     functions = tuple(found.functions(first)) if first else ()
@@ -134,91 +174,127 @@ def bisect(
     return Bisection(tuple(layers), first, functions, findings, (*notes, *more))
 
 
-@dataclass(eq=False)
-class _Point:
-    """A use on each side, whose values are compared."""
+def _lively_inputs(trace: Trace) -> tuple[list[jax.Array], list[str]]:
+    """The example inputs, with noise in place of those that are all one value; and notes.
 
-    uses: tuple[int, int]
-    shape: str
-    values: tuple[Value, Value] | None
-    error: Error | None = None
-    verdict: Verdict = "other form"
+    Of zeros, a product is zero whatever its kernel: a transposed kernel would not show.
+    """
+    inputs: list[jax.Array] = []
+    notes = []
+    for number, array in enumerate(trace.inputs):
+        # A key or a flag is taken as it is.
+        is_numeric = getattr(array.dtype, "kind", "key") in ("f", "i", "u")
+        if is_numeric and array.size > 1 and len(np.unique(array)) == 1:
+            inputs.append(jnp.asarray(with_noise(array, number), array.dtype))
+            notes.append(f"input {number} was all one value, which hides much: it got noise")
+        else:
+            inputs.append(array)
+    return inputs, notes
+
+
+def _in_one_order(both: Both, traces: tuple[Trace, Trace]) -> Sequence[str]:
+    """Puts the outputs of both in one order, where they return them in other containers."""
+    one, two = both
+    wide = [value.wide for value in one.outs], [value.wide for value in two.outs]
+    order = matched(traces, wide, COMPARABLE)
+    if order is None:
+        return ()
+    for run, places in zip(both, order.places, strict=True):
+        run.reorder(places)
+    return order.notes
 
 
 class _Comparison:
-    def __init__(self, both: tuple[Half, Half], mate: Array) -> None:
+    """Two sides, point by point.
+
+    Attributes:
+      points: all of them, in the order of use.
+      known: those with values in a common form.
+      feeds: for each of these the points that flow into it.
+      ends: the lines of updated leaves and outputs.
+      outputs: for a line of an output its number.
+    """
+
+    def __init__(self, both: Both, mate: Array) -> None:
         self.both, self.mate = both, mate
-        self.numbers = np.arange(both[0].side.owner.size), mate
-        self.points = sorted(self._points(), key=lambda point: point.uses)
+        self.points = points(both, mate)
         self.known = [point for point in self.points if point.values]
-        self.feeds = dict(zip(self.known, self._feeds(), strict=True))
-        for point in self.known:
-            assert point.values is not None
-            point.error, point.verdict = judge(*point.values)
-        self.outputs: dict[Layer, int] = {}  # those of the ends, with their place
-        self.ends = list(self._ends())
+        self.feeds = feeds(self.known, both[0].above)
+        self.outputs: dict[Layer, int] = {}
+        before = self._error_of_the_last()
+        self.ends = [*self._updates(before), *self._outputs(before)]
         self._absorb()
 
     def modules(self) -> dict[tuple[str, str], str]:
         """Modules of both sides that share leaves, and the dtype of what the Linen one gives."""
         found = {}
         for point in self.points:
-            one, two = self._each(Half.module, point)
+            one, two = self._each(SideRun.module, point)
             value = self.both[0].value(point.uses[0])
             found[one, two] = str(value.own.dtype) if value else ""
         return found
 
     def layers(self) -> tuple[list[Layer], Layer | None]:
         """All lines, and the first that diverges."""
-        groups: dict[tuple[str, str], list[_Point]] = {}
+        groups: dict[tuple[str, str], list[Point]] = {}
         for point in self.points:
-            one, two = self._each(Half.layer, point)
+            one, two = self._each(SideRun.layer, point)
             groups.setdefault((one, two), []).append(point)
-        fault = next((point for point in self.points if point.verdict in _FAILED), None)
-        lines, first = [], None
-        for (linen, nnx), points in groups.items():
-            failed = [point for point in points if point.verdict in _FAILED]
-            shown = failed[0] if failed else max(reversed(points), key=_rank)
-            feeds = {other for point in points for other in self.feeds.get(point, ())}
-            before = [other.error for other in feeds.difference(points) if other.error]
-            line = Layer(
-                linen,
-                nnx,
-                self.both[0].leaf[shown.uses[0]],
-                shown.shape,
-                max(before, key=_amount, default=None),
-                shown.error,
-                shown.verdict,
-                self._inside(shown) if shown is fault else None,
-            )
+        fault = self._fault()
+        lines: list[Layer] = []
+        first = None
+        for (linen, nnx), members in groups.items():
+            line = self._line(linen, nnx, members, fault)
             lines.append(line)
-            first = line if fault in points else first
-        lines += self.ends
-        return lines, first or next((line for line in self.ends if line.verdict in _FAILED), None)
+            if fault in members:
+                first = line
+        if first is None:
+            # All layers agree: then an activation behind the last of them may still differ.
+            first = next((line for line in self.ends if line.verdict in _FAILED), None)
+        return [*lines, *self.ends], first
 
     def functions(self, first: Layer) -> list[str]:
         """What the two sides do differently between what agrees and the first that diverges."""
-        fault = next((point for point in self.points if point.verdict in _FAILED), None)
-        ends: list[int | None]
+        one, two = self.both
+        fault = self._fault()
         if fault is not None:
-            ends = self._each(Half.given, fault)
+            end_one, end_two = one.given(fault.uses[0]), two.given(fault.uses[1])
         elif first in self.outputs:
-            place = self.outputs[first]
-            ends = [half.unrolled.outs[half.places[place]] for half in self.both]
+            number = self.outputs[first]
+            end_one = one.unrolled.outs[one.places[number]]
+            end_two = two.unrolled.outs[two.places[number]]
         else:
             return []
-        if None in ends:
+        if end_one is None or end_two is None:
             return []
-        names, whole = self._agreeing()
-        one, two = (
-            half.part(end, stops, whole)
-            for half, end, stops in zip(self.both, ends, names, strict=True)
-            if end is not None
+        (names_one, names_two), whole = self._agreeing()
+        return differences(
+            one.region(end_one, names_one, whole), two.region(end_two, names_two, whole)
         )
-        return differences(one, two)
+
+    def _fault(self) -> Point | None:
+        """The first point that fails, in the order of use."""
+        return next((point for point in self.points if point.verdict in _FAILED), None)
+
+    def _line(self, linen: str, nnx: str, members: list[Point], fault: Point | None) -> Layer:
+        """One layer: the first of its points that fails, else the worst of them."""
+        failed = [point for point in members if point.verdict in _FAILED]
+        shown = failed[0] if failed else max(reversed(members), key=_rank)
+        flowing_in = {other for point in members for other in self.feeds.get(point, ())}
+        before = [other.error for other in flowing_in.difference(members) if other.error]
+        return Layer(
+            linen,
+            nnx,
+            self.both[0].leaf[shown.uses[0]],
+            shown.shape,
+            max(before, key=_amount, default=None),
+            shown.error,
+            shown.verdict,
+            self._inside(shown) if shown is fault else None,
+        )
 
     def _agreeing(self) -> tuple[tuple[dict[int, str], dict[int, str]], frozenset[str]]:
-        """For each side the names of the uses whose values agree; and of those seen in parts.
+        """For each side the names of the uses whose values agree; and the names seen in parts.
 
         Uses that share leaf elements have one name: `q`, `k` and `v` on one side, `qkv` on the
         other.
@@ -228,124 +304,108 @@ class _Comparison:
             if point.verdict not in _AGREE:
                 continue
             name = f"value {number}"
-            old = {known[use] for known, use in zip(names, point.uses, strict=True) if use in known}
+            old = set()
             for known, use in zip(names, point.uses, strict=True):
-                known.update({other: name for other, each in known.items() if each in old})
+                if use in known:
+                    old.add(known[use])
+            for known, use in zip(names, point.uses, strict=True):
+                # The names met so far become one: of (q, qkv) and (k, qkv) both uses are `k`'s.
+                renamed = [other for other, each in known.items() if each in old]
+                known.update(dict.fromkeys(renamed, name))
                 known[use] = name
-        counts = [Counter(known.values()) for known in names]
-        return names, frozenset(n for n in counts[0] if counts[0][n] != counts[1][n])
+        ours, theirs = (Counter(known.values()) for known in names)
+        return names, frozenset(name for name in ours if ours[name] != theirs[name])
 
-    def _each(self, of: Callable[[Half, int], T], point: _Point) -> list[T]:
+    def _each(self, of: Callable[[SideRun, int], T], point: Point) -> list[T]:
         """Something of a point's use on each side."""
-        return [of(half, use) for half, use in zip(self.both, point.uses, strict=True)]
+        return [of(run, use) for run, use in zip(self.both, point.uses, strict=True)]
 
-    def _points(self) -> Iterator[_Point]:
-        """Uses that share leaf elements; and uses of one side in a layer that has a mate."""
-        one, two = self.both
-        here = np.flatnonzero(self.mate >= 0)
-        uses = np.stack([one.flow.owner[self.mate[here]], two.flow.owner[here]])
-        uses = np.unique(uses[:, (uses >= 0).all(0)], axis=1).T.tolist()
-        layers: tuple[dict[str, list[int]], dict[str, list[int]]] = {}, {}
-        for one_use, two_use in uses:
-            yield self._point((one_use, two_use), fit=True)
-            layers[0].setdefault(one.layer(one_use), []).append(two_use)
-            layers[1].setdefault(two.layer(two_use), []).append(one_use)
-        for side, half in enumerate(self.both):
-            for use in half.leaf.keys() - {pair[side] for pair in uses}:
-                if others := layers[side].get(half.layer(use)):
-                    pair = (use, max(others)) if side == 0 else (max(others), use)
-                    yield self._point(pair, fit=False)
-
-    def _point(self, uses: tuple[int, int], fit: bool) -> _Point:
-        """`fit`: whether the uses share elements, so that values in other forms can be aligned."""
-        one, two = (half.value(use) for half, use in zip(self.both, uses, strict=True))
-        if one is None or two is None:
-            return _Point(uses, "", None)
-        values = (one, two) if one.own.shape == two.own.shape else None
-        if fit:
-            at = self.both[0].flow.uses[uses[0]], self.both[1].flow.uses[uses[1]]
-            values = aligned((one, two), at, self.numbers)
-        return _Point(uses, _shape((one, two)), values)
-
-    def _feeds(self) -> list[list[_Point]]:
-        """For each known point those that flow into it with no other in between."""
-        above = self.both[0].above
-        sets = [
-            {k for k, other in enumerate(self.known) if other.uses[0] in above[point.uses[0]]}
-            for point in self.known
-        ]
-        return [
-            [self.known[k] for k in each - set().union(*(sets[k] for k in each))] for each in sets
-        ]
-
-    def _ends(self) -> Iterator[Layer]:
-        """Updated leaves, outputs, and the outputs of each side as one compiled program."""
-        one, two = self.both
-        inner = {other for feeds in self.feeds.values() for other in feeds}
+    def _error_of_the_last(self) -> Error | None:
+        """The worst error of the points that flow into no other."""
+        inner = {other for flowing_in in self.feeds.values() for other in flowing_in}
         last = [point.error for point in self.known if point not in inner and point.error]
-        before = max(last, key=_amount, default=None)
+        return max(last, key=_amount, default=None)
+
+    def _updates(self, before: Error | None) -> Iterator[Layer]:
+        """The leaves that either call updates, batch statistics say."""
+        one, two = self.both
         for path in two.side.paths:
             ids = self.mate[two.side.trace.numbers[path]]
             if not ids.size or (ids < 0).any():
                 continue
             sources = one.side.leaves_of(ids)
-            if path in two.updated or one.updated & set(sources):
-                mine = ({p: one.leaves[p][mode] for p in sources} for mode in range(3))
-                value = Value(*(gather(one.side, each, ids) for each in mine))
-                values = value, two.leaves[path]
-                yield _end(f"update of {sources[0]}", f"update of {path}", values, before)
-        for text, *outs in (("", one.outs, two.outs), (", compiled", one.compiled, two.compiled)):
-            for number, (ours, theirs) in enumerate(itertools.zip_longest(*outs)):
+            if path not in two.updated and not one.updated & set(sources):
+                continue
+            modes = []
+            for mode in range(len(Value._fields)):
+                mine = {source: one.leaves[source][mode] for source in sources}
+                modes.append(gather(one.side, mine, ids))
+            values = Value(*modes), two.leaves[path]
+            yield _end(f"update of {sources[0]}", f"update of {path}", values, before)
+
+    def _outputs(self, before: Error | None) -> Iterator[Layer]:
+        """The outputs, and once more those of each side as one compiled program."""
+        one, two = self.both
+        runs = (("", one.outs, two.outs), (", compiled", one.compiled, two.compiled))
+        for text, all_ours, all_theirs in runs:
+            pairs = itertools.zip_longest(all_ours, all_theirs)
+            for number, (ours, theirs) in enumerate(pairs):
                 name = f"output {number}{text}"
-                names = ["none" if value is None else name for value in (ours, theirs)]
-                line = _end(names[0], names[1], (ours, theirs), before)
-                if ours is not None and theirs is not None:
-                    self.outputs[line] = number
+                if ours is None or theirs is None:
+                    linen = "none" if ours is None else name
+                    nnx = "none" if theirs is None else name
+                    yield _end(linen, nnx, (ours, theirs), before)
+                    continue
+                line = _end(name, name, (ours, theirs), before)
+                self.outputs[line] = number
                 yield line
 
     def _absorb(self) -> None:
-        """Marks points that differ while everything computed from them agrees."""
-        after: dict[_Point, list[_Point]] = {point: [] for point in self.known}
-        for point, feeds in self.feeds.items():
-            for other in feeds:
+        """Marks points that differ while everything computed from them agrees.
+
+        Two models may scale queries, or scores: the values between differ, and no result does. So
+        it goes backwards, from what is known to agree.
+        """
+        after: dict[Point, list[Point]] = {point: [] for point in self.known}
+        for point, flowing_in in self.feeds.items():
+            for other in flowing_in:
                 after[other].append(point)
-        final = all(line.verdict in _AGREE for line in self.ends)
+        ends_agree = all(line.verdict in _AGREE for line in self.ends)
         for point in reversed(self.known):
-            agree = all(other.verdict in _AGREE for other in after[point])
-            agree = agree if after[point] else final
+            # A point that flows into no other flows into the outputs, for all that is known.
+            agree = ends_agree
+            if after[point]:
+                agree = all(other.verdict in _AGREE for other in after[point])
             if point.verdict == "DIVERGES" and agree:
                 point.verdict = "absorbed"
 
-    def _inside(self, point: _Point) -> bool | None:
+    def _inside(self, point: Point) -> bool | None:
         """Whether what flows into both equations of a point agrees."""
-        given = self._each(Half.inputs, point)
-        shapes = [[value.own.shape for value in values] for values in given]
+        ours, theirs = self._each(SideRun.inputs, point)
+        shapes = [[value.own.shape for value in values] for values in (ours, theirs)]
         if shapes[0] != shapes[1]:
             return None
-        return all(judge(*pair)[1] in _AGREE for pair in zip(*given, strict=True))
+        return all(judge(*pair)[1] in _AGREE for pair in zip(ours, theirs, strict=True))
 
 
 def _end(
     linen: str, nnx: str, values: tuple[Value | None, Value | None], before: Error | None
 ) -> Layer:
+    """The line of an updated leaf or an output."""
     one, two = values
     if one is None or two is None:
         return Layer(linen, nnx, "", "", before, None, "DIVERGES")
     if one.own.shape != two.own.shape:
-        return Layer(linen, nnx, "", _shape((one, two)), before, None, "DIVERGES")
-    return Layer(linen, nnx, "", _shape((one, two)), before, *judge(one, two))
+        return Layer(linen, nnx, "", shape_of((one, two)), before, None, "DIVERGES")
+    return Layer(linen, nnx, "", shape_of((one, two)), before, *judge(one, two))
 
 
-def _rank(point: _Point) -> tuple[int, float]:
+def _rank(point: Point) -> tuple[int, float]:
     return _RANKS.index(point.verdict), _amount(point.error)
 
 
 def _amount(error: Error | None) -> float:
+    """By what errors are sorted: none, exact, then by size, NaN last."""
     if error is None:
         return -2.0
     return -1.0 if error.exact else np.nan_to_num(error.relative, nan=np.inf)
-
-
-def _shape(values: tuple[Value, Value]) -> str:
-    texts = [spec(value.own) for value in values]
-    return texts[0] if texts[0] == texts[1] else " / ".join(texts)

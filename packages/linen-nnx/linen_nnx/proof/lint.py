@@ -1,4 +1,8 @@
-"""Reads the configuration of paired modules and names what commonly makes twins differ.
+"""Reads the settings of paired modules and names those that commonly make twins differ.
+
+    Linen  nn.LayerNorm()         epsilon 1e-06      nnx  nnx.LayerNorm(8, epsilon=1e-5)   1e-05
+    "`epsilon` of LayerNorm: Linen 1e-06, nnx 1e-05, at block_7/LayerNorm_0 (nnx blocks/7/norm):
+    give both the same; the defaults of the two frameworks differ for some layers"
 
 Settings are compared by name: the fields of a Linen module, the attributes of an nnx module, and
 the arguments that either is called with, which go before both. A finding is a hint: some make no
@@ -28,7 +32,7 @@ Settings = dict[str, Any]
 Configs = tuple[dict[str, Settings], dict[str, Settings]]
 """For each side (0 Linen, 1 nnx) the settings of its modules, by path, in order of calls.
 
-A setting `kind` is the name of the module's class.
+A setting `class` is the name of the module's class.
 """
 _SAME = "give both the same"
 _TRAIN = "pass the same flag in both calls (nnx modules start in train mode)"
@@ -57,86 +61,129 @@ _ADVICE = {
     "use_running_average": f"BatchNorm is in train mode in one of them: {_TRAIN}",
 }
 _READ = (*_ADVICE, "promote_dtype")
-_MAY_BE_NONE = ("dtype", "precision")  # elsewhere None means that something else decides
-
-
-def _note(found: dict[str, Settings], path: str, module: Any, given: Settings | None) -> None:
-    """Keeps the settings of a module at its first call; `given` in it, None if it was not seen."""
-    skipped = _FLAGS if given is None else ()
-    own = {k: v for k, v in vars(module).items() if k in _READ and k not in skipped}
-    found.setdefault(path, {**own, **(given or {}), "kind": type(module).__name__})
-
-
-def _given(module: Any, args: Any, kwargs: Any) -> Settings:
-    """The settings among the arguments of a call."""
-    call = inspect.signature(type(module).__call__).bind_partial(module, *args, **kwargs)
-    plain = {k: v for k, v in call.arguments.items() if isinstance(v, bool | int | float | str)}
-    return {name: value for name, value in plain.items() if name in _ADVICE}
+# For these None is a setting. Elsewhere it means that something else decides, an argument of the
+# call say, and nothing is compared.
+_MAY_BE_NONE = ("dtype", "precision")
 
 
 def watch(twin: Twin) -> tuple[Twin, Configs]:
     """A twin that notes the settings of its modules when it is called."""
     configs: Configs = {}, {}
     whole = calls.complete(twin, trains(twin))
-    call_linen: Any = whole.call_linen
-    call_nnx: Any = whole.call_nnx
+    watched = replace(
+        twin,
+        call_linen=_watched_linen(whole.call_linen, configs[0]),
+        call_nnx=_watched_nnx(whole.call_nnx, configs[1]),
+    )
+    return watched, configs
 
-    def linen(*given: Any) -> Any:
-        def seen(call_next: Any, args: Any, kwargs: Any, context: Any) -> Any:
-            if context.method_name == "__call__":
-                module = context.module
-                _note(configs[0], place(module.path), module, _given(module, args, kwargs))
-            return call_next(*args, **kwargs)
 
+def _watched_linen(call_linen: Any, found: dict[str, Settings]) -> Callable[..., Any]:
+    """The call of a Linen model, which notes the settings of its modules in `found`."""
+
+    def seen(call_next: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        if context.method_name == "__call__":
+            module = context.module
+            _note(found, place(module.path), module, _given(module, args, kwargs))
+        return call_next(*args, **kwargs)
+
+    def call(*given: Any) -> Any:
         with nn.intercept_methods(seen):
             return call_linen(*given)
 
-    def call_of_nnx(model: Any, *inputs: Any) -> Any:
-        modules = {id(m): (place(path), m) for path, m in nnx.iter_modules(model)}
+    return call
 
-        def seen(call: Callable[..., Any]) -> Callable[..., Any]:
-            @functools.wraps(call)
+
+def _watched_nnx(call_nnx: Any, found: dict[str, Settings]) -> Callable[..., Any]:
+    """The call of an nnx model, which notes the settings of its modules in `found`.
+
+    nnx has no `intercept_methods`. So while the model runs, the `__call__` of each of its classes
+    is one that notes what it is given.
+    """
+
+    def call(model: Any, *inputs: Any) -> Any:
+        modules = {id(module): (place(path), module) for path, module in nnx.iter_modules(model)}
+        copies: dict[type, list[Settings]] = {}
+
+        def noting_of(own_call: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(own_call)
             def noting(self: Any, *args: Any, **kwargs: Any) -> Any:
                 given = _given(self, args, kwargs)
                 if id(self) in modules:
-                    _note(configs[1], *modules[id(self)], given)
-                else:  # a copy that a transform (remat, scan, vmap) has made
+                    _note(found, *modules[id(self)], given)
+                else:
+                    # A transform (remat, scan, vmap) calls a copy, of which only the class is
+                    # known: its flags count if those of all copies are alike.
                     flags = {**vars(self), **given}
-                    copies.setdefault(type(self), []).append(
-                        {name: flags[name] for name in _FLAGS if name in flags}
-                    )
-                return call(self, *args, **kwargs)
+                    known = {name: flags[name] for name in _FLAGS if name in flags}
+                    copies.setdefault(type(self), []).append(known)
+                return own_call(self, *args, **kwargs)
 
             return noting
 
-        copies: dict[type, list[Settings]] = {}
-        kinds = {kind for _, module in modules.values() for kind in type(module).__mro__}
+        # A class may inherit its call: patched where it is defined, it is seen once and not twice.
+        classes = {base for _, module in modules.values() for base in type(module).__mro__}
         with ExitStack() as patches:
-            for kind in kinds:
-                if inspect.isfunction(call := vars(kind).get("__call__")):
-                    patches.enter_context(mock.patch.object(kind, "__call__", seen(call)))
+            for base in classes:
+                if inspect.isfunction(own_call := vars(base).get("__call__")):
+                    noting = noting_of(own_call)
+                    patches.enter_context(mock.patch.object(base, "__call__", noting))
             out = call_nnx(model, *inputs)
         for path, module in modules.values():
             first, *others = copies.get(type(module), [None])
             same = all(flags == first for flags in others)
-            _note(configs[1], path, module, first if same else None)
+            _note(found, path, module, first if same else None)
         return out
 
-    return replace(twin, call_linen=linen, call_nnx=call_of_nnx), configs
+    return call
+
+
+def _note(found: dict[str, Settings], path: str, module: Any, given: Settings | None) -> None:
+    """Keeps the settings of a module at its first call.
+
+    given: those in the arguments of the call; None if no call was seen. Then the module's own
+      flags are left out, too, which the call may have overruled.
+    """
+    own: Settings = {}
+    for name, value in vars(module).items():
+        if name in _READ and not (given is None and name in _FLAGS):
+            own[name] = value
+    found.setdefault(path, {**own, **(given or {}), "class": type(module).__name__})
+
+
+def _given(module: Any, args: Any, kwargs: Any) -> Settings:
+    """The settings among the arguments of a call."""
+    call = inspect.signature(type(module).__call__).bind_partial(module, *args, **kwargs)
+    given: Settings = {}
+    for name, value in call.arguments.items():
+        # An array under such a name is data, a `padding` mask say.
+        if name in _ADVICE and isinstance(value, bool | int | float | str):
+            given[name] = value
+    return given
 
 
 def lint(configs: Configs, pairs: Mapping[tuple[str, str], str]) -> list[str]:
     """A sentence for each setting in which paired modules differ: values, where, what to do.
 
-    pairs: the paths of modules that share leaves, with the dtype of what the Linen one gives.
+    Args:
+      configs: the settings that `watch` has noted.
+      pairs: the paths of modules that share leaves, with the dtype of what the Linen one gives.
+
+    Example:
+        >>> linen = {"norm": {"class": "LayerNorm", "epsilon": 1e-6}}
+        >>> nnx_ = {"ln": {"class": "LayerNorm", "epsilon": 1e-5}}
+        >>> lint((linen, nnx_), {("norm", "ln"): "float32"})[0]
+        '`epsilon` of LayerNorm: Linen 1e-06, nnx 1e-05, at norm (nnx ln): give both the same; \
+the defaults of the two frameworks differ for some layers'
     """
     found: dict[tuple[str, str], list[str]] = {}
     for places in dict.fromkeys([*pairs, *_ancestors(configs, pairs), *_dropouts(configs)]):
         if places[0] not in configs[0] or places[1] not in configs[1]:
             continue
-        linen, nnx_ = (side[path] for side, path in zip(configs, places, strict=True))
+        linen, nnx_ = configs[0][places[0]], configs[1][places[1]]
         for text in _differences(linen, nnx_, pairs.get(places, "")):
             found.setdefault(text, []).append(f"{places[0]} (nnx {places[1]})")
+    # One sentence for all places: the same slip stands in each of twelve blocks.
     sentences = []
     for (what, advice), places in found.items():
         more = f" and {len(places) - 2} more" if len(places) > 2 else ""
@@ -148,49 +195,65 @@ def _differences(linen: Settings, nnx_: Settings, dtype: str) -> Iterator[tuple[
     """What differs, and what to do."""
     rates = [side.get("rate", side.get("dropout_rate")) for side in (linen, nnx_)]
     for name, advice in _ADVICE.items():
-        if name not in linen or name not in nnx_ or (name == "deterministic" and rates == [0, 0]):
+        if name not in linen or name not in nnx_:
             continue
-        values = [_plain(name, side) for side in (linen, nnx_)]
-        if name == "dtype" and dtype:  # None computed in that, too
-            values = [value or dtype for value in values]
-        unset = None in values and name not in _MAY_BE_NONE
-        if values[0] != values[1] and not unset:
-            shown = [_shown(side[name]) for side in (linen, nnx_)]
-            yield f"`{name}` of {linen['kind']}: Linen {shown[0]}, nnx {shown[1]}", advice
+        # A dropout of rate 0 is the same, on or off.
+        if name == "deterministic" and rates == [0, 0]:
+            continue
+        ours, theirs = _plain(name, linen), _plain(name, nnx_)
+        if name == "dtype" and dtype:
+            # None has computed in the dtype that came out, too.
+            ours, theirs = ours or dtype, theirs or dtype
+        is_unset = (ours is None or theirs is None) and name not in _MAY_BE_NONE
+        if ours != theirs and not is_unset:
+            shown = f"Linen {_shown(linen[name])}, nnx {_shown(nnx_[name])}"
+            yield f"`{name}` of {linen['class']}: {shown}", advice
     is_norm = "epsilon" in nnx_ and nnx_.get("promote_dtype") is promote_dtype
     if is_norm and dtype in ("bfloat16", "float16"):
-        what = f"promotion in {nnx_['kind']}: nnx casts to {dtype} first, Linen takes statistics of"
+        what = f"promotion in {nnx_['class']}: nnx casts to {dtype} first, Linen takes statistics"
         yield (
-            f"{what} float32",
+            f"{what} of float32",
             "construct it with `promote_dtype=lambda arrays, dtype=None: arrays`",
         )
 
 
 def _ancestors(configs: Configs, pairs: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    """The modules around paired ones, where the two models are nested in the same way."""
-    kinds: dict[tuple[str, str], tuple[str, ...]] = {}
+    """The modules around paired ones, where the two models are nested in the same way.
+
+    An attention holds no leaves itself, and its `num_heads` counts: its `query` is paired, and
+    `block_3/attention/query` with `blocks/3/mha/query` makes a pair of what is around them.
+    """
+    around: dict[tuple[str, str], tuple[str, str]] = {}
     for linen, nnx_ in pairs:
         while "/" in linen and "/" in nnx_:
             linen, nnx_ = linen.rpartition("/")[0], nnx_.rpartition("/")[0]
             if linen not in configs[0] or nnx_ not in configs[1]:
                 break
-            kinds[linen, nnx_] = tuple(re.sub(r"\d+", "*", path) for path in (linen, nnx_))
-    counts = [Counter(kind[side] for kind in set(kinds.values())) for side in (0, 1)]
-    for places, kind in kinds.items():
-        if counts[0][kind[0]] == counts[1][kind[1]] == 1:
+            around[linen, nnx_] = re.sub(r"\d+", "*", linen), re.sub(r"\d+", "*", nnx_)
+    # Nested in the same way: each pattern (`block_*/attention`) has one partner in all layers.
+    patterns = set(around.values())
+    of_linen = Counter(linen for linen, _ in patterns)
+    of_nnx = Counter(nnx_ for _, nnx_ in patterns)
+    for places, (linen, nnx_) in around.items():
+        if of_linen[linen] == of_nnx[nnx_] == 1:
             yield places
 
 
 def _dropouts(configs: Configs) -> Iterator[tuple[str, str]]:
     """Dropout layers: in the order of their calls, or each with one, if those are all alike."""
-    linen, nnx_ = (
-        {path: settings for path, settings in side.items() if settings["kind"] == "Dropout"}
-        for side in configs
-    )
+    linen, nnx_ = map(_dropouts_of, configs)
     if len(linen) == len(nnx_):
         yield from zip(linen, nnx_, strict=True)
-    elif linen and all(settings == next(iter(linen.values())) for settings in linen.values()):
-        yield from ((next(iter(linen)), path) for path in nnx_)
+        return
+    # An nnx model may keep one Dropout and call it everywhere.
+    first = next(iter(linen), None)
+    if first is not None and all(settings == linen[first] for settings in linen.values()):
+        for path in nnx_:
+            yield first, path
+
+
+def _dropouts_of(side: dict[str, Settings]) -> dict[str, Settings]:
+    return {path: settings for path, settings in side.items() if settings["class"] == "Dropout"}
 
 
 def _plain(name: str, settings: Settings) -> Any:
@@ -203,8 +266,10 @@ def _plain(name: str, settings: Settings) -> Any:
     if name == "padding":
         return _pads(value, settings)
     if callable(value):
+        # jax.jit around a function is the function.
         return getattr(value, "__wrapped__", value)
     if isinstance(value, Sequence) and not isinstance(value, str):
+        # (1, 1) and 1 are the same strides.
         return value[0] if len(set(value)) == 1 else tuple(value)
     return value
 
@@ -218,6 +283,7 @@ def _pads(value: Any, settings: Settings) -> Any:
         return [(value, value)] * len(sizes)
     if value == "VALID":
         return [(0, 0)] * len(sizes)
+    # With a stride, SAME pads as the input's size leaves over.
     if value == "SAME" and _plain("strides", settings) == 1 and isinstance(dilation, int):
         total = [(size - 1) * dilation for size in sizes]
         return [(each // 2, each - each // 2) for each in total]
@@ -227,6 +293,8 @@ def _pads(value: Any, settings: Settings) -> Any:
 
 
 def _shown(value: Any) -> str:
+    """A setting as people write it: `bfloat16`, `faults.sharp_attention`, `(1, 1)`."""
+    # `jnp.bfloat16` is no type, but an object of a private class of jax.
     if isinstance(value, type) or type(value).__name__ == "_ScalarMeta":
         return jnp.dtype(value).name
     name = getattr(value, "__qualname__", None)

@@ -1,7 +1,12 @@
 """Runs a traced model one equation at a time and keeps the values at given addresses.
 
-Nothing is compiled as a whole, so no fusion rounds one model's equations otherwise than its twin's:
-where two models do the same, the bits are the same. It may also be run in float64.
+    jaxpr of tanh(x @ w):      (0,)  c = dot_general(x, w)
+                               (1,)  d = tanh(c)
+    record(jaxpr, [w, x], {(0,)})  ->  ([d], {(0,): Record(outs=[c], args=[x, w], steps=())})
+
+A model that is compiled as a whole is rounded as XLA fuses it, and XLA fuses twins differently.
+Here nothing is compiled as a whole, so equations that are the same in both twins give the same
+bits. A model can also be run in float64, which `compare.py` needs to tell rounding from a fault.
 """
 
 from collections.abc import Container, Sequence
@@ -20,7 +25,13 @@ Mode = Literal["own", "wide", "nudged"]
 
 
 class Record(NamedTuple):
-    """What an equation gave (its outputs) and took, and the steps of the scans around it."""
+    """What one equation gave and took.
+
+    Attributes:
+      outs: its outputs.
+      args: its operands.
+      steps: the iteration of each scan around it, the outermost first; empty outside of scans.
+    """
 
     outs: list[Any]
     args: list[Any]
@@ -30,13 +41,21 @@ class Record(NamedTuple):
 def record(
     jaxpr: Any, args: Sequence[Any], sites: Container[Site], mode: Mode = "own"
 ) -> tuple[list[Any], dict[Site, Record]]:
-    """The outputs of a closed jaxpr, and a record of each equation at one of `sites`.
-
-    Addresses are those of `dataflow.Site`; arguments have the dtypes of the jaxpr's.
+    """Runs a closed jaxpr; returns its outputs and a record of each equation at one of `sites`.
 
     Args:
-      mode: `own`, in the dtypes of the model; `wide`, in float64; `nudged`, in float64 with each
-        constant that may have been rounded moved by as much, and equal constants alike.
+      jaxpr: what to run.
+      args: arrays of the dtypes that the jaxpr takes.
+      sites: addresses as `dataflow.Site` has them.
+      mode: `own` runs in the dtypes of the model. `wide` runs in float64. `nudged` runs in float64
+        with each constant that may have been rounded moved by half a unit in its last place.
+
+    Example:
+        >>> w, x = jnp.ones((2, 1)), jnp.ones((1, 2))
+        >>> jaxpr = jax.make_jaxpr(lambda w, x: jnp.tanh(x @ w))(w, x)
+        >>> outs, found = record(jaxpr, [w, x], {(0,)})
+        >>> found[0,].outs[0].tolist()
+        [[2.0]]
     """
     run = _Run(sites, mode)
     with nullcontext() if mode == "own" else jax.enable_x64(True):
@@ -44,6 +63,8 @@ def record(
 
 
 class _Run:
+    """One run; `site` and `steps` say where in it an equation stands."""
+
     def __init__(self, sites: Container[Site], mode: Mode) -> None:
         self.sites, self.mode = sites, mode
         self.found: dict[Site, Record] = {}
@@ -57,6 +78,7 @@ class _Run:
         def equation(number: int, eqn: Any, given: list[Any]) -> Sequence[Any]:
             here = (*site, number)
             outs = self.equation(eqn, given, here, steps)
+            # The first time: the body of a while loop has one address in all its iterations.
             if here in self.sites and here not in self.found:
                 self.found[here] = Record(list(outs), given, steps)
             return outs
@@ -72,6 +94,7 @@ class _Run:
                 return self.loop(eqn, args, site, steps)
             case "cond":
                 ways = branches(eqn)
+                # As `lax.switch` does with an index out of range.
                 number = int(np.clip(args[0], 0, len(ways) - 1))
                 return self.jaxpr(ways[number], args[1:], (*site, number), steps)
         if (inner := called(eqn)) is not None:
@@ -83,11 +106,13 @@ class _Run:
         fixed, carry, rows = scan.operands(args)
         collected = {}
         for step in scan.steps():
-            given = [*fixed, *carry, *(row[step] for row in rows)]
+            row_now = [row[step] for row in rows]
+            given = [*fixed, *carry, *row_now]
             outs = self.jaxpr(scan.body, given, (*site, step), (*steps, step))
             carry, collected[step] = outs[: scan.carried], outs[scan.carried :]
-        each = zip(*(collected[step] for step in range(scan.length)), strict=True)
-        return [*carry, *map(jnp.stack, each)]
+        # In the order of rows: a reverse scan has collected the last one first.
+        in_order = [collected[step] for step in range(scan.length)]
+        return [*carry, *map(jnp.stack, zip(*in_order, strict=True))]
 
     def loop(self, eqn: Any, args: list[Any], site: Site, steps: Site) -> Sequence[Any]:
         loop = while_parts(eqn)
@@ -98,15 +123,19 @@ class _Run:
 
 
 def _nudged(value: Any) -> Any:
-    """A constant in float64, moved within its rounding: up or down as its own last bits say.
+    """A constant in float64, moved by half a unit in the last place of its own dtype.
 
-    Numbers with few digits (1, 0.5, 64) were not rounded and stay.
+    The direction follows from the constant's own bits. So equal constants move alike on both sides
+    and cancel, while a constant that one side alone has shows what its rounding may do.
     """
     if not jnp.issubdtype(value.dtype, jnp.floating):
         return value
     info = jnp.finfo(value.dtype)
     wide_value = np.asarray(value, np.float64)
+    # The upper half of the mantissa's digits, before the point. 1, 0.5 and 64 have none behind it:
+    # they were not rounded, and stay as they are. sqrt(2 / pi) has some.
     digits = np.frexp(wide_value)[0] * 2.0 ** (info.nmant // 2)
+    was_rounded = digits != np.round(digits)
     with np.errstate(invalid="ignore"):
-        signs = np.where(np.floor(digits * 2.0**8) % 2, 1.0, -1.0) * (digits != np.round(digits))
+        signs = np.where(np.floor(digits * 2.0**8) % 2, 1.0, -1.0) * was_rounded
     return wide_value * (1 + signs * float(info.eps) / 2)

@@ -1,8 +1,15 @@
-"""Shows a bisection to a person: a table, a sentence on the first divergence, a plot."""
+"""Shows a bisection to a person: a table, a sentence on the first divergence, a plot.
+
+    Linen               nnx             shape           error before  error after  verdict
+    block_6/down        blocks/6/down   float32[2,5,8]  0             0            exact
+->  block_7/LayerNorm   blocks/7/norm   float32[2,5,8]  0             8.1e-06 ...  DIVERGES
+    block_7/up          blocks/7/up     float32[2,5,8]  8.1e-06 ...   9.4e-06 ...  DIVERGES
+...                     (14 DIVERGES)
+"""
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +30,7 @@ _COLORS = {
 def table(found: Bisection) -> list[tuple[str, ...]]:
     """The rows of the table. Layers far from any change of verdict are counted, not shown."""
     lines = found.layers
-    changes = [k for k in range(1, len(lines)) if lines[k].verdict != lines[k - 1].verdict][:3]
-    changes += [k for k, line in enumerate(lines) if line is found.first]
-    near = {k for change in changes for k in range(change - _NEAR, change + _NEAR)}
-    ends = [k for k, line in enumerate(lines) if not line.leaf]
-    shown = sorted(({0, *near, *ends}) & set(range(len(lines))))
+    shown = _shown(found)
     rows: list[tuple[str, ...]] = [_HEAD]
     last = -1
     for number in [*shown, len(lines)]:
@@ -43,8 +46,35 @@ def table(found: Bisection) -> list[tuple[str, ...]]:
     return rows
 
 
+def _shown(found: Bisection) -> list[int]:
+    """The numbers of the lines that the table has: around changes, the first, and all ends."""
+    lines = found.layers
+    changes = []
+    for number in range(1, len(lines)):
+        # Three changes are enough: behind a fault rounding comes and goes from layer to layer.
+        if lines[number].verdict != lines[number - 1].verdict and len(changes) < 3:
+            changes.append(number)
+    changes += [number for number, line in enumerate(lines) if line is found.first]
+    shown = {0}
+    for change in changes:
+        shown.update(range(change - _NEAR, change + _NEAR))
+    shown.update(number for number, line in enumerate(lines) if not line.leaf)
+    return sorted(shown & set(range(len(lines))))
+
+
 def conclusion(found: Bisection) -> Iterator[str]:
     """What was found, in sentences; then functions, findings and notes."""
+    yield from _verdict(found)
+    for text in found.functions:
+        yield f"function {text}"
+    for finding in found.findings:
+        yield f"finding  {finding}"
+    for note in found.notes:
+        yield f"note     {note}"
+
+
+def _verdict(found: Bisection) -> Iterator[str]:
+    """Where the twins part, if they do, and where to look."""
     first = found.first
     if first is None:
         worst = [line for line in found.layers if line.verdict in ("rounding", "absorbed")]
@@ -52,41 +82,37 @@ def conclusion(found: Bisection) -> Iterator[str]:
             yield "No divergence: every layer and output is exact, bit for bit."
         else:
             yield f"No divergence, but not every bit is equal: first at {_name(worst[0])}."
-    elif not first.leaf:
+        return
+    if not first.leaf:
         yield f"First divergence: {_name(first)}, {_amount(first.after)}; the layers agree."
-    else:
-        leaf = first.leaf.rpartition("/")[2]
-        before = "nothing but inputs" if first.before is None else _amount(first.before)
-        yield f"First divergence: {_name(first)}, where `{leaf}` is used."
-        yield f"  error {_amount(first.after)}; of what feeds this layer: {before}"
-        if first.inside:
-            yield f"  What `{leaf}` is applied to agrees: look at `{leaf}` and how it is used."
-        elif first.inside is False:
-            yield (
-                f"  What `{leaf}` is applied to differs already: look at what this layer does "
-                "before it uses that, or what comes between it and the layers before."
-            )
-    yield from (f"function {text}" for text in found.functions)
-    yield from (f"finding  {finding}" for finding in found.findings)
-    yield from (f"note     {note}" for note in found.notes)
+        return
+    leaf = first.leaf.rpartition("/")[2]
+    before = "nothing but inputs" if first.before is None else _amount(first.before)
+    yield f"First divergence: {_name(first)}, where `{leaf}` is used."
+    yield f"  error {_amount(first.after)}; of what feeds this layer: {before}"
+    if first.inside:
+        yield f"  What `{leaf}` is applied to agrees: look at `{leaf}` and how it is used."
+    elif first.inside is False:
+        yield (
+            f"  What `{leaf}` is applied to differs already: look at what this layer does "
+            "before it uses that, or what comes between it and the layers before."
+        )
 
 
 def content(found: Bisection) -> dict[str, Any]:
     """The bisection in plain JSON values; infinities and NaN as text."""
-    layers = [
-        {**vars(line), "before": _numbers(line.before), "after": _numbers(line.after)}
-        for line in found.layers
-    ]
-    first = None if found.first is None else found.layers.index(found.first)
-    texts = {
-        name: list(lines)
-        for name, lines in (
-            ("functions", found.functions),
-            ("findings", found.findings),
-            ("notes", found.notes),
-        )
+    layers = []
+    for line in found.layers:
+        errors = {"before": _numbers(line.before), "after": _numbers(line.after)}
+        layers.append({**vars(line), **errors})
+    return {
+        "diverged": found.first is not None,
+        "first": None if found.first is None else found.layers.index(found.first),
+        "layers": layers,
+        "functions": list(found.functions),
+        "findings": list(found.findings),
+        "notes": list(found.notes),
     }
-    return {"diverged": found.first is not None, "first": first, "layers": layers, **texts}
 
 
 def plot(found: Bisection, path: str | Path) -> None:
@@ -94,13 +120,7 @@ def plot(found: Bisection, path: str | Path) -> None:
     from matplotlib.figure import Figure
 
     lines = [line for line in found.layers if line.after is not None]
-    errors = [line.after.relative if line.after else 0.0 for line in lines]
-    finite = [error for error in errors if 0 < error < math.inf]
-    floor = 10.0 ** (math.floor(math.log10(min(finite, default=1e-7))) - 1)
-    top = 10.0 ** (math.ceil(math.log10(max(finite, default=1e-6))) + 1)
-    heights = [
-        top if not error < math.inf else max(error, floor) if error else floor for error in errors
-    ]
+    floor, top, heights = _heights(lines)
     figure = Figure(figsize=(min(max(8.0, 0.24 * len(lines)), 20.0), 5.6), layout="constrained")
     axes = figure.subplots()
     axes.plot(heights, color="#c8c8c8", linewidth=1, zorder=1)
@@ -109,20 +129,16 @@ def plot(found: Bisection, path: str | Path) -> None:
             given = [heights[k] for k in places]
             axes.scatter(places, given, 28, color, label=f"{verdict} ({len(places)})", zorder=2)
     if found.first is not None and found.first in lines:
-        place = lines.index(found.first)
-        axes.axvline(place, color=_COLORS["DIVERGES"], linewidth=1, linestyle=":", zorder=0)
-        text = "first divergence: " + _name(found.first, between="\n")
-        side, offset = ("left", (8, -4)) if place < len(lines) / 2 else ("right", (-8, -4))
-        axes.annotate(
-            text, (place, 0.98), offset, xycoords=("data", "axes fraction"), ha=side, va="top",
-            textcoords="offset points", fontsize=9,
-        )  # fmt: skip
+        _mark(axes, found.first, lines.index(found.first), len(lines))
     axes.set_yscale("log")
     axes.set_ylim(floor / 2, top * 2)
     axes.minorticks_off()
     axes.margins(x=0.02)
     ticks = [tick for tick in axes.get_yticks() if floor < tick <= top]
-    axes.set_yticks([floor, *ticks], ["0", *(f"1e{round(math.log10(tick))}" for tick in ticks)])
+    labels = [f"1e{round(math.log10(tick))}" for tick in ticks]
+    # A logarithmic axis has no 0: the line below all others stands for it.
+    axes.set_yticks([floor, *ticks], ["0", *labels])
+    # More than 90 names would run into each other.
     every = math.ceil(len(lines) / 90)
     names = [_short(line.linen) for line in lines[::every]]
     axes.set_xticks(range(0, len(lines), every), names, rotation=90, fontsize=7)
@@ -132,6 +148,32 @@ def plot(found: Bisection, path: str | Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower right", ncols=5, frameon=False, fontsize=9)
     figure.savefig(path, dpi=130)
+
+
+def _heights(lines: Sequence[Layer]) -> tuple[float, float, list[float]]:
+    """Where errors stand in the plot: its floor, which is 0, its top, which is NaN, and each."""
+    errors = [line.after.relative if line.after else 0.0 for line in lines]
+    finite = [error for error in errors if 0 < error < math.inf]
+    floor = 10.0 ** (math.floor(math.log10(min(finite, default=1e-7))) - 1)
+    top = 10.0 ** (math.ceil(math.log10(max(finite, default=1e-6))) + 1)
+    heights = []
+    for error in errors:
+        if not error < math.inf:
+            heights.append(top)
+        else:
+            heights.append(max(error, floor))
+    return floor, top, heights
+
+
+def _mark(axes: Any, first: Layer, place: int, count: int) -> None:
+    """Draws a line at the first divergence, with its name on the side that has more room."""
+    axes.axvline(place, color=_COLORS["DIVERGES"], linewidth=1, linestyle=":", zorder=0)
+    text = "first divergence: " + _name(first, between="\n")
+    side, offset = ("left", (8, -4)) if place < count / 2 else ("right", (-8, -4))
+    axes.annotate(
+        text, (place, 0.98), offset, xycoords=("data", "axes fraction"), ha=side, va="top",
+        textcoords="offset points", fontsize=9,
+    )  # fmt: skip
 
 
 def _name(line: Layer, between: str = " ") -> str:
@@ -151,5 +193,8 @@ def _amount(error: Error | None) -> str:
 def _numbers(error: Error | None) -> dict[str, Any] | None:
     if error is None:
         return None
-    numbers = error._asdict().items()
-    return {name: value if math.isfinite(value) else str(value) for name, value in numbers}
+    numbers: dict[str, Any] = {}
+    for name, value in error._asdict().items():
+        # JSON has no infinity and no NaN.
+        numbers[name] = value if math.isfinite(value) else str(value)
+    return numbers

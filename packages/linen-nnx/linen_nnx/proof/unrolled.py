@@ -1,6 +1,17 @@
 """A jaxpr as one flat list of steps: calls opened, scans unrolled, each step with its address.
 
-Nothing is computed. `back` cuts out what one step needs, down to steps whose values are known.
+    scan over rows w0, w1:  c = tanh(c @ w)        number  step           args
+                                                   0       argument c
+                                                   1       argument w
+                                                   2       row 0          1
+                                                   3       dot_general    0, 2
+                                                   4       tanh           3
+                                                   5       row 1          1
+                                                   6       dot_general    4, 5
+                                                   7       tanh           6
+
+Nothing is computed. `back` cuts out what one step needs, down to steps whose values are known:
+`back(7, stops=[4])` is 1, 4, 5, 6, 7.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -11,11 +22,14 @@ from linen_nnx.infer.jaxprs import branches, called, interpret, scan_parts, whil
 
 
 class Step(NamedTuple):
-    """One value: a result of an equation, a constant, or (with neither) an argument of the jaxpr.
+    """One value: a result of an equation, a constant, or an argument of the jaxpr.
 
-    name: the primitive, `constant`, `argument`, or `row` and `stack` of an unrolled scan.
-    args: the numbers of the steps that it takes. place: which of the equation's results it is, of
-    an argument its number, of a row its own. value: of a constant.
+    Attributes:
+      name: the primitive; or `constant`, `argument`; or `row` and `stack` of an unrolled scan.
+      args: the numbers of the steps that it takes.
+      eqn: the equation; of a row or a stack the whole scan's; None for constants and arguments.
+      place: which of the equation's results it is. For an argument its number, for a row its own.
+      value: the array of a constant.
     """
 
     name: str
@@ -26,7 +40,23 @@ class Step(NamedTuple):
 
 
 class Unrolled:
-    """steps: in the order of running; at: the results at each address; outs: the jaxpr's."""
+    """The steps of a jaxpr.
+
+    Attributes:
+      steps: all steps, in the order of running.
+      at: by the address of an equation, the numbers of its results.
+      outs: the numbers of what the jaxpr returns.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> body = lambda c, w: (jnp.tanh(c @ w), None)
+        >>> c, w = jnp.ones((1, 4)), jnp.ones((2, 4, 4))
+        >>> steps = Unrolled(jax.make_jaxpr(lambda c, w: jax.lax.scan(body, c, w)[0])(c, w))
+        >>> [step.name for step in steps.steps]  # doctest: +NORMALIZE_WHITESPACE
+        ['argument', 'argument', 'row', 'dot_general', 'tanh', 'row', 'dot_general', 'tanh']
+        >>> steps.back(7, stops=[4])
+        [1, 4, 5, 6, 7]
+    """
 
     def __init__(self, jaxpr: Any) -> None:
         self.steps: list[Step] = []
@@ -61,7 +91,7 @@ class Unrolled:
         def equation(number: int, eqn: Any, given: list[int]) -> Sequence[int]:
             here = (*site, number)
             outs = self._equation(eqn, given, here)
-            self.at.setdefault(here, list(outs))
+            self.at[here] = list(outs)
             return outs
 
         return interpret(jaxpr, args, self._constant, equation)
@@ -70,16 +100,10 @@ class Unrolled:
         match eqn.primitive.name:
             case "scan":
                 return self._scan(eqn, args, site)
-            case "while":  # its body once: which functions it has, not how often they run
-                loop = while_parts(eqn)
-                of_test, of_body, carry = loop.operands(args)
-                self._run(loop.test, [*of_test, *carry], (*site, 0))
-                return self._run(loop.body, [*of_body, *carry], (*site, 1))
+            case "while":
+                return self._loop(eqn, args, site)
             case "cond":
-                ways = enumerate(branches(eqn))
-                outs = [self._run(way, args[1:], (*site, number)) for number, way in ways]
-                each = zip(*outs, strict=True)
-                return [self._add(Step("cond", (args[0], *several), eqn)) for several in each]
+                return self._branches(eqn, args, site)
         if (inner := called(eqn)) is not None:
             return self._run(inner, args, site)
         name = eqn.primitive.name
@@ -94,5 +118,23 @@ class Unrolled:
             now = [self._add(Step("row", (row,), eqn, number)) for row in rows]
             outs = self._run(scan.body, [*fixed, *carry, *now], (*site, number))
             carry, collected[number] = outs[: scan.carried], outs[scan.carried :]
-        each = zip(*(collected[number] for number in range(scan.length)), strict=True)
-        return [*carry, *(self._add(Step("stack", several, eqn)) for several in each)]
+        # In the order of rows: a reverse scan has collected the last one first.
+        in_order = [collected[number] for number in range(scan.length)]
+        stacked = zip(*in_order, strict=True)
+        return [*carry, *(self._add(Step("stack", several, eqn)) for several in stacked)]
+
+    def _loop(self, eqn: Any, args: list[int], site: Site) -> list[int]:
+        """The body once: it shows which functions the loop has, if not how often they run."""
+        loop = while_parts(eqn)
+        of_test, of_body, carry = loop.operands(args)
+        self._run(loop.test, [*of_test, *carry], (*site, 0))
+        return self._run(loop.body, [*of_body, *carry], (*site, 1))
+
+    def _branches(self, eqn: Any, args: list[int], site: Site) -> list[int]:
+        """All branches, as nothing here knows which one runs; a `cond` step chooses from them."""
+        index, *given = args
+        ways = []
+        for number, branch in enumerate(branches(eqn)):
+            ways.append(self._run(branch, given, (*site, number)))
+        each = zip(*ways, strict=True)
+        return [self._add(Step("cond", (index, *several), eqn)) for several in each]
