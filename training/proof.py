@@ -1,7 +1,7 @@
 """What `convert.py verify` runs to prove a run's conversion: its model, a batch, a training step.
 
 `python convert.py verify RUN OUT` imports this for runs of this template, from their saved
-configuration; the comparison itself is `linen_nnx/proof/prove.py`.
+configuration; the comparison itself is `linen_nnx.proof.prove`.
 """
 
 from collections.abc import Mapping

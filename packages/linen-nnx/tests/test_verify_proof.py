@@ -19,7 +19,7 @@ from verify_helpers import TX, book, trained, twin
 from linen_nnx import Twin, suggest, verify
 from linen_nnx.disk.convert import convert
 from linen_nnx.infer.float64 import outputs_and_slopes, widen
-from linen_nnx.proof.prove import _gaps
+from linen_nnx.proof.closeness import gaps
 
 RUN = ("forward pass", "gradients")
 STEP, CONTROL = "one optimizer step from the carried state", "a step from a fresh optimizer"
@@ -180,5 +180,5 @@ def test_an_infinite_slope_of_a_statistic_leaves_the_gradient_of_the_outputs_as_
 def test_nan_is_an_infinite_difference_wherever_it_stands():
     nan, one = np.array([np.nan, 2.0]), np.array([1.0, 2.0])
     for left, right in ((nan, one), (one, nan), (nan, nan)):
-        gaps = _gaps({"first": one, "second": left}, {"first": one, "second": right}, 1e-3)
-        assert gaps == {"first": 0.0, "second": np.inf}
+        found = gaps({"first": one, "second": left}, {"first": one, "second": right}, 1e-3)
+        assert found == {"first": 0.0, "second": np.inf}

@@ -19,8 +19,8 @@ def bisect(
     from linen_nnx.proof.bisect import bisect
 
     with progress() as tell:
-        tell(f"running both models of {twin}")
-        found = bisect(loaded(twin), rules, checkpoints, runs_named(runs), training)
+        tell(f"importing {twin}")
+        found = bisect(loaded(twin), rules, checkpoints, runs_named(runs), training, tell)
     if png is not None:
         with whole_file(png) as part:
             show.plot(found, part)

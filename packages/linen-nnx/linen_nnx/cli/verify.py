@@ -21,7 +21,7 @@ def verify(
     **options: Any,
 ) -> int:
     """Shows each check as soon as it is known. Returns 1 if one has failed."""
-    from linen_nnx.proof.verify import verify
+    from linen_nnx.proof.verify import verdict, verify
 
     def built(said: Any) -> Any:
         gc.enable()  # as in `models.loaded`
@@ -52,7 +52,9 @@ def verify(
     failed = any(check.passed is False for check in checks)
     if as_json:
         print_json({"passed": not failed, "checks": [vars(check) for check in checks]})
-    elif not any(check.name.endswith("by an output") for check in checks):
+        return int(failed)
+    if not any(check.name.endswith("by an output") for check in checks):
         why = "the checks above come first" if twin else "--twin TWIN"
         say(f"The models were not run, and so the rule book is taken at its word: {why}")
+    say(verdict(checks))
     return int(failed)

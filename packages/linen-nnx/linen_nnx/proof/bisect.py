@@ -149,9 +149,7 @@ def bisect(
     watched, configs = watch(twin)
     traces = trace_linen(watched), trace_nnx(watched)
     if not isinstance(book, RuleBook):
-        if book is None:
-            progress("finding the rules")
-        book = propose(*traces) if book is None else RuleBook.load(book)
+        book = propose(*traces, progress) if book is None else RuleBook.load(book)
     linen, nnx = map(side_of, traces)
     mate, unpaired = mates(linen, nnx, book)
     notes += unpaired

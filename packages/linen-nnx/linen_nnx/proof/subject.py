@@ -1,5 +1,12 @@
 """One side of a proof: a model in one form, as functions of leaves that can be run.
 
+    of_twin(twin, "linen")      leaves   Id("params", "first/kernel"): float32[3,4], ...
+    of_twin(twin, "nnx")        leaves   Id("", "first/kernel"): float32[3,4], ...
+
+    forward(state, inputs)   -> {"output 0": ...} and the leaves that the call updates
+    gradient(state, inputs)  -> the gradient by each leaf, of a random sum of all outputs
+    step(state, gradients)   -> the state after one step of the optimizer
+
 `prove.py` runs the two subjects of a conversion and compares. A subject comes from a twin (here),
 or from whoever knows how to build the model of a saved run.
 """
@@ -28,7 +35,11 @@ from linen_nnx.proof.compare import spec
 Array = np.ndarray
 Arrays = dict[Id | str, Array]
 """Leaves of a training state: the model's by `Id`, the others by neutral path (`state.py`)."""
-Step = Callable[[Arrays, Mapping[Any, Array], bool], Arrays]
+OptimizerStep = Callable[[Arrays, Mapping[Any, Array], bool], Arrays]
+"""`(state, gradients of the parameters, fresh) -> state`."""
+
+# nnx writes `kernel/value`, and `blocks/0/value` or `blocks/value/0` for a list of arrays.
+_BOX = re.compile(r"/value(?=(/[0-9]+)*$)")
 
 
 @dataclass(frozen=True)
@@ -38,39 +49,42 @@ class Subject:
     Attributes:
       trace: the model as a pure function, with example inputs.
       flat: whether its leaves lie below the names of their collections.
-      step: `(state, gradients of the parameters, fresh) -> state`, one step of the optimizer; with
-        `fresh` from an optimizer that has just been created. None if no optimizer is known. It
-        raises `RuleError` for a state that is not this optimizer's.
+      step: one step of the optimizer, from the state or, with `fresh`, from an optimizer that has
+        just been created. None if no optimizer is known. It raises `RuleError` for a state that is
+        not this optimizer's.
       exact: whether the other side must give the same bits.
     """
 
     trace: Trace
     flat: bool
-    step: Step | None = None
+    step: OptimizerStep | None = None
     exact: bool = False
 
     @cached_property
     def leaves(self) -> dict[Id, LeafSpec]:
         """The model's leaves."""
-        return {
-            Id(*path.split("/", 1)) if self.flat else Id("", path): leaf
-            for path, leaf in self.trace.leaves.items()
-        }
+        found = {}
+        for path, leaf in self.trace.leaves.items():
+            id = Id(*path.split("/", 1)) if self.flat else Id("", path)
+            found[id] = leaf
+        return found
 
     def forward(
         self, state: Arrays, inputs: Sequence[Any], wide: bool = False
     ) -> tuple[dict[str, Array], Arrays]:
         """The outputs, and the new values of the leaves that the call updates; `wide`: float64."""
         count = self.trace.count
-        if wide and not self.trace.small:  # equation by equation: no program to share
+        if wide and not self.trace.small:
+            # A large model runs equation by equation: there is no program to share.
             with jax.enable_x64(True):
                 outs = self.trace.run_wide(*self._arguments(state, inputs, wide))
         else:
-            outs, _ = self._pulled(state, inputs, wide, count)
+            outs, _ = self._outputs_and_slopes(state, inputs, wide, count)
         outs = [np.asarray(out) for out in outs]
         ids = dict(zip(self.trace.leaves, self.leaves, strict=True))
-        updates = zip((ids[path] for path in self.trace.updates), outs[count:], strict=True)
-        return {f"output {k}": out for k, out in enumerate(outs[:count])}, dict(updates)
+        updated = [ids[path] for path in self.trace.updates]
+        updates = dict(zip(updated, outs[count:], strict=True))
+        return {f"output {k}": out for k, out in enumerate(outs[:count])}, {**updates}
 
     def gradient(
         self,
@@ -82,20 +96,22 @@ class Subject:
     ) -> dict[Id, Array]:
         """The gradient of a random projection of all outputs by every leaf of floats.
 
-        `wide`: in float64; `updates`: as if what the call updates were outputs, too; `plain`: in
-        float64, as if the model had no `stop_gradient`.
+        Args:
+          state: the leaves, and what else is in it.
+          inputs: in the place of the example inputs.
+          wide: in float64.
+          updates: as if what the call updates were outputs, too.
+          plain: in float64, as if the model had no `stop_gradient`.
         """
         count = len(self.trace.jaxpr.out_avals) if updates else self.trace.count
-        _, slopes = self._pulled(state, inputs, wide, count, plain)
-        found = zip(self.leaves.items(), slopes, strict=True)
-        floats = jnp.floating
-        return {
-            id: np.asarray(slope)
-            for (id, leaf), slope in found
-            if jnp.issubdtype(leaf.dtype, floats)
-        }
+        _, slopes = self._outputs_and_slopes(state, inputs, wide, count, plain)
+        found = {}
+        for (id, leaf), slope in zip(self.leaves.items(), slopes, strict=True):
+            if jnp.issubdtype(leaf.dtype, jnp.floating):
+                found[id] = np.asarray(slope)
+        return found
 
-    def _pulled(
+    def _outputs_and_slopes(
         self, state: Arrays, inputs: Sequence[Any], wide: bool, count: int, plain: bool = False
     ) -> tuple[list[Any], list[Any]]:
         """All that one program gives, see `float64.outputs_and_slopes`: outputs and gradients.
@@ -105,6 +121,7 @@ class Subject:
         """
         known = self._last.get(wide)
         asked = count, plain
+        # By identity: comparing two states element by element would take as long as a run.
         if known is None or known[0] is not state or known[1] is not inputs or known[2] != asked:
             with jax.enable_x64(wide):
                 values = self._arguments(state, inputs, wide)
@@ -117,27 +134,40 @@ class Subject:
     def _arguments(self, state: Arrays, inputs: Sequence[Any], wide: bool) -> list[Any]:
         """Leaves and inputs as arrays of the dtypes that the traced function takes."""
         given = [*(state[id] for id in self.leaves), *inputs]
-        kinds = [jnp.dtype("float64") if wide else a.dtype for a in self.trace.jaxpr.in_avals]
-        return [
-            jnp.asarray(value, kind) if _is_float(value) else value
-            for value, kind in zip(given, kinds, strict=True)
-        ]
+        arguments = []
+        for value, aval in zip(given, self.trace.jaxpr.in_avals, strict=True):
+            if jnp.issubdtype(value.dtype, jnp.floating):
+                value = jnp.asarray(value, jnp.dtype("float64") if wide else aval.dtype)
+            arguments.append(value)
+        return arguments
 
     @cached_property
     def _last(self) -> dict[bool, tuple[Any, ...]]:
-        """By whether it was in float64: what `_pulled` was given, and gave."""
+        """By whether it was in float64: what `_outputs_and_slopes` was given, and gave."""
         return {}
 
     @cached_property
     def _jitted(self) -> Callable[..., tuple[list[Any], list[Any]]]:
         """`outputs_and_slopes` in the dtypes of the model, optimised where bits must be equal."""
+        # What has to give the same bits is what trains, and that is optimised. For the rest,
+        # compiling without takes less than half as long.
         options = None if self.exact else UNOPTIMISED
         function = partial(outputs_and_slopes, jaxpr_as_fun(self.trace.jaxpr))
         return jax.jit(function, static_argnums=2, compiler_options=options)
 
 
 def of_twin(twin: Twin, side: Side) -> Subject:
-    """One side of a twin. Raises `TwinError` naming the part of the twin that failed."""
+    """One side of a twin.
+
+    Raises:
+      TwinError: when a part of the twin cannot be built or called; it names the part.
+
+    Example:
+        >>> import flax.linen as nn
+        >>> twin = Twin(lambda: nn.Dense(2), nnx.Module, lambda: (jnp.ones((1, 3)),))
+        >>> list(of_twin(twin, "linen").leaves)
+        [Id(collection='params', path='bias'), Id(collection='params', path='kernel')]
+    """
     trace = trace_linen(twin) if side == "linen" else trace_nnx(twin)
     subject = Subject(trace, side == "linen")
     if twin.optimizer is None:
@@ -149,8 +179,10 @@ def _step(
     subject: Subject, tx: Any, state: Arrays, gradients: Mapping[Any, Array], fresh: bool
 ) -> Arrays:
     """One update as `TrainState` or `nnx.Optimizer` does it, of the tree that they have."""
-    leaves = subject.leaves.items()
-    by_path = {id.path: id for id, leaf in leaves if leaf.collection == "params"}
+    by_path: dict[str, Id] = {}
+    for id, leaf in subject.leaves.items():
+        if leaf.collection == "params":
+            by_path[id.path] = id
     above = _level(by_path, state) if subject.flat else ""
 
     def tree(arrays: Mapping[Any, Array]) -> Any:
@@ -165,27 +197,38 @@ def _step(
         return {_BOX.sub("", path): leaf for path, leaf in named(tree).items()}
 
     params = tree(state)
-    start = tx.init(params) if fresh else jax.eval_shape(tx.init, params)
-    if not fresh:
-        due = flatten(start)
-        new = {path: state.get(f"{OPTIMIZER}/{path}") for path in due}
-        problems = [
-            f"`{OPTIMIZER}/{path}` is {spec(new[path])}, the optimizer wants {spec(leaf)}"
-            for path, leaf in due.items()
-            if spec(new[path]) != spec(leaf)
-        ]
-        if problems:
-            raise RuleError("The state is not that of the twin's optimizer", problems)
-        start = jax.tree.unflatten(jax.tree.structure(start), map(jnp.asarray, new.values()))
+    if fresh:
+        start = tx.init(params)
+    else:
+        empty = jax.eval_shape(tx.init, params)
+        carried = _carried(flatten(empty), state)
+        start = jax.tree.unflatten(jax.tree.structure(empty), map(jnp.asarray, carried))
 
     moved, after = _program(tx)(tree(gradients), start, params)
-    return {
-        **{
-            by_path[path.removeprefix(above)]: np.asarray(leaf)
-            for path, leaf in flatten(moved).items()
-        },
-        **{f"{OPTIMIZER}/{path}": np.asarray(leaf) for path, leaf in flatten(after).items()},
-    }
+    result: Arrays = {}
+    for path, leaf in flatten(moved).items():
+        result[by_path[path.removeprefix(above)]] = np.asarray(leaf)
+    for path, leaf in flatten(after).items():
+        result[f"{OPTIMIZER}/{path}"] = np.asarray(leaf)
+    return result
+
+
+def _carried(due: Mapping[str, Any], state: Arrays) -> list[Array]:
+    """The leaves of an optimizer's state, in the order of those that it must have.
+
+    Raises `RuleError` with every leaf that the state lacks or has otherwise.
+    """
+    problems, found = [], []
+    for path, leaf in due.items():
+        array = state.get(f"{OPTIMIZER}/{path}")
+        if spec(array) != spec(leaf):
+            wants = f"the optimizer wants {spec(leaf)}"
+            problems.append(f"`{OPTIMIZER}/{path}` is {spec(array)}, {wants}")
+        elif array is not None:
+            found.append(array)
+    if problems:
+        raise RuleError("The state is not that of the twin's optimizer", problems)
+    return found
 
 
 @lru_cache(maxsize=4)
@@ -200,20 +243,17 @@ def _program(tx: Any) -> Callable[..., Any]:
     return jax.jit(update, compiler_options=UNOPTIMISED)
 
 
-_BOX = re.compile(r"/value(?=(/[0-9]+)*$)")  # which nnx has around an array, or a list of them
-
-
 def _level(params: Mapping[str, Id], state: Arrays) -> str:
     """`params/` where `TrainState.params` holds `{"params": ...}`: there moments do so, too."""
-    ends = [f"/params/{path}" for path in params]
-    kept = [key for key in state if isinstance(key, str) and key.startswith(f"{OPTIMIZER}/")]
-    moments = [key for key in kept if any(key.endswith(f"/{path}") for path in params)]
-    return "params/" if moments and all(key.endswith(tuple(ends)) for key in moments) else ""
+    moments = []
+    for key in state:
+        is_kept = isinstance(key, str) and key.startswith(f"{OPTIMIZER}/")
+        if is_kept and any(key.endswith(f"/{path}") for path in params):
+            moments.append(key)
+    ends = tuple(f"/params/{path}" for path in params)
+    return "params/" if moments and all(key.endswith(ends) for key in moments) else ""
 
 
 def _keys(path: str) -> tuple[str | int, ...]:
+    """A path as nnx has it: the layers of a list have integers for names."""
     return tuple(int(name) if name.isdigit() else name for name in path.split("/"))
-
-
-def _is_float(value: Any) -> bool:
-    return bool(jnp.issubdtype(value.dtype, jnp.floating))

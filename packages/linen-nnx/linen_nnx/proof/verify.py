@@ -1,18 +1,23 @@
 """Proves a converted checkpoint right against its source: its bytes, and with code its meaning.
 
-The bytes are compared leaf by leaf through the rule book. Whether the rule book is right only the
-models can tell: given a twin, or the code that trains a run, `prove.py` runs both.
+    digests                     the files are those that were written
+    coverage, shapes, dtypes    every leaf of either side has its place in the rule book
+    every bit                   every leaf holds the bits of its sources (`bits.py`)
+    exact inverse               the way back gives the source, bit for bit
+    forward pass, ...           with the models' code: the rule book means what it should
+
+The first four say that the result is what the rule book makes of the source. Whether the rule book
+is right only the models can tell: given a twin, or the code that trains a run, `prove.py` runs
+both.
 """
 
-import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from linen_nnx.book.ops import Mismatch
 from linen_nnx.book.plan import RuleError
 from linen_nnx.book.reading import read_json
 from linen_nnx.book.rules import RuleBook
@@ -20,14 +25,14 @@ from linen_nnx.disk import checked, digests
 from linen_nnx.disk.beside import source_of
 from linen_nnx.disk.checked import StoreError
 from linen_nnx.disk.conversion import REPORT, RULES, Conversion, options_in
-from linen_nnx.disk.leaves import Leaf
 from linen_nnx.disk.planning import MODEL_ALONE, plan_conversion
-from linen_nnx.disk.rekey import Job
 from linen_nnx.disk.remote import as_path
 from linen_nnx.disk.runs import NO_RUNS, Runs
 from linen_nnx.disk.sources import SUFFIXES, Source, check_beside, find, parts
 from linen_nnx.disk.state import OPTIMIZER, State, read_state
 from linen_nnx.errors import Refusal
+from linen_nnx.proof.bits import different, not_undone
+from linen_nnx.proof.checks import Check
 
 if TYPE_CHECKING:  # jax, which comparing bytes does not need
     from linen_nnx.infer.twin import Twin
@@ -35,20 +40,6 @@ if TYPE_CHECKING:  # jax, which comparing bytes does not need
 
 Builder = Callable[[Mapping[str, Any]], "Subject"]
 """Builds the model of a run from what its checkpoint says of itself: all that its item holds."""
-
-_BATCH = 32 << 20  # bytes of arrays compared at once, beside a single leaf that may be larger
-_EACH = 8 << 10  # bytes that an array takes while it is read, whatever its size
-
-
-@dataclass(frozen=True)
-class Check:
-    """One line of a verification; `passed` is None where nothing was, or could be, proved."""
-
-    name: str
-    passed: bool | None
-    details: tuple[str, ...] = ()
-    close: bool = False
-    """Passed, but not in every bit: what differs is of the size of rounding."""
 
 
 def verify(
@@ -64,24 +55,39 @@ def verify(
 ) -> list[Check]:
     """Checks a conversion's result `out` against its source `path`.
 
-    Digests of both; every leaf of either side accounted for by the rule book, with its shape and
-    dtype; every bit of every leaf equal to its source's through the rule book, and the way back
-    as exact. For that memory holds one leaf's sources and targets. With the models' code, all of
-    `proof.prove` as well, which holds both states.
+    Compared are the digests of both, every leaf by the rule book, with its shape and dtype, every
+    bit of every leaf, and the way back. For that, memory holds one leaf's sources and targets.
+    With the models' code all of `proof.prove` is checked as well, which holds both states.
 
     Args:
-      path: the source, and `out`: the result.
+      path: the source.
+      out: the result.
       to: the target that `out` was made for, if its report does not say so.
-      progress: is told what is being done; `report`: each check, as soon as it is known.
+      progress: is told what is being done.
+      report: is given each check, as soon as it is known.
       twin: the code of both models. Its own rule book is used where there is no other.
-      runs: what a training code says of its runs; `build`: builds their models, which then need no
-        twin.
+      runs: what a training code says of its runs.
+      build: builds the models of such runs, which then need no twin.
       options: as in `planning.plan_conversion`; the rule book is the one beside `out`, if none
         is given.
 
     Raises:
       StoreError: if there is no checkpoint at `path` or at `out`.
       TwinError: when a part of the twin cannot be built or called.
+
+    Example:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> from safetensors.numpy import save_file
+        >>> from linen_nnx.disk.convert import convert
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> save_file({"params.out.kernel": np.ones((2, 3))}, folder / "linen.safetensors")
+        >>> rule = {"linen": "params/out/kernel", "nnx": "head/kernel"}
+        >>> book = RuleBook.from_dict({"version": 1, "rules": [rule]})
+        >>> done = convert(folder / "linen.safetensors", folder / "nnx", "nnx", rules=book)
+        >>> checks = verify(folder / "linen.safetensors", folder / "nnx")
+        >>> verdict(checks)
+        'passed: 4 of 5 checks, every bit equal; 1 not proved'
     """
     path, out = as_path(path), as_path(out)
     build = None if build is None else _once(build)
@@ -89,6 +95,7 @@ def verify(
     roots = (None,) if out.suffix in SUFFIXES else parts(path, runs)
     for number, part in enumerate(roots):
         label = f"{part}: " if len(roots) > 1 else ""
+        # A step is of the first part; the others (a run's best checkpoint) have steps of their own.
         chosen = {**options, "step": None} if number else options
         step = chosen.get("step") if out.is_dir() and not (out / "_METADATA").exists() else None
         result = find(out, step, part=part, runs=runs)
@@ -101,8 +108,29 @@ def verify(
     return checks
 
 
+def verdict(checks: Sequence[Check]) -> str:
+    """What all checks come to, in one line.
+
+    Example:
+        >>> verdict([Check("digests", True), Check("exact inverse", None)])
+        'passed: 1 of 2 checks, every bit equal; 1 not proved'
+        >>> verdict([Check("digests", True), Check("exact inverse", False)])
+        'FAILED: 1 of 2 checks: exact inverse'
+    """
+    failed = [check.name for check in checks if check.passed is False]
+    if failed:
+        return f"FAILED: {len(failed)} of {len(checks)} checks: {', '.join(failed)}"
+    passed = [check for check in checks if check.passed]
+    close = [check for check in passed if check.close]
+    how = f"{len(close)} of them close, not exact" if close else "every bit equal"
+    unproved = len(checks) - len(passed)
+    rest = f"; {unproved} not proved" if unproved else ""
+    return f"passed: {len(passed)} of {len(checks)} checks, {how}{rest}"
+
+
 def _once(build: Builder) -> Builder:
     """The same with a memory: a run's latest and best checkpoint share their compiled model."""
+    # By its text, since what a checkpoint says of itself is dicts and lists, which have no hash.
     known = cache(lambda run: build(json.loads(run)))
     return lambda run: known(json.dumps(run, sort_keys=True))
 
@@ -127,9 +155,13 @@ def _verify_one(
     twin: "Twin | None",
     build: Builder | None,
 ) -> Iterator[Check]:
+    """The checks of one checkpoint of the result, each as soon as it is known."""
     progress("digests")
-    names = ("step", "item", "part", "prefix", "runs")
-    source = find(path, **{name: options[name] for name in names if name in options})
+    which = {}
+    for name in ("step", "item", "part", "prefix", "runs"):
+        if name in options:
+            which[name] = options[name]
+    source = find(path, **which)
     yield _digests("digests of the source", source.folder)
     yield _digests("digests", result.folder)
     yield from _beside("files beside the source", source, options["runs"])
@@ -144,15 +176,18 @@ def _verify_one(
     except (RuleError, StoreError) as error:
         yield Check("coverage, shapes, dtypes", False, getattr(error, "problems", (str(error),)))
         return
-    count = len(leaves) + sum(len(job.targets) for p in conversion.parts[1:] for job in p.jobs)
+    count = len(leaves)
+    # Items beside the state have conversions of their own, whose leaves `result` does not list.
+    for one in conversion.parts[1:]:
+        count += sum(len(job.targets) for job in one.jobs)
     yield Check("coverage, shapes, dtypes", True, (f"{count} leaves",))
-    different = list(_different(conversion, result, progress))
+    wrong = list(different(conversion, result, progress))
     for name, one in conversion.beside.items():
         if one is not None:
-            different += _different(one, source_of(result, result.folder / name), progress)
-    yield Check("every bit, through the rule book", not different, tuple(different))
+            wrong += different(one, source_of(result, result.folder / name), progress)
+    yield Check("every bit, through the rule book", not wrong, tuple(wrong))
     progress("the way back")
-    yield _inverse(conversion, result, intact=not different)
+    yield _inverse(conversion, result, intact=not wrong)
     if twin is None and (build is None or source.said is None):
         return
     progress("running both models")
@@ -178,7 +213,9 @@ def _inverse(conversion: Conversion, result: Source, intact: bool) -> Check:
     """
     name = "exact inverse"
     source = conversion.source
-    lost = [path for one in conversion.parts for path in (*one.dropped, *one.filled)]
+    lost: list[str] = []
+    for one in conversion.parts:
+        lost += [*one.dropped, *one.filled]
     # The model's leaves first: of an optimizer's state there are many, and ten are shown.
     lost.sort(key=lambda path: OPTIMIZER in path.split("/"))
     lost += [name for name, one in conversion.beside.items() if one is None]
@@ -188,34 +225,21 @@ def _inverse(conversion: Conversion, result: Source, intact: bool) -> Check:
     if source.said is not None and conversion.to.stage is None:
         return Check(name, None, ("a stock layout does not say of which stage it was",))
     form = conversion.state.form
-    # Its side is known here, where names may fit both.
+    # Without `side` a model whose names fit both forms would be refused on the way back.
     options: dict[str, Any] = {"like": source, "side": conversion.to.side}
     options["model_only"] = conversion.options.model_only
     try:
         back = plan_conversion(result, form.stage or form.side, conversion.book, **options)
     except (RuleError, StoreError) as error:
         return Check(name, False, getattr(error, "problems", (str(error),)))
-    wrong = _not_undone(conversion, back)
+    wrong = not_undone(conversion, back)
     for item, one in conversion.beside.items():
         undone = back.beside.get(item)
         if one is not None and undone is not None:
-            wrong += _not_undone(one, undone)
+            wrong += not_undone(one, undone)
         elif one is not None:
             wrong.append(f"item `{item}` has no way back")
     return Check(name, intact and not wrong, tuple(wrong))
-
-
-def _not_undone(conversion: Conversion, back: Conversion) -> list[str]:
-    """Every leaf that a way back gives another name or other bits than the source has."""
-    there = {_paths(job.change.sources, job.targets) for job in conversion.jobs}
-    moved = [_paths(job.targets, job.change.sources) for job in back.jobs if job.change.sources]
-    wrong = [f"{new} leads back to {old}" for old, new in moved if (old, new) not in there]
-    changed = replace(back, jobs=tuple(job for job in back.jobs if job.change.actions))
-    return wrong + list(_different(changed, conversion.source))
-
-
-def _paths(*groups: Sequence[Leaf]) -> tuple[str, ...]:
-    return tuple(", ".join(sorted(leaf.path for leaf in group)) for group in groups)
 
 
 def _meaning(
@@ -253,6 +277,7 @@ def _draws(twin: "Twin", book: RuleBook) -> Iterator[Check]:
 
 
 def _digests(name: str, folder: Path) -> Check:
+    """Whether the files are those that were written; of a result that has digests."""
     try:
         there = folder.is_dir() and digests.check(folder)
     except digests.DigestError as error:
@@ -269,47 +294,3 @@ def _beside(name: str, source: Source, runs: Runs) -> Iterator[Check]:
         return
     if known is not None:
         yield Check(name, True) if known else Check(name, None, ("it says nothing of them",))
-
-
-def _different(
-    conversion: Conversion, result: Source, progress: Callable[[str], None] = lambda text: None
-) -> Iterator[str]:
-    """Every target leaf whose bits differ from what its sources give."""
-    found = {_names(leaf): leaf for leaf in result.leaves}
-    jobs = [job for job in conversion.jobs if job.targets and job.targets[0].zarr is not None]
-    done, total = 0, sum(job.nbytes for job in jobs) or 1
-    for batch in _batches(jobs):
-        sources = [leaf for job in batch for leaf in job.change.sources]
-        targets = [found[_names(leaf)] for job in batch for leaf in job.targets]
-        try:
-            old = iter(conversion.source.reader.read(sources))
-            new = iter(result.reader.read(targets))
-        except ValueError as error:
-            yield f"{', '.join(leaf.path for leaf in targets[:3])}: cannot be read: {error}"
-            continue
-        for job in batch:
-            arrays = [next(old) for _ in job.change.sources]
-            there = [next(new) for _ in job.targets]
-            try:
-                for action in job.change.actions:
-                    arrays = action.run(arrays)
-            except Mismatch as mismatch:  # homes of one leaf that are not equal
-                yield f"{', '.join(leaf.path for leaf in job.change.sources)}: {mismatch}"
-                continue
-            for expected, array, leaf in zip(arrays, there, job.targets, strict=True):
-                same = expected.dtype == array.dtype and expected.shape == array.shape
-                if not same or expected.tobytes() != array.tobytes():
-                    yield f"`{leaf.path}` differs from {[s.path for s in job.change.sources]}"
-        done += sum(job.nbytes for job in batch)
-        progress(f"comparing bits: {done * 100 // total} %")
-
-
-def _names(leaf: Leaf) -> tuple[Any, ...]:
-    return tuple(key.name for key in leaf.keys)
-
-
-def _batches(jobs: Sequence[Job]) -> Iterator[list[Job]]:
-    ends = itertools.accumulate(job.nbytes + _EACH * len(job.targets) for job in jobs)
-    pairs = zip(jobs, ends, strict=True)
-    for _, batch in itertools.groupby(pairs, lambda pair: pair[1] // _BATCH):
-        yield [job for job, _ in batch]

@@ -1,0 +1,170 @@
+"""Which leaves of a source become which of the result, and what that means for their gradients.
+
+    Linen                        nnx                           route
+    params/q, params/k           qkv                           (q, k) -> (qkv)         concat
+    params/embed                 embed, head                   (embed) -> (embed, head)  copies
+    params/a, params/b           shared                        (a, b) -> (shared)        joins
+
+Gradients go the way of their leaves, but for the last two. Of an embedding that is one leaf on one
+side and two on the other, the gradient is the sum of the gradients of the two.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from linen_nnx.book.ops import Action, Agree, Copies, Fill, Multiply
+from linen_nnx.disk.conversion import Conversion
+from linen_nnx.disk.leaves import Leaf
+from linen_nnx.disk.state import Id, State
+from linen_nnx.proof.subject import Arrays
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Route:
+    """What some leaves of the source become: `actions` make the targets of the sources."""
+
+    sources: tuple[Id | str, ...]
+    targets: tuple[Id | str, ...]
+    actions: tuple[Action, ...]
+
+    @property
+    def lossless(self) -> bool:
+        """Whether the targets hold the bits of the sources, and none else."""
+        return not any(isinstance(action, Multiply | Fill) for action in self.actions)
+
+    @property
+    def joins(self) -> bool:
+        """Whether several equal leaves become one."""
+        return any(isinstance(action, Agree) for action in self.actions)
+
+    @property
+    def copies(self) -> bool:
+        """Whether one leaf becomes several equal ones."""
+        return any(isinstance(action, Copies) for action in self.actions)
+
+    def run(self, arrays: Sequence[Array]) -> list[Array]:
+        """The targets from the sources."""
+        parts = list(arrays)
+        for action in self.actions:
+            parts = action.run(parts)
+        return parts
+
+    def gradients(
+        self, ours: Sequence[Array], theirs: Sequence[Array]
+    ) -> tuple[list[Array], list[Array]]:
+        """The gradients of both sides in one form, in which they are comparable.
+
+        Args:
+          ours: by the sources.
+          theirs: by the targets.
+        """
+        if self.joins:
+            return [self._summed(ours)], list(theirs)
+        if self.copies:
+            flat = np.concatenate([source.ravel() for source in ours])
+            return [flat], [self._added_up(ours, theirs)]
+        return self.run(ours), list(theirs)
+
+    def equal(self, arrays: Arrays) -> list[Array]:
+        """The sources of a route that joins, each made equal to the first."""
+        perms = self._agree().perms
+        home = arrays[self.sources[0]]
+        one = home if perms[0] is None else home.transpose(perms[0])
+        # `perm` leads from a home to the joined leaf, and here is the way back.
+        return [one if perm is None else one.transpose(np.argsort(perm)) for perm in perms]
+
+    def _agree(self) -> Agree:
+        (agree,) = (action for action in self.actions if isinstance(action, Agree))
+        return agree
+
+    def _summed(self, sources: Sequence[Array]) -> Array:
+        """The sum of what several leaves hold, in the form of the one that they become."""
+        turned = []
+        for array, perm in zip(sources, self._agree().perms, strict=True):
+            turned.append(array if perm is None else array.transpose(perm))
+        return np.asarray(sum(turned))
+
+    def _added_up(self, sources: Sequence[Array], targets: Sequence[Array]) -> Array:
+        """(elements,): for each element of a source the sum of what its copies hold."""
+        ends = np.cumsum([0, *(source.size for source in sources)])
+        numbers = []
+        for start, source in zip(ends, sources, strict=False):
+            numbers.append(np.arange(start, start + source.size).reshape(source.shape))
+        total = np.zeros(ends[-1], targets[0].dtype)
+        # Run on the numbers of elements, the route says which element each copy is of.
+        for places, target in zip(self.run(numbers), targets, strict=True):
+            np.add.at(total, places.ravel(), target.ravel())
+        return total
+
+
+def routes(conversion: Conversion, result: State) -> list[Route]:
+    """The conversion's jobs from leaves to leaves, in the keys of the two states."""
+    old, new = _keys(conversion.state), _keys(result)
+    found = []
+    for job in conversion.jobs:
+        sources = [leaf.path for leaf in job.change.sources]
+        targets = [leaf.path for leaf in job.targets]
+        # What is filled has no source, what is dropped no target, and files beside have no key.
+        if not sources or not targets:
+            continue
+        if not old.keys() >= {*sources} or not new.keys() >= {*targets}:
+            continue
+        keys = tuple(old[path] for path in sources), tuple(new[path] for path in targets)
+        found.append(Route(*keys, job.change.actions))
+    return found
+
+
+def arrays_in(state: State) -> dict[Id | str, Leaf]:
+    """Every array of a state, by the key that the proof knows it by."""
+    return {k: v for k, v in {**state.model, **state.rest}.items() if v.zarr is not None}
+
+
+def name_of(key: Id | str) -> str:
+    """A key as text: `params/first/kernel`, `opt_state/0/mu/first/kernel`."""
+    return key if isinstance(key, str) else "/".join(filter(None, key))
+
+
+def translated(
+    found: Sequence[Route], arrays: Mapping[Any, Array], lossless: bool = False
+) -> Arrays:
+    """What routes make of some of the source's leaves; `lossless`: only those that keep bits."""
+    result: Arrays = {}
+    for route in found:
+        is_known = all(key in arrays for key in route.sources)
+        if is_known and (route.lossless or not lossless):
+            parts = route.run([arrays[key] for key in route.sources])
+            result.update(zip(route.targets, parts, strict=True))
+    return result
+
+
+def comparable_gradients(
+    found: Sequence[Route], ours: Mapping[Id, Array], theirs: Mapping[Id, Array]
+) -> tuple[Arrays, Arrays]:
+    """Both gradients of what keeps its bits, by the names of the result's leaves.
+
+    Of a value that is multiplied on the way the gradient is divided, and of one that is filled
+    there is none.
+    """
+    left: Arrays = {}
+    right: Arrays = {}
+    for route in found:
+        sources = [ours[key] for key in route.sources if key in ours]
+        targets = [theirs[key] for key in route.targets if key in theirs]
+        is_whole = len(sources) == len(route.sources) and len(targets) == len(route.targets)
+        if not is_whole or not route.lossless or not sources:
+            continue
+        mine, others = route.gradients(sources, targets)
+        # Copies have one sum for all their targets: it goes by the name of the first.
+        left.update(zip(route.targets, mine, strict=False))
+        right.update(zip(route.targets, others, strict=False))
+    return left, right
+
+
+def _keys(state: State) -> dict[str, Id | str]:
+    """For the path on disk of each array its key."""
+    return {leaf.path: key for key, leaf in arrays_in(state).items()}
