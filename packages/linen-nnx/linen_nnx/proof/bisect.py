@@ -43,6 +43,7 @@ from linen_nnx.proof.weights import gather, weights
 
 Array = np.ndarray
 T = TypeVar("T")
+Judged = TypeVar("Judged", Point, "Layer")
 _AGREE = ("exact", "rounding", "absorbed")
 _FAILED = ("DIVERGES", "NaN")
 # Of several points in one layer the one with the last of these verdicts is shown.
@@ -193,6 +194,7 @@ def _lively_inputs(trace: Trace) -> tuple[list[jax.Array], list[str]]:
 def _in_one_order(both: Both, traces: tuple[Trace, Trace]) -> Sequence[str]:
     """Puts the outputs of both in one order, where they return them in other containers."""
     one, two = both
+    # By their values in float64: in the model's dtype rounding would tell equal outputs apart.
     wide = [value.wide for value in one.outs], [value.wide for value in two.outs]
     order = matched(traces, wide, COMPARABLE)
     if order is None:
@@ -238,9 +240,10 @@ class _Comparison:
         for point in self.points:
             one, two = self._each(SideRun.layer, point)
             groups.setdefault((one, two), []).append(point)
-        fault = self._fault()
+        fault = _first_failed(self.points)
         lines: list[Layer] = []
         first = None
+        # A line for each pair of modules: people look for a layer, and not for a use of its bias.
         for (linen, nnx), members in groups.items():
             line = self._line(linen, nnx, members, fault)
             lines.append(line)
@@ -248,13 +251,13 @@ class _Comparison:
                 first = line
         if first is None:
             # All layers agree: then an activation behind the last of them may still differ.
-            first = next((line for line in self.ends if line.verdict in _FAILED), None)
+            first = _first_failed(self.ends)
         return [*lines, *self.ends], first
 
     def functions(self, first: Layer) -> list[str]:
         """What the two sides do differently between what agrees and the first that diverges."""
         one, two = self.both
-        fault = self._fault()
+        fault = _first_failed(self.points)
         if fault is not None:
             end_one, end_two = one.given(fault.uses[0]), two.given(fault.uses[1])
         elif first in self.outputs:
@@ -270,15 +273,13 @@ class _Comparison:
             one.region(end_one, names_one, whole), two.region(end_two, names_two, whole)
         )
 
-    def _fault(self) -> Point | None:
-        """The first point that fails, in the order of use."""
-        return next((point for point in self.points if point.verdict in _FAILED), None)
-
     def _line(self, linen: str, nnx: str, members: list[Point], fault: Point | None) -> Layer:
         """One layer: the first of its points that fails, else the worst of them."""
-        failed = [point for point in members if point.verdict in _FAILED]
-        shown = failed[0] if failed else max(reversed(members), key=_rank)
-        flowing_in = {other for point in members for other in self.feeds.get(point, ())}
+        # The last of the worst: the bias of a Dense, whose value is what the layer gives.
+        shown = _first_failed(members) or max(reversed(members), key=_rank)
+        flowing_in: set[Point] = set()
+        for point in members:
+            flowing_in.update(self.feeds.get(point, ()))
         before = [other.error for other in flowing_in.difference(members) if other.error]
         return Layer(
             linen,
@@ -299,6 +300,7 @@ class _Comparison:
         """
         names: tuple[dict[int, str], dict[int, str]] = {}, {}
         for number, point in enumerate(self.points):
+            # What differs, or is unknown, is no place to start reading from.
             if point.verdict not in _AGREE:
                 continue
             name = f"value {number}"
@@ -311,7 +313,7 @@ class _Comparison:
                 renamed = [other for other, each in known.items() if each in old]
                 known.update(dict.fromkeys(renamed, name))
                 known[use] = name
-        ours, theirs = (Counter(known.values()) for known in names)
+        ours, theirs = Counter(names[0].values()), Counter(names[1].values())
         return names, frozenset(name for name in ours if ours[name] != theirs[name])
 
     def _each(self, of: Callable[[SideRun, int], T], point: Point) -> list[T]:
@@ -320,7 +322,9 @@ class _Comparison:
 
     def _error_of_the_last(self) -> Error | None:
         """The worst error of the points that flow into no other."""
-        inner = {other for flowing_in in self.feeds.values() for other in flowing_in}
+        inner: set[Point] = set()
+        for flowing_in in self.feeds.values():
+            inner.update(flowing_in)
         last = [point.error for point in self.known if point not in inner and point.error]
         return max(last, key=_amount, default=None)
 
@@ -334,6 +338,7 @@ class _Comparison:
             sources = one.side.leaves_of(ids)
             if path not in two.updated and not one.updated & set(sources):
                 continue
+            # A leaf of one side may be a stack of leaves of the other: so element by element.
             modes = []
             for mode in range(len(Value._fields)):
                 mine = {source: one.leaves[source][mode] for source in sources}
@@ -380,10 +385,16 @@ class _Comparison:
     def _inside(self, point: Point) -> bool | None:
         """Whether what flows into both equations of a point agrees."""
         ours, theirs = self._each(SideRun.inputs, point)
-        shapes = [[value.own.shape for value in values] for values in (ours, theirs)]
-        if shapes[0] != shapes[1]:
+        if len(ours) != len(theirs):
             return None
-        return all(judge(*pair)[1] in _AGREE for pair in zip(ours, theirs, strict=True))
+        agree = True
+        for one, two in zip(ours, theirs, strict=True):
+            # One side may apply its kernel to (batch, heads * width), the other to (batch, heads,
+            # width): then this cannot tell.
+            if one.own.shape != two.own.shape:
+                return None
+            agree = agree and judge(one, two)[1] in _AGREE
+        return agree
 
 
 def _end(
@@ -396,6 +407,14 @@ def _end(
     if one.own.shape != two.own.shape:
         return Layer(linen, nnx, "", shape_of((one, two)), before, None, "DIVERGES")
     return Layer(linen, nnx, "", shape_of((one, two)), before, *judge(one, two))
+
+
+def _first_failed(found: Sequence[Judged]) -> Judged | None:
+    """The first of some points or lines that fails; they come in the order of use."""
+    for each in found:
+        if each.verdict in _FAILED:
+            return each
+    return None
 
 
 def _rank(point: Point) -> tuple[int, float]:

@@ -11,6 +11,7 @@ NaN equals itself here, and -0.0 is not 0.0.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from linen_nnx.book.ops import Mismatch
@@ -36,39 +37,44 @@ def different(
       progress: is told the share that is done.
     """
     found = {_names(leaf): leaf for leaf in result.leaves}
-    jobs = []
+    jobs, done, total = [], 0, 0
     for job in conversion.jobs:
         # An empty node has no bits.
         if job.targets and job.targets[0].zarr is not None:
             jobs.append(job)
-    done, total = 0, sum(job.nbytes for job in jobs) or 1
+            total += job.nbytes
     for batch in _batches(jobs):
-        sources, targets = [], []
+        sources: list[Leaf] = []
+        targets: list[Leaf] = []
         for job in batch:
             sources += job.change.sources
             targets += [found[_names(leaf)] for leaf in job.targets]
+            done += job.nbytes
         try:
             old = iter(conversion.source.reader.read(sources))
             new = iter(result.reader.read(targets))
         except ValueError as error:
-            yield f"{', '.join(leaf.path for leaf in targets[:3])}: cannot be read: {error}"
+            yield f"{', '.join(_paths(targets[:3]))}: cannot be read: {error}"
             continue
         for job in batch:
+            # No name here holds the arrays: the sources are freed once the actions have run.
             yield from _differing(
                 job,
-                [next(old) for _ in job.change.sources],
-                [next(new) for _ in job.targets],
+                list(islice(old, len(job.change.sources))),
+                list(islice(new, len(job.targets))),
             )
-        done += sum(job.nbytes for job in batch)
-        progress(f"comparing bits: {done * 100 // total} %")
+        progress(f"comparing bits: {done * 100 // (total or 1)} %")
 
 
 def not_undone(conversion: Conversion, back: Conversion) -> list[str]:
     """Every leaf that a way back gives another name or other bits than the source has."""
-    there = {_paths(job.change.sources, job.targets) for job in conversion.jobs}
+    there = set()
+    for job in conversion.jobs:
+        there.add((_joined(job.change.sources), _joined(job.targets)))
     wrong = []
     for job in back.jobs:
-        old, new = _paths(job.targets, job.change.sources)
+        old, new = _joined(job.targets), _joined(job.change.sources)
+        # A job without sources fills what the way there has dropped: that is said elsewhere.
         if job.change.sources and (old, new) not in there:
             wrong.append(f"{new} leads back to {old}")
     # Where nothing but a name changes, the bits are those that were compared on the way there.
@@ -78,7 +84,7 @@ def not_undone(conversion: Conversion, back: Conversion) -> list[str]:
 
 def _differing(job: Job, arrays: list[Any], targets: list[Any]) -> Iterator[str]:
     """The targets of one job that differ from what its sources, `arrays`, give."""
-    paths = [leaf.path for leaf in job.change.sources]
+    paths = _paths(job.change.sources)
     try:
         for action in job.change.actions:
             arrays = action.run(arrays)
@@ -96,8 +102,13 @@ def _names(leaf: Leaf) -> tuple[Any, ...]:
     return tuple(key.name for key in leaf.keys)
 
 
-def _paths(*groups: Sequence[Leaf]) -> tuple[str, ...]:
-    return tuple(", ".join(sorted(leaf.path for leaf in group)) for group in groups)
+def _paths(leaves: Sequence[Leaf]) -> list[str]:
+    return [leaf.path for leaf in leaves]
+
+
+def _joined(leaves: Sequence[Leaf]) -> str:
+    """Leaves as one name, in whatever order a rule lists them."""
+    return ", ".join(sorted(_paths(leaves)))
 
 
 def _batches(jobs: Sequence[Job]) -> Iterator[list[Job]]:

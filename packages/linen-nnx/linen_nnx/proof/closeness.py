@@ -60,6 +60,7 @@ def check_arrays(
         'not equal: in float64 3e-01 apart, of which 2e-07 may be rounding'
     """
     left, right = both(False)
+    # The first few: a wrong dtype is wrong in each of a thousand leaves.
     if problems := [*_misfits(left, right), *_not_finite(left, right)]:
         return Check(name, False, tuple(problems[:_SHOWN]))
     other = [key for key in left if not same(left[key], right[key])]

@@ -66,10 +66,10 @@ def differences(one: Region, two: Region) -> list[str]:
 
     The first lines are nearest to what both take. No line means that nothing is seen.
     """
-    regions, terms, found = (one, two), Terms(), list[_Parting]()
+    terms, found = Terms(), list[_Parting]()
     # Some partings are said in one line together, so twice as many as lines are looked for.
     for _ in range(2 * _MOST):
-        linen, nnx = (_graph(read_term(terms, region)) for region in regions)
+        linen, nnx = _graph(read_term(terms, one)), _graph(read_term(terms, two))
         parting = _next_parting(linen, nnx)
         if parting is None:
             break
@@ -80,7 +80,7 @@ def differences(one: Region, two: Region) -> list[str]:
             # One side has something more: it is read as if it did nothing to what it acts on.
             terms.merged[term] = _main((linen | nnx)[term])
     lines = dict.fromkeys(_lines(found, terms))
-    return list(lines)[:_MOST] or list(_in_memory(regions))
+    return list(lines)[:_MOST] or list(_in_memory(one, two))
 
 
 def _graph(end: Term) -> Graph:
@@ -115,17 +115,26 @@ def _next_parting(linen: Graph, nnx: Graph) -> _Parting | None:
     if not _alike(one, two):
         # Of softmax(x) against softmax(mask(x)), the softmax and the mask stand at the same place.
         # But the softmax follows later on the other side, so the mask is one side's alone.
-        if any(_alike(two, other) for other in linen if other not in nnx):
+        if _has_alike(two, _alone(linen, nnx)):
             return _Parting(one, None)
-        if any(_alike(one, other) for other in nnx if other not in linen):
+        if _has_alike(one, _alone(nnx, linen)):
             return _Parting(None, two)
     return _Parting(one, two)
 
 
+def _alone(mine: Graph, theirs: Graph) -> list[Term]:
+    """The terms of one side alone."""
+    return [term for term in mine if term not in theirs]
+
+
 def _forks(mine: Graph, theirs: Graph) -> list[Term]:
     """The terms of one side alone that take nothing of that side alone."""
-    alone = [term for term in mine if term not in theirs]
+    alone = _alone(mine, theirs)
     return [term for term in alone if not any(arg in alone for arg in mine[term])]
+
+
+def _has_alike(term: Term, others: Sequence[Term]) -> bool:
+    return any(_alike(term, other) for other in others)
 
 
 def _nearness(ours: Sequence[Term], theirs: Sequence[Term], one: Term, two: Term) -> int:
@@ -169,7 +178,8 @@ def _lines(found: Sequence[_Parting], terms: Terms) -> Iterator[str]:
             if parting is moved[1][0]:
                 yield moved[0]
             continue
-        one, two = (None if term is None else _words(term, terms) for term in parting)
+        one = None if parting.linen is None else _words(parting.linen, terms)
+        two = None if parting.nnx is None else _words(parting.nnx, terms)
         if one and two:
             if one == two or one.kind in ("mask", "softmax"):
                 one, two = _by_params(parting, terms)
@@ -281,17 +291,20 @@ def _is_constant(term: Term) -> bool:
     return term.op is not None and term.op.name == "constants"
 
 
-def _in_memory(regions: Sequence[Region]) -> Iterator[str]:
+def _in_memory(one: Region, two: Region) -> Iterator[str]:
     """How the order of axes differs, where the functions are the same.
 
     Terms do not say how values lie in memory. If they show no difference, a reshape with its axes
     in another order is what is left.
     """
-    linen, nnx = map(_movements, regions)
-    alone = linen - nnx, nnx - linen
-    if any(alone):
-        ours, theirs = (", ".join([*each][:3]) or "nothing else" for each in alone)
-        yield f"order of axes: Linen {ours}; nnx {theirs}"
+    linen, nnx = _movements(one), _movements(two)
+    ours, theirs = [*(linen - nnx)], [*(nnx - linen)]
+    if ours or theirs:
+        nothing = "nothing else"
+        yield (
+            f"order of axes: Linen {', '.join(ours[:3]) or nothing}; "
+            f"nnx {', '.join(theirs[:3]) or nothing}"
+        )
 
 
 def _movements(region: Region) -> Counter[str]:

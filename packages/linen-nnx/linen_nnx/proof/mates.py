@@ -53,6 +53,7 @@ def mates(linen: SlottedSide, nnx: SlottedSide, book: RuleBook) -> tuple[Array, 
     plan = RuleBook(_one_to_one(book)).plan(
         linen.trace.leaves, "nnx", nnx.trace.leaves, partial=True
     )
+    # Lossy rules change numbers, and an element number times two is another element.
     mate = np.full(nnx.owner.size, -1)
     for path, numbers in plan.run(linen.trace.numbers).items():
         mate[nnx.trace.numbers[path]] = numbers
@@ -82,6 +83,7 @@ def _one_to_one(book: RuleBook) -> list[Rule]:
 
 def _guess(linen: SlottedSide, nnx: SlottedSide, mate: Array) -> list[str]:
     """Pairs slots without a rule by their order; writes to `mate`, returns the pairs in words."""
+    # Only slots of which no element has a mate: the rest of a slot is no matter of order.
     taken = _taken(linen, mate)
     left = [k for k, slot in enumerate(linen.flow.slots) if not taken[slot.ids].any()]
     right = [k for k, slot in enumerate(nnx.flow.slots) if (mate[slot.ids] < 0).all()]

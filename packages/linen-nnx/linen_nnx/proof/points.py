@@ -63,14 +63,19 @@ def feeds(known: Sequence[Point], above: dict[int, set[int]]) -> dict[Point, lis
     number_of: dict[int, set[int]] = {}
     for number, point in enumerate(known):
         number_of.setdefault(point.uses[0], set()).add(number)
-    all_above = []
+    all_above: list[set[int]] = []
     for point in known:
-        uses = above[point.uses[0]]
-        all_above.append(set[int]().union(*(number_of.get(use, ()) for use in uses)))
+        numbers: set[int] = set()
+        for use in above[point.uses[0]]:
+            # A use that could not be compared stands for no point: what is above it counts itself.
+            numbers |= number_of.get(use, set())
+        all_above.append(numbers)
 
     direct: dict[Point, list[Point]] = {}
     for point, numbers in zip(known, all_above, strict=True):
-        behind = set[int]().union(*(all_above[number] for number in numbers))
+        behind: set[int] = set()
+        for number in numbers:
+            behind |= all_above[number]
         direct[point] = [known[number] for number in numbers - behind]
     return direct
 
@@ -85,6 +90,7 @@ def _sharing(both: Both, mate: Array) -> list[tuple[int, int]]:
     """The pairs of uses that share leaf elements."""
     one, two = both
     here = np.flatnonzero(mate >= 0)
+    # An element that no equation uses (a leaf of an unused head) has -1 for its use.
     uses = np.stack([one.flow.owner[mate[here]], two.flow.owner[here]])
     is_used = (uses >= 0).all(0)
     return [(ours, theirs) for ours, theirs in np.unique(uses[:, is_used], axis=1).T.tolist()]
@@ -95,14 +101,18 @@ def _of_one_side(both: Both, pairs: Sequence[tuple[int, int]]) -> Iterator[tuple
     one, two = both
     across_linen: dict[str, list[int]] = {}
     across_nnx: dict[str, list[int]] = {}
+    left_linen, left_nnx = set(one.leaf), set(two.leaf)
     for ours, theirs in pairs:
         across_linen.setdefault(one.layer(ours), []).append(theirs)
         across_nnx.setdefault(two.layer(theirs), []).append(ours)
+        left_linen.discard(ours)
+        left_nnx.discard(theirs)
 
-    for use in one.leaf.keys() - {ours for ours, _ in pairs}:
+    # The last use across: it gives what the layer as a whole gives, with all that it adds.
+    for use in left_linen:
         if others := across_linen.get(one.layer(use)):
             yield use, max(others)
-    for use in two.leaf.keys() - {theirs for _, theirs in pairs}:
+    for use in left_nnx:
         if others := across_nnx.get(two.layer(use)):
             yield max(others), use
 
@@ -114,6 +124,7 @@ def _point(both: Both, uses: tuple[int, int], numbers: tuple[Array, Array] | Non
       compared; None for uses that share no elements.
     """
     one, two = both[0].value(uses[0]), both[1].value(uses[1])
+    # The equation of a branch that was not taken has given nothing.
     if one is None or two is None:
         return Point(uses, "", None)
     values = (one, two) if one.own.shape == two.own.shape else None

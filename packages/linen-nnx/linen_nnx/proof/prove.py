@@ -117,12 +117,14 @@ def prove(
     )
     blind, seen = sight(before, random, inputs)
 
+    # Outputs first, which are what people look at; gradients and steps when the rules are judged.
     is_wrong, gradients = False, []
     for case in cases:
         yield (check := pair.forward(case))
         # Outputs and gradients come of one run, which is kept for one state alone.
         gradients.append(pair.gradients(case, blind))
         is_wrong |= not check.passed
+    # Two stages of a run are both traced as Linen: then the models are not read but only run.
     traces = {subject.trace.side: subject.trace for subject in (before, after)}
     if is_wrong and len(traces) == 2:
         yield _suspects(traces["linen"], traces["nnx"], conversion.book)
@@ -179,6 +181,7 @@ class _Pair:
         frozen = {} if is_equal else self._frozen(both)
         unseen |= frozen.keys()
         name = f"gradients, {case.name}"
+        # `both` leaves out what is frozen from here on.
         check = check_arrays(name, both, self.before.exact, _GRADIENT)
         return replace(check, details=(*check.details, *frozen.values()))
 
@@ -188,19 +191,22 @@ class _Pair:
         both: the gradients of both sides, given whether in float64, and whether as if no
           `stop_gradient` stood in the models.
         """
-        if not any(holds(s.trace.jaxpr, "stop_gradient") for s in (self.before, self.after)):
+        before, after = self.before.trace, self.after.trace
+        if not holds(before.jaxpr, "stop_gradient") and not holds(after.jaxpr, "stop_gradient"):
             return {}
         left, right = both(True, False)
         real = gaps(left, right, _GRADIENT.floor)
         if max(real.values(), default=0.0) <= _GRADIENT.relative:
             return {}
         plain = gaps(*both(True, True), _GRADIENT.floor)
-        sides = self.before.trace.side, self.after.trace.side
         found: dict[Id | str, str] = {}
         for key, gap in real.items():
             if gap > _GRADIENT.relative >= plain[key]:
-                is_still = [not array[key].any() for array in (left, right)]
-                what = f"only {sides[is_still[0]]} trains it" if any(is_still) else "both train it"
+                what = "both train it"
+                if not left[key].any():
+                    what = f"only {after.side} trains it"
+                elif not right[key].any():
+                    what = f"only {before.side} trains it"
                 found[key] = (
                     f"`{name_of(key)}`: {what}, as `stop_gradient` stands elsewhere on the two "
                     "sides; without it the gradients are equal"
@@ -240,8 +246,7 @@ class _Pair:
         if any(route.joins for route in self.routes):
             return "two leaves become one, whose gradient is the sum of theirs: no step is the same"
         for state in (case.left, case.right):
-            rest = [key for key in state if isinstance(key, str)]
-            if not any(path.split("/")[0] == OPTIMIZER for path in rest):
+            if not any(str(key).split("/")[0] == OPTIMIZER for key in state):
                 return "there is no optimizer's state on both sides"
         return ""
 
@@ -285,13 +290,18 @@ def _control(old: Arrays, carried: Arrays, fresh: Arrays) -> Check:
     and a lost moment would not have been found.
     """
     name = "a step from a fresh optimizer, which must differ"
-    is_still = all(same(old[key], carried[key]) for key in carried if isinstance(key, Id))
-    other = [key for key in carried if key not in fresh or not same(carried[key], fresh[key])]
-    if any(isinstance(key, Id) for key in other):
-        return Check(name, True)
-    # Parameters that do not move at all tell nothing; but the moments do. A count is a scalar, and
-    # differs after any step.
-    if is_still and any(carried[key].ndim for key in other):
+    is_still, has_other_moments = True, False
+    for key, array in carried.items():
+        is_other = key not in fresh or not same(array, fresh[key])
+        if isinstance(key, Id):
+            if is_other:
+                return Check(name, True)
+            is_still = is_still and same(old[key], array)
+        elif is_other and array.ndim:
+            # A scalar is a count of steps, which differs whatever the optimizer does with it.
+            has_other_moments = True
+    # Parameters that do not move at all tell nothing, but then the moments do.
+    if is_still and has_other_moments:
         return Check(name, True, ("in its state: the parameters do not move (rate 0, or masked)",))
     return Check(name, None, ("it does the same: the step says nothing of the carried state",))
 
@@ -333,7 +343,9 @@ def _load(state: State, reader: Reader) -> Arrays:
 
 def _randomised(subject: Subject, state: Arrays, found: Sequence[Route]) -> Arrays:
     """The state with other values in all of the model's leaves of floats that have a target."""
-    moved = {key for route in found for key in route.sources}
+    moved: set[Id | str] = set()
+    for route in found:
+        moved.update(route.sources)
     result = dict(state)
     for number, (id, leaf) in enumerate(subject.leaves.items()):
         if id not in moved or not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -383,7 +395,11 @@ def _suspects(linen: Trace, nnx: Trace, book: RuleBook) -> Check:
 
 def _origin(array: Array, numbers: Mapping[str, Array]) -> str:
     """The Linen leaves, four at most, that elements with these numbers are of."""
-    paths = [path for path in numbers if numbers[path].size]
-    starts = [numbers[path].flat[0] for path in paths]
+    paths, starts = [], []
+    for path, own in numbers.items():
+        # A leaf without elements has no first number, and nothing comes from it.
+        if own.size:
+            paths.append(path)
+            starts.append(own.flat[0])
     found = np.unique(np.searchsorted(starts, array.ravel(), side="right") - 1)
     return " + ".join(f"`{paths[k]}`" for k in found[:4])

@@ -35,17 +35,17 @@ class Route:
     @property
     def lossless(self) -> bool:
         """Whether the targets hold the bits of the sources, and none else."""
-        return not any(isinstance(action, Multiply | Fill) for action in self.actions)
+        return not self._holds(Multiply | Fill)
 
     @property
     def joins(self) -> bool:
         """Whether several equal leaves become one."""
-        return any(isinstance(action, Agree) for action in self.actions)
+        return self._holds(Agree)
 
     @property
     def copies(self) -> bool:
         """Whether one leaf becomes several equal ones."""
-        return any(isinstance(action, Copies) for action in self.actions)
+        return self._holds(Copies)
 
     def run(self, arrays: Sequence[Array]) -> list[Array]:
         """The targets from the sources."""
@@ -75,8 +75,14 @@ class Route:
         perms = self._agree().perms
         home = arrays[self.sources[0]]
         one = home if perms[0] is None else home.transpose(perms[0])
-        # `perm` leads from a home to the joined leaf, and here is the way back.
-        return [one if perm is None else one.transpose(np.argsort(perm)) for perm in perms]
+        homes = []
+        for perm in perms:
+            # `perm` leads from a home to the joined leaf, and its inverse back.
+            homes.append(one if perm is None else one.transpose(np.argsort(perm)))
+        return homes
+
+    def _holds(self, kinds: Any) -> bool:
+        return any(isinstance(action, kinds) for action in self.actions)
 
     def _agree(self) -> Agree:
         (agree,) = (action for action in self.actions if isinstance(action, Agree))
@@ -109,9 +115,10 @@ def routes(conversion: Conversion, result: State) -> list[Route]:
     for job in conversion.jobs:
         sources = [leaf.path for leaf in job.change.sources]
         targets = [leaf.path for leaf in job.targets]
-        # What is filled has no source, what is dropped no target, and files beside have no key.
+        # What is filled has no source, and what is dropped no target.
         if not sources or not targets:
             continue
+        # An empty node is a leaf of the tree, and holds nothing to run a model on.
         if not old.keys() >= {*sources} or not new.keys() >= {*targets}:
             continue
         keys = tuple(old[path] for path in sources), tuple(new[path] for path in targets)
@@ -135,10 +142,9 @@ def translated(
     """What routes make of some of the source's leaves; `lossless`: only those that keep bits."""
     result: Arrays = {}
     for route in found:
-        is_known = all(key in arrays for key in route.sources)
-        if is_known and (route.lossless or not lossless):
-            parts = route.run([arrays[key] for key in route.sources])
-            result.update(zip(route.targets, parts, strict=True))
+        sources = _taken(arrays, route.sources)
+        if sources is not None and (route.lossless or not lossless):
+            result.update(zip(route.targets, route.run(sources), strict=True))
     return result
 
 
@@ -153,16 +159,21 @@ def comparable_gradients(
     left: Arrays = {}
     right: Arrays = {}
     for route in found:
-        sources = [ours[key] for key in route.sources if key in ours]
-        targets = [theirs[key] for key in route.targets if key in theirs]
-        is_whole = len(sources) == len(route.sources) and len(targets) == len(route.targets)
-        if not is_whole or not route.lossless or not sources:
+        sources, targets = _taken(ours, route.sources), _taken(theirs, route.targets)
+        if sources is None or targets is None or not route.lossless:
             continue
         mine, others = route.gradients(sources, targets)
         # Copies have one sum for all their targets: it goes by the name of the first.
         left.update(zip(route.targets, mine, strict=False))
         right.update(zip(route.targets, others, strict=False))
     return left, right
+
+
+def _taken(arrays: Mapping[Any, Array], keys: Sequence[Id | str]) -> list[Array] | None:
+    """The arrays with these keys; None where one of them lacks (integers have no gradient)."""
+    if any(key not in arrays for key in keys):
+        return None
+    return [arrays[key] for key in keys]
 
 
 def _keys(state: State) -> dict[str, Id | str]:

@@ -34,9 +34,8 @@ def table(found: Bisection) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [_HEAD]
     last = -1
     for number in [*shown, len(lines)]:
-        if skipped := Counter(line.verdict for line in lines[last + 1 : number]):
-            text = ", ".join(f"{count} {verdict}" for verdict, count in skipped.items())
-            rows.append(("...", f"({text})", "", "", "", "", ""))
+        if skipped := lines[last + 1 : number]:
+            rows.append(("...", f"({_counted(skipped)})", "", "", "", "", ""))
         if number < len(lines):
             line = lines[number]
             mark = "->" if line is found.first else ""
@@ -46,19 +45,25 @@ def table(found: Bisection) -> list[tuple[str, ...]]:
     return rows
 
 
+def _counted(lines: Sequence[Layer]) -> str:
+    """How many lines have which verdict: `12 exact, 2 rounding`."""
+    counts = Counter(line.verdict for line in lines)
+    return ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+
+
 def _shown(found: Bisection) -> list[int]:
     """The numbers of the lines that the table has: around changes, the first, and all ends."""
     lines = found.layers
-    changes = []
-    for number in range(1, len(lines)):
+    shown, changes = {0}, 0
+    for number, line in enumerate(lines):
+        is_change = number > 0 and line.verdict != lines[number - 1].verdict
+        changes += is_change
         # Three changes are enough: behind a fault rounding comes and goes from layer to layer.
-        if lines[number].verdict != lines[number - 1].verdict and len(changes) < 3:
-            changes.append(number)
-    changes += [number for number, line in enumerate(lines) if line is found.first]
-    shown = {0}
-    for change in changes:
-        shown.update(range(change - _NEAR, change + _NEAR))
-    shown.update(number for number, line in enumerate(lines) if not line.leaf)
+        if (is_change and changes <= 3) or line is found.first:
+            shown.update(range(number - _NEAR, number + _NEAR))
+        # Outputs and updated leaves, which are few, and what a reader asks for.
+        if not line.leaf:
+            shown.add(number)
     return sorted(shown & set(range(len(lines))))
 
 
@@ -77,11 +82,11 @@ def _verdict(found: Bisection) -> Iterator[str]:
     """Where the twins part, if they do, and where to look."""
     first = found.first
     if first is None:
-        worst = [line for line in found.layers if line.verdict in ("rounding", "absorbed")]
-        if not worst:
-            yield "No divergence: every layer and output is exact, bit for bit."
-        else:
-            yield f"No divergence, but not every bit is equal: first at {_name(worst[0])}."
+        for line in found.layers:
+            if line.verdict in ("rounding", "absorbed"):
+                yield f"No divergence, but not every bit is equal: first at {_name(line)}."
+                return
+        yield "No divergence: every layer and output is exact, bit for bit."
         return
     if not first.leaf:
         yield f"First divergence: {_name(first)}, {_amount(first.after)}; the layers agree."
@@ -154,6 +159,7 @@ def _heights(lines: Sequence[Layer]) -> tuple[float, float, list[float]]:
     """Where errors stand in the plot: its floor, which is 0, its top, which is NaN, and each."""
     errors = [line.after.relative if line.after else 0.0 for line in lines]
     finite = [error for error in errors if 0 < error < math.inf]
+    # A decade of room at either end, so that no point lies on the frame.
     floor = 10.0 ** (math.floor(math.log10(min(finite, default=1e-7))) - 1)
     top = 10.0 ** (math.ceil(math.log10(max(finite, default=1e-6))) + 1)
     heights = []

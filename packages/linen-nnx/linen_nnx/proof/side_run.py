@@ -43,10 +43,11 @@ class SideRun:
         weights = [jnp.asarray(leaves[path]) for path in side.paths]
         args = [*weights, *inputs]
         jaxpr, sites = side.trace.jaxpr, {use.site for use in side.flow.uses.values()}
-        runs = [record(jaxpr, args, sites, mode) for mode in get_args(Mode)]
-        self.records = [records for _, records in runs]
-
-        outs = [out for out, _ in runs]
+        self.records, outs = [], []
+        for mode in get_args(Mode):
+            out, records = record(jaxpr, args, sites, mode)
+            outs.append(out)
+            self.records.append(records)
         values = list(map(Value.of, *outs))
         count = side.trace.count
         self.outs = values[:count]
@@ -55,11 +56,15 @@ class SideRun:
         compiled = jax.jit(jaxpr_as_fun(jaxpr))(*args)
         self.compiled = list(map(Value.of, compiled, *outs[1:]))[:count]
 
-        old = {path: Value.of(a, a, a) for path, a in zip(side.paths, weights, strict=True)}
-        new = dict(zip(side.trace.updates, values[count:], strict=True))
-        # A call may write a leaf and leave it as it was: BatchNorm in evaluation, say.
-        self.updated = {path for path, value in new.items() if not same(value.own, old[path].own)}
-        self.leaves = {**old, **new}
+        self.leaves: dict[str, Value] = {}
+        for path, array in zip(side.paths, weights, strict=True):
+            self.leaves[path] = Value.of(array, array, array)
+        self.updated: set[str] = set()
+        for path, value in zip(side.trace.updates, values[count:], strict=True):
+            # A call may write a leaf and leave it as it was: BatchNorm in evaluation, say.
+            if not same(value.own, self.leaves[path].own):
+                self.updated.add(path)
+            self.leaves[path] = value
         self.places: Sequence[int] = range(len(self.outs))
 
     def reorder(self, places: Sequence[int]) -> None:
@@ -71,11 +76,11 @@ class SideRun:
     @cached_property
     def above(self) -> dict[int, set[int]]:
         """For each use the uses that flow into it."""
-        owners = [self._use_of(slot) for slot in self.flow.slots]
+        owners = np.array([self._use_of(slot) for slot in self.flow.slots], int)
         above: dict[int, set[int]] = {use: set() for use in self.flow.uses}
-        for owner, row in zip(owners, self.flow.above, strict=True):
+        for owner, row in zip(owners.tolist(), self.flow.above, strict=True):
             # A use may have several slots (the layers of an nn.vmap): it is not above itself.
-            above[owner] |= {owners[k] for k in np.flatnonzero(row)} - {owner}
+            above[owner] |= {*owners[np.flatnonzero(row)].tolist()} - {owner}
         return above
 
     @cached_property
@@ -103,6 +108,7 @@ class SideRun:
 
     def steps(self, use: int) -> tuple[int, ...]:
         """The iterations of the scans around a use; empty where there is none."""
+        # A branch that was not taken has an address and no record.
         found = self.records[0].get(self.flow.uses[use].site)
         return found.steps if found else ()
 
@@ -119,11 +125,13 @@ class SideRun:
         at = self.flow.uses[use]
         if at.site not in self.records[0]:
             return None
-        outs = [records[at.site].outs for records in self.records]
-        # Of an equation with several results (`split`) the one in which the elements stand.
-        fit = [k for k, out in enumerate(outs[0]) if out.shape == at.columns.shape]
-        result = fit[0] if fit else 0
-        return Value.of(*(each[result] for each in outs))
+        result = 0
+        for number, out in enumerate(self.records[0][at.site].outs):
+            # Of an equation with several results (`split`) the one in which the elements stand.
+            if out.shape == at.columns.shape:
+                result = number
+                break
+        return Value.of(*(records[at.site].outs[result] for records in self.records))
 
     @cached_property
     def unrolled(self) -> Unrolled:
@@ -142,12 +150,14 @@ class SideRun:
         for use, name in stops.items():
             site = self.flow.uses[use].site
             known.update(dict.fromkeys(self.unrolled.at.get(site, ()), name))
+        # The end itself may agree in value and be asked for all the same, as an output.
         known.pop(end, None)
         return Region(self.unrolled, end, len(self.side.paths), known, whole)
 
     def given(self, use: int) -> int | None:
         """The number of the step that gives the value of a use; None if it is not among them."""
         at = self.flow.uses[use]
+        # As in `value`: of several results the one in which the elements stand, else the first.
         steps = self.unrolled.at.get(at.site, ())
         for number, step in zip(steps, self.unrolled.of(steps), strict=True):
             if step.eqn.outvars[step.place].aval.shape == at.columns.shape:
@@ -157,5 +167,8 @@ class SideRun:
     def inputs(self, use: int) -> list[Value]:
         """What flows into the equation of a use from the model's inputs, its leaf aside."""
         at = self.flow.uses[use]
-        args = [records[at.site].args for records in self.records]
-        return [Value.of(*(each[k] for each in args)) for k in at.inputs]
+        found = []
+        for operand in at.inputs:
+            arrays = [records[at.site].args[operand] for records in self.records]
+            found.append(Value.of(*arrays))
+        return found

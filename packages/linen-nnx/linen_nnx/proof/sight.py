@@ -45,10 +45,9 @@ def sight(subject: Subject, state: Arrays, inputs: Sequence[Any]) -> tuple[set[I
         return set(), Check(name, None, (f"not to be run in float64: {error!r}",))
     # Integers have no gradient at all.
     blind = {*dark, *(subject.leaves.keys() - slopes.keys())}
-    details = [
-        f"`{name_of(id)}` is seen by none: right by its rule and bytes alone" for id in blind
-    ]
-    return blind, Check(name, None if blind else True, tuple(sorted(details)))
+    why = "is seen by none: right by its rule and bytes alone"
+    details = sorted(f"`{name_of(id)}` {why}" for id in blind)
+    return blind, Check(name, None if blind else True, tuple(details))
 
 
 def _is_plainly_seen(subject: Subject, state: Arrays, inputs: Sequence[Any]) -> bool:
@@ -59,17 +58,25 @@ def _is_plainly_seen(subject: Subject, state: Arrays, inputs: Sequence[Any]) -> 
     slopes = subject.gradient(state, inputs)
     if not slopes or subject.trace.updates or slopes.keys() != subject.leaves.keys():
         return False
-    sizes = [float(np.abs(slope).max(initial=0)) for slope in slopes.values()]
-    rounding = max(epsilon(slope) for slope in slopes.values()) * max(sizes)
+    sizes, unit = [], 0.0
+    for slope in slopes.values():
+        sizes.append(_size(slope))
+        unit = max(unit, epsilon(slope))
+    rounding = unit * max(sizes)
     return min(sizes) > _SEEN * rounding
 
 
 def _dark(slopes: dict[Id, np.ndarray]) -> list[Id]:
     """The leaves whose gradient in float64 is 0, or nothing but rounding."""
-    sizes = {id: np.abs(slope).max(initial=0) for id, slope in slopes.items()}
+    sizes = {id: _size(slope) for id, slope in slopes.items()}
     seen = [size for size in sizes.values() if size > 0]
+    # The median, as one gradient that explodes would make all others look like rounding.
     limit = _BLIND * float(np.median(seen)) if seen else 0.0
     return [id for id, size in sizes.items() if size <= limit]
+
+
+def _size(slope: np.ndarray) -> float:
+    return float(np.abs(slope).max(initial=0))
 
 
 def _moves(subject: Subject, state: Arrays, inputs: Sequence[Any], ids: list[Id]) -> bool:

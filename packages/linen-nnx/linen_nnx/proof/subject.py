@@ -245,13 +245,16 @@ def _program(tx: Any) -> Callable[..., Any]:
 
 def _level(params: Mapping[str, Id], state: Arrays) -> str:
     """`params/` where `TrainState.params` holds `{"params": ...}`: there moments do so, too."""
-    moments = []
+    ends = tuple(f"/{path}" for path in params)
+    deeper_ends = tuple(f"/params/{path}" for path in params)
+    is_deeper = False
     for key in state:
-        is_kept = isinstance(key, str) and key.startswith(f"{OPTIMIZER}/")
-        if is_kept and any(key.endswith(f"/{path}") for path in params):
-            moments.append(key)
-    ends = tuple(f"/params/{path}" for path in params)
-    return "params/" if moments and all(key.endswith(ends) for key in moments) else ""
+        if isinstance(key, str) and key.startswith(f"{OPTIMIZER}/") and key.endswith(ends):
+            if not key.endswith(deeper_ends):
+                return ""
+            is_deeper = True
+    # Without any moments (plain SGD) the level makes no difference.
+    return "params/" if is_deeper else ""
 
 
 def _keys(path: str) -> tuple[str | int, ...]:

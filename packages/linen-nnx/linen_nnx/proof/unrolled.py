@@ -106,6 +106,7 @@ class Unrolled:
                 return self._branches(eqn, args, site)
         if (inner := called(eqn)) is not None:
             return self._run(inner, args, site)
+        # A step for each result: what takes the one half of a `split` needs nothing of the other.
         name = eqn.primitive.name
         places = range(len(eqn.outvars))
         return [self._add(Step(name, tuple(args), eqn, place)) for place in places]

@@ -99,6 +99,7 @@ def verify(
         chosen = {**options, "step": None} if number else options
         step = chosen.get("step") if out.is_dir() and not (out / "_METADATA").exists() else None
         result = find(out, step, part=part, runs=runs)
+        # What is asked here goes before what the report says; what neither says, `like` settles.
         target, asked = _asked(result, to)
         said = {name: value for name, value in chosen.items() if value}
         chosen = {**asked, **said, "like": result, "part": part, "runs": runs}
@@ -143,6 +144,7 @@ def _asked(result: Source, to: str | None) -> tuple[str, dict[str, Any]]:
     except (OSError, ValueError):
         if to is None:
             raise StoreError(f"{result.folder} has no readable {REPORT}: say --to") from None
+        # A result of other hands. Some kinds of files hold a model and nothing beside it.
         return to, {"model_only": result.folder.suffix in MODEL_ALONE}
 
 
@@ -188,6 +190,7 @@ def _verify_one(
     yield Check("every bit, through the rule book", not wrong, tuple(wrong))
     progress("the way back")
     yield _inverse(conversion, result, intact=not wrong)
+    # Bytes are proved without the models' code; what they mean is not.
     if twin is None and (build is None or source.said is None):
         return
     progress("running both models")

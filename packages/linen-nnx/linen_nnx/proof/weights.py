@@ -104,6 +104,7 @@ def _carried(
     """The leaves of side `two` from those of side `one`: by rule, by guess, else random."""
     to = two.trace.side
     found = book.plan(one.trace.leaves, to, two.trace.leaves, partial=True).run(leaves)
+    # `partial` leaves out what has no rule: such leaves are filled element by element.
     without_rule = [path for path in two.paths if path not in found]
     fresh = random_leaves(two) if without_rule else {}
     alone = []
@@ -126,6 +127,7 @@ def _different(
     different = []
     for path in nnx.paths:
         ids = mate[nnx.trace.numbers[path]]
+        # Elements without a mate have nothing to differ from.
         if not ids.size or (ids < 0).any():
             continue
         if gather(linen, ours, ids).tobytes() != theirs[path].tobytes():
@@ -154,6 +156,7 @@ def _saved(path: str | Path, book: RuleBook, runs: Runs) -> tuple[Side, Leaves]:
         form = Form("linen", source.said.stage, source.said.forms)
     model = read_state(source.leaves, form, book).model
     arrays = dict(zip(model, source.reader.read(list(model.values())), strict=True))
+    # At a stage in the middle of a migration some parts are nnx already.
     nnx: Leaves = {}
     linen: dict[str, Leaves] = {}  # by part
     for key, array in arrays.items():
