@@ -57,7 +57,7 @@ def check_arrays(
     Example:
         >>> one, two = {"output 0": np.ones(2)}, {"output 0": np.array([1.0, 1.5])}
         >>> check_arrays("forward", lambda wide: (one, two), False, Bound(2e-7, 1e-12)).details[1]
-        'not equal: in float64 3e-01 apart, of which 2e-07 may be rounding'
+        'not equal: in float64 5e-01 apart, of which 2e-07 may be rounding'
     """
     left, right = both(False)
     # The first few: a wrong dtype is wrong in each of a thousand leaves.
