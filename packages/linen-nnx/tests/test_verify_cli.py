@@ -68,6 +68,7 @@ def test_a_twin_brings_its_rule_book_to_plan_run_and_verify(linen, tmp_path, cap
     assert code == 0
     assert "ok          forward pass, randomised weights\n              exact" in text
     assert "ok          one optimizer step from the carried state" in text
+    assert text.splitlines()[-1].startswith("passed: ")
 
 
 def test_verify_prints_each_check_as_soon_as_it_is_known(linen, tmp_path, capsys, monkeypatch):
@@ -109,6 +110,7 @@ def test_a_wrong_book_beside_the_output_fails_with_a_twin_alone(linen, tmp_path,
 
     assert code == 1
     assert "FAILED      forward pass" in text
+    assert text.splitlines()[-1].startswith("FAILED: ")
     assert "`last/bias` comes from `params/ln/scale`, and must come from `params/ln/bias`" in text
 
 

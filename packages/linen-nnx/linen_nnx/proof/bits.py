@@ -26,7 +26,7 @@ _BATCH = 32 << 20  # bytes of arrays compared at once, beside a single leaf that
 _EACH = 8 << 10
 
 
-def different(
+def wrong_leaves(
     conversion: Conversion, result: Source, progress: Callable[[str], None] = lambda text: None
 ) -> Iterator[str]:
     """Every target leaf whose bits differ from what its sources give.
@@ -79,7 +79,7 @@ def not_undone(conversion: Conversion, back: Conversion) -> list[str]:
             wrong.append(f"{new} leads back to {old}")
     # Where nothing but a name changes, the bits are those that were compared on the way there.
     changed = replace(back, jobs=tuple(job for job in back.jobs if job.change.actions))
-    return wrong + list(different(changed, conversion.source))
+    return wrong + list(wrong_leaves(changed, conversion.source))
 
 
 def _differing(job: Job, arrays: list[Any], targets: list[Any]) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
     jaxpr of tanh(x @ w):      (0,)  c = dot_general(x, w)
                                (1,)  d = tanh(c)
-    record(jaxpr, [w, x], {(0,)})  ->  ([d], {(0,): Record(outs=[c], args=[x, w], steps=())})
+    record(jaxpr, [w, x], {(0,)})  ->  ([d], {(0,): Record(outs=[c], args=[x, w], iterations=())})
 
 A model that is compiled as a whole is rounded as XLA fuses it, and XLA fuses twins differently.
 Here nothing is compiled as a whole, so equations that are the same in both twins give the same
@@ -30,12 +30,12 @@ class Record(NamedTuple):
     Attributes:
       outs: its outputs.
       args: its operands.
-      steps: the iteration of each scan around it, the outermost first; empty outside of scans.
+      iterations: that of each scan around it, the outermost first; empty outside of scans.
     """
 
     outs: list[Any]
     args: list[Any]
-    steps: tuple[int, ...]
+    iterations: tuple[int, ...]
 
 
 def record(
@@ -63,7 +63,7 @@ def record(
 
 
 class _Run:
-    """One run; `site` and `steps` say where in it an equation stands."""
+    """One run; `site` and `around` say where an equation stands, and in which iterations."""
 
     def __init__(self, sites: Container[Site], mode: Mode) -> None:
         self.sites, self.mode = sites, mode
@@ -74,51 +74,51 @@ class _Run:
             return value
         return wide(_nudged(value) if self.mode == "nudged" else value)
 
-    def jaxpr(self, jaxpr: Any, args: Sequence[Any], site: Site, steps: Site) -> list[Any]:
+    def jaxpr(self, jaxpr: Any, args: Sequence[Any], site: Site, around: Site) -> list[Any]:
         def equation(number: int, eqn: Any, given: list[Any]) -> Sequence[Any]:
             here = (*site, number)
-            outs = self.equation(eqn, given, here, steps)
+            outs = self.equation(eqn, given, here, around)
             # The first time: the body of a while loop has one address in all its iterations.
             if here in self.sites and here not in self.found:
-                self.found[here] = Record(list(outs), given, steps)
+                self.found[here] = Record(list(outs), given, around)
             return outs
 
         given = args if self.mode == "own" else map(wide, args)
         return interpret(jaxpr, given, self.constant, equation)
 
-    def equation(self, eqn: Any, args: list[Any], site: Site, steps: Site) -> Sequence[Any]:
+    def equation(self, eqn: Any, args: list[Any], site: Site, around: Site) -> Sequence[Any]:
         match eqn.primitive.name:
             case "scan":
-                return self.scan(eqn, args, site, steps)
+                return self.scan(eqn, args, site, around)
             case "while":
-                return self.loop(eqn, args, site, steps)
+                return self.loop(eqn, args, site, around)
             case "cond":
                 ways = branches(eqn)
                 # As `lax.switch` does with an index out of range.
                 number = int(np.clip(args[0], 0, len(ways) - 1))
-                return self.jaxpr(ways[number], args[1:], (*site, number), steps)
+                return self.jaxpr(ways[number], args[1:], (*site, number), around)
         if (inner := called(eqn)) is not None:
-            return self.jaxpr(inner, args, site, steps)
+            return self.jaxpr(inner, args, site, around)
         return bind(eqn, args) if self.mode == "own" else equation(eqn, args)
 
-    def scan(self, eqn: Any, args: list[Any], site: Site, steps: Site) -> Sequence[Any]:
+    def scan(self, eqn: Any, args: list[Any], site: Site, around: Site) -> Sequence[Any]:
         scan = scan_parts(eqn)
         fixed, carry, rows = scan.operands(args)
         collected = {}
         for step in scan.steps():
             row_now = [row[step] for row in rows]
             given = [*fixed, *carry, *row_now]
-            outs = self.jaxpr(scan.body, given, (*site, step), (*steps, step))
+            outs = self.jaxpr(scan.body, given, (*site, step), (*around, step))
             carry, collected[step] = outs[: scan.carried], outs[scan.carried :]
         # In the order of rows: a reverse scan has collected the last one first.
         in_order = [collected[step] for step in range(scan.length)]
         return [*carry, *map(jnp.stack, zip(*in_order, strict=True))]
 
-    def loop(self, eqn: Any, args: list[Any], site: Site, steps: Site) -> Sequence[Any]:
+    def loop(self, eqn: Any, args: list[Any], site: Site, around: Site) -> Sequence[Any]:
         loop = while_parts(eqn)
         test, body, carry = loop.operands(args)
-        while self.jaxpr(loop.test, [*test, *carry], (*site, 0), steps)[0]:
-            carry = self.jaxpr(loop.body, [*body, *carry], (*site, 1), steps)
+        while self.jaxpr(loop.test, [*test, *carry], (*site, 0), around)[0]:
+            carry = self.jaxpr(loop.body, [*body, *carry], (*site, 1), around)
         return carry
 
 

@@ -96,8 +96,8 @@ class SideRun:
 
     def layer(self, use: int) -> str:
         """The path of the module that holds the leaf of a use, as `blocks/up[7]` in a scan."""
-        path, steps = self.module(use), self.steps(use)
-        return f"{path}{list(steps)}" if path in self.stepping else path
+        path = self.module(use)
+        return f"{path}{list(self.iterations(use))}" if path in self.iterated else path
 
     def module(self, use: int) -> str:
         """The path of the module that holds the leaf of a use."""
@@ -106,19 +106,22 @@ class SideRun:
         start = 1 if self.side.trace.side == "linen" else 0
         return place(names[start:-1])
 
-    def steps(self, use: int) -> tuple[int, ...]:
+    def iterations(self, use: int) -> tuple[int, ...]:
         """The iterations of the scans around a use; empty where there is none."""
         # A branch that was not taken has an address and no record.
         found = self.records[0].get(self.flow.uses[use].site)
-        return found.steps if found else ()
+        return found.iterations if found else ()
 
     @cached_property
-    def stepping(self) -> set[str]:
-        """Modules that are used in more than one step of a scan."""
-        steps: dict[str, set[tuple[int, ...]]] = {}
+    def iterated(self) -> set[str]:
+        """Modules that are used in more than one iteration of a scan."""
+        seen: dict[str, tuple[int, ...]] = {}
+        several = set()
         for use in self.leaf:
-            steps.setdefault(self.module(use), set()).add(self.steps(use))
-        return {path for path, found in steps.items() if len(found) > 1}
+            path, iterations = self.module(use), self.iterations(use)
+            if seen.setdefault(path, iterations) != iterations:
+                several.add(path)
+        return several
 
     def value(self, use: int) -> Value | None:
         """What the equation of a use gives; None if it did not run (a branch not taken)."""

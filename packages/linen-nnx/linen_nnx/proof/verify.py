@@ -31,7 +31,7 @@ from linen_nnx.disk.runs import NO_RUNS, Runs
 from linen_nnx.disk.sources import SUFFIXES, Source, check_beside, find, parts
 from linen_nnx.disk.state import OPTIMIZER, State, read_state
 from linen_nnx.errors import Refusal
-from linen_nnx.proof.bits import different, not_undone
+from linen_nnx.proof.bits import not_undone, wrong_leaves
 from linen_nnx.proof.checks import Check
 
 if TYPE_CHECKING:  # jax, which comparing bytes does not need
@@ -183,10 +183,10 @@ def _verify_one(
     for one in conversion.parts[1:]:
         count += sum(len(job.targets) for job in one.jobs)
     yield Check("coverage, shapes, dtypes", True, (f"{count} leaves",))
-    wrong = list(different(conversion, result, progress))
+    wrong = list(wrong_leaves(conversion, result, progress))
     for name, one in conversion.beside.items():
         if one is not None:
-            wrong += different(one, source_of(result, result.folder / name), progress)
+            wrong += wrong_leaves(one, source_of(result, result.folder / name), progress)
     yield Check("every bit, through the rule book", not wrong, tuple(wrong))
     progress("the way back")
     yield _inverse(conversion, result, intact=not wrong)
