@@ -116,11 +116,11 @@ def verdict(checks: Sequence[Check]) -> str:
         >>> verdict([Check("digests", True), Check("exact inverse", None)])
         'passed: 1 of 2 checks, every bit equal; 1 not proved'
         >>> verdict([Check("digests", True), Check("exact inverse", False)])
-        'FAILED: 1 of 2 checks: exact inverse'
+        'FAILED: 1 of 2 checks; the first: exact inverse'
     """
     failed = [check.name for check in checks if check.passed is False]
     if failed:
-        return f"FAILED: {len(failed)} of {len(checks)} checks: {', '.join(failed)}"
+        return f"FAILED: {len(failed)} of {len(checks)} checks; the first: {failed[0]}"
     passed = [check for check in checks if check.passed]
     close = [check for check in passed if check.close]
     how = f"{len(close)} of them close, not exact" if close else "every bit equal"
