@@ -96,4 +96,4 @@ def tied_logits(features: Array, table: Array, bias: Array) -> Array:
         bias: (vocabulary,), float32.
     """
     scores = jnp.dot(features, table.astype(features.dtype).T)
-    return scores.astype(jnp.float32) + bias
+    return scores.astype(jnp.float32) + bias.reshape((1,) * (scores.ndim - 1) + (-1,))

@@ -15,6 +15,8 @@ os.environ["XLA_FLAGS"] = (
 ).strip()
 # Many tests run the same programs, some in processes of their own: each is compiled once.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".cache" / "jax")
+# Two arrays of another rank that meet are more often a mistake than meant.
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import pytest

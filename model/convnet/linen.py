@@ -42,7 +42,7 @@ class Encoder(nn.Module):
         for i in range(cfg.depth):
             x = block(cfg, name=f"Block_{i}")(x, train)
         gain = self.param("gain", nn.initializers.ones, (cfg.width,))
-        x = x.mean(axis=(1, 2)) * gain.astype(cfg.dtype)
+        x = x.mean(axis=(1, 2)) * gain.astype(cfg.dtype)[None]
         return x, {"gain": gain}
 
 
@@ -55,6 +55,6 @@ class Head(nn.Module):
     def __call__(self, x: Array, shared: Shared, *, train: bool) -> Array:
         cfg = self.cfg
         x = nn.relu(nn.Dense(cfg.width, dtype=cfg.dtype)(x))
-        x = x * shared["gain"].astype(cfg.dtype)
+        x = x * shared["gain"].astype(cfg.dtype)[None]
         x = nn.Dropout(cfg.dropout)(x, deterministic=not train)
         return nn.Dense(cfg.classes, dtype=cfg.dtype)(x).astype("float32")

@@ -50,7 +50,7 @@ class Encoder(nnx.Module):
         for block in self.blocks:
             x = call(block, x, train)
         gain = self.channel_gain[...]
-        x = x.mean(axis=(1, 2)) * gain.astype(cfg.dtype)
+        x = x.mean(axis=(1, 2)) * gain.astype(cfg.dtype)[None]
         return x, {"gain": gain}
 
 
@@ -65,7 +65,7 @@ class Head(nnx.Module):
 
     def __call__(self, x: Array, shared: Shared, *, train: bool) -> Array:
         x = nnx.relu(self.hidden(x))
-        x = x * shared["gain"].astype(self.cfg.dtype)
+        x = x * shared["gain"].astype(self.cfg.dtype)[None]
         x = self.dropout(x, deterministic=not train)
         return self.classify(x).astype("float32")
 

@@ -52,7 +52,7 @@ class Encoder(nn.Module):
         cfg = self.cfg
         embed = nn.Embed(cfg.vocab, cfg.width, dtype=cfg.dtype)
         x = embed(tokens)
-        positions = jnp.arange(tokens.shape[-1])
+        positions = jnp.arange(tokens.shape[-1])[None]
         x = x + nn.Embed(cfg.length, cfg.width, dtype=cfg.dtype)(positions)
         x = nn.Dropout(cfg.dropout)(x, deterministic=not train)
         block = nn.remat(Block, static_argnums=(2,)) if cfg.remat else Block

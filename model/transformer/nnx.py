@@ -68,7 +68,7 @@ class Encoder(nnx.Module):
     def __call__(self, tokens: Array, *, train: bool) -> tuple[Array, Shared]:
         cfg = self.cfg
         x = self.token_embed(tokens)
-        positions = jnp.arange(tokens.shape[-1])
+        positions = jnp.arange(tokens.shape[-1])[None]
         x = x + self.position_embed(positions)
         x = self.dropout(x, deterministic=not train)
         call = nnx.remat(Block.__call__, static_argnums=(2,)) if cfg.remat else Block.__call__
