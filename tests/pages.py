@@ -19,6 +19,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 EXAMPLES = sorted((ROOT / "examples").glob("*/README.md"))
 SHELL = ("sh", "bash")
+STAMPS = (".ready", ".tools")
 _TABLE = re.compile(r"<!-- table -->.*?<!-- end of table -->", re.DOTALL)
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _FILE = re.compile(r"`([\w/.]+)`:\n\n\Z")
@@ -84,9 +85,11 @@ def project(folder: Path) -> Path:
     shutil.copytree(ROOT, folder, ignore=skip, dirs_exist_ok=True)
     (folder / ".venv").mkdir()
     for path in Path(sys.prefix).iterdir():
-        if path.name != ".ready":
+        if path.name not in STAMPS:
             (folder / ".venv" / path.name).symlink_to(path)
-    (folder / ".venv" / ".ready").touch()  # what `make` goes by
+    # What `make` goes by: without them it would install this copy into the linked environment.
+    for stamp in STAMPS:
+        (folder / ".venv" / stamp).touch()
     return folder
 
 
