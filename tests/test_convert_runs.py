@@ -51,12 +51,12 @@ def halves(stage, variables):
         part = {path: leaf for path, leaf in leaves.items() if path.split("/")[1] == half}
         if form == "nnx":
             sub = BOOK.within(half)
-            for step in sub.plan(part, "nnx").steps:
-                collection = step.sources[0].split("/")[0]
-                arrays = step.run([part[path] for path in step.sources])
-                paths = (f"{collection}/{path}" for path in step.targets)
+            for move in sub.plan(part, "nnx").moves:
+                collection = move.sources[0].split("/")[0]
+                arrays = move.run([part[path] for path in move.sources])
+                paths = (f"{collection}/{path}" for path in move.targets)
                 part = {**part, **dict(zip(paths, arrays, strict=True))}
-                for path in step.sources:
+                for path in move.sources:
                     del part[path]
         result |= part
     return unflatten(result)

@@ -1,4 +1,6 @@
-"""The error that everything refused has in common."""
+"""The error that everything refused has in common, and how messages name things."""
+
+from collections.abc import Iterable
 
 
 class Refusal(ValueError):
@@ -17,3 +19,13 @@ class Refusal(ValueError):
       ...     print(type(refusal).__name__)
       RuleError
     """
+
+
+def quoted(names: Iterable[str]) -> str:
+    """Names as messages list them.
+
+    Example:
+      >>> quoted(["params/d/kernel", "params/d/bias"])
+      '`params/d/kernel`, `params/d/bias`'
+    """
+    return ", ".join([f"`{name}`" for name in names])

@@ -161,7 +161,7 @@ def test_a_plan_foretells_shapes_and_dtypes(pair):
     rules, leaves = pair
     plan = rules.plan(leaves, to="nnx")
     result = plan.run(leaves)
-    planned = {p: s for step in plan.steps for p, s in zip(step.targets, step.specs, strict=True)}
+    planned = {p: s for move in plan.moves for p, s in zip(move.targets, move.specs, strict=True)}
     assert {p: (x.shape, x.dtype) for p, x in result.items()} == planned
 
 
@@ -305,9 +305,9 @@ def test_drop_and_init_act_one_way_and_are_listed():
     )
     linen = {"params/w": zeros(2), "params/hn/bias": zeros(3)}
     target = {"w": zeros(2), "lora/aa": zeros(64), "lora/bb": zeros(64)}
-    steps = rules.plan(linen, "nnx", target).steps
-    assert [step.sources for step in steps if not step.targets] == [("params/hn/bias",)]
-    assert [step.targets for step in steps if not step.sources] == [("lora/aa",), ("lora/bb",)]
+    moves = rules.plan(linen, "nnx", target).moves
+    assert [move.sources for move in moves if not move.targets] == [("params/hn/bias",)]
+    assert [move.targets for move in moves if not move.sources] == [("lora/aa",), ("lora/bb",)]
     there = rules.to_nnx(linen, target)
     same_bits(there, rules.to_nnx(linen, target))
     assert (there["lora/aa"] != there["lora/bb"]).all()
@@ -358,7 +358,7 @@ def test_five_thousand_literal_rules_are_indexed(monkeypatch):
     calls = []
     monkeypatch.setattr(Pattern, "match", lambda self, path: calls.append(path))
     plan = rules.plan({f"params/a{k}/w": zeros(1) for k in range(5000)}, to="nnx")
-    assert len(plan.steps) == 5000 and not calls
+    assert len(plan.moves) == 5000 and not calls
 
 
 # Errors: all of them in one message
@@ -902,5 +902,5 @@ def test_five_thousand_rules_are_planned_in_seconds():
     leaf = np.ones(2, np.float32)
     leaves = {f"params/{block}/d_{n}/kernel": leaf for n in range(5000) for block in "ab"}
     start = time.process_time()
-    assert len(rules.plan(leaves, "nnx").steps) == 10_000
+    assert len(rules.plan(leaves, "nnx").moves) == 10_000
     assert time.process_time() - start < 5

@@ -73,9 +73,9 @@ def test_nearly_all_renames_and_most_leaves_that_need_an_op_are_assigned():
         if name == "unused_parameters":
             continue  # no evidence can tell its leaves apart; see the test of its own
         truth, got = pair(name).truth, outcome(pair(name).twin, book_of(name), pair(name).truth)[1]
-        for step in truth.plan(trace_linen(pair(name).twin).leaves, "nnx").steps:
-            renamed = not step.rule.ops
-            for path in step.targets:
+        for move in truth.plan(trace_linen(pair(name).twin).leaves, "nnx").moves:
+            renamed = not move.rule.ops
+            for path in move.targets:
                 all_leaves[renamed] += 1
                 assigned[renamed] += path in got
 

@@ -36,8 +36,8 @@ def test_suggest_shows_each_rule_with_its_evidence_and_writes_a_book_that_loads(
     assert "params/blk_{i}/{leaf}" in text and "->  blocks/{i}/{leaf}" in text
     assert "fingerprints equal" in text and "0 leaves unassigned" in text
     shapes = trace_linen(twin).leaves
-    steps = [RuleBook.load(path).plan(shapes, "nnx").steps for path in (rules, true)]
-    assert {(s.sources, s.targets) for s in steps[0]} == {(s.sources, s.targets) for s in steps[1]}
+    moves = [RuleBook.load(path).plan(shapes, "nnx").moves for path in (rules, true)]
+    assert {(m.sources, m.targets) for m in moves[0]} == {(m.sources, m.targets) for m in moves[1]}
 
 
 def test_suggest_overwrites_no_file(tmp_path, capsys):

@@ -10,10 +10,11 @@ import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from linen_nnx.book.grammar import Rule, did_you_mean
 from linen_nnx.book.index import Hit
+from linen_nnx.book.moves import Move
 from linen_nnx.book.ops import PART, Action, Block, Drop, Fill, Init, Mismatch, Side, Spec, Stack
 from linen_nnx.book.patterns import Pattern, is_integer
 from linen_nnx.book.tree import branches_of
@@ -41,40 +42,18 @@ class RuleError(Refusal):
         super().__init__("\n".join([f"{headline} ({len(self.problems)} {noun}):", *lines]))
 
 
-class Step(NamedTuple):
-    """One application of a rule: `sources` become `targets`.
-
-    No target: the leaf is dropped. No source: it is filled. No action: it keeps its bytes and
-    only its name changes.
-    """
-
-    rule: Rule
-    sources: tuple[str, ...]
-    targets: tuple[str, ...]
-    actions: tuple[Action, ...]
-    specs: tuple[Spec, ...]
-    """Shape and dtype of each target."""
-
-    def run(self, arrays: Sequence[Any]) -> list[Any]:
-        """The target arrays from the source arrays, in the order of `targets` and `sources`."""
-        result = list(arrays) if self.targets else []
-        for action in self.actions:
-            result = action.run(result)
-        return result
-
-
 @dataclass(frozen=True)
 class Plan:
-    """Every step of one translation."""
+    """Every move of one translation, from paths to paths. Each move has the rule that says so."""
 
-    steps: tuple[Step, ...]
+    moves: tuple[Move[str, str], ...]
 
     def run(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
         """Target leaves from source leaves."""
         result: dict[str, Any] = {}
-        for step in self.steps:
-            arrays = step.run([leaves[path] for path in step.sources])
-            result.update(zip(step.targets, arrays, strict=True))
+        for move in self.moves:
+            arrays = move.run([leaves[path] for path in move.sources])
+            result.update(zip(move.targets, arrays, strict=True))
         return result
 
 
@@ -98,7 +77,7 @@ def make_plan(
     attempt.check(partial)
     if attempt.problems:
         raise RuleError(f"The rule book does not fit, going to {to}", attempt.problems)
-    return Plan(tuple(attempt.steps))
+    return Plan(tuple(attempt.moves))
 
 
 class _Attempt:
@@ -115,7 +94,7 @@ class _Attempt:
         self.rules, self.hits, self.source, self.target = rules, hits, source, target
         self.to: Side = to
         self.side: Side = "linen" if to == "nnx" else "nnx"
-        self.steps: list[Step] = []
+        self.moves: list[Move[str, str]] = []
         self.problems: list[str] = []
         self.used: set[int] = set()
         self.broken: set[int] = set()  # rules with a problem of their own: no follow-up errors
@@ -139,7 +118,7 @@ class _Attempt:
                 self.used.add(number)
                 if not rule.ops:  # a plain rename, which is most leaves of most books
                     target = rule.side(self.to)[0].format(captures)
-                    self.steps.append(Step(rule, (path,), (target,), (), (spec,)))
+                    self.moves.append(Move((path,), (target,), (), (spec,), rule))
                 else:
                     stacked = self._stacked(rule)
                     shared = tuple(sorted((c, captures[c]) for c in captures if c not in stacked))
@@ -159,7 +138,7 @@ class _Attempt:
         """Plans a rule for the leaves `members`, by part and stacked captures."""
         rule = self.rules[number]
         if not rule.side(self.to):
-            self.steps += [Step(rule, (path,), (), (), ()) for path in members.values()]
+            self.moves += [Move((path,), (), rule=rule) for path in members.values()]
             return
         try:
             coords = self._coords(rule, members)
@@ -170,7 +149,7 @@ class _Attempt:
             self._fault(number, f"{mismatch} (at `{next(iter(members.values()))}`)")
             return
         targets = self._targets(rule, shared, block)
-        self.steps.append(Step(rule, sources, targets, actions, block.specs))
+        self.moves.append(Move(sources, targets, actions, block.specs, rule))
 
     def _coords(self, rule: Rule, members: Collection[tuple[int, ...]]) -> dict[str, int]:
         """The grid that the members fill, or a `Mismatch` that names the holes in it."""
@@ -239,7 +218,7 @@ class _Attempt:
                 if init.spec and not init.spec.same(spec):
                     self._fault(number, f"states {init.spec}, the target's `{path}` is {spec}")
                 fill = Fill(init.fill, init.stddev, init.seed, path, spec, init.data)
-                self.steps.append(Step(rule, (), (path,), (fill,), (spec,)))
+                self.moves.append(Move((), (path,), (fill,), (spec,), rule))
 
     def _places(self, pattern: Pattern) -> list[str]:
         """Where a pattern fills a leaf, if no target tree says so: beside the leaves that move.
@@ -253,15 +232,15 @@ class _Attempt:
         if not node or "{" in name:
             return []
         parent = Pattern(node)
-        nodes = branches_of(path for step in self.steps for path in step.targets)
+        nodes = branches_of(path for move in self.moves for path in move.targets)
         return [f"{node}/{name}" for node in sorted(nodes) if parent.match(node) is not None]
 
     def check(self, partial: bool) -> None:
-        """Checks what the steps write against each other, the book and the target."""
+        """Checks what the moves write against each other, the book and the target."""
         written: dict[str, Spec] = {}
-        for step in self.steps:
-            for path, spec in zip(step.targets, step.specs, strict=True):
-                self._check_target(step, path, spec, written)
+        for move in self.moves:
+            for path, spec in zip(move.targets, move.specs, strict=True):
+                self._check_target(move, path, spec, written)
                 written[path] = spec
         self._report_ambiguous()
         if partial:
@@ -271,12 +250,14 @@ class _Attempt:
         self._report_unused()
         self._report_unfilled(self.target or {}, unfilled)
 
-    def _check_target(self, step: Step, path: str, spec: Spec, written: Mapping[str, Spec]) -> None:
+    def _check_target(
+        self, move: Move[str, str], path: str, spec: Spec, written: Mapping[str, Spec]
+    ) -> None:
         if not path:
-            self.problems.append(f"{_origin(step)} would get an empty path from {step.rule}")
+            self.problems.append(f"{_origin(move)} would get an empty path from {move.rule}")
             return
         if path in written:
-            self.problems.append(f"two sources for `{path}`: the second is {_origin(step)}")
+            self.problems.append(f"two sources for `{path}`: the second is {_origin(move)}")
         hits = self.hits(self.to, path)
         if len(hits) > 1:
             self._note_ambiguous(self.to, path, hits)
@@ -285,10 +266,10 @@ class _Attempt:
         due = self.target.get(path)
         if due is None:
             near = did_you_mean(path, self.target) if self._may_compare(self.target) else ""
-            self.problems.append(f"{_origin(step)} becomes `{path}`, which the target lacks{near}")
+            self.problems.append(f"{_origin(move)} becomes `{path}`, which the target lacks{near}")
         elif not due.same(spec):
             self.problems.append(
-                f"`{path}` would be {spec} (from {_origin(step)}), but the target wants {due}"
+                f"`{path}` would be {spec} (from {_origin(move)}), but the target wants {due}"
             )
 
     def _report_unmatched(self, unfilled: list[str]) -> None:
@@ -383,8 +364,8 @@ class _Attempt:
         self.problems.append(f"{self._name(number)}: {text}")
 
 
-def _origin(step: Step) -> str:
-    return ", ".join(f"`{source}`" for source in step.sources[:3]) or "an init rule"
+def _origin(move: Move[str, str]) -> str:
+    return ", ".join(f"`{source}`" for source in move.sources[:3]) or "an init rule"
 
 
 def _letter_for_a_name(path: str, patterns: Iterable[Pattern]) -> str:

@@ -9,7 +9,7 @@ optimizer's state. All of them keep their bytes, and only their names change (en
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from linen_nnx.cli.models import rules_of, runs_named
 from linen_nnx.cli.output import (
@@ -23,6 +23,12 @@ from linen_nnx.cli.output import (
     summary,
     table,
 )
+
+if TYPE_CHECKING:  # what starts a command line imports no more than that command needs
+    from linen_nnx.book.moves import Move
+    from linen_nnx.disk.leaves import Leaf
+
+    LeafMove = Move[Leaf, Leaf]
 
 
 def plan(
@@ -41,48 +47,51 @@ def plan(
     options |= {**rules_of(twin, to, rules), "runs": runs_named(runs)}
     conversion = plan_conversion(ckpt, to, **options)
     if as_json:
-        jobs = [_content(job) for job in conversion.jobs]
+        jobs = [_content(move) for move in conversion.moves]
         print_json({**conversion.summary(), "jobs": jobs})
         return 0
     if by_leaf:
-        _show_leaves(conversion.jobs)
+        _show_leaves(conversion.moves)
     else:
-        _show_rules(conversion.jobs)
+        _show_rules(conversion.moves)
     say(summary(conversion.summary()))
     if not by_leaf:
         say("note     --leaves shows each leaf by itself")
     return 0
 
 
-def _content(job: Any) -> dict[str, Any]:
-    """One job in plain JSON values."""
-    rule = job.change.rule
+def _content(move: "LeafMove") -> dict[str, Any]:
+    """One move in plain JSON values."""
+    from linen_nnx.disk.engines import nbytes_of
+
+    rule = move.rule
     return {
-        "engine": _engine(job),
+        "engine": _engine(move),
         "rule": None if rule is None else str(rule),
-        "from": [leaf.path for leaf in job.change.sources],
-        "to": [leaf.path for leaf in job.targets],
-        "specs": [spec_of(leaf) for leaf in job.targets],
-        "bytes": job.nbytes,
+        "from": [leaf.path for leaf in move.sources],
+        "to": [leaf.path for leaf in move.targets],
+        "specs": [spec_of(leaf) for leaf in move.targets],
+        "bytes": nbytes_of(move),
     }
 
 
-def _engine(job: Any) -> str:
-    """How the bytes of a job come about: by an engine, or `drop` and `fill`."""
-    made = not job.change.sources and job.engine != "drop"
-    return "fill" if made else job.engine
+def _engine(move: "LeafMove") -> str:
+    """How the bytes of a move come about: by an engine, or `drop` and `fill`."""
+    from linen_nnx.disk.engines import engine_of
+
+    return engine_of(move) if move.sources else "fill"
 
 
-def _show_rules(jobs: Sequence[Any]) -> None:
+def _show_rules(moves: "Sequence[LeafMove]") -> None:
     """A few lines for each rule: what follows it, and by which engine."""
-    groups: dict[tuple[int, str], list[Any]] = {}
-    for job in jobs:
-        rule = job.change.rule
+    groups: dict[tuple[int, str], list[LeafMove]] = {}
+    for move in moves:
+        rule = move.rule
         # By identity: to hash a rule for each of 50,000 leaves takes longer than the plan.
-        kind = "" if rule is not None else _engine_without_rule(job)
-        groups.setdefault((id(rule), kind), []).append(job)
+        kind = "" if rule is not None else _engine_without_rule(move)
+        groups.setdefault((id(rule), kind), []).append(move)
     for (_, kind), members in groups.items():
-        rule = members[0].change.rule
+        rule = members[0].rule
         if rule is not None:
             for line in rule_lines(rule):
                 print(line)
@@ -98,21 +107,21 @@ _WITHOUT_RULE = {
 }
 
 
-def _engine_without_rule(job: Any) -> str:
-    engine = _engine(job)
+def _engine_without_rule(move: "LeafMove") -> str:
+    engine = _engine(move)
     return engine if engine in _WITHOUT_RULE else "keep"
 
 
-def _account(jobs: Sequence[Any], named: bool) -> str:
-    """How many leaves some jobs take, from which entries of the tree, and by which engines.
+def _account(moves: "Sequence[LeafMove]", named: bool) -> str:
+    """How many leaves some moves take, from which entries of the tree, and by which engines.
 
     named: whether to name the leaves, where no pattern of a rule says which they are.
     """
     engines, places = Counter[str](), Counter[str]()
     paths: list[str] = []
-    for job in jobs:
-        leaves = job.change.sources or job.targets
-        engines[_engine(job)] += len(job.targets) or len(leaves)
+    for move in moves:
+        leaves = move.sources or move.targets
+        engines[_engine(move)] += len(move.targets) or len(leaves)
         for leaf in leaves:
             places[leaf.path.split("/")[0]] += 1
             paths.append(leaf.path)
@@ -130,14 +139,14 @@ def _account(jobs: Sequence[Any], named: bool) -> str:
     return f"{whole}: {where} ({ways})"
 
 
-def _show_leaves(jobs: Sequence[Any]) -> None:
+def _show_leaves(moves: "Sequence[LeafMove]") -> None:
     rows: list[tuple[str, ...]] = []
     several = False
-    for job in jobs:
-        old = [leaf.path for leaf in job.change.sources]
-        new = [leaf.path for leaf in job.targets]
-        specs = [spec_of(leaf) for leaf in job.targets]
-        rows.append((f"{_engine(job):6}  {first(old)}", f"->  {first(new)}", first(specs)))
+    for move in moves:
+        old = [leaf.path for leaf in move.sources]
+        new = [leaf.path for leaf in move.targets]
+        specs = [spec_of(leaf) for leaf in move.targets]
+        rows.append((f"{_engine(move):6}  {first(old)}", f"->  {first(new)}", first(specs)))
         several = several or len(old) > 1 or len(new) > 1
     table(rows, long=1)
     if several:

@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from linen_nnx.disk.layouts import Change
-from linen_nnx.disk.leaves import DICT, SEQUENCE, Key, Leaf, make_key
+from linen_nnx.book.moves import Move
+from linen_nnx.disk.leaves import SEQUENCE, Key, Leaf, dict_keys
 from linen_nnx.disk.sources import Source
 from linen_nnx.disk.state import OPTIMIZER, Form, State, without_boxes
 from linen_nnx.disk.store import is_item
@@ -44,7 +44,7 @@ def head_of(name: str, leaves: Sequence[Leaf], side: str) -> tuple[Key, ...]:
     one state with a `count`); anything else below the item's name.
 
     Example:
-      >>> from linen_nnx.disk.leaves import SEQUENCE
+      >>> from linen_nnx.disk.leaves import DICT, SEQUENCE
       >>> kernel = Leaf((Key("fc", DICT), Key("kernel", DICT)), "jax.Array")
       >>> [key.name for key in head_of("ema", [kernel], "linen")]
       ['ema']
@@ -57,12 +57,12 @@ def head_of(name: str, leaves: Sequence[Leaf], side: str) -> tuple[Key, ...]:
     above = ("optimizer",) if side == "nnx" else ()
     # The item has the level `opt_state` itself.
     if OPTIMIZER in names:
-        return _dicts(*above)
+        return dict_keys(*above)
     # Flax writes a tuple as a dict whose keys are digits.
     is_chain = all(key.kind == SEQUENCE or key.name.isdigit() for key in tops)
     if is_chain or "count" in names:
-        return _dicts(*above, OPTIMIZER)
-    return _dicts(name)
+        return dict_keys(*above, OPTIMIZER)
+    return dict_keys(name)
 
 
 def head_in(head: tuple[Key, ...], side: str) -> tuple[Key, ...]:
@@ -70,15 +70,15 @@ def head_in(head: tuple[Key, ...], side: str) -> tuple[Key, ...]:
     if not is_optimizer(head):
         return head
     below = [key for key in head if key.name != "optimizer"]
-    above = _dicts("optimizer") if side == "nnx" else ()
+    above = dict_keys("optimizer") if side == "nnx" else ()
     return (*above, *below)
 
 
-def without_head(change: Change, sources: int, targets: int) -> Change:
-    """A change whose leaves have lost their first keys: `sources` and `targets` of them."""
-    return change._replace(
-        sources=tuple([leaf.at(leaf.keys[sources:]) for leaf in change.sources]),
-        targets=tuple([leaf.at(leaf.keys[targets:]) for leaf in change.targets]),
+def without_head(move: Move[Leaf, Leaf], sources: int, targets: int) -> Move[Leaf, Leaf]:
+    """A move whose leaves have lost their first keys: `sources` and `targets` of them."""
+    return move._replace(
+        sources=tuple([leaf.at(leaf.keys[sources:]) for leaf in move.sources]),
+        targets=tuple([leaf.at(leaf.keys[targets:]) for leaf in move.targets]),
     )
 
 
@@ -96,7 +96,3 @@ def read_beside(leaves: Sequence[Leaf], head: tuple[Key, ...], form: Form) -> St
         above = names[:1] == ("optimizer",) and form.side == "nnx"
         rest["/".join(names[1:] if above else names)] = leaf
     return State(form, "an item beside the training state", {}, rest)
-
-
-def _dicts(*names: str) -> tuple[Key, ...]:
-    return tuple([make_key(name, DICT) for name in names])

@@ -1,24 +1,59 @@
-"""Carries a rule book over from the model to everything saved with it.
+"""Carries a rule book over from the model to everything that was saved with it.
 
-Rules are written for the model. They follow (`follow.py`) into every subtree of the rest that
-mirrors one of its collections (`mirrors.py`); what mirrors nothing goes along as it is where that
-is right (`fields.py`). What has no home on the other side is an error until a rule drops it.
+A training state of four leaves, and a book whose one rule is about the kernel: it moves
+`params/d/kernel` to `a/w` and transposes it.
+
+    params/d/kernel            (6, 3)    the model     a/w                    (3, 6)
+    opt_state/0/mu/d/kernel    (6, 3)    a mirror      opt_state/0/mu/a/w     (3, 6)
+    step                       ()        plain         step                   ()
+    opt_state/0/count          ()        plain         opt_state/0/count      ()
+
+1. The rules say what becomes of the model (`model_moves.py`).
+2. A subtree below which lie only paths of the model is a mirror of it (`mirrors.py`). Nobody says
+   that `mu` is a moment: that it holds `d/kernel`, and nothing else, shows it.
+3. What a rule does to a leaf of the model it does to that leaf of every mirror (`follow.py`).
+4. What mirrors nothing is plain: it goes along as it is, where that is right (`fields.py`).
+
+Each leaf so gets a move, from itself to a place. Whatever has no home on the other side is a
+problem, and all problems are raised together: nothing is left out unless a rule drops it.
+
+    >>> from linen_nnx.book.ops import Spec
+    >>> from linen_nnx.disk.state import read_state
+    >>> from linen_nnx.disk.leaves import DICT, Key
+    >>> from linen_nnx.disk.zarr_metadata import fresh_metadata
+    >>> def saved(path, *shape):
+    ...     keys = tuple(Key(name, DICT) for name in path.split("/"))
+    ...     zarr = fresh_metadata(Spec(shape, "float32"), zarr3=False)
+    ...     return Leaf(keys, "np.ndarray", zarr=zarr)
+    >>> tree = [saved("params/d/kernel", 6, 3), saved("opt_state/0/mu/d/kernel", 6, 3)]
+    >>> tree += [saved("step"), saved("opt_state/0/count")]
+    >>> turned = {"op": "transpose", "perm": [1, 0]}
+    >>> rule = {"linen": "params/d/kernel", "nnx": "a/w", "ops": [turned]}
+    >>> book = RuleBook.from_dict({"version": 1, "rules": [rule]})
+    >>> for move in carry(read_state(tree, Form("linen"), book), Form("nnx"), book).moves:
+    ...     print(f"{move.sources[0].path:<24}", move.targets[0], *move.actions)
+    params/d/kernel          a/w Permute(perm=(1, 0))
+    opt_state/0/mu/d/kernel  opt_state/0/mu/a/w Permute(perm=(1, 0))
+    step                     step
+    opt_state/0/count        opt_state/0/count
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from linen_nnx.book.ops import Side, Spec
+from linen_nnx.book.moves import Move, targets_of
 from linen_nnx.book.plan import RuleError
 from linen_nnx.book.rules import RuleBook
-from linen_nnx.book.stages import WHOLE
 from linen_nnx.book.tree import branches_of
 from linen_nnx.disk.fields import check_plain, ruled, scopes
 from linen_nnx.disk.follow import Mirror
 from linen_nnx.disk.leaves import Leaf
-from linen_nnx.disk.mirrors import factorings, find_mirrors, group, prefix_keys
-from linen_nnx.disk.moves import Move, Place, Step
+from linen_nnx.disk.mirrors import ModelPaths, Subtree, factorings, find_subtrees, prefix_keys
+from linen_nnx.disk.model_moves import model_moves, path_in_book
+from linen_nnx.disk.moments import FACTORED
+from linen_nnx.disk.places import Place
 from linen_nnx.disk.state import OPTIMIZER, Form, Id, State, unruled
+from linen_nnx.errors import quoted
 
 _SHOWN = 5  # leaves named in a note
 
@@ -30,7 +65,7 @@ class Carried(NamedTuple):
     as_they_are: list[str]
     """The arrays that mirror nothing, by path: they go along as they are."""
     notes: list[str]
-    steps: list[Step]
+    of_model: list[Move[Id, Id]]
     """What becomes of the model alone."""
 
 
@@ -43,7 +78,7 @@ def carry(
     origin: State | None = None,
     specs: Mapping[str, Any] | None = None,
 ) -> Carried:
-    """Every move that takes `state` to the form `to`.
+    """Every move that takes a whole training state to another form.
 
     Args:
       state: what is there. `to`: the form that it gets.
@@ -56,39 +91,30 @@ def carry(
     Raises:
       RuleError: with everything that does not fit.
     """
-    problems: list[str] = []
-    notes: list[str] = []
-    moves: list[Move[Leaf, Place]] = []
-    rest = dict(state.rest)
+    carrying = _Carrying(state.model, state.rest, state, to)
     if reset_optimizer:
-        for path in [path for path in rest if path.split("/")[0] == OPTIMIZER]:
-            moves.append(Move((rest.pop(path),), ()))
-    state = _without_unruled(State(state.form, state.layout, state.model, rest), book, moves, notes)
+        carrying.drop_optimizer()
+    # What has no home in any Linen model goes first: left in, no rule would match it, and the book
+    # would be said not to fit.
+    carrying.drop_empty_nodes()
+    if not state.form.flat:
+        carrying.drop_unruled(book)
     idle: frozenset[int] = frozenset()
     if not (state.form.stage or to.stage):
-        model = (_path(id, state.form.flat) for id in state.model)
-        settled = ruled(state, model, book, to.side, problems)
-        moves += settled.moves
-        idle = settled.rules
-        rest = {path: leaf for path, leaf in rest.items() if path not in settled.paths}
+        # At a stage the fields beside the model are the same on both sides.
+        idle = carrying.settle_by_rule(book)
+    # The shapes that are due let the book say what is missing, and fill what only the target has.
     if like is not None:
-        specs = {_path(id, like.form.flat): leaf.spec for id, leaf in like.model.items()}
-    steps = list(_steps(state, to, book, specs, problems, idle))
-    for step in steps:
-        sources = tuple([state.model[id] for id in step.sources])
-        places = tuple([Place(id) for id in step.targets])
-        moves.append(Move(sources, places, step.actions, step.specs, step.rule))
-    given = like or origin
-    as_they_are = _carry_rest(state, rest, to, steps, given, moves, problems, notes)
-    if problems:
-        raise RuleError(f"The checkpoint cannot go to {to}", problems)
-    return Carried(moves, as_they_are, notes, steps)
+        specs = {path_in_book(id, like.form.flat): leaf.spec for id, leaf in like.model.items()}
+    of_model = carrying.carry_model(book, specs, idle)
+    carrying.carry_rest(of_model, like or origin)
+    return carrying.done(of_model, f"The checkpoint cannot go to {to}")
 
 
 def carry_beside(
-    item: State, model: State, to: Form, steps: Sequence[Step], given: State | None
+    item: State, model: State, to: Form, of_model: Sequence[Move[Id, Id]], given: State | None
 ) -> Carried | None:
-    """Every move of what lies beside a model, by what becomes of the model (`Carried.steps`).
+    """Every move of what lies beside a model, by what becomes of the model (`Carried.of_model`).
 
     Args:
       item: what lies beside it, a state without a model; `model`: the state with it.
@@ -100,227 +126,183 @@ def carry_beside(
     Raises:
       RuleError: with everything that does not fit.
     """
-    state = State(item.form, item.layout, model.model, item.rest)
-    problems: list[str] = []
-    notes: list[str] = []
-    moves: list[Move[Leaf, Place]] = []
-    as_they_are = _carry_rest(state, item.rest, to, steps, given, moves, problems, notes)
-    if problems:
-        raise RuleError(f"An item beside the training state cannot go to {to}", problems)
-    if not any(place.mirrored for move in moves for place in move.targets):
-        return None
-    return Carried(moves, as_they_are, notes, list(steps))
+    carrying = _Carrying(model.model, item.rest, item, to)
+    carrying.carry_rest(of_model, given)
+    carried = carrying.done(of_model, f"An item beside the training state cannot go to {to}")
+    found = any(place.mirrored for place in targets_of(carried.moves))
+    return carried if found else None
 
 
-def _without_unruled(
-    state: State, book: RuleBook, moves: list[Move[Leaf, Place]], notes: list[str]
-) -> State:
-    """The state without empty nodes in the model, and without what in nnx is no variable of it.
+class _Carrying:
+    """One state on its way: what is left of it to be carried, and what has been found so far.
 
-    The latter is left out, and `notes` says so.
+    Each method takes some leaves and adds their moves. The order of the calls is that of the moves,
+    and so the order of the leaves in the result, where no given tree has one.
     """
-    model = dict(state.model)
-    for id in [id for id, leaf in model.items() if leaf.empty]:
-        moves.append(Move((model.pop(id),), ()))
-    if state.form.flat:
-        return State(state.form, state.layout, model, state.rest)
-    for what, ids in unruled(state, book):
-        for id in ids:
-            moves.append(Move((model.pop(id),), ()))
-        notes.append(f"{what}: {_few([id.path for id in ids])}")
-    return State(state.form, state.layout, model, state.rest)
+
+    def __init__(
+        self, model: Mapping[Id, Leaf], rest: Mapping[str, Leaf], read: State, to: Form
+    ) -> None:
+        # Copies, since leaves are taken out of them.
+        self.state = State(read.form, read.layout, dict(model), dict(rest))
+        self.to = to
+        self.moves: list[Move[Leaf, Place]] = []
+        self.as_they_are: list[str] = []
+        self.notes: list[str] = []
+        self.problems: list[str] = []
+
+    def done(self, of_model: Sequence[Move[Id, Id]], refusal: str) -> Carried:
+        """The result. Raises `RuleError` with all problems there are."""
+        if self.problems:
+            raise RuleError(refusal, self.problems)
+        return Carried(self.moves, self.as_they_are, self.notes, list(of_model))
+
+    def drop_optimizer(self) -> None:
+        """Leaves out the optimizer's state."""
+        inside = [path for path in self.state.rest if path.split("/")[0] == OPTIMIZER]
+        for path in inside:
+            self._drop(self.state.rest.pop(path))
+
+    def drop_empty_nodes(self) -> None:
+        """Leaves out empty nodes of the model: a collection without leaves has nothing to carry."""
+        empty = [id for id, leaf in self.state.model.items() if leaf.empty]
+        for id in empty:
+            self._drop(self.state.model.pop(id))
+
+    def drop_unruled(self, book: RuleBook) -> None:
+        """Leaves out what lies in an nnx state and in no Linen model, and says so in a note."""
+        # All is found before anything is taken away: what is random is told by its neighbours.
+        for what, ids in list(unruled(self.state, book)):
+            for id in ids:
+                self._drop(self.state.model.pop(id))
+            self.notes.append(f"{what}: {_some([id.path for id in ids])}")
+
+    def settle_by_rule(self, book: RuleBook) -> frozenset[int]:
+        """Carries the single leaves of the rest that a rule names; returns these rules' numbers."""
+        model = (path_in_book(id, self.state.form.flat) for id in self.state.model)
+        settled = ruled(self.state, model, book, self.to.side, self.problems)
+        self.moves += settled.moves
+        for path in settled.paths:
+            del self.state.rest[path]
+        return settled.rules
+
+    def carry_model(
+        self, book: RuleBook, specs: Mapping[str, Any] | None, idle: frozenset[int]
+    ) -> list[Move[Id, Id]]:
+        """Carries the model; returns what becomes of it, which the rest follows."""
+        of_model = model_moves(self.state, self.to, book, specs, self.problems, idle)
+        for move in of_model:
+            sources = tuple([self.state.model[id] for id in move.sources])
+            places = tuple([Place(id) for id in move.targets])
+            self.moves.append(Move(sources, places, move.actions, move.specs, move.rule))
+        return of_model
+
+    def carry_rest(self, of_model: Sequence[Move[Id, Id]], given: State | None) -> None:
+        """Carries everything beside the model: first what mirrors it, then what does not.
+
+        Args:
+          of_model: what becomes of the model.
+          given: a tree that the result must equal, or came from. It settles what the source alone
+            cannot: which parameters have moments there, and below which names.
+        """
+        trees = _mirrorable(of_model, self.state.form)
+        subtrees, plain = find_subtrees(self.state.rest, trees)
+        # Adafactor's `v_row`, `v_col` and `v` show together what none of them shows alone.
+        factoring = factorings(subtrees, self.state)
+        arrays = None
+        if given is not None:
+            arrays = {path: leaf.zarr is not None for path, leaf in given.rest.items()}
+        for subtree in subtrees:
+            mirror = Mirror(
+                subtree=subtree,
+                state=self.state,
+                to=self.to,
+                level=_has_level(subtree.prefix, of_model, arrays),
+                factoring=factoring.get(subtree.node) if subtree.field in FACTORED else None,
+                given=arrays,
+                problems=self.problems,
+                notes=self.notes,
+            )
+            self.moves += mirror.moves(of_model)
+        self._carry_plain(plain, subtrees, of_model, trees)
+
+    def _carry_plain(
+        self,
+        plain: Sequence[str],
+        subtrees: Sequence[Subtree],
+        of_model: Sequence[Move[Id, Id]],
+        trees: Mapping[str, ModelPaths],
+    ) -> None:
+        """Carries what mirrors nothing, as it is; refuses what may depend on the model's form."""
+        # Where no name and no shape changes, nothing can depend on it: plain arrays are not asked
+        # about. So a state that only changes its layout is never refused for them.
+        inert = all(move.sources == move.targets and not move.actions for move in of_model)
+        # An array of an optimizer may depend on the parameters that its neighbours mirror.
+        inside = {}
+        for subtree in subtrees:
+            inside[subtree.prefix] = {subtree.paths[path] for path in subtree.held}
+        around = scopes(plain, inside, of_model, self.state)
+        names = set[str]()
+        for tree in trees.values():
+            names.update(tree)
+        for path in plain:
+            leaf = self.state.rest[path]
+            place = Place(path=path, prefix=prefix_keys(path, leaf))
+            self.moves.append(Move((leaf,), (place,)))
+            if inert:
+                continue
+            beside = path.startswith("../")
+            side = self.state.form.side
+            problem = check_plain(path, leaf, names, around[path], side, beside)
+            if problem is not None:
+                self.problems.append(problem)
+            elif leaf.zarr is not None and leaf.spec.shape:
+                # Named in the report: whoever knows the optimizer should see that nothing was done.
+                self.as_they_are.append(leaf.path)
+
+    def _drop(self, leaf: Leaf) -> None:
+        self.moves.append(Move((leaf,), ()))
 
 
-def _few(texts: Sequence[str]) -> str:
+def _some(texts: Sequence[str]) -> str:
+    """The first of some texts, and how many there are in all if that is more."""
     more = f", ... ({len(texts)})" if len(texts) > _SHOWN else ""
-    return ", ".join(f"`{text}`" for text in texts[:_SHOWN]) + more
+    return quoted(texts[:_SHOWN]) + more
 
 
-def _carry_rest(
-    state: State,
-    rest: Mapping[str, Leaf],
-    to: Form,
-    steps: Sequence[Step],
-    given: State | None,
-    moves: list[Move[Leaf, Place]],
-    problems: list[str],
-    notes: list[str],
-) -> list[str]:
-    """Adds the moves of the rest; returns the arrays that go along as they are."""
-    trees = _trees(steps, state.form)
-    specs = {path: None if leaf.zarr is None else leaf.spec for path, leaf in rest.items()}
-    found, plain = find_mirrors(specs, trees)
-    outside = set(plain)
-    paths = [path for path in rest if path not in outside]
-    groups = {}
-    for (prefix, tree), inside in zip(found, _below([p for p, _ in found], paths), strict=True):
-        groups[prefix] = group(prefix, trees[tree], rest, inside)
-    mirrored = {prefix: trees[tree] for prefix, tree in found}
-    factoring = factorings({prefix: held for prefix, (held, _) in groups.items()}, mirrored, state)
-    targets = (
-        None if given is None else {p: leaf.zarr is not None for p, leaf in given.rest.items()}
-    )
-    for prefix, tree in found:
-        held, holes = groups[prefix]
-        node, _, field = prefix.rpartition("/")
-        mirror = Mirror(
-            prefix=prefix,
-            tree=tree,
-            names={id: path for path, id in trees[tree].items()},
-            state=state,
-            to=to,
-            held=held,
-            holes=holes,
-            level=_has_level(prefix, steps, targets),
-            factoring=factoring.get(node) if field in ("v_row", "v_col", "v") else None,
-            given=targets,
-            problems=problems,
-            notes=notes,
-        )
-        moves += mirror.moves(steps)
-    return _carry_plain(state, rest, plain, steps, groups, mirrored, moves, problems)
-
-
-def _carry_plain(
-    state: State,
-    rest: Mapping[str, Leaf],
-    plain: Sequence[str],
-    steps: Sequence[Step],
-    groups: Mapping[str, Any],
-    mirrored: Mapping[str, Mapping[str, Id]],
-    moves: list[Move[Leaf, Place]],
-    problems: list[str],
-) -> list[str]:
-    """Adds the moves of what mirrors nothing; returns the arrays among it."""
-    inert = all(step.sources == step.targets and not step.actions for step in steps)
-    inside = {
-        prefix: {mirrored[prefix][path] for path in held} for prefix, (held, _) in groups.items()
-    }
-    around = scopes(plain, inside, steps, state)
-    called = {path for tree in _trees(steps, state.form).values() for path in tree}
-    as_they_are: list[str] = []
-    for path in plain:
-        leaf = rest[path]
-        moves.append(Move((leaf,), (Place(path=path, prefix=prefix_keys(path, leaf)),)))
-        if inert:
-            continue
-        beside = path.startswith("../")
-        problem = check_plain(path, leaf, called, around[path], state.form.side, beside)
-        if problem is not None:
-            problems.append(problem)
-        elif leaf.zarr is not None and leaf.spec.shape:
-            as_they_are.append(leaf.path)
-    return as_they_are
-
-
-def _below(prefixes: Sequence[str], paths: Sequence[str]) -> list[list[str]]:
-    """The paths below each of some disjoint prefixes."""
-    found: dict[str, list[str]] = {prefix: [] for prefix in prefixes}
-    for path in paths:
-        node = path
-        while node not in found:
-            node = node.rpartition("/")[0]
-        found[node].append(path)
-    return list(found.values())
-
-
-def _has_level(prefix: str, steps: Sequence[Step], given: Mapping[str, bool] | None) -> bool:
+def _has_level(
+    prefix: str, of_model: Sequence[Move[Id, Id]], given: Mapping[str, bool] | None
+) -> bool:
     """Whether a mirror's targets lie below the names of their collections, by a given tree.
 
-    They do where `TrainState.params` holds `{"params": ...}`: then moments do so, too.
+    They do where `TrainState.params` holds `{"params": ...}`. Then a moment of `d/kernel` is
+    `opt_state/0/mu/params/d/kernel`, and the level `params` means nothing.
     """
-    ids = [id for step in steps for id in step.targets if id.collection]
     if given is None:
         return False
+    # Nodes and leaves: a masked parameter is an empty node, and what SM3 keeps of one is a list.
     nodes = branches_of(given) | given.keys()
-    below = any(f"{prefix}/{id.collection}/{id.path}" in nodes for id in ids)
-    return below and not any(f"{prefix}/{id.path}" in nodes for id in ids)
+    with_level = without_level = False
+    for move in of_model:
+        for id in move.targets:
+            if id.collection:
+                with_level |= f"{prefix}/{id.collection}/{id.path}" in nodes
+                without_level |= f"{prefix}/{id.path}" in nodes
+    return with_level and not without_level
 
 
-def _steps(
-    state: State,
-    to: Form,
-    book: RuleBook,
-    specs: Mapping[str, Any] | None,
-    problems: list[str],
-    idle: frozenset[int],
-) -> Iterator[Step]:
-    """The model's steps: of the whole book, or of each part whose form changes."""
-    if not (state.form.stage or to.stage):
-        yield from _planned(state.model, state.form.side, to.side, book, specs, problems, idle)
-        return
-    # From a stage to a stock layout, or the other way round, one of the two has no parts.
-    parts = state.form.parts or to.parts
-    staged = state.form if state.form.parts else to
-    models: dict[str, dict[Id, Leaf]] = {part: {} for part in parts}
-    for id, leaf in state.model.items():
-        part = staged.part_of(id)
-        if part in models:
-            models[part][id] = leaf
-        else:
-            known = ", ".join(parts)
-            problems.append(f"`{id.collection}/{id.path}` lies in none of the parts ({known})")
-    for part, model in models.items():
-        before = state.form.parts.get(part, state.form.side)
-        after = to.parts.get(part, to.side)
-        if before == after:
-            yield from (Move((id,), (id,)) for id in model)
-        else:
-            inside = book if part == WHOLE else book.within(part)
-            yield from _planned(model, before, after, inside, None, problems, idle)
+def _mirrorable(of_model: Sequence[Move[Id, Id]], form: Form) -> dict[str, ModelPaths]:
+    """What a subtree of the rest may mirror: one collection, or the model as a whole (`""`).
 
-
-def _planned(
-    model: Mapping[Id, Leaf],
-    side: Side,
-    to: Side,
-    book: RuleBook,
-    target: Mapping[str, Any] | None,
-    problems: list[str],
-    idle: frozenset[int],
-) -> Iterator[Step]:
-    """The steps of one plan."""
-    if side == to:
-        problems.append(f"the checkpoint is in {to} form already")
-        return
-    ids = {_path(id, side == "linen"): id for id in model}
-    bare = {path: model[id].value_type for path, id in ids.items() if model[id].zarr is None}
-    if bare:
-        problems += [f"`{path}` is a {kind}, expected an array" for path, kind in bare.items()]
-        return
-    specs: dict[str, Spec] = {path: model[id].spec for path, id in ids.items()}
-    try:
-        plan = book.plan(specs, to, target, idle=idle)
-    except RuleError as error:
-        problems += error.problems
-        return
-    for step in plan.steps:
-        sources = tuple([ids[path] for path in step.sources])
-        if to == "linen":
-            targets = tuple([Id(*path.split("/", 1)) for path in step.targets])
-        else:
-            init = step.rule.init
-            known = init.collection if init is not None else None
-            collection = sources[0].collection if sources else known or "params"
-            targets = tuple([Id(collection, path) for path in step.targets])
-        known = {id.collection for id in sources} - {""}
-        if known and len(known | {id.collection for id in targets}) > 1:
-            problems.append(f"{step.rule} moves {step.sources} to another collection")
-        yield Move(sources, targets, step.actions, step.specs, step.rule)
-
-
-def _path(id: Id, flat: bool) -> str:
-    return f"{id.collection}/{id.path}" if flat else id.path
-
-
-def _trees(steps: Sequence[Step], form: Form) -> dict[str, dict[str, Id]]:
-    """What a subtree may mirror: the paths of one collection (parameters first), or `""`: all."""
+    The parameters come first, since nearly all that mirrors anything mirrors them.
+    """
     trees: dict[str, dict[str, Id]] = {"params": {}}
     everything = {}
-    for step in steps:
-        for id in step.sources:
-            # A leaf that stock nnx drops may be a parameter: its moments are dropped with it.
-            named = [i.collection for i in (id, *step.targets) if i.collection]
-            trees.setdefault(named[0] if named else "params", {})[id.path] = id
-            everything[_path(id, form.flat)] = id
+    for move in of_model:
+        for id in move.sources:
+            # In stock nnx form a leaf has no collection: its target's is its own. One that is
+            # dropped may be a parameter, and then its moments are dropped with it.
+            collection = next((one.collection for one in (id, *move.targets) if one.collection), "")
+            trees.setdefault(collection or "params", {})[id.path] = id
+            everything[path_in_book(id, form.flat)] = id
     return {**trees, "": everything}

@@ -42,12 +42,12 @@ between two chunks. A transpose would move the bytes inside each chunk, so it ha
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from linen_nnx.book.ops import Action, Gather, Reform, Spread
-from linen_nnx.disk.leaves import Leaf
+from linen_nnx.disk.leaves import ChunkRef, Leaf
 from linen_nnx.disk.zarr_metadata import chunk_shapes, chunked_parts, metadata_name
 
 GridPlace = tuple[int, ...]
@@ -55,15 +55,6 @@ GridPlace = tuple[int, ...]
 # A chunk's place and name take 275 bytes of memory. An array in more chunks than these, which would
 # take 290 MB, is streamed.
 _MOST_CHUNKS = 1 << 20
-
-
-@dataclass(frozen=True)
-class ChunkRef:
-    """One stored chunk: the item and the array that it lies in, and its key there."""
-
-    item: int
-    array: str
-    key: str
 
 
 @dataclass(frozen=True)
@@ -78,7 +69,7 @@ class Grid:
     """
 
     metadata: dict[str, Any]
-    chunks: dict[GridPlace, ChunkRef]
+    chunks: Mapping[GridPlace, ChunkRef]
 
     @property
     def shape(self) -> list[int]:
@@ -132,9 +123,10 @@ def source_grid(leaf: Leaf) -> Grid | None:
     grid = Grid(metadata, {})
     if math.prod(grid.counts) > _MOST_CHUNKS:
         return None
+    chunks = {}
     for place in grid.places():
-        grid.chunks[place] = ChunkRef(leaf.item, leaf.stored, grid.key(place))
-    return grid
+        chunks[place] = ChunkRef(leaf.item, leaf.stored, grid.key(place))
+    return Grid(metadata, chunks)
 
 
 def _is_row_major(metadata: dict[str, Any]) -> bool:

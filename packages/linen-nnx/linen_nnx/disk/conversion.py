@@ -1,4 +1,8 @@
-"""A planned conversion: what every leaf becomes, by which job, and what that needs."""
+"""A planned conversion: what every leaf becomes, by which engine, and what that needs.
+
+`planning.plan_conversion` makes one, `convert.convert` carries it out, and `verify` compares what
+it says with what lies on disk. Nothing here writes.
+"""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -9,19 +13,26 @@ from typing import Any, NamedTuple
 
 import xxhash
 
+from linen_nnx.book.moves import Move
 from linen_nnx.book.ops import Side
 from linen_nnx.book.rules import RuleBook
 from linen_nnx.disk import checked, ocdbt
+from linen_nnx.disk.engines import KEPT, STREAMED, done_by, engine_of, nbytes_of
 from linen_nnx.disk.leaves import Leaf
-from linen_nnx.disk.rekey import Job, kept
+from linen_nnx.disk.rekey import kept_names
 from linen_nnx.disk.sources import Source
 from linen_nnx.disk.state import Form, State
 from linen_nnx.disk.store import INDEX
 
 REPORT, RULES = "report.json", "rules.yaml"
-# Measured: Python, and what each leaf takes; tensorstore, and the batch being committed.
+"""The files that a conversion leaves in each folder that it has written, beside the digests."""
+
+# Measured, in bytes: Python with what is imported; what the plan takes for each leaf; tensorstore
+# with the batch that is being committed.
 _BASE_MEMORY, _LEAF_MEMORY, _STREAM_MEMORY = 22 << 20, 5 << 10, 68 << 20
-_COPIES = 5  # of a streamed change: sources, targets, and both encoded and on their way
+# A streamed move is in memory as sources and targets, and as encoded bytes of both the batch that
+# is being filled and the one that is on its way to disk; some actions copy once more.
+_COPIES = 5
 
 
 class Options(NamedTuple):
@@ -39,7 +50,12 @@ _OPTION_TYPES = (bool, bool, str, str, (int, float), list)
 
 
 def options_in(report: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that a report keeps. Raises `ValueError` for one of another type."""
+    """The options that a report keeps. Raises `ValueError` for one of another type.
+
+    Example:
+      >>> options_in({"model_only": True, "item": None, "prefix": ["model-"]})
+      {'model_only': True, 'prefix': ['model-']}
+    """
     options = {}
     for name, kind in zip(Options._fields, _OPTION_TYPES, strict=True):
         value = report.get(name)
@@ -47,19 +63,22 @@ def options_in(report: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if not isinstance(value, kind):
             raise ValueError(f"`{name}` is {checked.shown(value)}")
-        options[name] = [checked.text(one) for one in value] if isinstance(value, list) else value
+        if isinstance(value, list):
+            value = [checked.text(one) for one in value]
+        options[name] = value
     return options
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """One checkpoint's way to another form: which job does what."""
+    """The way of one checkpoint to another form, settled to the last leaf."""
 
     source: Source
     state: State
     to: Form
     book: RuleBook
-    jobs: tuple[Job, ...]
+    moves: tuple[Move[Leaf, Leaf], ...]
+    """Each is settled, so that `engine_of` tells which engine writes its targets."""
     target: str
     """The form as it was asked for."""
     options: Options
@@ -68,107 +87,133 @@ class Conversion:
     notes: tuple[str, ...]
     """What a person should know."""
     suffix: str
-    """Of the file to be written; empty if it is none."""
+    """The suffix of the file to be written; empty if a directory is."""
     beside: Mapping[str, "Conversion | None"] = field(default_factory=dict)
-    """Of other items of the step that are not taken along as they are: their own conversions, or
-    None for those that are left out."""
+    """The other items of the step that do not go along as they are: the conversion of each, or
+    None for one that is left out."""
 
     @property
-    def parts(self) -> list["Conversion"]:
-        """This one, and those of the items beside it."""
+    def with_beside(self) -> list["Conversion"]:
+        """This conversion, and those of the items beside it."""
         return [self, *filter(None, self.beside.values())]
 
     @property
     def dropped(self) -> list[str]:
-        """Source leaves without a target (empty nodes, which hold nothing, aside)."""
-        gone = (leaf for job in self.jobs if not job.targets for leaf in job.change.sources)
-        return [leaf.path for leaf in gone if not leaf.empty]
+        """The source leaves that have no target. Empty nodes hold nothing, and are not named."""
+        paths = []
+        for move in self.moves:
+            if not move.targets:
+                paths += [leaf.path for leaf in move.sources if not leaf.empty]
+        return paths
 
     @property
     def filled(self) -> list[str]:
-        """Target leaves with data and without a source."""
-        new = (job for job in self.jobs if not job.change.sources)
-        return [leaf.path for job in new for leaf in job.targets if leaf.zarr]
+        """The target leaves that have data and no source."""
+        paths = []
+        for move in self.moves:
+            if not move.sources:
+                paths += [leaf.path for leaf in move.targets if leaf.zarr]
+        return paths
 
     @property
     def bytes_streamed(self) -> int:
-        return sum(job.nbytes for job in self.jobs if job.engine == "stream")
+        """Bytes of the arrays that are read, transformed and written."""
+        return sum(map(nbytes_of, done_by(STREAMED, self.moves)))
 
     @property
     def bytes_stored(self) -> int:
         """Bytes that a copy takes over from the source as they are."""
         items = self.source.items
         if not (items and items[0].ocdbt):
-            return sum(job.nbytes for job in self.jobs if job.engine in ("name", "chunks"))
-        return sum(
-            file.stat().st_size
-            for number, item in enumerate(items)
-            for file in item.data_files(kept(self.jobs, number))
-        )
+            # No tree says how long the stored chunks are. Decoded they are no shorter, so that the
+            # disk is not found full on the way.
+            return sum(map(nbytes_of, done_by(KEPT, self.moves)))
+        count = 0
+        for number, item in enumerate(items):
+            files = item.data_files(kept_names(self.moves, number))
+            count += sum(file.stat().st_size for file in files)
+        return count
 
     @property
     def peak_memory(self) -> int:
-        """An estimate, in bytes."""
-        largest = max((job.nbytes for job in self.jobs if job.engine == "stream"), default=0)
+        """An estimate of the most memory that carrying it out takes, in bytes."""
+        largest = max(map(nbytes_of, done_by(STREAMED, self.moves)), default=0)
         more = _STREAM_MEMORY + _COPIES * largest if largest else 0
-        if self.suffix:  # held whole, and once more the leaf that is being written
-            sizes = [job.nbytes for job in self.jobs]
+        if self.suffix:
+            # A file is written from the whole tree in memory, and its writer holds the leaf that it
+            # is at once more, and again encoded.
+            sizes = list(map(nbytes_of, self.moves))
             more = max(more, _STREAM_MEMORY) + sum(sizes) + 2 * max(sizes, default=0)
-        return _BASE_MEMORY + _LEAF_MEMORY * len(self.jobs) + more
+        return _BASE_MEMORY + _LEAF_MEMORY * len(self.moves) + more
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of everything that the result depends on, the source's bytes included."""
+        """A hash of everything that the result depends on, the source's bytes included.
+
+        A report keeps it: a conversion to a target that is there finds its own result by it. So it
+        must come out the same in every later version for the same source, book and target.
+        """
         state = xxhash.xxh3_128()
         for path in self.source.bytes_of():
-            # The names of data files are random, and a manifest leads to all that it needs.
+            # The names of data files are random, and a manifest leads to all that it needs: it is
+            # read. Data files are gigabytes: of these name, size and time stand for the bytes.
             small = path.name.startswith(("_", ocdbt.MANIFEST)) or path.name == INDEX
             state.update(path.read_bytes() if small else _stamp(path))
-        jobs = []
-        for job in self.jobs:
-            read = [(leaf.item, leaf.stored) for leaf in job.change.sources]
-            jobs.append((read, [leaf.form for leaf in job.targets], job.change.actions))
-        state.update(f"{jobs}{self.to} {self.source.kind}".encode())
+        described = []
+        for move in self.moves:
+            stored = [(leaf.item, leaf.stored) for leaf in move.sources]
+            described.append((stored, [leaf.form for leaf in move.targets], move.actions))
+        state.update(f"{described}{self.to} {self.source.kind}".encode())
         for name, one in self.beside.items():
             state.update(f"{name} {one and one.fingerprint}".encode())
         return state.hexdigest()
 
     def summary(self) -> dict[str, Any]:
         """For reports: what was found, what is written, how much by which engine."""
-        engines = Counter(job.engine for job in self.jobs for _ in job.targets)
+        leaves = Counter[str]()
+        for move in self.moves:
+            if move.targets:
+                leaves[engine_of(move)] += len(move.targets)
         return {
             "source": str(self.source.path),
             "found": f"{self.source}: {self.state.layout}",
             "to": str(self.to),
             "target": self.target,
             **self.options._asdict(),
-            "leaves": dict(sorted(engines.items())),
+            "leaves": dict(sorted(leaves.items())),
             "dropped": self.dropped,
             "filled": self.filled,
             "as_they_are": list(self.as_they_are),
-            "bytes": sum(job.nbytes for job in self.jobs),
+            "bytes": sum(map(nbytes_of, self.moves)),
             "bytes_streamed": self.bytes_streamed,
-            "peak_memory": max(part.peak_memory for part in self.parts),
+            "peak_memory": max(one.peak_memory for one in self.with_beside),
             "notes": list(self.notes),
             "beside": {name: one and one.summary() for name, one in self.beside.items()},
         }
 
     def origin(self) -> dict[str, Any] | None:
-        """What the way back needs to know of the source's tree, in plain JSON values."""
+        """What the way back needs to know of the source's tree, in plain JSON values.
+
+        A stage needs none: its tree is that of its run, and the same at all four. `origin.py` reads
+        this back.
+        """
         if self.state.form.stage:
             return None
-        beside = {name: one.origin() for name, one in self.beside.items() if one is not None}
-        return {
-            "side": self.state.form.side,
-            "leaves": [
-                (*leaf.form, str(leaf.spec.dtype) if _is_scalar(leaf) else None)
-                for leaf in self.source.leaves
-            ],
-            "beside": beside,
-        }
+        leaves = []
+        for leaf in self.source.leaves:
+            # The dtype of a scalar alone is kept: a step is int32 in one layout and int64 or uint32
+            # in another, while arrays keep theirs on both ways.
+            dtype = str(leaf.spec.dtype) if _is_scalar(leaf) else None
+            leaves.append((*leaf.form, dtype))
+        beside = {}
+        for name, one in self.beside.items():
+            if one is not None:
+                beside[name] = one.origin()
+        return {"side": self.state.form.side, "leaves": leaves, "beside": beside}
 
 
 def _stamp(path: Path) -> bytes:
+    """What stands for the bytes of a large file: its path, its size, when it was written."""
     stat = path.stat()
     return f"{path} {stat.st_size} {stat.st_mtime_ns}".encode()
 

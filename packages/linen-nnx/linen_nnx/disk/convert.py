@@ -1,17 +1,25 @@
 """Converts a checkpoint on disk: whole training state, exact, atomic.
 
 Everything is written to a directory beside the target, synced to disk, and renamed: the target is
-absent or complete. The source is only read.
+absent or complete. The source is only read. In order:
+
+    plan       every leaf of every checkpoint, or a refusal        nothing is written yet
+    workspace  a locked directory beside the target                `transaction.py`
+    write      data files, trees, side files                       `rekey.py`, `stream.py`
+    seal       report and digests of each checkpoint               `digests.py`
+    sync       every file and directory through to disk            `placing.py`
+    publish    one rename                                          `transaction.py`
 """
 
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from linen_nnx.book.moves import targets_of
 from linen_nnx.book.reading import read_json
 from linen_nnx.disk import checked, digests
 from linen_nnx.disk.checked import StoreError
@@ -32,6 +40,8 @@ from linen_nnx.errors import Refusal
 _SPARE = 16 << 20  # bytes of room for the new tree and the side files
 _SAID = Path(ITEM, "metadata")
 _ORBAX_META = "_CHECKPOINT_METADATA"
+_OURS = (REPORT, RULES, digests.NAME)
+"""What a conversion writes anew in each folder, and so does not take over from an earlier one."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,23 @@ def convert(
 
     Raises:
       StoreError, RuleError, DigestError, TargetError, OSError: with nothing left behind.
+
+    Example:
+      >>> import tempfile
+      >>> import numpy as np
+      >>> from linen_nnx import RuleBook
+      >>> folder = tempfile.TemporaryDirectory()
+      >>> source, out = Path(folder.name, "linen.npz"), Path(folder.name, "nnx")
+      >>> np.savez(source, **{"params/d/kernel": np.ones((6, 3), "float32")})
+      >>> rule = {"linen": "params/d/kernel", "nnx": "a/w"}
+      >>> rules = RuleBook.from_dict({"version": 1, "rules": [rule]})
+      >>> convert(source, out, "nnx", rules=rules).status
+      'done'
+      >>> convert(source, out, "nnx", rules=rules).status
+      'equal'
+      >>> sorted(file.name for file in out.iterdir() if file.is_file())
+      ['_METADATA', 'digests.json', 'manifest.ocdbt', 'report.json', 'rules.yaml']
+      >>> folder.cleanup()
     """
     path, out = as_path(path), as_path(out)
     if isinstance(out, Remote):
@@ -77,18 +104,14 @@ def convert(
         known = " or ".join(SUFFIXES)
         raise TargetError(f"{out}: {out.suffix} is read and not written: choose a file {known}")
     progress("planning")
-    conversions = {}
-    for number, part in enumerate((None,) if to_file else parts(path, runs)):
-        chosen: dict[str, Any] = {**options, "step": None} if number else options
-        suffix = out.suffix * to_file
-        one = plan_conversion(path, to, part=part, suffix=suffix, runs=runs, **chosen)
-        if not to_file:
-            _check_beside(one.source, runs)
-        conversions[_relative(one)] = one
+    conversions = _planned(path, to, out.suffix if to_file else "", runs, options)
     if os.path.lexists(out):
         return _existing(out, conversions)
     _check_target(path, out, list(conversions.values()), link, runs)
-    with workspace(out) as partial, Placer(link, not link or digest, progress) as placer:
+    # Linked files stay as they are and are not read, so that linking takes no time: by default they
+    # are not hashed.
+    hash_links = not link or digest
+    with workspace(out) as partial, Placer(link, hash_links, progress) as placer:
         first = next(iter(conversions.values()))
         if to_file:
             _write_file(first, partial)
@@ -99,12 +122,35 @@ def convert(
             if first.source.kind == "run":
                 _write_run(path, partial, first, runs)
             hashed = placer.finish()
-            reports = [_seal(c, partial / name, placer, hashed) for name, c in conversions.items()]
+            reports = []
+            for relative, conversion in conversions.items():
+                reports.append(_seal(conversion, partial / relative, placer, hashed))
         progress("syncing to disk")
         _sync_all(partial, placer)
         publish(partial, out)
+        # The new name is an entry of the directory above, which has to be on disk as well.
         placer.sync([out.absolute().parent])
     return Result("done", out, tuple(reports))
+
+
+def _planned(
+    path: Path, to: str, suffix: str, runs: Runs, options: dict[str, Any]
+) -> dict[str, Conversion]:
+    """The conversion of each checkpoint of the source, by where it lies in the output.
+
+    A run has one for its latest and one for its best; anything else has one. `suffix`: that of the
+    file to be written, if it is one.
+    """
+    conversions = {}
+    folders = (None,) if suffix else parts(path, runs)
+    for number, folder in enumerate(folders):
+        # A step is asked for among the latest. The best is at a step of its own.
+        chosen: dict[str, Any] = {**options, "step": None} if number else options
+        one = plan_conversion(path, to, part=folder, suffix=suffix, runs=runs, **chosen)
+        if not suffix:
+            _check_beside(one.source, runs)
+        conversions[_relative(one)] = one
+    return conversions
 
 
 def _check_beside(source: Source, runs: Runs) -> None:
@@ -147,18 +193,17 @@ def _existing(out: Path, conversions: dict[str, Conversion]) -> Result:
 def _check_target(
     path: Path, out: Path, conversions: list[Conversion], link: bool, runs: Runs
 ) -> None:
+    """Refuses a target that lies in the source, in no directory, or on too full a disk."""
     parent = out.absolute().parent
     if not parent.is_dir():
         raise TargetError(f"{parent} is no directory: make it first")
     inside = {conversion.source.folder.resolve() for conversion in conversions}
-    inside |= {path.resolve()} if path.is_dir() else set()
-    if any(folder in (parent.resolve(), *parent.resolve().parents) for folder in inside):
+    if path.is_dir():
+        inside.add(path.resolve())
+    above = (parent.resolve(), *parent.resolve().parents)
+    if any(folder in above for folder in inside):
         raise TargetError(f"{out} lies inside the source, which stays as it is: choose another")
-    items = [part for conversion in conversions for part in conversion.parts]
-    copied = 0 if link else sum(item.bytes_stored for item in items)
-    copied += sum(_taken_along(conversion, link) for conversion in conversions)
-    copied += sum(file.stat().st_size for file in runs.taken(path))
-    needed = _SPARE + copied + sum(item.bytes_streamed for item in items)
+    needed = _SPARE + _bytes_needed(path, conversions, link, runs)
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise TargetError(
@@ -167,22 +212,36 @@ def _check_target(
         )
 
 
+def _bytes_needed(path: Path, conversions: list[Conversion], link: bool, runs: Runs) -> int:
+    """Bytes that all conversions write, but for their trees and side files."""
+    count = sum(file.stat().st_size for file in runs.taken(path))
+    for conversion in conversions:
+        count += _taken_along(conversion, link)
+        for one in conversion.with_beside:
+            count += one.bytes_streamed
+            count += 0 if link else one.bytes_stored
+    return count
+
+
 def _taken_along(conversion: Conversion, link: bool) -> int:
     """Bytes of the files beside the items, which a result takes along as they are."""
     source = conversion.source
-    folders = [] if link else [child for child in source.beside if child.is_dir()]
-    files = [file for folder in folders for file in files_below(folder)]
-    files += [child for child in source.beside if child.is_file()]
-    files += [file for item in source.paths for file in item.iterdir() if file.is_file()]
-    return sum(file.stat().st_size for file in files)
+    candidates = list(source.beside)
+    for item in source.paths:
+        candidates += item.iterdir()
+    if not link:
+        for child in source.beside:
+            candidates += files_below(child) if child.is_dir() else []
+    return sum(file.stat().st_size for file in candidates if file.is_file())
 
 
 def _write(conversion: Conversion, folder: Path, placer: Placer, runs: Runs) -> None:
     """Writes one converted checkpoint to `folder`, all but its report and digests."""
     source = conversion.source
     folder.mkdir(parents=True, exist_ok=True)
-    item = folder if source.folder in source.paths or not source.paths else folder / _name(source)
-    _write_item(conversion, item, placer)
+    # What was an item by itself stays one; in a step, the item keeps a name.
+    is_item = source.folder in source.paths or not source.paths
+    _write_item(conversion, folder if is_item else folder / _name(source), placer)
     for name, beside in conversion.beside.items():
         if beside is not None:
             _write_item(beside, folder / name, placer)
@@ -194,14 +253,14 @@ def _write_item(conversion: Conversion, item: Path, placer: Placer) -> None:
     """Writes one item: its store, its side files, and what else lies in its folder."""
     source = conversion.source
     item.mkdir(exist_ok=True)
-    write_store(item, source, conversion.jobs, placer)
-    leaves = [leaf for job in conversion.jobs for leaf in job.targets]
+    write_store(item, source, conversion.moves, placer)
     header = source.items[0].header if source.items else _HEADER
-    write_side_files(item, leaves, header)
-    ours = (REPORT, RULES, digests.NAME)
+    write_side_files(item, list(targets_of(conversion.moves)), header)
     for original in source.paths:
-        for file in (p for p in sorted(original.iterdir()) if p.is_file()):
-            if not (item / file.name).exists() and file.name not in (*ours, *OF_THE_TREE):
+        for file in sorted(original.iterdir()):
+            # Files about the old tree would mislead Orbax about the new one.
+            skipped = file.name in _OURS or file.name in OF_THE_TREE
+            if file.is_file() and not skipped and not (item / file.name).exists():
                 copy_file(file, item / file.name)
 
 
@@ -212,44 +271,60 @@ def _seal(
 
     Raises `DigestError` if a copy differs from the source's own digests.
     """
-    source = conversion.source
-    known = (digests.read(source.folder) if source.folder.is_dir() else None) or {}
     placed = {new: old for new, old in placer.placed.items() if folder in new.parents}
     found = {new: hashed[new] for new in placed if new in hashed}
-    carried = {
-        new: known[name]
-        for new, old in (placed.items() if known else ())
-        if (name := str(old.relative_to(source.folder))) in known
-    }
-    wrong = [
-        str(new.relative_to(folder))
-        for new in carried
-        if found.get(new, carried[new]) != carried[new]
-    ]
+    carried = _digests_of_source(conversion.source, placed)
+    wrong = []
+    for new, digest in carried.items():
+        if found.get(new, digest) != digest:
+            wrong.append(str(new.relative_to(folder)))
     if wrong:
         raise digests.DigestError(f"the source is damaged, by its own digests: {wrong}")
     linked = placed.keys() & placer.linked
+    # Linked files that were not hashed have the digests that the source has of them. If it has none
+    # of one, digests would have to read what linking was to spare.
+    covered = placer.hash_links or linked <= carried.keys()
     report = {
         "version": 1,
         **conversion.summary(),
         "linked": bool(linked),
         "fell_back": placer.fell_back,
-        "digests": placer.hash_links or linked <= carried.keys(),
+        "digests": covered,
         "fingerprint": conversion.fingerprint,
         "origin": conversion.origin(),
     }
+    # A line for each entry: the tree of the origin may have thousands of leaves, and a person
+    # should still find the notes.
     lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in report.items())
     (folder / REPORT).write_text("{" + ",\n".join(lines) + "}\n")
-    if report["digests"]:
-        all_known = {**carried, **found}
-        digests.write(folder, {str(new.relative_to(folder)): d for new, d in all_known.items()})
+    if covered:
+        # Last of all files, as it covers the report, too.
+        known = {**carried, **found}
+        digests.write(folder, {str(new.relative_to(folder)): d for new, d in known.items()})
     return report
 
 
+def _digests_of_source(source: Source, placed: Mapping[Path, Path]) -> dict[Path, digests.Digest]:
+    """The source's own digests of the files that were placed, by their new paths.
+
+    Files keep their bytes, and so a digest made when they were saved goes on covering them.
+    """
+    known = digests.read(source.folder) if source.folder.is_dir() else None
+    found = {}
+    if known:
+        for new, old in placed.items():
+            name = str(old.relative_to(source.folder))
+            if name in known:
+                found[new] = known[name]
+    return found
+
+
 def _name(source: Source) -> str:
+    """The name of the state's item; parts that were saved one by one become `state`."""
     return source.paths[0].name if len(source.paths) == 1 else "state"
 
 
+# The header of an item that was a file: as Orbax writes it today.
 _HEADER: dict[str, Any] = {
     "use_ocdbt": True,
     "use_zarr3": False,
@@ -260,30 +335,40 @@ _HEADER: dict[str, Any] = {
 
 def _carry_along(conversion: Conversion, folder: Path, placer: Placer, runs: Runs) -> None:
     """Takes over what else a step holds: other items, Orbax's own files, what it says of itself."""
-    source, said, to = conversion.source, conversion.source.said, conversion.to
-    ours = (REPORT, RULES, digests.NAME)
+    source = conversion.source
     for child in source.beside:
-        if child.name in ours or child.name in conversion.beside:
-            continue
-        if said is not None and child.name == ITEM:
+        is_said = source.said is not None and child.name == ITEM
+        if child.name in _OURS or child.name in conversion.beside or is_said:
             continue
         if child.is_file():
             copy_file(child, folder / child.name)
         elif child.is_dir():
-            for file in files_below(child):
-                placer.place(file, folder / file.relative_to(source.folder))
+            _place_folder(child, source.folder, folder, placer)
         else:
             raise StoreError(f"{child} is neither a file nor a folder, nor a link to one")
-    if said is not None and to.stage is not None:
-        content = runs.moved(said.content, to.stage)
-        content |= {"stage": to.stage, "forms": dict(to.parts)}
-        content["rules"] = conversion.book.to_dict()  # the one that is beside it, too
-        for file in files_below(source.folder / ITEM):
-            if file.relative_to(source.folder) != _SAID:
-                placer.place(file, folder / file.relative_to(source.folder))
-        (folder / _SAID).parent.mkdir(exist_ok=True)
-        (folder / _SAID).write_text(json.dumps(content))
+    if source.said is not None and conversion.to.stage is not None:
+        _write_said(conversion, folder, placer, runs)
     _rename_handlers(folder, source)
+
+
+def _place_folder(child: Path, above: Path, folder: Path, placer: Placer) -> None:
+    """Places the files of a folder, which lies in `above`, at the same paths in `folder`."""
+    for file in files_below(child):
+        placer.place(file, folder / file.relative_to(above))
+
+
+def _write_said(conversion: Conversion, folder: Path, placer: Placer, runs: Runs) -> None:
+    """Writes what a checkpoint says of itself, for the stage that it has come to."""
+    source, to = conversion.source, conversion.to
+    assert source.said is not None and to.stage is not None
+    content = runs.moved(source.said.content, to.stage)
+    content |= {"stage": to.stage, "forms": dict(to.parts)}
+    content["rules"] = conversion.book.to_dict()  # the one that is beside it, too
+    for file in files_below(source.folder / ITEM):
+        if file.relative_to(source.folder) != _SAID:
+            placer.place(file, folder / file.relative_to(source.folder))
+    (folder / _SAID).parent.mkdir(exist_ok=True)
+    (folder / _SAID).write_text(json.dumps(content))
 
 
 def _rename_handlers(folder: Path, source: Source) -> None:
@@ -296,18 +381,20 @@ def _rename_handlers(folder: Path, source: Source) -> None:
     except ValueError as error:
         raise StoreError(f"{source.folder / _ORBAX_META} cannot be read: {error}") from None
     handlers = content.get("item_handlers")
-    if isinstance(handlers, dict):
-        merged = {_name(source): handlers[p.name] for p in source.paths if p.name in handlers}
-        content["item_handlers"] = {
-            name: handler
-            for name, handler in {**handlers, **merged}.items()
-            if (folder / name).is_dir()
-        }
-        path.write_text(json.dumps(content))
+    if not isinstance(handlers, dict):
+        return
+    known = dict(handlers)
+    for part in source.paths:
+        if part.name in handlers:
+            known[_name(source)] = handlers[part.name]
+    # An item that was left out, or joined with another, would be looked for and not found.
+    kept = {name: handler for name, handler in known.items() if (folder / name).is_dir()}
+    content["item_handlers"] = kept
+    path.write_text(json.dumps(content))
 
 
 def _write_run(path: Path, partial: Path, conversion: Conversion, runs: Runs) -> None:
-    """What a run directory holds beside its checkpoints."""
+    """Writes what a run directory holds beside its checkpoints."""
     stage = conversion.to.stage
     assert stage is not None  # a whole run directory goes to a stage
     for file in runs.taken(path):
@@ -316,16 +403,15 @@ def _write_run(path: Path, partial: Path, conversion: Conversion, runs: Runs) ->
 
 
 def _write_file(conversion: Conversion, path: Path) -> None:
+    """Writes the result as one file, from the whole tree in memory."""
     from linen_nnx.disk.files import write_file  # needs numpy
 
     leaves = []
-    for job in conversion.jobs:
+    for move in conversion.moves:
         arrays: list[Any] = []
-        if job.targets and job.targets[0].zarr is not None:
-            arrays = conversion.source.reader.read(job.change.sources)
-            for action in job.change.actions:
-                arrays = action.run(arrays)
-        for number, leaf in enumerate(job.targets):
+        if move.targets and move.targets[0].zarr is not None:
+            arrays = move.run(conversion.source.reader.read(move.sources))
+        for number, leaf in enumerate(move.targets):
             # The level of `nnx.State` that holds a variable's value means nothing in a file.
             boxed = not conversion.to.flat and leaf.keys[-1].name == "value"
             keys = leaf.keys[:-1] if boxed else leaf.keys
@@ -334,8 +420,10 @@ def _write_file(conversion: Conversion, path: Path) -> None:
 
 
 def _sync_all(partial: Path, placer: Placer) -> None:
+    """Writes through to disk whatever the placer has not synced by itself: all but its copies."""
     fresh = [] if partial.is_dir() else [partial]
     for folder, _, names in os.walk(partial):
         files = [Path(folder, name) for name in names]
+        # A directory as well, since it holds the names of its files.
         fresh += [Path(folder), *(file for file in files if file not in placer.placed)]
     placer.sync(fresh)

@@ -28,7 +28,7 @@ def describe(leaves: Sequence[Leaf]) -> str | None:
     """The sort of a tree that is no whole state; None where its names say more, or nothing.
 
     Example:
-      >>> from linen_nnx.disk.store import Key
+      >>> from linen_nnx.disk.leaves import Key
       >>> describe([Leaf((Key("Dense_0", DICT), Key("kernel", DICT)), "jax.Array")])
       'bare parameters of Linen'
     """

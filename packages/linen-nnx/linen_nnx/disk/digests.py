@@ -3,6 +3,19 @@
 `digests.json` lies beside the files it covers and lists every file below that directory with its
 size and xxh3 hash (15 GB/s: reading is what takes time). The data files of a checkpoint never
 change, so that their digests stay valid wherever the files are copied or linked to.
+
+    >>> import tempfile
+    >>> temporary = tempfile.TemporaryDirectory()
+    >>> folder = Path(temporary.name)
+    >>> _ = (folder / "data").write_bytes(b"weights")
+    >>> write(folder)
+    >>> check(folder)
+    True
+    >>> _ = (folder / "data").write_bytes(b"weighty")
+    >>> check(folder)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    linen_nnx.disk.digests.DigestError: ... is damaged: data was altered
+    >>> temporary.cleanup()
 """
 
 import json
@@ -43,6 +56,7 @@ def hash_file(path: Path) -> Digest:
             state.update(part)
             size += len(part)
         return size, state.hexdigest()
+    # One block is filled again and again, so that no read allocates memory.
     block = bytearray(_BLOCK)
     view = memoryview(block)
     try:
@@ -59,7 +73,9 @@ def hash_file(path: Path) -> Digest:
 def write(directory: str | Path, known: Mapping[str, Digest] = MappingProxyType({})) -> None:
     """Writes the digest file of a finished checkpoint directory, atomically.
 
-    `known` are digests that need not be computed.
+    Args:
+      directory: holds the files.
+      known: digests that need not be computed, by the file's path in the directory.
     """
     directory = Path(directory)
     # What the server of a bucket copied lies there and not in the directory that is hashed here.
@@ -76,7 +92,10 @@ def write(directory: str | Path, known: Mapping[str, Digest] = MappingProxyType(
 
 
 def read(directory: str | Path) -> Digests | None:
-    """The digests that cover a directory, if there are any: its own, or its parent's."""
+    """The digests that cover a directory, if there are any: its own, or its parent's.
+
+    A parent's are those of a step, where the directory is one of its items.
+    """
     directory = as_path(directory).absolute()
     for base in (directory, directory.parent):
         try:
@@ -101,10 +120,8 @@ def _parsed(content: Any) -> Digests:
     for name, digest in checked.mapping(checked.field(content, "files")).items():
         if len(checked.sequence(digest)) != 2:
             raise ValueError(f"{checked.shown(name)} has {len(digest)} values, not size and hash")
-        files[checked.text(name)] = (
-            checked.integer(digest[0], 0, _LARGEST),
-            checked.text(digest[1]),
-        )
+        size, text = digest
+        files[checked.text(name)] = checked.integer(size, 0, _LARGEST), checked.text(text)
     return files
 
 
@@ -122,17 +139,27 @@ def check(directory: str | Path) -> bool:
     problems = [f"{name} is missing" for name in digests if name not in present]
     problems += [f"{name} is foreign" for name in sorted(present - set(digests))]
     for name in sorted(present & set(digests)):
-        size, text = digests[name]
-        found = (directory / name).stat().st_size
-        if found != size:
-            problems.append(f"{name} has {found} bytes, expected {size}")
-        elif not (directory / name).is_file():
-            problems.append(f"{name} is no regular file")
-        elif hash_file(directory / name)[1] != text:
-            problems.append(f"{name} was altered")
+        problem = _altered(directory / name, digests[name])
+        if problem is not None:
+            problems.append(f"{name} {problem}")
     if problems:
         raise DigestError(f"{directory} is damaged: {'; '.join(problems)}")
     return True
+
+
+def _altered(path: Path, digest: Digest) -> str | None:
+    """What is wrong with a file, if anything."""
+    size, text = digest
+    # The size is asked first: a file that was cut off is known without a byte of it read, and a
+    # pipe in its place, of size 0, is never opened.
+    found = path.stat().st_size
+    if found != size:
+        return f"has {found} bytes, expected {size}"
+    if not path.is_file():
+        return "is no regular file"
+    if hash_file(path)[1] != text:
+        return "was altered"
+    return None
 
 
 def _files(directory: Path) -> list[str]:
@@ -140,7 +167,11 @@ def _files(directory: Path) -> list[str]:
     if isinstance(directory, Remote):
         below = (path for path in directory.rglob("*") if path.is_file())
         return sorted({str(path.relative_to(directory)) for path in below} - {NAME})
+    ours = (NAME, f".{NAME}.partial")
     found = []
     for folder, _, names in os.walk(directory):
-        found += [os.path.relpath(os.path.join(folder, name), directory) for name in names]
-    return sorted(name for name in found if name not in (NAME, f".{NAME}.partial"))
+        for name in names:
+            path = os.path.relpath(os.path.join(folder, name), directory)
+            if path not in ours:
+                found.append(path)
+    return sorted(found)

@@ -18,12 +18,13 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from linen_nnx.book.index import Hit
+from linen_nnx.book.moves import Move
 from linen_nnx.book.ops import Side
 from linen_nnx.book.rules import RuleBook
 from linen_nnx.disk.follow import remedy, reshaped
-from linen_nnx.disk.leaves import DICT, Key, Leaf, make_key
+from linen_nnx.disk.leaves import Leaf, dict_keys
 from linen_nnx.disk.mirrors import prefix_keys
-from linen_nnx.disk.moves import Move, Place, Step
+from linen_nnx.disk.places import Place
 from linen_nnx.disk.state import OPTIMIZER, Id, State, is_key
 
 # As optax.contrib.muon calls the coefficients of its iteration.
@@ -93,11 +94,8 @@ def _settled(
     if new == path.removeprefix("../"):
         return [Move((leaf,), (Place(path=path, prefix=keys),), rule=rule)]
     above = "../" if path.startswith("../") else ""
-    return [Move((leaf,), (Place(path=above + new, prefix=_dicts(new)),), rule=rule)]
-
-
-def _dicts(path: str) -> tuple[Key, ...]:
-    return tuple(make_key(name, DICT) for name in path.split("/"))
+    place = Place(path=above + new, prefix=dict_keys(*new.split("/")))
+    return [Move((leaf,), (place,), rule=rule)]
 
 
 @dataclass(frozen=True)
@@ -109,9 +107,9 @@ class Scope:
     `mu` has the matrices alone: Muon is for these.
     """
 
-    steps: Sequence[Step]
+    steps: Sequence[Move[Id, Id]]
     state: State
-    everything: Sequence[Step]
+    everything: Sequence[Move[Id, Id]]
     """What the rules do to all parameters."""
 
     @property
@@ -156,7 +154,7 @@ class Scope:
 def scopes(
     paths: Collection[str],
     mirrors: Mapping[str, Collection[Id]],
-    steps: Sequence[Step],
+    steps: Sequence[Move[Id, Id]],
     state: State,
 ) -> dict[str, Scope]:
     """The scope of each of some leaves that mirror nothing.
@@ -189,7 +187,7 @@ def scopes(
     return found
 
 
-def _of_params(step: Step) -> bool:
+def _of_params(step: Move[Id, Id]) -> bool:
     return any(id.collection in ("", "params") for id in (*step.sources, *step.targets))
 
 

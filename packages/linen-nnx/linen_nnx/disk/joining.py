@@ -9,42 +9,59 @@ where the model may also be bare parameters (`fc/kernel`). The states of nnx sta
 their parts, as `{"model": nnx.State, "optimizer": nnx.State}`, which is the usual layout there.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 from linen_nnx.disk.checked import StoreError
 from linen_nnx.disk.describe import is_optimizer
-from linen_nnx.disk.leaves import DICT, Leaf, make_key, repeated
+from linen_nnx.disk.leaves import DICT, Leaf, dict_keys, repeated
 from linen_nnx.disk.state import OPTIMIZER
+from linen_nnx.errors import quoted
 
 
-def join(parts: Mapping[str, Sequence[Leaf]]) -> list[Leaf]:
-    """The leaves of all parts, under the keys that they have in the whole.
+def join(saved: Mapping[str, Sequence[Leaf]]) -> list[Leaf]:
+    """The leaves of everything that was saved, under the keys that they have in the whole.
 
-    Raises `StoreError` if two parts have a leaf of one path.
+    Args:
+      saved: the leaves of each checkpoint, by the name that its steps have.
+
+    Raises:
+      StoreError: if two checkpoints have a leaf of one path.
+
+    Example:
+      >>> from linen_nnx.disk.leaves import Key
+      >>> kernel = Leaf((Key("fc", DICT), Key("kernel", DICT)), "jax.Array")
+      >>> mu = kernel.at((Key("0", DICT), Key("mu", DICT), *kernel.keys))
+      >>> count = kernel.at((Key("0", DICT), Key("count", DICT)))
+      >>> [leaf.path for leaf in join({"model": [kernel], "optimizer": [mu, count]})]
+      ['params/fc/kernel', 'opt_state/0/mu/fc/kernel', 'opt_state/0/count']
     """
-    boxed = any(leaf.keys[-1] == ("value", DICT) for leaves in parts.values() for leaf in leaves)
+    is_nnx = any(map(_has_box, itertools.chain.from_iterable(saved.values())))
     joined = []
-    for name, leaves in parts.items():
-        above = [name] if boxed else _above(name, leaves, parts)
-        keys = tuple([make_key(key, DICT) for key in above])
-        joined += [leaf.at((*keys, *leaf.keys)) for leaf in leaves]
+    for name, leaves in saved.items():
+        above = dict_keys(*[name] if is_nnx else _above(name, leaves, saved))
+        joined += [leaf.at((*above, *leaf.keys)) for leaf in leaves]
     if twice := repeated([leaf.path for leaf in joined]):
-        shown = ", ".join(f"`{path}`" for path, _ in twice[:10])
-        raise StoreError(f"the parts {', '.join(parts)} both have {shown}: take one of them alone")
+        shown = quoted([path for path, _ in twice[:10]])
+        raise StoreError(f"the parts {', '.join(saved)} both have {shown}: take one of them alone")
     return joined
 
 
-def _above(name: str, leaves: Sequence[Leaf], parts: Mapping[str, Sequence[Leaf]]) -> list[str]:
-    """The keys above a part of a Linen state."""
-    if OPTIMIZER in _heads(leaves) or "params" in _heads(leaves):
-        return []
+def _has_box(leaf: Leaf) -> bool:
+    """Whether a leaf is a variable of nnx, which `nnx.State` saves below a key `value`."""
+    return leaf.keys[-1] == ("value", DICT)
+
+
+def _above(name: str, leaves: Sequence[Leaf], saved: Mapping[str, Sequence[Leaf]]) -> list[str]:
+    """The keys that come above the leaves of one checkpoint of a Linen state."""
+    heads = {leaf.keys[0].name for leaf in leaves}
+    if OPTIMIZER in heads or "params" in heads:
+        return []  # it says itself what is what
     if is_optimizer(leaves):
         return [OPTIMIZER]
-    bare = [one for one, other in parts.items() if not is_optimizer(other)]
-    if bare == [name] and name not in ("batch_stats", "step"):
+    # The one that is no optimizer's can only be the parameters, whatever it is called. Of two such
+    # each is a collection by its own name: `params` beside `batch_stats`.
+    others = [leaves for leaves in saved.values() if not is_optimizer(leaves)]
+    if len(others) == 1 and name not in ("batch_stats", "step"):
         return ["params"]
     return [name]
-
-
-def _heads(leaves: Sequence[Leaf]) -> set[str]:
-    return {leaf.keys[0].name for leaf in leaves}

@@ -1,23 +1,38 @@
 """Lays a translated training state out as the tree that a stock reader of its form expects.
 
-Linen: `TrainState`, or variables; nnx: `{"model": nnx.State, "optimizer": nnx.State of
-nnx.Optimizer}`, or the model's state alone; a stage of the ladder: the same tree as before.
-What the source cannot tell (the key types of an optimizer chain, its empty nodes, the dtype of
-the step) comes from a given tree: one that the result must be `like`, or its own origin.
+What `carry.py` says of a leaf is its place. Where a place lies on disk depends on the layout:
+
+    place                        as a TrainState of Linen    as states of nnx
+    d/kernel in `params`         params/d/kernel             model/d/kernel/value
+    step                         step                        optimizer/step/value
+    d/kernel in the mirror `mu`  opt_state/0/mu/d/kernel     optimizer/opt_state/0/mu/d/kernel/value
+
+A model that was saved without anything beside it is `variables` there, and the bare state of the
+model here. At a stage of the ladder the tree is the same as before, with other names in it.
+
+Three things the source cannot tell: which levels of an optimizer's chain are tuples (nnx writes
+their indices as names), where optax has an empty state (nnx saves none), and which dtype the step
+has. They come from a given tree: one that the result must be `like`, or its own origin. The leaf of
+that tree that is at a place is called the *mould* of the leaf that goes there.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
 
+from linen_nnx.book.moves import Move, targets_of
 from linen_nnx.book.ops import Cast, Spec
 from linen_nnx.book.plan import RuleError
-from linen_nnx.disk.leaves import DICT, SEQUENCE, Key, Leaf, common_sharding, make_key, repeated
-from linen_nnx.disk.moves import Move, Place
+from linen_nnx.disk.leaves import (
+    DICT,
+    SEQUENCE,
+    Key,
+    Leaf,
+    common_sharding,
+    dict_keys,
+    make_key,
+    repeated,
+)
+from linen_nnx.disk.places import Place
 from linen_nnx.disk.state import OPTIMIZER, Form, Id, State
-
-Change: TypeAlias = Move[Leaf, Leaf]
-"""A move on disk: target leaves have keys."""
 
 
 def lay_out(
@@ -26,107 +41,132 @@ def lay_out(
     to: Form,
     like: State | None = None,
     origin: State | None = None,
-) -> list[Change]:
-    """The changes on disk, in the order of `like`, of `origin`, or of the moves.
+) -> list[Move[Leaf, Leaf]]:
+    """The moves on disk, in the order of `like`, of `origin`, or of the moves given.
 
-    Raises `RuleError` if the result differs from `like`, or if names collide.
+    Args:
+      moves: what becomes of each leaf of a state in the form `source`.
+      to: the form of the result.
+      like: a tree that the result must equal, leaf for leaf.
+      origin: a tree that the state once was, if there is no `like`.
+
+    Raises:
+      RuleError: if the result differs from `like`, or if names collide.
     """
-    given = _places(like or origin, to)
-    order = {leaf.name: number for number, leaf in enumerate(given.values())}
-    # Plain SGD has a state of empty nodes alone, of which nnx keeps nothing.
-    hollow = all(mould.empty for key, mould in given.items() if _is_of_optimizer(key))
-    places = [place for move in moves for place in move.targets]
-    context = _Context(
-        source,
-        to,
-        optimizer=any(place.in_optimizer for place in places),
-        nested=any(place.id is None for place in places),
-        sharding=next((s.sharding for m in moves for s in m.sources if s.sharding), None),
-    )
-    problems: list[str] = []
-    changes: list[Change] = []
-    for move in moves:
-        targets: list[Leaf] = []
-        change: Change = Move(move.sources, (), move.actions, move.specs, move.rule)
-        for number, place in enumerate(move.targets):
-            mould = None
-            if given:
-                mould = given.pop(_key(place, to), None) or given.pop(f"../{place.path}", None)
-            empty = bool(move.sources) and move.sources[0].empty
-            if mould is None and empty and place.in_optimizer and not (to.flat or place.mirrored):
-                continue  # nnx.Optimizer keeps masked parameters, but has no empty states
-            leaf, change = context.target(change, place, mould, number)
-            if like is not None and not (mould is None and place.path.startswith("../")):
-                problems += _unlike(leaf, change, number, mould)
-            targets.append(leaf)
-        changes.append(change._replace(targets=tuple(targets)))
-    for key, mould in given.items():
-        if mould.empty and (context.optimizer or hollow or not _is_of_optimizer(key)):
-            changes.append(Move((), (mould,)))
-        elif like is not None:
-            problems.append(f"nothing fills `{mould.path}` of the tree to be like")
-    names = [leaf.name for change in changes for leaf in change.targets]
-    problems += [f"{n} leaves would have the name `{name}` on disk" for name, n in repeated(names)]
+    given = _by_place(like or origin, to)
+    layout = _Layout(moves, source, to, given, strict=like is not None)
+    laid_out = [layout.laid_out(move) for move in moves]
+    laid_out += layout.left_in_given()
+    problems = layout.problems
+    for name, count in repeated([leaf.name for leaf in targets_of(laid_out)]):
+        problems.append(f"{count} leaves would have the name `{name}` on disk")
     if problems:
         wanted = f"as {to}" if like is None else "like the given tree (--like), leaf for leaf"
         raise RuleError(f"The result cannot be laid out {wanted}", problems)
-    if order:
-        changes.sort(key=lambda c: min((order.get(t.name, 0) for t in c.targets), default=0))
-    return changes
+    if given:
+        numbers = {leaf.name: number for number, leaf in enumerate(given.values())}
+        laid_out.sort(key=lambda move: _first_number(move, numbers))
+    return laid_out
 
 
-def _is_of_optimizer(key: Id | str) -> bool:
-    """Whether a leaf of a given tree is one of the optimizer's state."""
-    return isinstance(key, str) and key.split("/")[0] == OPTIMIZER
+def _first_number(move: Move[Leaf, Leaf], numbers: dict[str, int]) -> int:
+    """The smallest number of a target's name; what the given tree lacks comes first."""
+    return min((numbers.get(leaf.name, 0) for leaf in move.targets), default=0)
 
 
-@dataclass(frozen=True)
-class _Context:
-    """What the place of one leaf depends on beside the leaf."""
+class _Layout:
+    """One result, with the leaves of the given tree that nothing fills yet."""
 
-    source: Form
-    to: Form
-    optimizer: bool
-    """Whether the result holds an optimizer's state."""
-    nested: bool
-    """Whether it holds anything beside the model."""
-    sharding: str | None
+    def __init__(
+        self,
+        moves: Sequence[Move[Leaf, Place]],
+        source: Form,
+        to: Form,
+        given: dict[Id | str, Leaf],
+        strict: bool,
+    ) -> None:
+        """`strict`: whether the result must equal the given tree."""
+        self.source, self.to, self.strict = source, to, strict
+        self.problems: list[str] = []
+        self._open = dict(given)
+        places = list(targets_of(moves))
+        self._has_optimizer = any(place.in_optimizer for place in places)
+        self._has_rest = any(place.id is None for place in places)
+        # New arrays lie where the others do: a restore puts them on the same devices.
+        self._sharding = _any_sharding(moves)
+        # Plain SGD has a state of empty nodes alone, of which nnx keeps nothing: then no leaf in
+        # the source says that there is an optimizer.
+        self._hollow = all(leaf.empty for key, leaf in given.items() if _is_of_optimizer(key))
 
-    def target(
-        self, change: Change, place: Place, mould: Leaf | None, number: int
-    ) -> tuple[Leaf, Change]:
-        """One target leaf, and the change that makes it (a step may have to be cast)."""
-        sources = change.sources
-        keys = mould.keys if mould else self._keys(place)
-        if sources and not change.actions:
-            kind = self._step_kind(place, sources[0], mould)
-            if kind is None:
-                return sources[0].at(keys), change
-            cast = change._replace(actions=(Cast(kind[1]),), specs=(Spec((), kind[1]),))
-            if kind[0] != "jax.Array":
-                return Leaf(keys, kind[0]), cast
-            return self._array(keys, (), self.sharding), cast
-        sharding = common_sharding(sources) or self.sharding
-        return self._array(keys, change.specs[number].shape, sharding), change
+    def laid_out(self, move: Move[Leaf, Place]) -> Move[Leaf, Leaf]:
+        """The move with a leaf for each place. A step may have to be cast on the way."""
+        actions, specs = move.actions, move.specs
+        targets: list[Leaf] = []
+        for number, place in enumerate(move.targets):
+            mould = self._mould(place)
+            if mould is None and self._is_lost(move, place):
+                continue
+            keys = mould.keys if mould else self._keys(place)
+            kind = self._new_kind(move, place, mould)
+            if kind is not None:
+                value_type, dtype = kind
+                actions, specs = (Cast(dtype),), (Spec((), dtype),)
+                leaf = self._scalar(keys, value_type)
+            elif move.sources and not move.actions:
+                leaf = move.sources[0].at(keys)
+            else:
+                sharding = common_sharding(move.sources) or self._sharding
+                leaf = _array(keys, move.specs[number].shape, sharding)
+            # What lies outside of the training state may be more than the given tree has.
+            is_extra = mould is None and place.path.startswith("../")
+            if self.strict and not is_extra:
+                due = specs[number] if actions else None
+                self.problems += _unlike(leaf, due, mould)
+            targets.append(leaf)
+        return Move(move.sources, tuple(targets), actions, specs, move.rule)
 
-    def _array(self, keys: tuple[Key, ...], shape: tuple[int, ...], sharding: str | None) -> Leaf:
-        """An array with new bytes.
+    def left_in_given(self) -> list[Move[Leaf, Leaf]]:
+        """The moves that fill what is left of the given tree: its empty nodes, from nothing."""
+        moves: list[Move[Leaf, Leaf]] = []
+        for key, mould in self._open.items():
+            # The empty states of an optimizer are due where the result has an optimizer.
+            wanted = self._has_optimizer or self._hollow or not _is_of_optimizer(key)
+            if mould.empty and wanted:
+                moves.append(Move((), (mould,)))
+            elif self.strict:
+                self.problems.append(f"nothing fills `{mould.path}` of the tree to be like")
+        return moves
 
-        In a tree of numpy arrays it is one of those: Orbax restores no `jax.Array` that has no
-        sharding, unless it is told one.
+    def _mould(self, place: Place) -> Leaf | None:
+        """The leaf of the given tree at a place, which then counts as filled."""
+        if not self._open:
+            return None
+        # A field may lie beside the training state in one layout and in it in the other.
+        return self._open.pop(_key(place, self.to), None) or self._open.pop(
+            f"../{place.path}", None
+        )
+
+    def _is_lost(self, move: Move[Leaf, Place], place: Place) -> bool:
+        """Whether a leaf is an empty state of an optimizer, of which nnx.Optimizer keeps none.
+
+        Masked parameters are empty nodes as well, and these it keeps.
         """
-        if sharding is None:
-            return Leaf(keys, "np.ndarray")
-        return Leaf(keys, "jax.Array", sharding=sharding, write_shape=shape)
+        empty = bool(move.sources) and move.sources[0].empty
+        return empty and place.in_optimizer and not self.to.flat and not place.mirrored
 
-    def _step_kind(self, place: Place, leaf: Leaf, mould: Leaf | None) -> tuple[str, str] | None:
-        """The value type and dtype that the step must get, if they are not its own."""
-        if place.path != "step" or leaf.zarr is None or leaf.spec.shape != ():
+    def _new_kind(
+        self, move: Move[Leaf, Place], place: Place, mould: Leaf | None
+    ) -> tuple[str, str] | None:
+        """The value type and dtype that the step must get; None if it has them, and for others."""
+        if place.path != "step" or not move.sources or move.actions:
+            return None
+        leaf = move.sources[0]
+        if leaf.zarr is None or leaf.spec.shape != ():
             return None
         own = str(leaf.spec.dtype)
         if mould is not None:
             kind = mould.value_type, str(mould.spec.dtype)
-        elif not self.to.flat and self.optimizer:
+        elif not self.to.flat and self._has_optimizer:
             kind = "jax.Array", "uint32"  # what nnx.Optimizer has
         elif own == "uint32" and not self.to.stage:
             kind = "scalar", "int64"  # what TrainState.create has
@@ -134,38 +174,84 @@ class _Context:
             return None
         return kind if "int" in own and kind[1] != own else None
 
+    def _scalar(self, keys: tuple[Key, ...], value_type: str) -> Leaf:
+        """A number as Orbax saves one of some type: a Python number has no sharding."""
+        if value_type == "jax.Array":
+            return _array(keys, (), self._sharding)
+        return Leaf(keys, value_type)
+
     def _keys(self, place: Place) -> tuple[Key, ...]:
         """The key path of a leaf that no given tree settles."""
         if place.id is not None:
-            collection, path = place.id
-            if self.to.flat:
-                return _dicts(collection, *path.split("/"))
-            return _dicts(*["model"] * self.nested, *path.split("/"), "value")
+            return self._keys_in_model(place.id)
         prefix, mirrored = place.prefix, place.mirrored
-        in_optimizer = place.in_optimizer or (self.optimizer and place.path == "step")
-        if not self.to.flat and (in_optimizer or mirrored):
-            names = ["optimizer"] * in_optimizer + [key.name for key in prefix]
-            box = ["value"] * (not place.branch)
-            return (*_dicts(*names, *mirrored, *box), *place.tail)
-        if self.to.flat and not self.source.flat and in_optimizer:
-            # Chains are tuples, and a state of nnx has digits for their indices.
-            kinds = (SEQUENCE if key.name.isdigit() else DICT for key in prefix)
-            prefix = tuple(
-                make_key(key.name, kind) for key, kind in zip(prefix, kinds, strict=True)
-            )
-        return (*prefix, *_dicts(*mirrored), *place.tail)
+        in_optimizer = place.in_optimizer or (self._has_optimizer and place.path == "step")
+        if self.to.flat:
+            if not self.source.flat and in_optimizer:
+                prefix = _with_sequences(prefix)
+            return (*prefix, *dict_keys(*mirrored), *place.tail)
+        if not (in_optimizer or mirrored):
+            return (*prefix, *place.tail)
+        names = [key.name for key in prefix]
+        if in_optimizer:
+            names.insert(0, "optimizer")
+        # A masked branch is an empty node; everything else in nnx is a variable in its box.
+        box = () if place.branch else ("value",)
+        return (*dict_keys(*names, *mirrored, *box), *place.tail)
+
+    def _keys_in_model(self, id: Id) -> tuple[Key, ...]:
+        collection, path = id
+        if self.to.flat:
+            return dict_keys(collection, *path.split("/"))
+        # With anything beside it the model has a level of its own: {"model": ..., "optimizer": ...}
+        level = ("model",) if self._has_rest else ()
+        return dict_keys(*level, *path.split("/"), "value")
 
 
-def _dicts(*names: str) -> tuple[Key, ...]:
-    return tuple([make_key(name, DICT) for name in names])
+def _any_sharding(moves: Sequence[Move[Leaf, Place]]) -> str | None:
+    """The sharding of the first source that has one."""
+    for move in moves:
+        for leaf in move.sources:
+            if leaf.sharding:
+                return leaf.sharding
+    return None
 
 
-def _unlike(leaf: Leaf, change: Change, number: int, mould: Leaf | None) -> list[str]:
-    """How a target differs from the leaf of the tree that it must be like."""
+def _is_of_optimizer(key: Id | str) -> bool:
+    """Whether a leaf of a given tree is one of the optimizer's state."""
+    return isinstance(key, str) and key.split("/")[0] == OPTIMIZER
+
+
+def _array(keys: tuple[Key, ...], shape: tuple[int, ...], sharding: str | None) -> Leaf:
+    """An array with new bytes.
+
+    In a tree of numpy arrays it is one of those: Orbax restores no `jax.Array` that has no
+    sharding, unless it is told one.
+    """
+    if sharding is None:
+        return Leaf(keys, "np.ndarray")
+    return Leaf(keys, "jax.Array", sharding=sharding, write_shape=shape)
+
+
+def _with_sequences(keys: tuple[Key, ...]) -> tuple[Key, ...]:
+    """The keys of a chain of optax, with digits as indices: chains are tuples, and nnx has names.
+
+    Example:
+      >>> _with_sequences((Key("opt_state", DICT), Key("0", DICT)))
+      (Key(name='opt_state', kind=2), Key(name='0', kind=1))
+    """
+    return tuple(make_key(key.name, SEQUENCE if key.name.isdigit() else DICT) for key in keys)
+
+
+def _unlike(leaf: Leaf, due: Spec | None, mould: Leaf | None) -> list[str]:
+    """How a target differs from the leaf of the tree that it must be like.
+
+    `due`: the shape and dtype that actions give it; None where it keeps its source's.
+    """
     if mould is None:
         return [f"the tree to be like has no `{leaf.path}`"]
-    if mould.zarr is not None and (change.actions or leaf.zarr is not None):
-        spec = change.specs[number] if change.actions else leaf.spec
+    if mould.zarr is not None and (due is not None or leaf.zarr is not None):
+        spec = due or leaf.spec
         return [] if spec.same(mould.spec) else [f"`{leaf.path}` would be {spec}, not {mould.spec}"]
     if leaf.value_type != mould.value_type:
         return [f"`{leaf.path}` would be a {leaf.value_type}, not a {mould.value_type}"]
@@ -173,14 +259,16 @@ def _unlike(leaf: Leaf, change: Change, number: int, mould: Leaf | None) -> list
 
 
 def _key(place: Place, to: Form) -> Id | str:
+    """What a place is called in `_by_place`."""
     if place.id is None:
         return place.path
     return place.id if to.flat else Id("", place.id.path)
 
 
-def _places(state: State | None, to: Form) -> dict[Id | str, Leaf]:
+def _by_place(state: State | None, to: Form) -> dict[Id | str, Leaf]:
     """The leaves of a given tree by what `_key` says of a place; empty if none is given."""
     if state is None:
         return {}
+    # A state in stock nnx form does not say the collections of its leaves.
     model = {id if to.flat else Id("", id.path): leaf for id, leaf in state.model.items()}
     return {**model, **state.rest}

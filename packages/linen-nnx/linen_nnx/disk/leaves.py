@@ -12,7 +12,7 @@ lose which keys were list indices, so the keys are kept as well.
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -37,6 +37,14 @@ class Key(NamedTuple):
 
 # Most keys of a tree recur in every layer, so each is made once.
 make_key = cache(Key)
+
+
+class ChunkRef(NamedTuple):
+    """One stored chunk: the item and the array that it lies in, and its key there."""
+
+    item: int
+    array: str
+    key: str
 
 
 class Leaf(NamedTuple):
@@ -66,6 +74,8 @@ class Leaf(NamedTuple):
     """Its name in that item's store. A target leaf still has the name of the leaf it came from."""
     loose: bool = False
     """Whether it lies in a file or an index: in no store whose entries could be named anew."""
+    chunks: Mapping[tuple[int, ...], ChunkRef] | None = None
+    """Of a target that is made of stored chunks as they are: these, by their place in its grid."""
 
     # `join` of a list takes half the time of `join` of a generator, and a plan asks for these two
     # several times for each leaf.
@@ -115,6 +125,16 @@ class Leaf(NamedTuple):
         """Bytes of one element in memory."""
         assert self.zarr is not None
         return zarr_metadata.itemsize(zarr_metadata.dtype_of(self.zarr))
+
+
+def dict_keys(*names: str) -> tuple[Key, ...]:
+    """The keys of nested dicts.
+
+    Example:
+      >>> dict_keys("params", "kernel")
+      (Key(name='params', kind=2), Key(name='kernel', kind=2))
+    """
+    return tuple([make_key(name, DICT) for name in names])
 
 
 def repeated(names: Sequence[str]) -> list[tuple[str, int]]:

@@ -1,17 +1,31 @@
 """Which subtrees of everything else that was saved mirror the model, and what each of them holds.
 
-A model of two parameters, `d/kernel` and `d/bias`, and what a TrainState holds beside it:
+A model of two parameters, `d/kernel` and `d/bias`, and four leaves that a TrainState holds beside
+it:
 
-    opt_state/0/count                                     nothing of the model: plain
-    opt_state/0/mu/d/kernel, opt_state/0/mu/d/bias        `opt_state/0/mu` mirrors the model
-    ema/d/kernel, ema/d/bias                              so does `ema`
-    opt_state/1/mu/d/kernel/0, opt_state/1/mu/d/kernel/1  so does this, with a list for each array
+    opt_state/0/count         no path of the model below any node above it     plain
+    opt_state/0/mu/d/kernel   below `opt_state/0/mu` lie `d/kernel` and
+    opt_state/0/mu/d/bias     `d/bias`, and nothing else                       a mirror
+    ema/d/kernel              below `ema` lies `d/kernel`; `d/bias` is masked  a mirror
 
-Mirrors are found by the paths below them and never by their own names. What becomes of them is said
-in `follow.py`.
+Mirrors are found by the paths below them, and never by their own names. So an optimizer that nobody
+has heard of is carried like Adam.
+
+    >>> paths = ("d/kernel", "d/bias")
+    >>> model = {"params": {path: Id("params", path) for path in paths}}
+    >>> two, scalar = Spec((2,), "float32"), Spec((), "int32")
+    >>> rest = {"opt_state/0/count": scalar, "opt_state/0/mu/d/kernel": two}
+    >>> rest |= {"opt_state/0/mu/d/bias": two, "ema/d/kernel": two}
+    >>> find_mirrors(rest, model)
+    ([('opt_state/0/mu', 'params'), ('ema', 'params')], ['opt_state/0/count'])
+
+An optimizer may keep several arrays for one parameter, such as SM3 with one for each axis: then
+`opt_state/0/mu/d/kernel/0` lies below a path of the model, and `0` is its *tail*. What becomes of a
+mirror is said in `follow.py`.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from linen_nnx.book.ops import Spec
 from linen_nnx.book.tree import branches_of
@@ -19,29 +33,66 @@ from linen_nnx.disk.leaves import Key, Leaf
 from linen_nnx.disk.moments import FACTORED, Factoring
 from linen_nnx.disk.state import Id, State, names_of
 
-Tree = Mapping[str, Id]
+ModelPaths = Mapping[str, Id]
 """The model's leaves by the path that each has in a mirror."""
+
+Held = dict[str, dict[str, Leaf]]
+"""The leaves of a mirror by the model's path, and for each by its tail: `""`, or `0` of a list."""
+
+
+class Subtree(NamedTuple):
+    """A subtree of the rest that mirrors the model, and what it holds."""
+
+    prefix: str
+    """Its own path: `opt_state/0/mu`."""
+    tree: str
+    """The name of the tree that it mirrors: a collection, or `""` for the whole model."""
+    paths: ModelPaths
+    """The leaves of that tree, by the path that each has below the prefix."""
+    held: Held
+    holes: dict[str, Leaf]
+    """The empty nodes that it has in place of a branch of the model, by path below the prefix."""
+
+    @property
+    def node(self) -> str:
+        """The node above it: `opt_state/0`."""
+        return self.prefix.rpartition("/")[0]
+
+    @property
+    def field(self) -> str:
+        """Its own name: `mu`."""
+        return self.prefix.rpartition("/")[2]
+
+
+def find_subtrees(
+    rest: Mapping[str, Leaf], trees: Mapping[str, ModelPaths]
+) -> tuple[list[Subtree], list[str]]:
+    """The subtrees of `rest` that mirror a tree, with their leaves, and the paths in none."""
+    specs: dict[str, Spec | None] = {}
+    for path, leaf in rest.items():
+        specs[path] = None if leaf.zarr is None else leaf.spec
+    found, plain = find_mirrors(specs, trees)
+    outside = set(plain)
+    below = _below([prefix for prefix, _ in found], [path for path in rest if path not in outside])
+    subtrees = []
+    for prefix, tree in found:
+        held, holes = _grouped(prefix, trees[tree], rest, below[prefix])
+        subtrees.append(Subtree(prefix, tree, trees[tree], held, holes))
+    return subtrees, plain
 
 
 def find_mirrors(
-    rest: Mapping[str, Spec | None], trees: Mapping[str, Tree]
+    rest: Mapping[str, Spec | None], trees: Mapping[str, ModelPaths]
 ) -> tuple[list[tuple[str, str]], list[str]]:
     """The subtrees of `rest` that mirror a tree, as (path, tree), and the paths in none.
 
-    A subtree mirrors a tree if each of its leaves has a path of that tree, or lies below one;
-    masked ones may lack, or be one empty node in place of a branch. A single path proves little:
-    then it must be the whole tree, or an array and not a scalar.
+    A subtree mirrors a tree if each of its leaves has a path of that tree, or lies below one.
+    Masked leaves may be missing, or a whole branch may be one empty node. One path by itself could
+    be chance, so a lone leaf counts only if it is the whole tree, or an array and not a scalar.
 
     Args:
       rest: the spec of each leaf by path; None for what is no array (an empty node, a text).
       trees: the trees by name, the likeliest first.
-
-    Example:
-      >>> import numpy as np
-      >>> model = {"params": {path: Id("params", path) for path in ("d/kernel", "d/bias")}}
-      >>> two = Spec((2,), np.dtype("float32"))
-      >>> find_mirrors({"mu/d/kernel": two, "mu/d/bias": two, "count": two}, model)
-      ([('mu', 'params')], ['count'])
     """
     finder = _Finder(rest, trees)
     finder.visit("", list(rest))
@@ -51,14 +102,19 @@ def find_mirrors(
 class _Finder:
     """One search, with what it has found so far."""
 
-    def __init__(self, rest: Mapping[str, Spec | None], trees: Mapping[str, Tree]) -> None:
+    def __init__(self, rest: Mapping[str, Spec | None], trees: Mapping[str, ModelPaths]) -> None:
         self.rest, self.trees = rest, trees
         self.branches = {name: branches_of(tree) for name, tree in trees.items()}
         self.mirrors: list[tuple[str, str]] = []
         self.plain: list[str] = []
 
     def visit(self, prefix: str, paths: list[str]) -> None:
-        """Looks at the node `prefix`, below which `paths` lie, and at the nodes below it."""
+        """Looks at the node `prefix`, below which `paths` lie, and at the nodes below it.
+
+        The search begins at the root, so that a mirror is as large as can be: `ema` and not the
+        `ema/d` in it, which alone would mirror a model with a parameter `kernel` as well.
+        """
+        # The root is no subtree: a state that mirrored the model as a whole would be the model.
         if prefix and (tree := self._mirrored(prefix, paths)) is not None:
             self.mirrors.append((prefix, tree))
             return
@@ -74,14 +130,17 @@ class _Finder:
             self.visit(head, members)
 
     def _mirrored(self, prefix: str, paths: list[str]) -> str | None:
-        """The tree that a node mirrors: one of which it is the whole, if there is one."""
+        """The tree that a node mirrors. One that the node has every leaf of comes before others."""
+        # A count beside the model may have the name of a parameter. Scalars alone prove nothing.
         solid = any((spec := self.rest[path]) is None or spec.shape for path in paths)
         found = None
         for name, tree in self.trees.items():
             owners = self._owners(prefix, paths, name)
-            if owners is not None and len(owners) == len(tree):
+            if owners is None:
+                continue
+            if len(owners) == len(tree):
                 return name
-            if owners is not None and solid and found is None:
+            if solid and found is None:
                 found = name
         return found
 
@@ -93,7 +152,10 @@ class _Finder:
             known = owner(below, self.trees[name])
             if known is not None:
                 owners.add(known)
-            elif below not in self.branches[name] or self.rest[path] is not None:
+                continue
+            # `optax.masked` leaves one empty node in place of a branch that is masked as a whole.
+            is_hole = below in self.branches[name] and self.rest[path] is None
+            if not is_hole:
                 return None
         return owners
 
@@ -112,11 +174,29 @@ def owner(path: str, tree: Collection[str]) -> str | None:
     return path
 
 
-def group(
-    prefix: str, tree: Tree, rest: Mapping[str, Leaf], paths: Iterable[str]
-) -> tuple[dict[str, dict[str, Leaf]], dict[str, Leaf]]:
-    """The leaves at `paths` of one mirror: by the model's path and by tail; and its holes."""
-    held: dict[str, dict[str, Leaf]] = {}
+def _below(prefixes: Iterable[str], paths: Iterable[str]) -> dict[str, list[str]]:
+    """The paths below each of some prefixes, of which none lies below another.
+
+    Example:
+      >>> _below(["ema", "opt_state/0/mu"], ["ema/d/bias", "opt_state/0/mu/d/bias"])
+      {'ema': ['ema/d/bias'], 'opt_state/0/mu': ['opt_state/0/mu/d/bias']}
+    """
+    found: dict[str, list[str]] = {prefix: [] for prefix in prefixes}
+    for path in paths:
+        # Up from the path, which takes as many steps as it has levels. Comparing it with each
+        # prefix would take as many as there are mirrors.
+        node = path
+        while node not in found:
+            node = node.rpartition("/")[0]
+        found[node].append(path)
+    return found
+
+
+def _grouped(
+    prefix: str, tree: ModelPaths, rest: Mapping[str, Leaf], paths: Iterable[str]
+) -> tuple[Held, dict[str, Leaf]]:
+    """What the mirror at `prefix` holds at some paths, which begin with it; and its holes."""
+    held: Held = {}
     holes: dict[str, Leaf] = {}
     for path in paths:
         below = path[len(prefix) + 1 :]
@@ -124,35 +204,42 @@ def group(
         if known is None:
             holes[below] = rest[path]
         else:
-            held.setdefault(known, {})[below[len(known) + 1 :]] = rest[path]
+            tail = below[len(known) + 1 :]
+            held.setdefault(known, {})[tail] = rest[path]
     return held, holes
 
 
-def factorings(
-    mirrors: Mapping[str, Mapping[str, Mapping[str, Leaf]]],
-    trees: Mapping[str, Tree],
-    state: State,
-) -> dict[str, Factoring]:
+def factorings(subtrees: Sequence[Subtree], state: State) -> dict[str, Factoring]:
     """How each node that holds the three moments of Adafactor factors, by its path.
 
-    `mirrors`: what each mirror holds, by its prefix; `trees`: what each mirrors.
+    The shapes of the model in `state`, and of what is kept of each parameter, tell it.
     """
+    prefixes = {subtree.prefix for subtree in subtrees}
     found: dict[str, Factoring] = {}
-    for prefix, held in mirrors.items():
-        node, _, field = prefix.rpartition("/")
-        if field != "v" or not all(f"{node}/{name}" in mirrors for name in FACTORED):
+    for subtree in subtrees:
+        # A field may be called `v` in any optimizer. With `v_row` and `v_col` it is Adafactor's.
+        three = {f"{subtree.node}/{name}" for name in FACTORED}
+        if subtree.field != "v" or not three <= prefixes:
             continue
-        whole = {path: leaves[""] for path, leaves in held.items() if "" in leaves}
-        paths = [path for path, leaf in whole.items() if not leaf.empty]
-        params = [state.model[trees[prefix][path]].spec.shape for path in paths]
-        found[node] = Factoring.of(params, [whole[path].spec.shape for path in paths])
+        params, kept = [], []
+        for path, leaves in subtree.held.items():
+            # A masked parameter is an empty node, and shows nothing.
+            if "" in leaves and not leaves[""].empty:
+                params.append(state.model[subtree.paths[path]].spec.shape)
+                kept.append(leaves[""].spec.shape)
+        found[subtree.node] = Factoring.of(params, kept)
     return found
 
 
 def prefix_keys(path: str, leaf: Leaf) -> tuple[Key, ...]:
-    """The keys of a leaf of the rest that make up its neutral path: all but those of boxes."""
+    """The keys of a leaf of the rest that make up its neutral path: all but those of boxes.
+
+    From nnx, `opt_state/0/count` has the keys `optimizer, opt_state, 0, count, value`: the level
+    `optimizer` is nnx's own, and `value` is the box around a variable.
+    """
     names = list(names_of(path))
     keys: list[Key] = []
+    # From the end, since a level above may have the name of one in the path.
     for key in reversed(leaf.keys):
         if names and key.name == names[-1]:
             keys.append(key)

@@ -1,18 +1,29 @@
 """What a rule for a parameter means for an array that an optimizer keeps of that parameter.
 
-Two layers of kernels (8, 4), which a rule stacks to one (2, 8, 4) by `stack` along axis 0, and what
-becomes of what optax keeps of each of them:
+Four leaves that optax keeps of two kernels (8, 4), which a rule stacks to one parameter (2, 8, 4)
+with `stack` along axis 0; the second kernel's are like the first's:
 
-- Adam's moment, (8, 4): as the parameter, to (2, 8, 4);
-- L-BFGS's memory of 10 steps, (10, 8, 4): the same behind its own axis, to (10, 2, 8, 4);
-- Adafactor's `v_row`, which is the moment's mean along its longest axis, (4,): to (2, 4), along the
-  axis that is left of the stack's; its `v`, which such a parameter does not need, is a placeholder
-  (1,) there, and stays one.
+    Adam         mu       (8, 4)        as the kernels themselves                (2, 8, 4)
+    L-BFGS       memory   (10, 8, 4)    the same, behind an axis of its own      (10, 2, 8, 4)
+    Adafactor    v_row    (4,)          the mean along the axis of length 8      (2, 4)
+    Adafactor    v        (1,)          a placeholder: factored, it is not used  (1,)
 
-SM3's maximum of each axis and NovoGrad's norm of each array have no such form: these are refused.
+So the action for `mu` is the rule's own, for the memory it is shifted by one axis, for `v_row` it
+stacks vectors, and the two placeholders must be equal and become one:
+
+    >>> stack = Gather("stack", axis=0, count=2, inner=1)
+    >>> shifted([stack], lead=(10,))
+    (Gather(kind='stack', axis=1, count=2, inner=1),)
+    >>> factored_actions("v_row", [stack], (8, 4), (2, 8, 4), (True, True))
+    (Gather(kind='stack', axis=0, count=2, inner=1),)
+    >>> factored_actions("v", [stack], (8, 4), (2, 8, 4), (True, True))
+    (Agree(perms=(None, None), inner=1),)
+
+SM3 keeps the maximum of each axis, and NovoGrad the norm of each array. What they would have kept
+of the stack does not follow from what they kept of the layers: these are refused.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from linen_nnx.book.ops import (
@@ -60,24 +71,31 @@ class Unknown(ValueError):
 
 
 def shifted(actions: Sequence[Action], lead: Shape) -> tuple[Action, ...]:
-    """The same actions on arrays that have the axes `lead` in front."""
+    """The same actions on arrays that have the axes `lead` in front.
+
+    Example:
+      >>> shifted([Permute((1, 0)), Reform(((32,),))], lead=(10,))
+      (Permute(perm=(0, 2, 1)), Reform(shapes=((10, 32),)))
+    """
+    return tuple(_shifted(action, lead) for action in actions)
+
+
+def _shifted(action: Action, lead: Shape) -> Action:
     count = len(lead)
-    result: list[Action] = []
-    for action in actions:
-        if isinstance(action, Gather):
-            result.append(Gather(action.kind, action.axis + count, action.count, action.inner))
-        elif isinstance(action, Spread):
-            result.append(Spread(action.kind, action.axis + count, action.sizes))
-        elif isinstance(action, Permute):
-            result.append(Permute(_behind(count, action.perm)))
-        elif isinstance(action, Copies | Agree):
+    match action:
+        case Gather():
+            return replace(action, axis=action.axis + count)
+        case Spread():
+            return replace(action, axis=action.axis + count)
+        case Permute():
+            return Permute(_behind(count, action.perm))
+        case Copies() | Agree():
             perms = tuple(perm if perm is None else _behind(count, perm) for perm in action.perms)
-            result.append(replace(action, perms=perms))
-        elif isinstance(action, Reform):
-            result.append(Reform(tuple((*lead, *shape) for shape in action.shapes)))
-        else:
-            result.append(action)
-    return tuple(result)
+            return replace(action, perms=perms)
+        case Reform():
+            return Reform(tuple((*lead, *shape) for shape in action.shapes))
+    # What is left looks at no axis: scaling, filling, casting.
+    return action
 
 
 def _behind(count: int, perm: tuple[int, ...]) -> tuple[int, ...]:
@@ -88,19 +106,25 @@ def _behind(count: int, perm: tuple[int, ...]) -> tuple[int, ...]:
 def common_lead(pairs: Sequence[tuple[Shape, Shape]]) -> Shape | None:
     """The axes that every array has in front of its parameter's; None if there are no such.
 
-    `pairs`: (shape of the array, shape of its parameter). Parameters that are all scalars tell
-    nothing.
+    Args:
+      pairs: the shape of each array, and that of its parameter.
 
     Example:
       >>> common_lead([((10, 8, 4), (8, 4)), ((10, 4), (4,))])
       (10,)
       >>> common_lead([((8, 4), (8, 4)), ((4,), (4,))])
     """
-    leads = {shape[: len(shape) - len(own)] for shape, own in pairs}
-    ends = all(shape[len(shape) - len(own) :] == own for shape, own in pairs)
-    if not ends or len(leads) != 1 or not any(own for _, own in pairs):
+    # Of a parameter () every array looks like a lead: (3,) may be a memory of three steps, or a
+    # statistic. With scalars alone nothing is known.
+    if not any(own for _, own in pairs):
         return None
-    return leads.pop() or None
+    leads = set()
+    for shape, own in pairs:
+        start = len(shape) - len(own)
+        if shape[start:] != own:
+            return None
+        leads.add(shape[:start])
+    return leads.pop() or None if len(leads) == 1 else None
 
 
 @dataclass(frozen=True)
@@ -114,34 +138,45 @@ class Factoring:
     at_least: int
     """The second longest axis of a parameter that is not factored: the number is larger."""
     at_most: int | None
-    """The same of one that is: the number is not larger. None if there is none."""
+    """The second longest axis of a parameter that is factored: the number is not larger. None if
+    none is factored."""
 
     @classmethod
     def of(cls, params: Sequence[Shape], kept: Sequence[Shape]) -> "Factoring":
-        """From the shapes of some parameters, and of what `v` keeps of them."""
+        """The bounds that some parameters show.
+
+        Args:
+          params: their shapes.
+          kept: the shape of what `v` keeps of each: that of a parameter that is not factored.
+
+        Example:
+          >>> Factoring.of([(512, 256), (64, 32), (64,)], [PLACEHOLDER, (64, 32), (64,)])
+          Factoring(at_least=32, at_most=256)
+        """
         whole, split = [0], []
         for own, shape in zip(params, kept, strict=True):
-            if len(own) > 1:
-                (whole if shape == own else split).append(_second(own))
+            if len(own) < 2:
+                continue  # never factored, whatever the number is
+            seconds = whole if shape == own else split
+            seconds.append(_second_longest(own))
         return cls(max(whole), min(split, default=None))
 
     def factors(self, shape: Shape, notes: list[str], name: str) -> bool:
-        """Whether a parameter of this shape is factored; what is assumed goes to `notes`."""
-        if len(shape) < 2 or _second(shape) <= self.at_least:
+        """Whether a parameter of this shape is factored; `notes` gets what is assumed."""
+        if len(shape) < 2 or _second_longest(shape) <= self.at_least:
             return False
-        if self.at_most is not None:
-            if _second(shape) >= self.at_most:
-                return True
-        elif _second(shape) >= _DEFAULT_LIMIT:
+        at_most = _DEFAULT_LIMIT if self.at_most is None else self.at_most
+        if _second_longest(shape) >= at_most:
             return True
+        # Between the bounds, nothing in the checkpoint tells.
         notes.append(
             f"the moments of `{name}` {list(shape)} are taken for not factored: that needs a "
-            f"min_dim_size_to_factor above {_second(shape)}"
+            f"min_dim_size_to_factor above {_second_longest(shape)}"
         )
         return False
 
 
-def _second(shape: Shape) -> int:
+def _second_longest(shape: Shape) -> int:
     return sorted(shape)[-2]
 
 
@@ -152,6 +187,7 @@ def factored_axes(shape: Shape) -> tuple[int, int]:
       >>> factored_axes((2, 8, 4))
       (1, 2)
     """
+    # Of axes of one length the last counts as the longest, as in optax, which sorts likewise.
     order = sorted(range(len(shape)), key=lambda axis: shape[axis])
     return order[-1], order[-2]
 
@@ -192,10 +228,13 @@ def factored_actions(
     if not isinstance(action, Gather | Spread) or action.kind != "stack":
         raise Unknown("is factored, and follows a rule that does more than stack or unstack")
     apart, stacked = (before, after) if isinstance(action, Gather) else (after, before)
-    moved: list[int] = []
+    lacked: tuple[int, ...] = ()  # the axes that `v_row` and `v_col` lack of the stack
     if any(factored) and len(apart) > 1:
-        moved = [axis + (axis >= action.axis) for axis in factored_axes(apart)]
-        if tuple(moved) != factored_axes(stacked):
+        # An axis of one layer is one further in the stack, if the stack's own comes before it.
+        lacked = tuple(axis + (axis >= action.axis) for axis in factored_axes(apart))
+        # 300 layers of (256, 128): the stack's own axis is its longest, and a mean over layers is
+        # in no layer's moments.
+        if lacked != factored_axes(stacked):
             raise Unknown(f"is factored along other axes before and after, {before} to {after}")
     if factored[0] != factored[1]:
         raise Unknown(f"is factored either before or after the rule, {before} to {after}")
@@ -203,15 +242,13 @@ def factored_actions(
         return (action,)
     if field == "v" or not factored[0]:
         return _placeholders(action)
-    missing = moved[FACTORED.index(field)]
-    axis = action.axis - (missing < action.axis)
-    if isinstance(action, Gather):
-        return (Gather("stack", axis, action.count, action.inner),)
-    return (Spread("stack", axis, action.sizes),)
+    # Where the axis that is missing in this field came before the stack's, that one moves up.
+    missing = lacked[FACTORED.index(field)]
+    return (replace(action, axis=action.axis - (missing < action.axis)),)
 
 
 def _placeholders(action: Gather | Spread) -> tuple[Action, ...]:
-    """The same for arrays that say nothing: as many as there are parameters, and all equal."""
+    """The action for arrays that say nothing: one for each parameter, and all equal."""
     if isinstance(action, Gather):
         return (Agree((None,) * action.count, action.inner),)
     return (Copies((None,) * len(action.sizes)),)
@@ -220,7 +257,10 @@ def _placeholders(action: Gather | Spread) -> tuple[Action, ...]:
 def first_value(field: str, fill: Fill, spec: Spec) -> Fill:
     """What optax starts with for a new parameter. Raises `Unknown` for what it cannot tell.
 
-    `fill`: how the parameter itself is filled; `spec`: of what the field keeps of it.
+    Args:
+      field: the name of what is kept.
+      fill: how the parameter itself is filled.
+      spec: shape and dtype of what the field keeps of it.
     """
     if field in COPIES:
         return replace(fill, spec=spec)
@@ -229,11 +269,26 @@ def first_value(field: str, fill: Fill, spec: Spec) -> Fill:
     raise Unknown(f"starts with a value that is not known: `{field}` is no moment that starts at 0")
 
 
-def common_dtype(specs: Mapping[str, Spec], params: Mapping[str, Spec], new: Spec) -> object:
-    """The dtype that some field has for a new parameter: as the parameter, or one for all."""
-    if all(str(specs[path].dtype) == str(params[path].dtype) for path in specs):
+def common_dtype(pairs: Sequence[tuple[Spec, Spec]], new: Spec) -> object:
+    """The dtype that a field has for a new parameter: that of the parameter, or one for all.
+
+    Optax's `mu_dtype=bfloat16` gives every `mu` that dtype, whatever its parameter's is.
+
+    Args:
+      pairs: what the field keeps of each other parameter, and that parameter.
+      new: the new parameter.
+
+    Raises:
+      Unknown: if the field has several dtypes, and they are not those of the parameters.
+
+    Example:
+      >>> mu, kernel = Spec((8, 4), "bfloat16"), Spec((8, 4), "float32")
+      >>> common_dtype([(mu, kernel)], Spec((4,), "float32"))
+      'bfloat16'
+    """
+    dtypes = {str(kept.dtype): kept.dtype for kept, _ in pairs}
+    if all(str(kept.dtype) == str(own.dtype) for kept, own in pairs):
         return new.dtype
-    dtypes = {str(spec.dtype) for spec in specs.values()}
     if len(dtypes) > 1:
         raise Unknown(f"has several dtypes for other parameters: {', '.join(sorted(dtypes))}")
-    return next(iter(specs.values())).dtype
+    return next(iter(dtypes.values()))

@@ -1,7 +1,13 @@
 """Where a converted checkpoint came from, as its report says: what the way back restores by it.
 
 The tree of the result alone does not say which keys of the source were indices of a tuple, where
-a chain of optax had empty states, and which dtype the step had.
+a chain of optax had empty states, and which dtype the step had. So a report lists every leaf of the
+source with these, as `Conversion.origin` writes them:
+
+    path                      kinds of its keys    type          dtype, of a scalar
+    opt_state/0/count         2, 1, 2              jax.Array     int32
+    opt_state/1               2, 1                 NamedTuple    null
+    step                      2                    scalar        int64
 """
 
 from typing import Any, NamedTuple
@@ -22,7 +28,7 @@ class Origin(NamedTuple):
 
     leaves: list[Leaf]
     beside: dict[str, list[Leaf]]
-    """Of the items beside the training state's, by name."""
+    """The leaves of the items beside the training state's, by the item's name."""
 
 
 def origin_of(source: Source, to: Form) -> Origin | None:
@@ -38,6 +44,7 @@ def origin_of(source: Source, to: Form) -> Origin | None:
         origin = report.get("origin") if isinstance(report, dict) else None
         if origin is None or to.stage or checked.field(origin, "side") != to.side:
             return None
+        # Reports of before items were converted together say nothing of them.
         beside = checked.mapping(origin.get("beside", {}))
         return Origin(_leaves(origin), {name: _leaves(one) for name, one in beside.items()})
     except ValueError as error:
@@ -51,17 +58,17 @@ def _leaves(origin: Any) -> list[Leaf]:
 
 
 def _origin_leaf(entry: Any) -> Leaf:
-    """A leaf as `Conversion.origin` describes it."""
+    """A leaf as `Conversion.origin` describes it. Raises `ValueError` for anything else."""
     if len(checked.sequence(entry)) != 4:
         raise ValueError(f"a leaf has {len(entry)} values, expected 4")
     path, kinds, value_type, dtype = entry
     names = [checked.name(name) for name in checked.text(path).split("/")]
     if len(checked.sequence(kinds)) != len(names):
         raise ValueError(f"{checked.shown(path)} has {len(kinds)} kinds of keys")
-    keys = [
-        make_key(name, checked.integer(kind, SEQUENCE, DICT))
-        for name, kind in zip(names, kinds, strict=True)
-    ]
+    keys = []
+    for name, kind in zip(names, kinds, strict=True):
+        keys.append(make_key(name, checked.integer(kind, SEQUENCE, DICT)))
+    # Of an array only its place is wanted. Of a scalar the dtype is, and so it gets metadata.
     metadata = None
     if dtype is not None:
         metadata = fresh_metadata(Spec((), checked.dtype_name(dtype)), zarr3=False)

@@ -1,4 +1,12 @@
-"""Puts the files of a source in place, by copy or by hard link, and hashes them on the way."""
+"""Puts the files of a source in place, by copy or by hard link, and hashes them on the way.
+
+Three things take their time, and they overlap: the kernel copies a file in steps, a hash reads back
+what lies in memory still, and the disk begins to write as soon as the first step is there.
+
+    copy     [step 1][step 2][step 3]
+    disk              [write 1      ][write 2, 3 ... ]
+    hash                              [whole file]
+"""
 
 import errno
 import os
@@ -26,7 +34,9 @@ class Placer:
         self._link = link
         self.hash_links = hash_links
         self.progress = progress
-        self._pool, self._flusher = ThreadPoolExecutor(4), ThreadPoolExecutor(1)
+        self._pool = ThreadPoolExecutor(4)
+        # One thread: the disk writes one file after another, whoever asks.
+        self._flusher = ThreadPoolExecutor(1)
         self._working: dict[Path, Future[Digest]] = {}
         self._stopped = False
         self.fell_back: str | None = None
@@ -42,7 +52,9 @@ class Placer:
         """
         target.parent.mkdir(parents=True, exist_ok=True)
         self.placed[target] = source
-        if not (self._link and self.fell_back is None and self._linked(source, target)):
+        # Where one link was refused, the next would be: the file systems stay the same.
+        may_link = self._link and self.fell_back is None
+        if not (may_link and self._linked(source, target)):
             self._working[target] = self._pool.submit(self._copy, source, target)
         elif self.hash_links:
             self._working[target] = self._pool.submit(hash_file, target)
@@ -75,15 +87,20 @@ class Placer:
                     if not count:
                         raise StoreError(f"{source} became shorter while it was copied")
                     left -= count
+                    # The next flush is not asked for before the last one has ended: it would wait
+                    # in line, and would find nothing to do.
                     if left and all(flush.done() for flush in flushes):
                         flushes.append(self._flusher.submit(os.fdatasync, new.fileno()))
+                # Hashed before the last sync, which the disk does not need the processor for.
                 digest = hash_file(target)
                 os.fsync(new.fileno())
+                # The file must not be closed while a flush may still use its descriptor.
                 for flush in flushes:
                     flush.result()
         except OSError as error:
             if error.filename is not None:
                 raise
+            # What reads and writes by descriptor knows no names: a full disk should say which.
             raise OSError(error.errno, error.strerror, str(source), None, str(target)) from error
         return digest
 
@@ -103,7 +120,9 @@ class Placer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stopped = True  # after an error or a Ctrl-C, copies of gigabytes may be under way
+        # After an error or a Ctrl-C, copies of gigabytes may be under way: each ends at its next
+        # step.
+        self._stopped = True
         self._pool.shutdown(cancel_futures=True)
         self._flusher.shutdown(cancel_futures=True)
 

@@ -1,4 +1,13 @@
-"""Plans a conversion: what it would do to every leaf, decided before anything is written."""
+"""Plans a conversion: what it would do to every leaf, decided before anything is written.
+
+    source    --read_state-->  state    a tree of leaves, sorted into the model and the rest
+    state     --carry------->  moves    from each leaf to a place, by the rule book
+    moves     --lay_out----->  moves    from each leaf to a leaf with keys on disk
+    moves     --settled----->  moves    each target with its metadata, and so with its engine
+
+Items beside the training state's own go the same way, by what becomes of the model. So whatever
+does not fit is refused while the disk is as it was.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -6,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from linen_nnx.book.grammar import did_you_mean
-from linen_nnx.book.ops import Copies, Side
+from linen_nnx.book.moves import Move, targets_of
+from linen_nnx.book.ops import Side
 from linen_nnx.book.plan import RuleError
 from linen_nnx.book.rules import RuleBook
 from linen_nnx.book.stages import STAGES
@@ -22,14 +32,15 @@ from linen_nnx.disk.beside import (
 from linen_nnx.disk.carry import Carried, carry, carry_beside
 from linen_nnx.disk.complete import check_complete
 from linen_nnx.disk.conversion import RULES, Conversion, Options
-from linen_nnx.disk.layouts import Change, lay_out
+from linen_nnx.disk.engines import settled
+from linen_nnx.disk.layouts import lay_out
 from linen_nnx.disk.leaves import Key, Leaf
 from linen_nnx.disk.origin import Origin, origin_of
-from linen_nnx.disk.rekey import Job, choose
 from linen_nnx.disk.runs import NO_RUNS, Runs
 from linen_nnx.disk.sides import guess_side
 from linen_nnx.disk.sources import Source, find
 from linen_nnx.disk.state import Form, State, read_state
+from linen_nnx.errors import quoted
 
 MODEL_ALONE = (".safetensors", ".npz")
 """The formats of files that hold arrays by flat names, and so no training state."""
@@ -74,6 +85,18 @@ def plan_conversion(
     Raises:
       StoreError: if there is no checkpoint, or it cannot be read.
       RuleError: with everything that does not fit.
+
+    Example:
+      >>> import tempfile
+      >>> import numpy as np
+      >>> folder = tempfile.TemporaryDirectory()
+      >>> source = Path(folder.name, "linen.npz")
+      >>> np.savez(source, **{"params/d/kernel": np.ones((6, 3), "float32")})
+      >>> rule = {"linen": "params/d/kernel", "nnx": "a/w"}
+      >>> plan = plan_conversion(source, "nnx", RuleBook.from_dict({"version": 1, "rules": [rule]}))
+      >>> [(move.sources[0].path, move.targets[0].path) for move in plan.moves]
+      [('params/d/kernel', 'a/w/value')]
+      >>> folder.cleanup()
     """
     options = Options(reset_optimizer, model_only, side, item, step, tuple(prefix))
     source = path if isinstance(path, Source) else find(path, step, item, part, prefix, runs)
@@ -82,14 +105,17 @@ def plan_conversion(
     if form is None:
         form = Form(_side(source, book, target.side, side))
     state = _chosen(read_state(source.leaves, form, book), suffix, model_only)
+    # A tree that the result must equal, and a tree that the state once was: either settles what
+    # the state itself cannot tell.
     given = find(like, runs=runs) if isinstance(like, str | Path) else like
-    wanted = None if given is None else read_state(given.leaves, target, book)
     known = origin_of(source, target)
+    wanted = None if given is None else read_state(given.leaves, target, book)
     origin = None if known is None else read_state(known.leaves, target, book)
     if model_only:
-        wanted, origin = (s and State(s.form, s.layout, s.model) for s in (wanted, origin))
+        wanted, origin = _model_of(wanted), _model_of(origin)
     carried = carry(state, target, book, wanted, reset_optimizer, origin, specs)
-    changes = lay_out(carried.moves, state.form, target, wanted, origin)
+    laid_out = lay_out(carried.moves, state.form, target, wanted, origin)
+    # Lost bytes are asked for now: reading them where they are missing would give zeros.
     notes = [*source.notes, *check_complete(source.items), *carried.notes]
     notes += _notes(carried, state, target, settled=bool(wanted or origin))
     conversion = Conversion(
@@ -97,7 +123,7 @@ def plan_conversion(
         state,
         target,
         book,
-        _jobs(changes, source),
+        _settled(laid_out, source),
         to,
         options,
         tuple(carried.as_they_are),
@@ -105,33 +131,37 @@ def plan_conversion(
         suffix,
     )
     if form.stage or target.stage:
-        return conversion
+        return conversion  # a run keeps its whole state in one item
     return _with_items(conversion, carried, given, known)
 
 
-def _jobs(changes: Sequence[Change], source: Source) -> tuple[Job, ...]:
-    """The engine for each change."""
+def _model_of(state: State | None) -> State | None:
+    """A state without its rest."""
+    return None if state is None else State(state.form, state.layout, state.model)
+
+
+def _settled(moves: Sequence[Move[Leaf, Leaf]], source: Source) -> tuple[Move[Leaf, Leaf], ...]:
+    """The moves with all that decides how their targets are written."""
     zarr3 = bool(source.items) and source.items[0].zarr3
-    return tuple(choose(change, zarr3) for change in changes)
+    return tuple(settled(move, zarr3) for move in moves)
 
 
 def _with_items(
     conversion: Conversion, carried: Carried, like: Source | None, origin: Origin | None
 ) -> Conversion:
     """The conversion with those of the items beside the state's own, each said in a note."""
-    options, suffix = conversion.options, conversion.suffix
+    options = conversion.options
     beside: dict[str, Conversion | None] = {}
     notes: list[str] = []
     for name, path in items_beside(conversion.source).items():
         source = source_of(conversion.source, path)
         head = head_of(name, source.leaves, conversion.state.form.side)
-        reset = options.reset_optimizer and is_optimizer(head)
-        if suffix and not options.model_only:
+        if conversion.suffix and not options.model_only:
             raise RuleError(
                 f"a file holds one item, and the step has `{name}` beside it",
                 ["write a directory, or leave it out with --model-only"],
             )
-        if options.model_only or reset:
+        if options.model_only or (options.reset_optimizer and is_optimizer(head)):
             beside[name] = None
             notes.append(f"item `{name}` is left out")
             continue
@@ -142,9 +172,8 @@ def _with_items(
             continue
         beside[name] = found
         notes += [f"item `{name}`: {note}" for note in found.notes]
-        notes.append(
-            f"item `{name}` is converted, too: {sum(len(j.targets) for j in found.jobs)} leaves"
-        )
+        count = len(list(targets_of(found.moves)))
+        notes.append(f"item `{name}` is converted, too: {count} leaves")
     return replace(conversion, beside=beside, notes=(*conversion.notes, *notes))
 
 
@@ -164,24 +193,30 @@ def _item(
     like: Source | None,
     origin: Sequence[Leaf] | None,
 ) -> Conversion | None:
-    """The conversion of an item beside the state's; None if nothing in it mirrors the model."""
+    """The conversion of an item beside the state's; None if nothing in it mirrors the model.
+
+    Args:
+      conversion: that of the state. `carried`: what becomes of the state.
+      source: the item. `head`: where its tree would lie in the state.
+      like: the item of that name that the result must equal; `origin`: the one that it once was.
+    """
     form, target = conversion.state.form, conversion.to
     state = read_beside(source.leaves, head, form)
     new = head_in(head, target.side)
     wanted = None if like is None else read_beside(like.leaves, new, target)
     known = None if origin is None else read_beside(origin, new, target)
-    found = carry_beside(state, conversion.state, target, carried.steps, wanted or known)
+    found = carry_beside(state, conversion.state, target, carried.of_model, wanted or known)
     if found is None:
         return None
-    changes = [
-        without_head(change, len(head), len(new))
-        for change in lay_out(found.moves, form, target, wanted, known)
-    ]
+    # The head was put in front for the sake of the rules alone.
+    moves = []
+    for move in lay_out(found.moves, form, target, wanted, known):
+        moves.append(without_head(move, len(head), len(new)))
     return replace(
         conversion,
         source=source,
         state=state,
-        jobs=_jobs(changes, source),
+        moves=_settled(moves, source),
         as_they_are=tuple(found.as_they_are),
         notes=(*check_complete(source.items), *found.notes),
         beside={},
@@ -190,6 +225,7 @@ def _item(
 
 def _side(source: Source, book: RuleBook, target: Side, given: Side | None) -> Side:
     """The side that a stock checkpoint is of: as it was given, or as it looks."""
+    # Said by hand it counts more than how it looks: names of both sides may be equal.
     side = given or guess_side(source.leaves, book)
     if side is None:
         raise RuleError(
@@ -206,11 +242,11 @@ def _side(source: Source, book: RuleBook, target: Side, given: Side | None) -> S
 
 def _chosen(state: State, suffix: str, model_only: bool) -> State:
     """The part of a state that was asked for. Refuses what a file's format cannot hold."""
-    lost = [leaf.path for leaf in state.rest.values() if not leaf.empty]
     if model_only:
         return State(state.form, f"{state.layout} (the model alone)", state.model)
+    lost = [leaf.path for leaf in state.rest.values() if not leaf.empty]
     if lost and suffix in MODEL_ALONE:
-        shown = ", ".join(f"`{path}`" for path in lost[:3])
+        shown = quoted(lost[:3])
         more = ", ..." if len(lost) > 3 else ""
         raise RuleError(
             f"a {suffix} file holds the model alone",
@@ -228,8 +264,8 @@ def _notes(carried: Carried, state: State, target: Form, settled: bool) -> list[
     settled: whether a tree is known that the result must be restored into.
     """
     notes: list[str] = []
-    optimizer = any(place.in_optimizer for move in carried.moves for place in move.targets)
-    if target.flat and not state.form.flat and optimizer and not settled:
+    has_optimizer = any(place.in_optimizer for place in targets_of(carried.moves))
+    if target.flat and not state.form.flat and has_optimizer and not settled:
         notes.append(
             "nnx form lacks the empty states of an optimizer chain, which a restore into a "
             "TrainState needs: save a fresh TrainState of the same model and optimizer with "
@@ -240,9 +276,9 @@ def _notes(carried: Carried, state: State, target: Form, settled: bool) -> list[
             "Linen keeps no random state: a model that has some is restored into "
             "`nnx.state(model, nnx.All(nnx.Variable, nnx.Not(nnx.RngState)))`"
         )
-    copied = [s for s in carried.steps if any(isinstance(a, Copies) for a in s.actions)]
-    if optimizer and copied:
-        names = ", ".join(f"`{step.sources[0].path}`" for step in copied[:3])
+    copied = [move for move in carried.of_model if move.copies]
+    if has_optimizer and copied:
+        names = quoted([move.sources[0].path for move in copied[:3]])
         notes.append(
             f"the optimizer's state of {names} is copied to each of its homes; it was made by the "
             "sum of their gradients (--reset-optimizer starts afresh)"
@@ -256,6 +292,8 @@ def _forms(source: Source, to: str) -> tuple[Form | None, Form]:
     if source.said is not None:
         form = Form("linen", source.said.stage, source.said.forms)
         stages = {name: Form("linen", name, source.said.at(name)) for name in STAGES}
+        # Of a whole run, `linen` and `nnx` are stages: it goes on as a run. Of one checkpoint they
+        # are the stock layouts, which leave the ladder.
         known = stages if source.kind == "run" else stages | known
     elif source.kind == "run":
         raise RuleError(
@@ -271,6 +309,10 @@ def _forms(source: Source, to: str) -> tuple[Form | None, Form]:
 
 
 def _rule_book(source: Source, rules: str | Path | RuleBook | None) -> RuleBook:
+    """The rule book: the one given, else the one that the checkpoint says, else the one beside it.
+
+    Raises `RuleError` if there is none.
+    """
     if isinstance(rules, RuleBook):
         return rules
     if rules is not None:

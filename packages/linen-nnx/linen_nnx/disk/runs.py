@@ -44,11 +44,19 @@ class Said:
     content: dict[str, Any]
 
     def at(self, stage: str) -> Forms:
-        """The form of each part when this checkpoint has come to a stage."""
+        """The form of each part when this checkpoint has come to a stage.
+
+        Example:
+          >>> said = Said("linen", {"torso": "linen", "critic": "linen"}, rules=None, content={})
+          >>> said.at("nnx_in_linen")
+          {'torso': 'nnx', 'critic': 'linen'}
+        """
         if stage == self.stage:
             return self.forms
         ported = self.content.get("ported")
         if ported is None:
+            # At a hybrid stage the forms show which parts are ported. Where all are of one form
+            # they show nothing, and the first part is what a ladder ports first.
             ported = [part for part, side in self.forms.items() if side == "nnx"]
             if len(ported) in (0, len(self.forms)):
                 ported = list(self.forms)[:1]
@@ -66,17 +74,24 @@ class Runs:
       ...         return ("states",) if (path / "states").is_dir() else ()
       ...     def taken(self, path):
       ...         return [path / "curve.csv"]
-      >>> convert("runs/1", "runs/2", "nnx", runs=Mine())  # doctest: +SKIP
+      >>> Mine().taken(Path("runs/1"))
+      [PosixPath('runs/1/curve.csv')]
+
+    With it, `convert("runs/1", "runs/2", "nnx", runs=Mine())` converts the latest step in
+    `states`, and copies `curve.csv`.
     """
 
     def forms(self, content: Mapping[str, Any]) -> Any:
-        """The form of each part, by the content of an item `run`; None if it says nothing of it."""
+        """The form of each part, by the content of an item `run`; None if it says nothing of it.
+
+        A code whose older checkpoints say it in other words derives it here.
+        """
         return content.get("forms")
 
     def roots(self, path: Path) -> tuple[str, ...]:
         """The folders of a run directory that hold steps, that of the latest first.
 
-        None if `path` is no run directory.
+        Empty if `path` is no run directory.
         """
         return ()
 
@@ -111,7 +126,7 @@ class Runs:
 
 
 NO_RUNS = Runs()
-"""Those of no training code."""
+"""The runs of no training code: every folder is a checkpoint, or holds some."""
 
 
 def said_in(folder: Path, runs: Runs) -> Said | None:
@@ -125,8 +140,10 @@ def said_in(folder: Path, runs: Runs) -> Said | None:
         return None
     try:
         content = read_json(file)
+        # Other programs may have an item of that name. What lacks these two is theirs, and is
+        # taken along as any item is.
         if not isinstance(content, dict) or not content.keys() >= {"stage", "rules"}:
-            return None  # an item of somebody else's
+            return None
         checked.plain(content)
         forms = runs.forms(content)
         if forms is None:
@@ -144,6 +161,7 @@ def said_in(folder: Path, runs: Runs) -> Said | None:
 
 
 def _check_forms(forms: Any) -> None:
+    """Raises `ValueError` for what does not say `linen` or `nnx` of at least one part."""
     if not checked.mapping(forms):
         raise ValueError("`forms` names no part")
     for part, side in forms.items():

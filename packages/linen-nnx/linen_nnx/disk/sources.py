@@ -19,6 +19,7 @@ from linen_nnx.disk.remote import Remote, as_path
 from linen_nnx.disk.runs import NO_RUNS, Runs, Said, said_in
 from linen_nnx.disk.steps import Choice, Step, choose, is_named_as_step, pytrees, refuse_unfinished
 from linen_nnx.disk.store import INDEX, Item, begins_as_map, has_index, is_item, read_item
+from linen_nnx.errors import quoted
 
 SUFFIXES = (".msgpack", ".safetensors")
 """Of the files that are read and written."""
@@ -66,7 +67,7 @@ class Source:
             notes += self._file.notes
         for index in self._indices:
             if index.left_out:
-                left = ", ".join(f"`{name}`" for name in index.left_out)
+                left = quoted(index.left_out)
                 notes.append(f"{left} are left out: only {index.writer} knows their form")
         return notes
 

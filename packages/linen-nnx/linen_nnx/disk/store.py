@@ -27,6 +27,7 @@ from linen_nnx.disk import checked, ocdbt
 from linen_nnx.disk.checked import StoreError
 from linen_nnx.disk.leaves import DICT, EMPTY_TYPES, SEQUENCE, Key, Leaf, make_key, repeated
 from linen_nnx.disk.zarr_metadata import metadata_name
+from linen_nnx.errors import quoted
 
 INDEX = "checkpoint"
 """The tree of an item that Orbax up to 0.4, or T5X, has written: see `legacy.py`."""
@@ -334,7 +335,7 @@ def read_zarr(
     key = metadata_name(zarr3)
     contents = _zarr_contents(path, key, names, tree)
     if missing := [name for name in names if name not in contents]:
-        shown = ", ".join(f"`{name}`" for name in missing[:10])
+        shown = quoted(missing[:10])
         raise StoreError(f"{path} lacks {len(missing)} of its arrays in the store: {shown}")
     # Arrays of one shape have equal metadata, so each text is parsed once. A message names the
     # last array that has it.

@@ -50,7 +50,8 @@ def workspace(out: Path) -> Iterator[Path]:
         with _naming(out):
             yield folder / f"{_RESULT}{out.suffix}"
     finally:
-        # The directory is removed while it is locked: nobody else can have begun to use it.
+        # The directory is removed while it is locked: nobody else can have begun to use it. What
+        # has been moved into place is no longer in it.
         with suppress(OSError, TargetError):
             _clear(descriptor)
             os.rmdir(folder)
@@ -78,6 +79,8 @@ def _locked(folder: Path, out: Path) -> int:
     for _ in range(_TRIES):
         with suppress(FileExistsError):
             os.mkdir(folder)
+        # All that follows goes through this descriptor and never through the path again, which
+        # somebody may replace by a link to a folder of their own meanwhile.
         try:
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except FileNotFoundError:
@@ -87,7 +90,10 @@ def _locked(folder: Path, out: Path) -> int:
                 raise _foreign(folder, "it is no directory, or a symbolic link to one") from None
             raise
         try:
+            # The kernel gives the lock up when the process ends, however it ends: there is no lock
+            # file that a killed process could leave behind.
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Between the opening and the lock its owner may have removed it.
             if _same(descriptor, folder):
                 return descriptor
         except BlockingIOError:
@@ -120,7 +126,9 @@ def _claim(descriptor: int, folder: Path) -> None:
 
 
 def _marked(descriptor: int) -> bool:
+    """Whether a directory holds the marker, which nobody else writes."""
     try:
+        # Without O_NONBLOCK the opening of a pipe of that name would wait for ever.
         marker = os.open(_MARKER, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=descriptor)
     except OSError:
         return False
@@ -139,6 +147,7 @@ def _clear(descriptor: int) -> None:
     """
     if not _marked(descriptor):
         return
+    # `False` sorts before `True`, and the marker alone equals itself.
     for name in sorted(os.listdir(descriptor), key=_MARKER.__eq__):
         found = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
         if stat.S_ISDIR(found.st_mode):
@@ -148,6 +157,7 @@ def _clear(descriptor: int) -> None:
 
 
 def _foreign(folder: Path, why: str) -> TargetError:
+    """The refusal of a directory that may be somebody else's."""
     return TargetError(
         f"{folder} is in the way, and not known to be the left-over of a conversion ({why}): "
         "move it, or choose another target"
@@ -168,6 +178,8 @@ def _naming(out: Path) -> Iterator[None]:
 
 def _rename(old: Path, new: Path) -> None:
     """Renames; raises `FileExistsError` where `rename` would replace a file or an empty folder."""
+    # `os.rename` replaces a file, and an empty directory, without a word. Looking first does not
+    # help: two conversions to one target would both find nothing there.
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except AttributeError:  # no Linux, or an old C library

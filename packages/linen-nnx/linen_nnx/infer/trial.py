@@ -126,13 +126,13 @@ def equalised(book: RuleBook, leaves: Mapping[str, Array]) -> dict[str, Array]:
     joining = [rule for rule in book.rules if joins(rule)]
     if not joining:
         return result
-    for step in RuleBook(joining).plan(leaves, "nnx", partial=True).steps:
-        for action in step.actions:
-            if not isinstance(action, Agree) or len(step.actions) != 1:
+    for move in RuleBook(joining).plan(leaves, "nnx", partial=True).moves:
+        for action in move.actions:
+            if not isinstance(action, Agree) or len(move.actions) != 1:
                 continue
             # The first is the one that counts; the others hold it turned, each in its own way.
-            one = _turned(leaves[step.sources[0]], action.perms[0])
-            for path, perm in zip(step.sources, action.perms, strict=True):
+            one = _turned(leaves[move.sources[0]], action.perms[0])
+            for path, perm in zip(move.sources, action.perms, strict=True):
                 result[path] = one if perm is None else one.transpose(np.argsort(perm))
     return result
 

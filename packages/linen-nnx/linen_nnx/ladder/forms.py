@@ -9,8 +9,9 @@ Linen has them in. So a port whose statistics have a Variable type of their own 
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
+from linen_nnx.book.moves import Move
 from linen_nnx.book.ops import Side
-from linen_nnx.book.plan import RuleError, Step
+from linen_nnx.book.plan import RuleError
 from linen_nnx.book.rules import RuleBook
 from linen_nnx.book.stages import WHOLE, Forms
 from linen_nnx.errors import Refusal
@@ -24,12 +25,10 @@ class VariablesError(Refusal):
 
 
 class Way(NamedTuple):
-    """One step of a rule book from part to part: `sources` become `targets`."""
+    """One move of a rule book, and the part of the model that all of its leaves belong to."""
 
     part: str
-    sources: tuple[str, ...]
-    targets: tuple[str, ...]
-    step: Step
+    move: Move[str, str]
 
 
 class Book:
@@ -54,9 +53,9 @@ class Book:
                 self._keys[name] = (part, *port.keys[path]) if part else port.keys[path]
         collection: dict[str, str] = {}
         ahead = rules.plan(linen, "nnx", nnx)
-        for step in ahead.steps:
-            for target in step.targets:
-                own = step.sources[0].split("/")[0] if step.sources else types[target]
+        for move in ahead.moves:
+            for target in move.targets:
+                own = move.sources[0].split("/")[0] if move.sources else types[target]
                 collection[target] = own
         named = {path: f"{collection[path]}/{path}" for path in nnx}
         self.specs: dict[Side, Leaves] = {
@@ -67,18 +66,16 @@ class Book:
         self._named = named
         back = rules.plan(nnx, "linen", linen)
         self.ways: dict[Side, list[Way]] = {"nnx": [], "linen": []}
-        for step in ahead.steps:
-            self._add("nnx", step, step.sources, tuple(named[path] for path in step.targets))
-        for step in back.steps:
-            self._add("linen", step, tuple(named[path] for path in step.sources), step.targets)
+        for move in ahead.moves:
+            self._add("nnx", move._replace(targets=tuple(named[path] for path in move.targets)))
+        for move in back.moves:
+            self._add("linen", move._replace(sources=tuple(named[path] for path in move.sources)))
 
-    def _add(
-        self, to: Side, step: Step, sources: tuple[str, ...], targets: tuple[str, ...]
-    ) -> None:
-        parts = {part_of(name, self.parts) for name in (*sources, *targets)}
+    def _add(self, to: Side, move: Move[str, str]) -> None:
+        parts = {part_of(name, self.parts) for name in (*move.sources, *move.targets)}
         if len(parts) > 1:
-            raise RuleError("The rule book cannot be used part by part", [f"{step.rule}: {parts}"])
-        self.ways[to].append(Way(parts.pop(), sources, targets, step))
+            raise RuleError("The rule book cannot be used part by part", [f"{move.rule}: {parts}"])
+        self.ways[to].append(Way(parts.pop(), move))
 
     def name(self, kind: str, path: str) -> str:
         """The name of an nnx leaf: as the book has it, else by its Variable's type."""
@@ -119,10 +116,11 @@ class Book:
             for way in self.ways[side]:
                 if before[way.part] == after[way.part] or after[way.part] != side:
                     continue
-                if self._place((way.sources or way.targets)[0]) in present:
-                    arrays = way.step.run([leaves[name] for name in way.sources])
-                    result.update(zip(way.targets, arrays, strict=True))
-                    done.update(way.sources)
+                move = way.move
+                if self._place((move.sources or move.targets)[0]) in present:
+                    arrays = move.run([leaves[name] for name in move.sources])
+                    result.update(zip(move.targets, arrays, strict=True))
+                    done.update(move.sources)
         if lost := [f"no rule matches `{name}`" for name in leaves if name not in done]:
             raise RuleError("The variables cannot be translated", lost)
         return result

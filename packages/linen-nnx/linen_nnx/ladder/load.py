@@ -15,12 +15,13 @@ differ; and `move` takes it from one form of the model to another.
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
-from linen_nnx.book.ops import Action, Side, Spec
+from linen_nnx.book.moves import Move
+from linen_nnx.book.ops import Side, Spec
 from linen_nnx.book.plan import RuleError
 from linen_nnx.book.rules import RuleBook
 from linen_nnx.book.stages import Forms
@@ -29,7 +30,7 @@ from linen_nnx.disk.beside import items_beside
 from linen_nnx.disk.carry import carry
 from linen_nnx.disk.leaves import Leaf
 from linen_nnx.disk.mirrors import owner
-from linen_nnx.disk.moves import Place
+from linen_nnx.disk.places import Place
 from linen_nnx.disk.runs import NO_RUNS, Runs
 from linen_nnx.disk.sides import guess_side
 from linen_nnx.disk.sources import find
@@ -41,14 +42,6 @@ from linen_nnx.ladder.nesting import renamed
 _OTHER: dict[Side, Side] = {"linen": "nnx", "nnx": "linen"}
 Say = Callable[[str], None]
 Specs = dict[str, Spec]
-
-
-class _Job(NamedTuple):
-    """What some leaves on disk become: arrays, by the names that the ladder has for them."""
-
-    sources: tuple[Leaf, ...]
-    actions: tuple[Action, ...]
-    targets: Specs
 
 
 class Checkpoint:
@@ -109,8 +102,10 @@ class Checkpoint:
         due = {path: leaf for path, leaf in _named(like).items() if _entry(path) not in fresh}
         problems: list[str] = []
         rest = self._chosen(due, fresh, problems, say)
-        jobs, before = self._jobs(rest, say)
-        specs = {name: spec for job in jobs for name, spec in job.targets.items()}
+        moves, before = self._moves(rest, say)
+        specs: Specs = {}
+        for one in moves:
+            specs.update(zip(one.targets, one.specs, strict=True))
         problems += self._misfits(specs, due, before)
         places: dict[str, str] = {}
         if any(_entry(name) == OPTIMIZER for name in specs):
@@ -124,7 +119,7 @@ class Checkpoint:
             except RuleError as error:
                 problems += error.problems
         self._refuse(problems)
-        tree = unflatten(self._arrays(jobs))
+        tree = unflatten(self._arrays(moves))
         if dict(before) != dict(forms):
             tree = move(self._book, tree, before, forms, stage, say)
         found = {}
@@ -230,8 +225,10 @@ class Checkpoint:
                 found.append(name)
         return found[0] if len(found) == 1 else None
 
-    def _jobs(self, rest: dict[str, Leaf], say: Say) -> tuple[list[_Job], Forms]:
-        """What the leaves are called on the ladder, and the form in which each part is there."""
+    def _moves(self, rest: dict[str, Leaf], say: Say) -> tuple[list[Move[Leaf, str]], Forms]:
+        """What leaves on disk become, by the names that the ladder has for them; and the form in
+        which each part is there.
+        """
         if self._rules is not None:
             return self._ruled(self._rules, rest, say)
         form, model = self._state.form, dict(self._state.model)
@@ -240,32 +237,34 @@ class Checkpoint:
                 say(f"{what}: {', '.join(model.pop(id).path for id in ids)}")
         named = {name.split("/", 1)[1]: name for name in self._book.specs["nnx"]}
         params = {id.path for id in model if id.collection == "params"}
-        jobs = []
+        moves: list[Move[Leaf, str]] = []
         for path, leaf in rest.items():
-            jobs.append(_Job((leaf,), (), {_without_level(path, params): leaf.spec}))
+            moves.append(Move((leaf,), (_without_level(path, params),), specs=(leaf.spec,)))
         for id, leaf in model.items():
             if leaf.zarr is not None:
                 name = f"{id.collection}/{id.path}"
                 name = name if form.flat else named.get(id.path, f"params/{id.path}")
-                jobs.append(_Job((leaf,), (), {name: leaf.spec}))
-        return jobs, form.parts or dict.fromkeys(self._book.parts, form.side)
+                moves.append(Move((leaf,), (name,), specs=(leaf.spec,)))
+        return moves, form.parts or dict.fromkeys(self._book.parts, form.side)
 
-    def _ruled(self, rules: RuleBook, rest: dict[str, Leaf], say: Say) -> tuple[list[_Job], Forms]:
+    def _ruled(
+        self, rules: RuleBook, rest: dict[str, Leaf], say: Say
+    ) -> tuple[list[Move[Leaf, str]], Forms]:
         """The same where rules lead from the names of the checkpoint to those of the ladder."""
         state = State(self._state.form, self._state.layout, self._state.model, rest)
         carried = carry(state, Form(_OTHER[state.form.side]), rules)
         for note in carried.notes:
             say(note)
-        places = [place for move in carried.moves for place in move.targets]
+        places = [place for one in carried.moves for place in one.targets]
         side = self._side_of([place.id.path for place in places if place.id is not None])
-        jobs = []
-        for moved in carried.moves:
-            if not moved.targets or any(leaf.zarr is None for leaf in moved.sources):
+        moves: list[Move[Leaf, str]] = []
+        for one in carried.moves:
+            if not one.targets or any(leaf.zarr is None for leaf in one.sources):
                 continue  # a leaf that a rule drops, or an empty node
-            specs = moved.specs if moved.actions else [leaf.spec for leaf in moved.sources]
-            names = [self._ladder_name(place, side) for place in moved.targets]
-            jobs.append(_Job(moved.sources, moved.actions, dict(zip(names, specs, strict=True))))
-        return jobs, dict.fromkeys(self._book.parts, side)
+            specs = one.specs if one.actions else tuple(leaf.spec for leaf in one.sources)
+            names = tuple(self._ladder_name(place, side) for place in one.targets)
+            moves.append(Move(one.sources, names, one.actions, specs, one.rule))
+        return moves, dict.fromkeys(self._book.parts, side)
 
     def _side_of(self, paths: Sequence[str]) -> Side:
         """The form of the ladder that names are of, to which rules have led."""
@@ -303,14 +302,12 @@ class Checkpoint:
             {name: spec for name, spec in expected.items() if _entry(name) in wanted},
         )
 
-    def _arrays(self, jobs: Sequence[_Job]) -> dict[str, Any]:
-        read = iter(self._source.reader.read([leaf for job in jobs for leaf in job.sources]))
+    def _arrays(self, moves: Sequence[Move[Leaf, str]]) -> dict[str, Any]:
+        read = iter(self._source.reader.read([leaf for one in moves for leaf in one.sources]))
         arrays: dict[str, Any] = {}
-        for job in jobs:
-            results = [next(read) for _ in job.sources]
-            for action in job.actions:
-                results = action.run(results)
-            arrays.update(zip(job.targets, results, strict=True))
+        for one in moves:
+            results = one.run([next(read) for _ in one.sources])
+            arrays.update(zip(one.targets, results, strict=True))
         return arrays
 
 

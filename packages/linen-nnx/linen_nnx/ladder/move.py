@@ -20,12 +20,12 @@ import jax
 import numpy as np
 from flax.core import FrozenDict
 
+from linen_nnx.book.moves import Move
 from linen_nnx.book.ops import Spec
 from linen_nnx.book.plan import RuleError
 from linen_nnx.book.stages import Forms
 from linen_nnx.disk.carry import carry_beside
 from linen_nnx.disk.leaves import DICT, SEQUENCE, Key, Leaf
-from linen_nnx.disk.moves import Move, Step
 from linen_nnx.disk.state import Form, Id, State
 from linen_nnx.ladder.forms import Book, part_of
 
@@ -86,8 +86,8 @@ def _moved(
     side = "nnx" if "nnx" in before.values() else "linen"
     item = State(Form(side, "memory"), "memory", rest={p: node.leaf for p, node in nodes.items()})
     whole = State(item.form, item.layout, model)
-    steps = list(_steps(book, before, after))
-    carried = carry_beside(item, whole, Form(side, name), steps, None)
+    of_model = list(_of_model(book, before, after))
+    carried = carry_beside(item, whole, Form(side, name), of_model, None)
     if carried is None:
         lost = [f"`{p}` mirrors nothing of the model" for p, n in nodes.items() if _solid(n)]
         if lost:
@@ -98,23 +98,21 @@ def _moved(
     if carried.as_they_are:
         say(f"arrays that mirror nothing go along as they are: {', '.join(carried.as_they_are)}")
     mirrors: dict[str, dict[str, Any]] = {}
-    for step in carried.moves:
-        arrays = [nodes[leaf.path].value for leaf in step.sources]
-        for action in step.actions:
-            arrays = action.run(arrays)
-        for place, array in zip(step.targets, arrays, strict=True):
+    for one in carried.moves:
+        arrays = one.run([nodes[leaf.path].value for leaf in one.sources])
+        for place, array in zip(one.targets, arrays, strict=True):
             if place.mirrored:
                 prefix = "/".join(key.name for key in place.prefix)
                 mirror = mirrors.setdefault(prefix, {})
                 if place.tail:
-                    node = _at(tree, step.sources[0].keys[: -len(place.tail)])
+                    node = _at(tree, one.sources[0].keys[: -len(place.tail)])
                     _put_in(mirror, place.mirrored, node, place.tail, array)
                 else:
                     _put(mirror, place.mirrored, array)
     return _rebuilt(tree, (), mirrors)
 
 
-def _steps(book: Book, before: Forms, after: Forms) -> Iterator[Step]:
+def _of_model(book: Book, before: Forms, after: Forms) -> Iterator[Move[Id, Id]]:
     """What becomes of the model, leaf for leaf."""
     for name in book.abstract(before):
         part = part_of(name, before)
@@ -124,11 +122,9 @@ def _steps(book: Book, before: Forms, after: Forms) -> Iterator[Step]:
     for side in ("linen", "nnx"):
         for way in book.ways[side]:
             if before[way.part] != after[way.part] == side:
-                sources, targets = (
-                    tuple(Id(*name.split("/", 1)) for name in names)
-                    for names in (way.sources, way.targets)
-                )
-                yield Move(sources, targets, way.step.actions, way.step.specs, way.step.rule)
+                sources = tuple(Id(*name.split("/", 1)) for name in way.move.sources)
+                targets = tuple(Id(*name.split("/", 1)) for name in way.move.targets)
+                yield Move(sources, targets, way.move.actions, way.move.specs, way.move.rule)
 
 
 def _nodes(tree: Any, keys: tuple[Key, ...]) -> Iterator[_Node]:

@@ -48,9 +48,10 @@ class View:
                 self._held[path] = [(path, len(spec.shape))]
         for way in stage.ladder.book.ways["nnx"]:
             if stage.forms[way.part] == "linen":
-                shapes = zip(way.step.targets, way.step.specs, strict=True)
-                held = [(path, len(spec.shape)) for path, spec in shapes]
-                for source in way.sources:
+                held = []
+                for name, spec in zip(way.move.targets, way.move.specs, strict=True):
+                    held.append((name.split("/", 1)[1], len(spec.shape)))
+                for source in way.move.sources:
                     if source.startswith("params/"):
                         self._held[source.removeprefix("params/")] = held
 

@@ -14,10 +14,11 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
+from linen_nnx.book.moves import Move
 from linen_nnx.book.ops import Mismatch
 from linen_nnx.disk.conversion import Conversion
+from linen_nnx.disk.engines import nbytes_of
 from linen_nnx.disk.leaves import Leaf
-from linen_nnx.disk.rekey import Job
 from linen_nnx.disk.sources import Source
 
 _BATCH = 32 << 20  # bytes of arrays compared at once, beside a single leaf that may be larger
@@ -37,31 +38,31 @@ def wrong_leaves(
       progress: is told the share that is done.
     """
     found = {_names(leaf): leaf for leaf in result.leaves}
-    jobs, done, total = [], 0, 0
-    for job in conversion.jobs:
+    moves, done, total = [], 0, 0
+    for move in conversion.moves:
         # An empty node has no bits.
-        if job.targets and job.targets[0].zarr is not None:
-            jobs.append(job)
-            total += job.nbytes
-    for batch in _batches(jobs):
+        if move.targets and move.targets[0].zarr is not None:
+            moves.append(move)
+            total += nbytes_of(move)
+    for batch in _batches(moves):
         sources: list[Leaf] = []
         targets: list[Leaf] = []
-        for job in batch:
-            sources += job.change.sources
-            targets += [found[_names(leaf)] for leaf in job.targets]
-            done += job.nbytes
+        for move in batch:
+            sources += move.sources
+            targets += [found[_names(leaf)] for leaf in move.targets]
+            done += nbytes_of(move)
         try:
             old = iter(conversion.source.reader.read(sources))
             new = iter(result.reader.read(targets))
         except ValueError as error:
             yield f"{', '.join(_paths(targets[:3]))}: cannot be read: {error}"
             continue
-        for job in batch:
+        for move in batch:
             # No name here holds the arrays: the sources are freed once the actions have run.
             yield from _differing(
-                job,
-                list(islice(old, len(job.change.sources))),
-                list(islice(new, len(job.targets))),
+                move,
+                list(islice(old, len(move.sources))),
+                list(islice(new, len(move.targets))),
             )
         progress(f"comparing bits: {done * 100 // (total or 1)} %")
 
@@ -69,29 +70,28 @@ def wrong_leaves(
 def not_undone(conversion: Conversion, back: Conversion) -> list[str]:
     """Every leaf that a way back gives another name or other bits than the source has."""
     there = set()
-    for job in conversion.jobs:
-        there.add((_joined(job.change.sources), _joined(job.targets)))
+    for move in conversion.moves:
+        there.add((_joined(move.sources), _joined(move.targets)))
     wrong = []
-    for job in back.jobs:
-        old, new = _joined(job.targets), _joined(job.change.sources)
-        # A job without sources fills what the way there has dropped: that is said elsewhere.
-        if job.change.sources and (old, new) not in there:
+    for move in back.moves:
+        old, new = _joined(move.targets), _joined(move.sources)
+        # A move without sources fills what the way there has dropped: that is said elsewhere.
+        if move.sources and (old, new) not in there:
             wrong.append(f"{new} leads back to {old}")
     # Where nothing but a name changes, the bits are those that were compared on the way there.
-    changed = replace(back, jobs=tuple(job for job in back.jobs if job.change.actions))
+    changed = replace(back, moves=tuple(move for move in back.moves if move.actions))
     return wrong + list(wrong_leaves(changed, conversion.source))
 
 
-def _differing(job: Job, arrays: list[Any], targets: list[Any]) -> Iterator[str]:
-    """The targets of one job that differ from what its sources, `arrays`, give."""
-    paths = _paths(job.change.sources)
+def _differing(move: Move[Leaf, Leaf], arrays: list[Any], targets: list[Any]) -> Iterator[str]:
+    """The targets of one move that differ from what its sources, `arrays`, give."""
+    paths = _paths(move.sources)
     try:
-        for action in job.change.actions:
-            arrays = action.run(arrays)
+        arrays = move.run(arrays)
     except Mismatch as mismatch:  # homes of one leaf that are not equal
         yield f"{', '.join(paths)}: {mismatch}"
         return
-    for due, array, leaf in zip(arrays, targets, job.targets, strict=True):
+    for due, array, leaf in zip(arrays, targets, move.targets, strict=True):
         is_alike = due.dtype == array.dtype and due.shape == array.shape
         if not is_alike or due.tobytes() != array.tobytes():
             yield f"`{leaf.path}` differs from {paths}"
@@ -111,16 +111,16 @@ def _joined(leaves: Sequence[Leaf]) -> str:
     return ", ".join(sorted(_paths(leaves)))
 
 
-def _batches(jobs: Sequence[Job]) -> Iterator[list[Job]]:
-    """Jobs in their order, so many at once that their arrays take some 32 MB."""
-    batch: list[Job] = []
+def _batches(moves: Sequence[Move[Leaf, Leaf]]) -> Iterator[list[Move[Leaf, Leaf]]]:
+    """Moves in their order, so many at once that their arrays take some 32 MB."""
+    batch: list[Move[Leaf, Leaf]] = []
     end, number = 0, 0
-    for job in jobs:
-        end += job.nbytes + _EACH * len(job.targets)
+    for move in moves:
+        end += nbytes_of(move) + _EACH * len(move.targets)
         if batch and end // _BATCH != number:
             yield batch
             batch = []
         number = end // _BATCH
-        batch.append(job)
+        batch.append(move)
     if batch:
         yield batch

@@ -42,6 +42,7 @@ from linen_nnx.proof.routes import (
     Route,
     arrays_in,
     comparable_gradients,
+    equal_sources,
     name_of,
     routes,
     translated,
@@ -360,7 +361,7 @@ def _randomised(subject: Subject, state: Arrays, found: Sequence[Route]) -> Arra
         result[id] = np.asarray(values, state[id].dtype)
     for route in found:
         if route.joins:
-            result.update(zip(route.sources, route.equal(result), strict=True))
+            result.update(zip(route.sources, equal_sources(route, result), strict=True))
     return result
 
 

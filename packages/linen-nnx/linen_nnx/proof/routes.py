@@ -10,12 +10,12 @@ side and two on the other, the gradient is the sum of the gradients of the two.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from linen_nnx.book.ops import Action, Agree, Copies, Fill, Multiply
+from linen_nnx.book.moves import Move
+from linen_nnx.book.ops import Agree
 from linen_nnx.disk.conversion import Conversion
 from linen_nnx.disk.leaves import Leaf
 from linen_nnx.disk.state import Id, State
@@ -24,97 +24,72 @@ from linen_nnx.proof.subject import Arrays
 Array = np.ndarray
 
 
-@dataclass(frozen=True)
-class Route:
-    """What some leaves of the source become: `actions` make the targets of the sources."""
+Route = Move[Id | str, Id | str]
+"""What some leaves of the source become, in the keys of the two states."""
 
-    sources: tuple[Id | str, ...]
-    targets: tuple[Id | str, ...]
-    actions: tuple[Action, ...]
 
-    @property
-    def lossless(self) -> bool:
-        """Whether the targets hold the bits of the sources, and none else."""
-        return not self._holds(Multiply | Fill)
+def gradients_of(
+    route: Route, ours: Sequence[Array], theirs: Sequence[Array]
+) -> tuple[list[Array], list[Array]]:
+    """The gradients of both sides in one form, in which they are comparable.
 
-    @property
-    def joins(self) -> bool:
-        """Whether several equal leaves become one."""
-        return self._holds(Agree)
+    Args:
+      ours: by the sources.
+      theirs: by the targets.
+    """
+    if route.joins:
+        return [_summed(route, ours)], list(theirs)
+    if route.copies:
+        flat = np.concatenate([source.ravel() for source in ours])
+        return [flat], [_added_up(route, ours, theirs)]
+    return route.run(ours), list(theirs)
 
-    @property
-    def copies(self) -> bool:
-        """Whether one leaf becomes several equal ones."""
-        return self._holds(Copies)
 
-    def run(self, arrays: Sequence[Array]) -> list[Array]:
-        """The targets from the sources."""
-        parts = list(arrays)
-        for action in self.actions:
-            parts = action.run(parts)
-        return parts
+def equal_sources(route: Route, arrays: Arrays) -> list[Array]:
+    """The sources of a route that joins, each made equal to the first."""
+    perms = _agree(route).perms
+    home = arrays[route.sources[0]]
+    one = home if perms[0] is None else home.transpose(perms[0])
+    homes = []
+    for perm in perms:
+        # `perm` leads from a home to the joined leaf, and its inverse back.
+        homes.append(one if perm is None else one.transpose(np.argsort(perm)))
+    return homes
 
-    def gradients(
-        self, ours: Sequence[Array], theirs: Sequence[Array]
-    ) -> tuple[list[Array], list[Array]]:
-        """The gradients of both sides in one form, in which they are comparable.
 
-        Args:
-          ours: by the sources.
-          theirs: by the targets.
-        """
-        if self.joins:
-            return [self._summed(ours)], list(theirs)
-        if self.copies:
-            flat = np.concatenate([source.ravel() for source in ours])
-            return [flat], [self._added_up(ours, theirs)]
-        return self.run(ours), list(theirs)
+def _agree(route: Route) -> Agree:
+    (agree,) = (action for action in route.actions if isinstance(action, Agree))
+    return agree
 
-    def equal(self, arrays: Arrays) -> list[Array]:
-        """The sources of a route that joins, each made equal to the first."""
-        perms = self._agree().perms
-        home = arrays[self.sources[0]]
-        one = home if perms[0] is None else home.transpose(perms[0])
-        homes = []
-        for perm in perms:
-            # `perm` leads from a home to the joined leaf, and its inverse back.
-            homes.append(one if perm is None else one.transpose(np.argsort(perm)))
-        return homes
 
-    def _holds(self, kinds: Any) -> bool:
-        return any(isinstance(action, kinds) for action in self.actions)
+def _summed(route: Route, sources: Sequence[Array]) -> Array:
+    """The sum of what several leaves hold, in the form of the one that they become."""
+    turned = []
+    for array, perm in zip(sources, _agree(route).perms, strict=True):
+        turned.append(array if perm is None else array.transpose(perm))
+    return np.asarray(sum(turned))
 
-    def _agree(self) -> Agree:
-        (agree,) = (action for action in self.actions if isinstance(action, Agree))
-        return agree
 
-    def _summed(self, sources: Sequence[Array]) -> Array:
-        """The sum of what several leaves hold, in the form of the one that they become."""
-        turned = []
-        for array, perm in zip(sources, self._agree().perms, strict=True):
-            turned.append(array if perm is None else array.transpose(perm))
-        return np.asarray(sum(turned))
-
-    def _added_up(self, sources: Sequence[Array], targets: Sequence[Array]) -> Array:
-        """(elements,): for each element of a source the sum of what its copies hold."""
-        ends = np.cumsum([0, *(source.size for source in sources)])
-        numbers = []
-        for start, source in zip(ends, sources, strict=False):
-            numbers.append(np.arange(start, start + source.size).reshape(source.shape))
-        total = np.zeros(ends[-1], targets[0].dtype)
-        # Run on the numbers of elements, the route says which element each copy is of.
-        for places, target in zip(self.run(numbers), targets, strict=True):
-            np.add.at(total, places.ravel(), target.ravel())
-        return total
+def _added_up(route: Route, sources: Sequence[Array], targets: Sequence[Array]) -> Array:
+    """(elements,): for each element of a source the sum of what its copies hold."""
+    ends = np.cumsum([0, *(source.size for source in sources)])
+    numbers = []
+    for start, source in zip(ends, sources, strict=False):
+        numbers.append(np.arange(start, start + source.size).reshape(source.shape))
+    total = np.zeros(ends[-1], targets[0].dtype)
+    # Run on the numbers of elements, the route says which element each copy is of.
+    for places, target in zip(route.run(numbers), targets, strict=True):
+        np.add.at(total, places.ravel(), target.ravel())
+    return total
 
 
 def routes(conversion: Conversion, result: State) -> list[Route]:
-    """The conversion's jobs from leaves to leaves, in the keys of the two states."""
+    """The conversion's moves from leaves to leaves, in the keys of the two states."""
     old, new = _keys(conversion.state), _keys(result)
-    found = []
-    for job in conversion.jobs:
-        sources = [leaf.path for leaf in job.change.sources]
-        targets = [leaf.path for leaf in job.targets]
+    found: list[Route] = []
+    for move in conversion.moves:
+        sources = [leaf.path for leaf in move.sources]
+        targets = [leaf.path for leaf in move.targets]
         # What is filled has no source, and what is dropped no target.
         if not sources or not targets:
             continue
@@ -122,7 +97,7 @@ def routes(conversion: Conversion, result: State) -> list[Route]:
         if not old.keys() >= {*sources} or not new.keys() >= {*targets}:
             continue
         keys = tuple(old[path] for path in sources), tuple(new[path] for path in targets)
-        found.append(Route(*keys, job.change.actions))
+        found.append(Move(*keys, move.actions))
     return found
 
 
@@ -162,7 +137,7 @@ def comparable_gradients(
         sources, targets = _taken(ours, route.sources), _taken(theirs, route.targets)
         if sources is None or targets is None or not route.lossless:
             continue
-        mine, others = route.gradients(sources, targets)
+        mine, others = gradients_of(route, sources, targets)
         # Copies have one sum for all their targets: it goes by the name of the first.
         left.update(zip(route.targets, mine, strict=False))
         right.update(zip(route.targets, others, strict=False))

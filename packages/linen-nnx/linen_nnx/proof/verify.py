@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from linen_nnx.book.moves import targets_of
 from linen_nnx.book.plan import RuleError
 from linen_nnx.book.reading import read_json
 from linen_nnx.book.rules import RuleBook
@@ -180,8 +181,8 @@ def _verify_one(
         return
     count = len(leaves)
     # Items beside the state have conversions of their own, whose leaves `result` does not list.
-    for one in conversion.parts[1:]:
-        count += sum(len(job.targets) for job in one.jobs)
+    for one in conversion.with_beside[1:]:
+        count += len(list(targets_of(one.moves)))
     yield Check("coverage, shapes, dtypes", True, (f"{count} leaves",))
     wrong = list(wrong_leaves(conversion, result, progress))
     for name, one in conversion.beside.items():
@@ -217,7 +218,7 @@ def _inverse(conversion: Conversion, result: Source, intact: bool) -> Check:
     name = "exact inverse"
     source = conversion.source
     lost: list[str] = []
-    for one in conversion.parts:
+    for one in conversion.with_beside:
         lost += [*one.dropped, *one.filled]
     # The model's leaves first: of an optimizer's state there are many, and ten are shown.
     lost.sort(key=lambda path: OPTIMIZER in path.split("/"))

@@ -1,17 +1,12 @@
-"""What a translation of a whole state is made of: leaves that move to places.
+"""Where a leaf of a whole training state goes, said before it is known how that is laid out.
 
-No files here: the leaves of a move may be those of a checkpoint or arrays in memory.
+No files here: what moves to a place may be a leaf of a checkpoint or an array in memory.
 """
 
-from typing import Generic, NamedTuple, TypeVar
+from typing import NamedTuple
 
-from linen_nnx.book.grammar import Rule
-from linen_nnx.book.ops import Action, Spec
 from linen_nnx.disk.leaves import Key
 from linen_nnx.disk.state import OPTIMIZER, Id, names_of
-
-Source = TypeVar("Source")
-Target = TypeVar("Target")
 
 
 class Place(NamedTuple):
@@ -31,6 +26,9 @@ class Place(NamedTuple):
     tail: tuple[Key, ...] = ()
     """The keys behind the mirrored part."""
 
+    def __str__(self) -> str:
+        return self.path if self.id is None else self.id.path
+
     @property
     def in_optimizer(self) -> bool:
         return self.id is None and self.path.split("/")[0] == OPTIMIZER
@@ -40,22 +38,3 @@ class Place(NamedTuple):
         """The elements of the path that mirror the model."""
         names = names_of(self.path)
         return tuple(names[len(self.prefix) : len(names) - len(self.tail)])
-
-
-class Move(NamedTuple, Generic[Source, Target]):
-    """What becomes of some leaves: `sources`, through `actions`, go to `targets`.
-
-    No target: dropped. No source: filled. No action: only names change.
-    """
-
-    sources: tuple[Source, ...]
-    targets: tuple[Target, ...]
-    actions: tuple[Action, ...] = ()
-    specs: tuple[Spec, ...] = ()
-    """Shape and dtype of each target after the last action, where there are actions."""
-    rule: Rule | None = None
-    """The rule that says so; None where no rule was needed, as for a step count."""
-
-
-Step = Move[Id, Id]
-"""A step of a rule book's plan: from the source's model to the target's."""
