@@ -13,7 +13,7 @@ from training.runtime import cli
 
 
 def main(cfg: Config) -> float | None:
-    """Trains, or evaluates, as configured.
+    """Trains, evaluates or exports, as configured.
 
     Returns:
         The lowest validation loss of a run that has trained: what a sweeper goes by.
@@ -24,11 +24,14 @@ def main(cfg: Config) -> float | None:
             jobs of a --multirun do not begin then.
     """
     from training.evaluation import report
+    from training.export import export
     from training.loop import train
     from training.runtime.metrics import read
 
     if cfg.mode == "eval":
         return report(cfg)
+    if cfg.mode == "export":
+        return export(cfg)
     stopped_by = train(cfg)
     if stopped_by is not None:
         raise SystemExit(signals.exit_code(stopped_by))
@@ -36,5 +39,12 @@ def main(cfg: Config) -> float | None:
     return min(losses, default=None)
 
 
+def results(runs: list[Path]) -> None:
+    """What a --multirun ends with: its runs, the best one first."""
+    from training.table import show
+
+    show(runs)
+
+
 if __name__ == "__main__":
-    cli.run(main, Config, CHECKS)
+    cli.run(main, Config, CHECKS, results)

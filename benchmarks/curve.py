@@ -40,7 +40,8 @@ def climb(folder: Path, steps: int) -> dict[str, list[bytes]]:
     for number, stage in enumerate(STAGES, start=1):
         run = folder / stage
         end = f"stop_at={steps * number // len(STAGES)}"
-        rows[stage] = train(run, f"steps={steps}", f"stage={stage}", end, *before)
+        joined = train(run, f"steps={steps}", f"stage={stage}", end, *before)
+        rows[stage] = joined[sum(map(len, rows.values())) :]  # the others' come before its own
         before = [f"init_from={run}"]
     return rows
 

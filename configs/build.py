@@ -18,6 +18,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from linen_nnx.errors import Refusal
 
+from configs.words import WORDS
+
 T = TypeVar("T")
 
 
@@ -124,10 +126,15 @@ def build(cls: type[T], mapping: Mapping[str, Any], at: str = "") -> T:
 
 
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """The end of an error about a mistyped key: the keys that it is close to, in whole or in the
-    last part (`lr` to `optimizer.lr`), else those at the top; each after `prefix`."""
+    """The end of an error about a mistyped key: what it is called here (`configs.words`), or the
+    keys that it is close to, in whole or in the last part (`lr` to `optimizer.lr`), else those at
+    the top; each after `prefix`."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1)
+    word = name.rpartition(".")[2].lower()
+    close = [key for key in WORDS.get(word, ()) if key.removeprefix(prefix) in known]
+    close = [key.removeprefix(prefix) for key in close]
+    if not close:
+        close = difflib.get_close_matches(name, known, n=1)
     if not close:
         last = {key: key.rpartition(".")[2] for key in known}
         best = difflib.get_close_matches(name.rpartition(".")[2], last.values(), n=1)

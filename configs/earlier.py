@@ -27,6 +27,9 @@ def upgraded(mapping: Mapping[str, Any]) -> dict[str, Any]:
     result.setdefault("ported", None)
     result.setdefault("init_rules", None)
     result.setdefault("init_optimizer", "keep")
+    if isinstance(log := mapping.get("log"), Mapping):
+        absent = dict.fromkeys(("csv", "wandb", "mlflow", "norms_every"))
+        result["log"] = {**absent, "csv": False, **log}
     optimizer, data = mapping.get("optimizer"), mapping.get("data")
     if isinstance(optimizer, Mapping) and optimizer.keys() >= set(HALVES):
         result["optimizer"] = _optimizer(optimizer)

@@ -76,7 +76,11 @@ class Log:
     """What is shown and written beside `metrics.jsonl`."""
 
     tensorboard: bool
+    csv: bool
+    wandb: str | None
+    mlflow: str | None
     histograms_every: Count | None
+    norms_every: Count | None
     progress: bool
     samples: Natural
     prompt: str | None
@@ -137,7 +141,7 @@ class Config:
     """One run. `model` and `data` stay plain mappings: their family and data set check them."""
 
     name: str
-    mode: Literal["train", "eval"]
+    mode: Literal["train", "eval", "export"]
     stage: Stage
     ported: list[Any] | None
     run_dir: str

@@ -26,13 +26,14 @@ and, where it needs them:
 """
 
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
+from flax import nnx
 from jax import Array
 from linen_nnx import Ladder, Part, RuleBook, Twin
 
@@ -61,6 +62,19 @@ class Applied(Protocol):
         """Runs `forward`, or another method. By default with the keys of the step: a second call
         that is to draw other masks needs keys of its own."""
         ...
+
+
+class Whole(nnx.Module):
+    """The parts of a model as one nnx module: `whole.encoder`, `whole.head`, `whole(x)`."""
+
+    def __init__(self, parts: Mapping[str, Any], forward: Callable[..., Any]) -> None:
+        self._forward = forward
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """`forward` takes its parts as attributes, which this module has."""
+        return self._forward(self, *args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -105,6 +119,17 @@ class Family:
             ported=ported,
             rules=rules,
         )
+
+    def in_nnx(self, rngs: nnx.Rngs) -> nnx.Module:
+        """The whole model as an ordinary nnx module, which knows nothing of stages.
+
+        A model of several parts has them as attributes, and `forward` is its call.
+        """
+        parts = self.module.parts(self.options)
+        if isinstance(parts, Part):
+            return parts.nnx(rngs)
+        made = {name: part.nnx(rngs) for name, part in parts.items()}
+        return Whole(made, self.module.forward)
 
     @property
     def parts(self) -> list[str]:

@@ -284,6 +284,9 @@ def test_a_family_builds_its_own_options_with_paths_under_model():
         (["data.name=txt"], ["data.name: got 'txt'; did you mean 'text'?"]),
         (["~steps"], ["steps: missing; expected a whole number, at least 1"]),
         (["experiment=dgits"], ["experiment: got 'dgits'; did you mean 'digits'?"]),
+        (["optimizer.learning_rate=1"], ["did you mean 'optimizer.lr'?"]),
+        (["trainer.max_epochs=1"], ["trainer.max_epochs: unknown key; did you mean 'steps'?"]),
+        (["logger=csv"], ["did you mean 'log.tensorboard' or 'log.csv'?"]),
         (["experiment=x"], ["experiment: got 'x'; known: diabetes, digits, lm, sweep"]),
         (["experiment=null"], ["experiment: got null; known: diabetes, digits, lm, sweep"]),
         (["~experiment"], ["name: got null; expected text"]),
@@ -401,10 +404,27 @@ def test_a_run_gets_its_config_and_hydra_writes_nothing(tmp_path):
 
 
 def test_a_multirun_runs_each_job(tmp_path):
-    outcome = Outcome(tmp_path, "--multirun", "stage=linen,nnx", "steps=5,6")
-    jobs = ["ran lm linen 5", "ran lm linen 6", "ran lm nnx 5", "ran lm nnx 6"]
-    assert (outcome.code, outcome.out.splitlines()) == (0, jobs)
+    jobs = ("stage=linen,nnx", "steps=5,6")
+    outcome = Outcome(tmp_path, "--multirun", *jobs, "run_dir=runs/${stage}${steps}")
+    said = []
+    for number, (stage, steps) in enumerate(itertools.product(("linen", "nnx"), (5, 6)), 1):
+        said += [f"job {number} of 4: runs/{stage}{steps}", f"ran lm {stage} {steps}"]
+    assert (outcome.code, outcome.out.splitlines()) == (0, said)
     assert outcome.written == ["runs", "runs/multirun.yaml"]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("optimizer.lr=1e-3,1e-2",),
+        ("experiment=sweep", "run_dir=runs/${seed}"),
+        ("hydra/sweeper=optuna", "optimizer.lr=interval(1e-4, 1e-1)"),
+    ],
+)
+def test_a_multirun_into_one_folder_is_refused_before_its_first_job(tmp_path, args):
+    outcome = Outcome(tmp_path, "--multirun", *args)
+    assert outcome.is_one_message(code=2), outcome.err
+    assert "run_dir: got runs/" in outcome.err and "lr${optimizer.lr}" in outcome.err
 
 
 def test_the_configuration_can_be_shown_without_a_run(tmp_path):

@@ -90,8 +90,7 @@ def test_a_target_network_and_two_optimizers_go_to_another_stage(tmp_path: Path)
     whole = train("actor_critic", tmp_path / "whole", "stage=linen")
     train("actor_critic", tmp_path / "half", "stage=linen", "stop_at=3")
     rest = train("actor_critic", tmp_path / "rest", "stage=nnx", f"init_from={tmp_path / 'half'}")
-    assert [json.loads(line)["step"] for line in rest] == [4, 5, 6, 6]
-    assert rest == whole[-4:]
+    assert rest == whole
 
 
 def test_every_example_is_listed() -> None:

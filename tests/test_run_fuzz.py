@@ -24,10 +24,11 @@ from linen_nnx.errors import Refusal
 
 from configs.schema import Config
 from training import assemble, compose, data, evaluation, loop, moving
+from training.plot import curves
 from training.runtime import lock, start
-from training.runtime.metrics import Metrics, read
+from training.runtime.metrics import Metrics
 from training.runtime.runs import RUNS
-from training.table import table
+from training.table import results
 
 COUNT = int(os.environ.get("FUZZ_RUNS", "30"))  # more: FUZZ_RUNS=3000
 OPTIONS = (*SMALL["diabetes"], *QUIET, "steps=4", "eval.every=1", "checkpoint.every=1",
@@ -143,7 +144,7 @@ def readers(
         "without verifying": lambda run: begin(configured(run, "checkpoint.verify=false")),
         "init_from": lambda run: begin(configured(tmp_path / "new", f"init_from={run}")),
         "mode=eval": lambda run: evaluation.report(configured(run, "mode=eval")),
-        "table": lambda run: (table([run]), list(read(run))),
+        "table": lambda run: (results([run]), curves([run], "loss")),
     }
 
 

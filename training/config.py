@@ -7,10 +7,11 @@
 """
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from configs.build import ConfigError
+from configs.build import ConfigError, refuse
 from configs.schema import Config
 from training.runtime import cli
 
@@ -57,4 +58,16 @@ def _data(mapping: Mapping[str, Any]) -> None:
     create(mapping["data"])
 
 
-CHECKS: cli.Checks = {"model": _model, "optimizer": _optimizer, "data": _data}
+def _log(mapping: Mapping[str, Any]) -> None:
+    """Refuses trackers that are not installed, before anything is computed."""
+    wanted = [name for name in ("wandb", "mlflow") if mapping["log"].get(name) is not None]
+    refuse(
+        {
+            f"log.{name}": f"{name} is not installed: pip install {name}, or log.{name}=null"
+            for name in wanted
+            if find_spec(name) is None
+        }
+    )
+
+
+CHECKS: cli.Checks = {"model": _model, "optimizer": _optimizer, "data": _data, "log": _log}

@@ -8,6 +8,7 @@ profile    steps 6 to 15 are recorded, and the compiled step is written as text
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ class Profile:
             program = self._setup.program
             compiled = program.train_step.lower(state, self._setup.traced).compile()
             (run_dir / "train_step.hlo.txt").write_text(compiled.as_text() or "")
-            self._recording.callback(say, f"The profile in {run_dir} is for TensorBoard or xprof.")
+            self._recording.callback(lambda: say(where(run_dir)))
             self._recording.enter_context(jax.profiler.trace(run_dir))
         if step - self._first == PROFILED.stop:
             jax.block_until_ready(state)
@@ -79,3 +80,13 @@ class Profile:
     def close(self) -> None:
         """Ends a recording that goes on."""
         self._recording.close()
+
+
+def where(run_dir: Path) -> str:
+    """Where the profile is, and what opens it."""
+    traces = sorted(run_dir.glob("plugins/profile/*/*.trace.json.gz"))
+    lines = [f"The profile is in {run_dir / 'plugins'}. To look at it:"]
+    install = "" if find_spec("xprof") else "pip install xprof && "  # TensorBoard's own has none
+    lines.append(f"  {install}tensorboard --logdir {run_dir}   (tab PROFILE)")
+    lines += [f"  or open {trace} at https://ui.perfetto.dev" for trace in traces[-1:]]
+    return "\n".join(lines)

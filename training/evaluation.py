@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from configs.build import build
 from configs.earlier import upgraded
@@ -39,26 +40,38 @@ def report(cfg: Config) -> None:
         _show(f"{saved.path}, step {saved.step}", setup, moving.moved(setup, saved))
         return
     found = [checkpoints.find(run_dir), checkpoints.latest(run_dir / "best")]
-    own = ("eval", "log", "mesh", "distributed", "compile_cache", "checkpoint", "run_dir")
-    asked = {name: getattr(cfg, name) for name in own}
     setup = None
     for saved in filter(None, reversed(found)):
         if cfg.checkpoint.verify:
             saved.intact()
-        with reading.named(saved.path / "run"):
-            config = build(Config, upgraded(saved.run["config"]))
-        run = dataclasses.replace(config, **asked)
-        if setup is None or run != setup.cfg:
-            setup = prepare(run)
+        setup = setup_of(cfg, saved, setup)
         if changed := numerics.changes_since(saved.run):
             say("\n".join([f"{saved.path} was trained otherwise; this evaluation:", *changed]))
         state = saved.restore(setup.program.abstract)
-        _show(f"{saved.path.parent.name}, step {saved.step}", setup, state)
-        if saved is found[0]:
-            board = Board(run_dir, saved.step, {}, on=False)
-            if sample := samples.show(setup, state, board):
-                say(sample)
+        if saved is found[0]:  # the last one; its losses end the report
             say(summary.parameters(setup))
+            if sample := samples.show(setup, state, Board({})):
+                say(sample)
+        _show(f"{saved.path.parent.name}, step {saved.step}", setup, state)
+
+
+def setup_of(
+    cfg: Config, saved: checkpoints.Saved, known: Setup | None = None, **changes: Any
+) -> Setup:
+    """The run of a checkpoint of this template, set up anew.
+
+    Args:
+        cfg: what was asked for, of which `eval`, `log` and the devices are taken.
+        saved: the checkpoint, of which the rest is taken.
+        known: a setup, returned where it is the same one.
+        changes: further keys of the configuration.
+    """
+    own = ("eval", "log", "mesh", "distributed", "compile_cache", "checkpoint", "run_dir")
+    asked = {name: getattr(cfg, name) for name in own}
+    with reading.named(saved.path / "run"):
+        config = build(Config, upgraded(saved.run["config"]))
+    run = dataclasses.replace(config, **asked, **changes)
+    return known if known is not None and run == known.cfg else prepare(run)
 
 
 def _show(what: str, setup: Setup, state: State) -> None:

@@ -1,21 +1,22 @@
 """The training loop, from top to bottom: set-up, start, steps, evaluation, saving, summary."""
 
-import dataclasses
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import jax
 
 from configs.schema import Config
-from training import data, debug, moving, samples, summary
+from training import data, debug, loggers, moving, samples, summary
 from training.assemble import Setup, prepare, share
 from training.evaluation import evaluate
 from training.runtime import disk, lock, processes, start
 from training.runtime.board import Board
 from training.runtime.checkpoints import Checkpoints, save_aside
 from training.runtime.errors import Refused
-from training.runtime.metrics import Metrics
+from training.runtime.metrics import Metrics, read
 from training.runtime.program import State
 from training.runtime.recorder import NonFiniteError, Recorder
 from training.runtime.terminal import Terminal, say
@@ -40,6 +41,7 @@ def train(cfg: Config) -> int | None:
 
 def _train(setup: Setup) -> int | None:
     cfg, program, run = setup.cfg, setup.program, setup.run
+    began = time.monotonic()
     with processes.together():
         drawn = data.train_iterator(setup.dataset, *share())
 
@@ -53,20 +55,22 @@ def _train(setup: Setup) -> int | None:
     state = start.begin(run, program, saved, lambda other: moving.moved(setup, other))
     if saved is not None and cfg.debug.mode != "overfit":  # which stays at the first batch
         moving.set_position(drawn, saved)
-    say(summary.opening(setup, first))
+    say(summary.opening(setup, first, saved))
     compiling.result()
     with debug.checks(cfg):  # what cannot be traced, from this very state, writes nothing
         jax.eval_shape(program.train_step, state, setup.traced)
 
     # From here on the run directory is this run's.
     with processes.together():
-        start.write_run(run)
+        start.write_run(run, saved)
     writes = processes.first()
     metrics = Metrics(run.run_dir, first, write=writes)
-    checkpoints = Checkpoints(run.run_dir, cfg.checkpoint.keep, cfg.checkpoint.best, run.item())
+    checkpoints = Checkpoints(
+        run.run_dir, cfg.checkpoint.keep, cfg.checkpoint.best, run.item(saved)
+    )
     checkpoints.forget_after(first)
-    tensorboard = cfg.log.tensorboard
-    board = Board(run.run_dir, first, dataclasses.asdict(cfg), on=tensorboard and writes)
+    wanted = loggers.create(cfg, first)
+    board = Board(wanted if writes else {}, partial(read, run.run_dir))
     rows = setup.dataset.options.batch
     terminal = Terminal(run.last, first, rows, progress=cfg.log.progress)
     recorder = Recorder(metrics, board, terminal, cfg.log_every)
@@ -90,10 +94,12 @@ def _train(setup: Setup) -> int | None:
                     if _due(step, cfg.eval.every) or step == cfg.steps:
                         recorder.drain()
                         is_best = recorder.eval(step, evaluate(setup, state))
-                        sample = samples.show(setup, state, board) if tensorboard else None
-                    if tensorboard and _due(step, cfg.log.histograms_every):
-                        leaves = program.fetch(setup.view.leaves(state["params"]))  # by everyone
-                        board.histograms(step, leaves)
+                        # By everyone: drawing is computed together, and the first one shows it.
+                        sample = samples.show(setup, state, board) if wanted else None
+                    if _due(step, cfg.log.histograms_every):
+                        board.histograms(step, program.fetch(setup.view.leaves(state["params"])))
+                    if _due(step, cfg.log.norms_every):
+                        board.norms(step, program.fetch(setup.view.leaves(state["params"])))
                     stopped_by = stop(step)
                     ended = step == run.last or stopped_by is not None
                     ended = ended or _patience_lost(cfg, metrics)
@@ -111,18 +117,19 @@ def _train(setup: Setup) -> int | None:
                 closing.callback(metrics.close)
                 closing.callback(checkpoints.close)
 
-    # Summary, where the run is at its end and not only stopped.
-    if step == cfg.steps or _patience_lost(cfg, metrics):
-        say(summary.closing(setup.dataset, metrics))
-        board.finished()
+    # The words at the end.
+    seconds = time.monotonic() - began
+    finished = step == cfg.steps or _patience_lost(cfg, metrics)
+    if finished:
+        say(summary.closing(setup, metrics, seconds))
         if sample is None:
             sample = samples.show(setup, state, board)
         if sample:
             say(sample)
     else:
-        how = "without stop_at " if step == cfg.stop_at else ""
-        say(f"Saved at step {step} of {cfg.steps}; the same command {how}goes on from there.")
-    board.close()
+        say(summary.stopped(setup, step, seconds))
+    say(summary.commands(setup, finished=finished))
+    board.close(finished=finished)
     return stopped_by
 
 

@@ -1,46 +1,75 @@
 """The words a run opens and closes with."""
 
 import math
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import flax
+import jax
+from linen_nnx.book.stages import STAGES
 from linen_nnx.book.tree import flatten
 from omegaconf import OmegaConf
 
-from configs.schema import Optimizer
+from configs.schema import Config, Optimizer
 from training import chains
 from training.assemble import Setup
-from training.datasets import Dataset
 from training.optimizer import own_rate
-from training.runtime.cli import CONFIGS
+from training.runtime import numerics
+from training.runtime.checkpoints import Saved
+from training.runtime.cli import CONFIGS, command
 from training.runtime.metrics import Metrics
+from training.runtime.terminal import clock, labelled
 from training.runtime.view import WHOLE
 
 FAR = 5  # a learning rate so many times another is worth a word
 
 
-def opening(setup: Setup, step: int) -> str:
-    """What is trained, on what, from where, on which devices if on several."""
+def opening(setup: Setup, step: int, saved: Saved | None) -> str:
+    """What is trained, on what data and which device, and from where it goes on."""
     cfg = setup.cfg
     counts = dict.fromkeys(setup.parts, 0)
     for path, spec in _parameters(setup).items():
         counts[setup.view.part_of(path)] += math.prod(spec.shape)
     forms = {part or WHOLE: form for part, form in setup.stage.forms.items()}
     parts = ", ".join(f"{part} {forms[part]} {n:,}" for part, n in counts.items())
-    begin = f"going on from step {step}" if step else "from scratch"
+    total = sum(counts.values())
     lines = [
-        f"{cfg.name} at stage {cfg.stage}: {cfg.model['family']} with {sum(counts.values()):,} "
-        f"parameters ({parts})",
-        f"data: {setup.dataset.description}",
-        f"run: {Path(cfg.run_dir)}, {begin}",
+        (
+            f"{cfg.name} at stage {cfg.stage}",
+            f"{cfg.model['family']} with {total:,} parameters ({parts})",
+        ),
+        ("data", setup.dataset.description),
         *_learning_rate(cfg.optimizer, cfg.steps),
+        ("device", _device(setup)),
     ]
     if devices := setup.layout.describe(setup.program.abstract):
-        lines.append(f"mesh: {devices}")
-    if not step:
-        lines.append(parameters(setup))
-    return "\n".join(lines)
+        lines.append(("mesh", devices))
+    lines.append(("run", f"{_origin(cfg, step, saved)}, in {Path(cfg.run_dir)}"))
+    text = labelled(lines)
+    return text if step else f"{text}\n{parameters(setup)}"
+
+
+def _device(setup: Setup) -> str:
+    """What computes, and how precisely: `cpu, float32, jax 0.10.2, flax 0.12.8`."""
+    kind = jax.devices()[0].device_kind
+    dtypes = {str(spec.dtype) for spec in _parameters(setup).values()}
+    precision = setup.cfg.model.get("dtype") or ", ".join(sorted(dtypes))
+    if (products := numerics.setting("jax_default_matmul_precision")) is not None:
+        precision += f" (matrix products: {products})"
+    return f"{kind}, {precision}, jax {jax.__version__}, flax {flax.__version__}"
+
+
+def _origin(cfg: Config, step: int, saved: Saved | None) -> str:
+    """Where a run begins: `going on from step 300 of runs/old, stage linen -> nnx`."""
+    if saved is None:
+        return "from scratch"
+    text = f"going on from step {step}"
+    if saved.path.parent != Path(cfg.run_dir).absolute() / "checkpoints":
+        text += f" of {cfg.init_from}"
+    was = saved.run.get("stage", cfg.stage)
+    return text if was == cfg.stage else f"{text}, stage {was} -> {cfg.stage}"
 
 
 def _parameters(setup: Setup) -> dict[str, Any]:
@@ -48,20 +77,22 @@ def _parameters(setup: Setup) -> dict[str, Any]:
     return flatten(setup.stage.abstract()["params"])
 
 
-def _learning_rate(cfg: Optimizer, steps: int) -> Iterator[str]:
-    """What a person should know who, say, gave an experiment another optimizer than its own."""
+def _learning_rate(cfg: Optimizer, steps: int) -> Iterator[tuple[str, str]]:
+    """The rule, and a note where its learning rate is not what somebody may think it is."""
     has_own = own_rate(cfg) is not None
     name = cfg.name if cfg.chain is not None else "the family's own"
-    yield f"optimizer: {name}, " + ("lr of its chain" if has_own else _run_rate(cfg))
+    yield "optimizer", f"{name}, " + ("lr of its chain" if has_own else _run_rate(cfg))
     for name, reason in chains.depending_on_stage(cfg.chain or []).items():
         yield (
-            f"{name} {reason}: the curve may be another one at another stage (docs/optimizers.md)"
+            "note",
+            f"{name} {reason}: the curve may be another one at another stage (docs/optimizers.md)",
         )
     updates = steps // cfg.accumulate
     if cfg.warmup >= updates and not has_own:
         yield (
+            "note",
             f"optimizer.warmup is {cfg.warmup} updates, and the run has {updates}: the learning "
-            "rate never reaches optimizer.lr"
+            "rate never reaches optimizer.lr",
         )
 
 
@@ -95,8 +126,8 @@ def parameters(setup: Setup) -> str:
     )
 
 
-def closing(dataset: Dataset, metrics: Metrics) -> str:
-    """Last losses beside the baselines."""
+def closing(setup: Setup, metrics: Metrics, seconds: float) -> str:
+    """Last losses beside the baselines, and how long it took."""
     last = metrics.last
     lines = [f"finished at step {max(row['step'] for row in last.values())}"]
     for split, title in (("train", "train, batch"), ("eval", "validation, step")):
@@ -106,6 +137,43 @@ def closing(dataset: Dataset, metrics: Metrics) -> str:
         values = {k: v for k, v in last[split].items() if k in ("loss", "accuracy")}
         text = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         lines.append(f"  {title:<22}{text}")
-    for name, value in dataset.baselines.items():
+    for name, value in setup.dataset.baselines.items():
         lines.append(f"  baseline {name:<13}{value:.4f}")
+    lines.append(f"  time {'':<17}{clock(seconds)}")
+    return "\n".join(lines)
+
+
+def stopped(setup: Setup, step: int, seconds: float) -> str:
+    """Where a run that is not at its end has been left."""
+    cfg = setup.cfg
+    how = "without stop_at " if step == cfg.stop_at else ""
+    return (
+        f"Saved at step {step} of {cfg.steps} after {clock(seconds)}.\n"
+        f"The same command {how}goes on from there."
+    )
+
+
+def commands(setup: Setup, *, finished: bool) -> str:
+    """What one would type next."""
+    cfg, run = setup.cfg, Path(setup.cfg.run_dir)
+    stages = list(STAGES)
+    later = stages[stages.index(cfg.stage) + 1 :]
+    # As it is: a --multirun has put a name together that no shell would read as it stands there.
+    here = ["stop_at=", *([f"run_dir={run}"] if "run_dir=" in command() else [])]
+    lines = [f"in {run}; from here:"]
+    if not finished:
+        lines.append(f"  go on      {command(*here)}")
+    for stage in later[:1]:
+        moved = run.with_name(f"{run.name.removesuffix(f'-{cfg.stage}')}-{stage}")
+        if finished:  # and has nothing left to train: it is translated as it is
+            words = ["python", "convert.py", "run", str(run), str(moved), "--to", stage]
+            lines.append(f"  convert    {shlex.join(words)}")
+        else:
+            there = [key.replace(str(run), str(moved)) for key in here]
+            lines.append(f"  new stage  {command(f'stage={stage}', f'init_from={run}', *there)}")
+    if finished:
+        lines.append(f"  export     {command('mode=export', *here)}")
+    lines.append(f"  curves     python -m training.plot {shlex.quote(str(run))}")
+    if cfg.log.tensorboard:
+        lines.append(f"             tensorboard --logdir {shlex.quote(str(run))}")
     return "\n".join(lines)

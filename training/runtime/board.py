@@ -1,63 +1,125 @@
-"""TensorBoard: everything that a run shows beside its `metrics.jsonl`."""
+"""What a run shows beside its `metrics.jsonl`: to TensorBoard, and to whatever else is asked for.
 
-from pathlib import Path
-from typing import Any
+    recorder, samples ──> Board ──> TensorBoard      training/runtime/tensorboard.py
+                                ──> Csv, WandB, ...  training/runtime/trackers.py
+                                ──> one of your own  see training/loggers.py
+
+A tracker may fail at any time: a disk fills up, a server is not to be reached. That is said once,
+and training goes on without it.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from typing import Any, Protocol
 
 import numpy as np
-import yaml
-from flax.traverse_util import flatten_dict
-from tensorboardX import summary
 
-from training.runtime.events import Events
-
-BINS = 64  # of a histogram, equally wide: tensorboardX's own turn a narrow distribution into blocks
-
-_ASIDE = ("checkpoint.", "compile_cache", "debug.", "distributed.", "log.", "run_dir")
-"""Keys that the HPARAMS tab leaves out: no result depends on them."""
+from training.runtime.metrics import Row
+from training.runtime.terminal import say
 
 
-class Board:
-    """The event file of one process, or none."""
+class Logger(Protocol):
+    """One place where numbers, texts and pictures of a run go."""
 
-    def __init__(self, run_dir: Path, step: int, config: dict[str, Any], *, on: bool) -> None:
-        """Opens a file of its own, which hides the events after `step` that earlier ones hold."""
-        self._events = Events(run_dir, step) if on else None
-        self._config = config
-        self._add(summary.text("config", f"```yaml\n{yaml.safe_dump(config)}\n```"), step)
+    is_new: bool
+    """Whether it has nothing of this run yet: then it is given the rows that there are."""
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """`{"group/name": value}`."""
-        for name, value in values.items():
-            self._add(summary.scalar(name, value), step)
+        ...
 
-    def histograms(self, step: int, leaves: dict[str, Any]) -> None:
-        """`{nnx path: array}` of parameters."""
-        for path, leaf in leaves.items():
-            values = np.asarray(leaf, np.float32)
-            self._add(summary.histogram(f"params/{path}", values, BINS), step)
+    def histograms(self, step: int, leaves: Mapping[str, np.ndarray]) -> None:
+        """`{nnx path: float32 array}` of parameters."""
+        ...
 
-    def text(self, step: int, name: str, value: str) -> None:
-        self._add(summary.text(name, f"```\n{value}\n```"), step)
+    def text(self, step: int, name: str, value: str) -> None: ...
 
     def image(self, step: int, name: str, value: np.ndarray) -> None:
         """(height, width, 3) uint8."""
-        self._add(summary.image(name, value, dataformats="HWC"), step)
+        ...
 
-    def finished(self) -> None:
-        """Gives the run its row in the HPARAMS tab."""
-        flat = flatten_dict(self._config, sep=".")
-        kept = {key: value for key, value in flat.items() if not key.startswith(_ASIDE)}
-        plain = {k: v if isinstance(v, bool | int | float) else str(v) for k, v in kept.items()}
-        # Without a summary of the whole experiment, which one run cannot know, TensorBoard makes it
-        # of all runs: their last metrics, and first of all the settings in which they differ.
-        _, *session = summary.hparams(plain, {})
-        for part in session:
-            self._add(part)
+    def close(self, finished: bool) -> None:
+        """`finished`: whether the run has come to its end, and was not only stopped."""
+        ...
 
-    def close(self) -> None:
-        if self._events is not None:
-            self._events.close()
 
-    def _add(self, made: Any, step: int | None = None) -> None:
-        if self._events is not None:
-            self._events.add(made, step)
+class Board:
+    """All loggers of one process as one; one that raises is left out from there on."""
+
+    def __init__(
+        self,
+        loggers: Mapping[str, Callable[[], Logger]],
+        rows: Callable[[], Iterable[Row]] = list,
+    ) -> None:
+        """Opens each, and gives the rows so far to those that are new.
+
+        Args:
+            loggers: what opens each, by its name in messages.
+            rows: reads the rows.
+
+        So a run that was converted, or goes on at another stage, is one curve there as well.
+        """
+        self._loggers: dict[str, Logger] = {}
+        for name, opened in loggers.items():
+            self._guarded(name, lambda name=name, opened=opened: self._open(name, opened, rows))
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._each(lambda logger: logger.scalars(step, values))
+
+    def histograms(self, step: int, leaves: Mapping[str, Any]) -> None:
+        arrays = {path: np.asarray(leaf, np.float32) for path, leaf in leaves.items()}
+        self._each(lambda logger: logger.histograms(step, arrays))
+
+    def norms(self, step: int, leaves: Mapping[str, Any]) -> None:
+        """The Euclidean norm of each module's own parameters: `norms/encoder/stem`."""
+        squares: dict[str, float] = {}
+        for path, leaf in leaves.items():
+            module = f"norms/{path.rpartition('/')[0]}"
+            values = np.asarray(leaf, np.float64)
+            squares[module] = squares.get(module, 0.0) + float(np.sum(np.square(values)))
+        self.scalars(step, {module: total**0.5 for module, total in squares.items()})
+
+    def text(self, step: int, name: str, value: str) -> None:
+        self._each(lambda logger: logger.text(step, name, value))
+
+    def image(self, step: int, name: str, value: np.ndarray) -> None:
+        self._each(lambda logger: logger.image(step, name, value))
+
+    def close(self, *, finished: bool) -> None:
+        self._each(lambda logger: logger.close(finished))
+
+    def _open(
+        self, name: str, opened: Callable[[], Logger], rows: Callable[[], Iterable[Row]]
+    ) -> None:
+        logger = self._loggers[name] = opened()
+        if logger.is_new:
+            for row in rows():
+                logger.scalars(row["step"], scalars_of(row))
+
+    def _each(self, act: Callable[[Logger], None]) -> None:
+        for name, logger in list(self._loggers.items()):
+            self._guarded(name, lambda logger=logger: act(logger))
+
+    def _guarded(self, name: str, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except Exception as error:
+            # Whatever a tracker raises: those of other people have errors of their own.
+            reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+            kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+            broken = self._loggers.pop(name, None)
+            if broken is not None:
+                with suppress(Exception):  # the same again: it tries to write what is left
+                    broken.close(False)
+            say(f"{name} cannot be written ({kind}{reason}). Training goes on without it.")
+
+
+def scalars_of(row: Row) -> dict[str, float]:
+    """A row of `metrics.jsonl` by the names that trackers show.
+
+    Example:
+      >>> scalars_of({"step": 3, "split": "eval", "loss": 0.5})
+      {'eval/loss': 0.5}
+    """
+    values = {name: value for name, value in row.items() if name not in ("step", "split")}
+    return {f"{row['split']}/{name}": value for name, value in values.items()}

@@ -7,8 +7,10 @@ alone; any other exception is a bug and keeps its traceback. Nothing here import
 """
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from textwrap import indent
 from types import MappingProxyType
@@ -22,6 +24,7 @@ from configs.build import ConfigError, build, did_you_mean, paths, show
 T = TypeVar("T")
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+VERSIONS = ("linen-nnx", "jax", "flax", "optax", "orbax-checkpoint")  # that --version tells
 # By group of the configuration: raises `ConfigError` for what is wrong with that mapping.
 Checks = Mapping[str, Callable[[Mapping[str, Any]], object]]
 
@@ -40,12 +43,16 @@ again resumes the run. run_dir holds config.yaml, metrics.jsonl, TensorBoard eve
   python train.py experiment=digits --cfg job        show the configuration, train nothing
   python train.py --config-dir DIR experiment=NAME   one of another folder with such a tree
   python train.py --multirun stage=linen,nnx         several runs, one after another
+  python train.py --version                          of the library, and of those below it
   python train.py --hydra-help                       the flags of Hydra, which composes all this
 """
 
 
 def run(
-    main: Callable[[Any], float | None], schema: type, checks: Checks = MappingProxyType({})
+    main: Callable[[Any], float | None],
+    schema: type,
+    checks: Checks = MappingProxyType({}),
+    results: Callable[[list[Path]], None] = lambda runs: None,
 ) -> None:
     """Composes the configuration that `sys.argv` asks for, checks it, and calls `main` with it.
 
@@ -54,6 +61,7 @@ def run(
         returns.
       checks: what else is to be looked at in the groups of the configuration (`model`, ...), so
         that it is reported together with everything else.
+      results: shows the run directories of a `--multirun`, at its end.
 
     Raises:
       SystemExit: 2 for a usage error, 1 for any other `Refusal`, 130 for a Ctrl-C that nobody has
@@ -62,7 +70,12 @@ def run(
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(help_page())
         return
+    if "--version" in sys.argv[1:]:
+        print(", ".join(f"{name} {metadata.version(name)}" for name in VERSIONS))
+        return
     import hydra
+
+    from training.runtime import sweeps
 
     entered = False
 
@@ -71,7 +84,9 @@ def run(
         entered = True
         # Not raised further: Hydra would announce a failed job before the message.
         try:
-            return main(check(composed, schema, checks))
+            config = check(composed, schema, checks)
+            sweeps.announce(config.run_dir)
+            return main(config)
         except ConfigError as error:
             _exit(error, 2)
         except Refusal as error:
@@ -79,7 +94,14 @@ def run(
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through, for us to report
     try:
+        runs = sweeps.plan(_compose)
         hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")(job)()
+        if runs:
+            results(runs)
+    except ConfigError as error:
+        _exit(error, 2)
+    except Refusal as error:
+        _exit(error, 1)
     except KeyboardInterrupt:
         _exit("Interrupted. The same command goes on from the last checkpoint.", 130)
     except Exception as error:
@@ -148,6 +170,31 @@ def help_page() -> str:
             lines = (CONFIGS / group / f"{option}.yaml").read_text().splitlines()[1:]
             text += [f"\nKeys of {group}={option}:", *(f"  {group}.{line}" for line in lines)]
     return "\n".join(text)
+
+
+def command(*changes: str) -> str:
+    """The command line of the run at hand, as a person would type it, with other overrides.
+
+    Args:
+      changes: `key=value` in place of what the run has for that key; `key=` takes it away.
+    """
+    from hydra.core.hydra_config import HydraConfig
+
+    words = ["python", "train.py"]
+    changed: dict[str, str] = {}
+    for change in changes:
+        key, _, value = change.partition("=")
+        changed[key] = value
+    overrides: dict[str, str] = {}  # the last one for each key, as Hydra takes it
+    if HydraConfig.initialized():
+        composed = HydraConfig.get()
+        overrides = {text.partition("=")[0]: text for text in composed.overrides.task}
+        for source in composed.runtime.config_sources:
+            if source.provider == "command-line":
+                words += ["--config-dir", source.path.removeprefix("file://")]
+    kept = [text for key, text in overrides.items() if key not in changed]
+    words += [*kept, *(f"{key}={value}" for key, value in changed.items() if value)]
+    return shlex.join(words)
 
 
 def _compose(overrides: Sequence[str], config_dir: str | Path | None) -> Any:

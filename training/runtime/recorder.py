@@ -1,6 +1,7 @@
 """Takes the metrics of each step while the device works on the next, and writes them where due."""
 
 import math
+import resource
 from typing import Any
 
 import jax
@@ -36,8 +37,16 @@ class Recorder:
             NonFiniteError: for an earlier step.
         """
         self._pending.append((step, values))
-        if len(self._pending) > 1 and self._pending[-2][0] % self._every == 0:
+        if len(self._pending) < 2:
+            return
+        before, computed = self._pending[-2]
+        loss: Any = computed["loss"]  # whose type has no `is_ready`
+        if before % self._every == 0:
             self._write(keep=1)
+        # Between two rows nobody waits for the device. But steps that take a minute each would
+        # leave a progress bar at rest for log_every minutes, so those that have ended are shown.
+        elif loss.is_ready():
+            self._terminal.at(before)
 
     def drain(self) -> None:
         """Waits for all steps so far and writes what is due of them.
@@ -59,7 +68,8 @@ class Recorder:
                 )
         self._metrics.write({"step": step, "split": "eval", **values})
         self._board.scalars(step, {f"eval/{name}": value for name, value in values.items()})
-        text = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        names = sorted(values, key=lambda name: name != "loss")  # the loss first
+        text = "  ".join(f"{name} {values[name]:.4f}" for name in names)
         say(f"step {step}: validation {text}")
         return values["loss"] < best
 
@@ -79,8 +89,20 @@ class Recorder:
 
     def _row(self, step: int, values: dict[str, float]) -> None:
         self._metrics.write({"step": step, "split": "train", **values})
-        scalars: dict[str, Any] = {f"train/{name}": value for name, value in values.items()}
-        rate = self._terminal.step(step, values["loss"])
-        if rate is not None:
-            scalars["train/examples_per_second"] = rate
+        scalars = {f"train/{name}": value for name, value in values.items()} | memory()
+        seconds = self._terminal.step(step, values["loss"])
+        if seconds is not None:
+            scalars["train/seconds_per_step"] = seconds
+            scalars["train/examples_per_second"] = self._terminal.examples / seconds
         self._board.scalars(step, scalars)
+
+
+def memory() -> dict[str, float]:
+    """What the run holds, in GB: of the first device where that can be told, and of the process."""
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = {"memory/process_peak": kilobytes * 1024 / 1e9}
+    device = jax.local_devices()[0].memory_stats() or {}  # a CPU has none
+    for name, key in (("device", "bytes_in_use"), ("device_peak", "peak_bytes_in_use")):
+        if key in device:
+            found[f"memory/{name}"] = device[key] / 1e9
+    return found

@@ -18,12 +18,15 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from types import FrameType
 from typing import NoReturn
 
 SHOW_CURSOR = b"\x1b[?25h"  # which the progress bar has hidden
 
 Handler = Callable[[int, FrameType | None], None]
+
+GOES_ON = " The same command goes on from the last checkpoint."
 
 
 def exit_code(number: int) -> int:
@@ -37,10 +40,14 @@ def exit_code(number: int) -> int:
     return 128 + number
 
 
-def end_on_signals() -> None:
-    """From now on either signal ends the process at once, with a message; for entry scripts."""
+def end_on_signals(words: str = GOES_ON) -> None:
+    """From now on either signal ends the process at once, with a message; for entry scripts.
+
+    Args:
+      words: what the message says beside that.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _end)
+        signal.signal(number, partial(_end, words=words))
 
 
 @contextmanager
@@ -70,13 +77,13 @@ def handled(handlers: dict[signal.Signals, Handler]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _end(number: int, frame: FrameType | None) -> NoReturn:
+def _end(number: int, frame: FrameType | None, *, words: str = GOES_ON) -> NoReturn:
     with suppress(Exception):  # the signal may have come while just this was being written
         sys.stdout.flush()
     if os.isatty(1):
         os.write(1, SHOW_CURSOR)
     name = signal.Signals(number).name
-    _write(f"{name}: ended at once. The same command goes on from the last checkpoint.")
+    _write(f"{name}: ended at once.{words}")
     os._exit(exit_code(number))
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from linen_nnx import RuleBook
 
-from training.runtime import checkpoints, metrics, numerics, processes, reading, vouching
+from training.runtime import checkpoints, metrics, numerics, past, processes, reading, vouching
 from training.runtime.errors import Refused
 from training.runtime.program import Program, State
 from training.runtime.terminal import say
@@ -59,15 +59,21 @@ class Run:
     upgraded: Callable[[Mapping[str, Any]], dict[str, Any]]
     foreign: Callable[[Path], checkpoints.Saved]
 
-    def item(self) -> dict[str, Any]:
+    def owns(self, saved: checkpoints.Saved) -> bool:
+        """Whether it is a checkpoint of this run directory."""
+        return saved.path.parent == self.run_dir.absolute() / "checkpoints"
+
+    def item(self, saved: checkpoints.Saved | None) -> dict[str, Any]:
         """What a checkpoint says of its run, in plain values.
 
-        Its configuration, the form of each part, the rule book, and with which settings of JAX and
-        where it is computed.
+        Its configuration, the form of each part, the rule book, the stages that it went through
+        with those of the checkpoint that it goes on from, and with which settings of JAX and where
+        it is computed.
         """
         return {
             "config": dict(self.config),
             "stage": self.stage,
+            "stages": past.stages(saved, self.stage),
             "forms": dict(self.forms),
             "ported": self.ported,
             "rules": None if self.rules is None else self.rules.to_dict(),
@@ -113,16 +119,19 @@ def begin(
     """
     if saved is None:
         return program.init()
-    own = saved.path.parent == run.run_dir.absolute() / "checkpoints"
-    return saved.restore(program.abstract) if own else moved(saved)
+    return saved.restore(program.abstract) if run.owns(saved) else moved(saved)
 
 
-def write_run(run: Run) -> None:
-    """Writes `config.yaml` and `rules.yaml` into the run directory, or brings them up to date."""
+def write_run(run: Run, saved: checkpoints.Saved | None) -> None:
+    """Writes `config.yaml` and `rules.yaml` into the run directory, or brings them up to date, and
+    takes the rows along that lie behind it."""
     if not processes.first():
         return
+    if saved is not None and not run.owns(saved):
+        before = {} if saved.foreign is not None else run.upgraded(saved.run["config"])
+        past.take(saved, run.config, before, run.run_dir)
     part = run.run_dir / CONFIG_PART
-    part.write_text(yaml.safe_dump(vouching.config_of(run.item()), sort_keys=False))
+    part.write_text(yaml.safe_dump(vouching.config_of(run.item(saved)), sort_keys=False))
     part.replace(run.run_dir / vouching.CONFIG)
     if run.rules is not None:
         run.rules.save(run.run_dir / vouching.RULES)

@@ -1,16 +1,39 @@
 """What a person sees while a run goes on: a progress bar on a terminal, plain lines in a file."""
 
+import textwrap
 import time
+from collections.abc import Iterable
+from functools import partial
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 CONSOLE = Console(highlight=False, soft_wrap=True)
+WIDTH = 80  # columns of a message that is laid out
 
 
 def say(text: str) -> None:
     """Prints a message, above the progress bar while there is one."""
     CONSOLE.print(text, markup=False)
+
+
+def labelled(pairs: Iterable[tuple[str, str]]) -> str:
+    """Lines `label: text` in at most 80 columns; a word longer than that is left whole.
+
+    Example:
+      >>> print(labelled([("run", "runs/lm"), ("device", "cpu")]))
+      run: runs/lm
+      device: cpu
+    """
+    # No word is broken, for it may be a path or a command that somebody copies.
+    fill = partial(
+        textwrap.fill,
+        width=WIDTH,
+        subsequent_indent="  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return "\n".join(fill(f"{label}: {text}") for label, text in pairs)
 
 
 class Terminal:
@@ -24,19 +47,25 @@ class Terminal:
             examples: examples per step, for the throughput.
             progress: False for no progress at all, messages alone.
         """
-        self._steps, self._examples, self._show = steps, examples, progress
+        self._steps, self.examples, self._show = steps, examples, progress
         self._clock: tuple[int, float] | None = None
+        # The first step that was seen to end, and when: an end is reckoned from there on. So the
+        # compilation before it does not count, and the evaluations after it do, as they go on.
+        self._began: tuple[int, float] | None = None
+        self._left = ""
         self._bar: Progress | None = None
         if progress and CONSOLE.is_terminal:
             self._bar = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),
-                BarColumn(),
+                BarColumn(bar_width=None),
                 TextColumn("{task.fields[text]}"),
-                TimeRemainingColumn(),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[left]}"),
                 console=CONSOLE,
+                expand=True,
             )
-            self._task = self._bar.add_task("", total=steps, completed=start, text="")
+            self._task = self._bar.add_task("", total=steps, completed=start, text="", left="")
 
     def __enter__(self) -> "Terminal":
         if self._bar is not None:
@@ -47,34 +76,49 @@ class Terminal:
         if self._bar is not None:
             self._bar.stop()
 
+    def at(self, step: int) -> None:
+        """Takes notice that a step has ended, of which there need not be a row."""
+        now = time.perf_counter()
+        if self._began is None:
+            self._began = step, now
+        first, began = self._began
+        if step > first:
+            self._left = f"{clock((now - began) / (step - first) * (self._steps - step))} left"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, left=self._left)
+
     def step(self, step: int, loss: float) -> float | None:
         """Shows the loss of a step whose metrics have arrived.
 
         Returns:
-            Examples per second since the last call; None at the first.
+            Seconds per step since the last call; None at the first.
         """
+        self.at(step)
         now = time.perf_counter()
         before, self._clock = self._clock, (step, now)
-        rate = None
+        seconds = None
         text = f"loss {loss:.4f}"
         if before is not None and step > before[0]:
             seconds = (now - before[1]) / (step - before[0])
-            rate = self._examples / seconds
-            text += f"  {rate:,.0f} examples/s"
+            text += f"  {self.examples / seconds:,.0f} examples/s"
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, text=text)
+            self._bar.update(self._task, text=text)
         elif self._show:
-            if rate is not None:
-                text += f"  {_clock((self._steps - step) * self._examples / rate)} left"
-            say(f"step {step}/{self._steps}  {text}")
-        return rate
+            say(f"step {step}/{self._steps}  {text}  {self._left}".rstrip())
+        return seconds
 
     def pause(self) -> None:
         """Forgets the time, so that what is not training (evaluation, say) does not count."""
         self._clock = None
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """A time as people read it.
+
+    Example:
+      >>> clock(75), clock(3675)
+      ('1:15', '1:01:15')
+    """
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -17,12 +17,13 @@ from training.runtime import metrics, reading, tally
 from training.runtime.errors import Refused
 
 CONFIG, RULES = "config.yaml", "rules.yaml"
-RECORDED = ("numerics", "surroundings")  # what stands there beside the keys of a configuration
+RECORDED = ("numerics", "surroundings", "stages")  # there beside the keys of a configuration
 
 # What may change when a run goes on; everything else would bend its curve.
 FREE = (
     "stop_at", "log_every", "resume", "init_from", "init_rules", "init_optimizer", "run_dir",
-    "eval", "checkpoint", "log", "mesh", "distributed", "compile_cache", "mode", "surroundings",
+    "eval", "checkpoint", "log", "mesh", "distributed", "compile_cache", "mode",
+    "surroundings", "stages",
 )  # fmt: skip
 
 
@@ -45,7 +46,7 @@ def check(
         Refused: naming every row and key that differs, and what to do.
     """
     with reading.named(run_dir / metrics.FILE):
-        lost = list(_of_metrics(run_dir, step, run))
+        lost = [(metrics.FILE, text) for text in lost_rows(run_dir, step, run)]
     changed = [*_of_config(run_dir, run), *_of_rules(run_dir, run, rules)]
     if not lost and not changed:
         return "metrics" in run
@@ -88,6 +89,9 @@ def check_recorded(content: Mapping[str, Any]) -> None:
         section = content.get(name, {})
         if not isinstance(section, dict) or any(isinstance(v, dict) for v in section.values()):
             raise ValueError(f"its {name} are no mapping of plain values")
+    for step, stage in content.get("stages", {"0": ""}).items() or [("", "")]:
+        if not str(step).isdecimal() or not isinstance(stage, str):
+            raise ValueError("its stages are no mapping of steps to stages")
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -148,18 +152,17 @@ def _of_rules(
         yield RULES, "is another rule book than the checkpoint's"
 
 
-def _of_metrics(run_dir: Path, step: int, run: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def lost_rows(run_dir: Path, step: int, run: Mapping[str, Any]) -> list[str]:
+    """In which rows the metrics of a run are not as its checkpoint of this step says."""
     noted = run.get("metrics")
     if noted is None:
-        return
+        return []
     path = run_dir / metrics.FILE
     if not path.exists():
-        if noted["rows"]:
-            yield metrics.FILE, f"is missing; it had {noted['rows']} rows up to step {step}"
-        return
+        rows = noted["rows"]
+        return [f"is missing; it had {rows} rows up to step {step}"] if rows else []
     found = [(line, metrics.step_of(line)) for line in reading.whole_lines(path)]
     # The rows after that step are another checkpoint's, or will be drawn again.
     within = [index for index, (_, at) in enumerate(found, 1) if at is None or at <= step]
     rows = [(line, at or 0) for line, at in found[: max(within, default=0)]]
-    for text in tally.differences(noted, rows):
-        yield metrics.FILE, text
+    return tally.differences(noted, rows)

@@ -1,0 +1,77 @@
+"""The model of a checkpoint alone, for those who know nothing of this template (`mode=export`).
+
+    RUN/export/600/nnx/                what Orbax and Flax restore, see below
+    RUN/export/600/model.safetensors   the same arrays by name, for anything that reads them
+    RUN/export/600/model.yaml          the options of the model
+
+Whatever stage the checkpoint is of, the exported model is all nnx. Its parameters are those that
+evaluation uses: the average, where the run keeps one.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+import yaml
+from flax import nnx
+from linen_nnx.book.tree import flatten
+from safetensors.flax import save_file
+
+from configs.schema import Config
+from training import moving
+from training.assemble import Setup
+from training.evaluation import setup_of
+from training.runtime import checkpoints, processes
+from training.runtime.errors import Refused
+from training.runtime.terminal import say
+
+RESTORE = """\
+The model of step {step} is in {path}. To restore it:
+  from flax import nnx; import model, orbax.checkpoint as ocp, yaml
+  net = model.create(yaml.safe_load(open("{path}/model.yaml"))).in_nnx(nnx.Rngs(0))
+  state = nnx.state(net, nnx.Not(nnx.RngState))
+  nnx.update(net, ocp.StandardCheckpointer().restore("{path}/nnx", state))"""
+
+
+def export(cfg: Config) -> None:
+    """Writes the model of the newest checkpoint of `run_dir`, or of what `init_from` names.
+
+    Raises:
+        Refusal: when there is no checkpoint, or one is damaged.
+    """
+    saved = checkpoints.find(Path(cfg.init_from or cfg.run_dir))
+    if cfg.checkpoint.verify:
+        saved.intact()
+    setup = setup_of(cfg, saved, stage="nnx")
+    state = moving.moved(setup, saved)
+    variables = setup.collections(state) | {"params": setup.steps.evaluated(state)}
+    arrays: dict[str, Any] = {}
+    for name, array in flatten(setup.program.fetch(variables)).items():
+        # An nnx module has one tree for all collections: `params/encoder/w` is `encoder.w`.
+        arrays[name.split("/", 1)[1]] = array
+    if processes.first():
+        path = Path(cfg.run_dir).absolute() / "export" / str(saved.step)
+        _write(path, setup, arrays)
+        say(RESTORE.format(step=saved.step, path=path))
+
+
+def _write(path: Path, setup: Setup, arrays: dict[str, Any]) -> None:
+    """All three files, under the path's name only when they are complete."""
+    part = path.with_name(f".{path.name}.part")
+    for old in (part, path):
+        shutil.rmtree(old, ignore_errors=True)
+    part.mkdir(parents=True)
+    state = nnx.state(setup.family.in_nnx(nnx.Rngs(0)), nnx.Not(nnx.RngState))
+    places = {"/".join(map(str, place)): leaf for place, leaf in nnx.to_flat_state(state)}
+    if lacking := sorted(arrays.keys() - places.keys()):
+        raise Refused(f"The nnx model has no {', '.join(lacking)}, which the stage has.")
+    for name, array in arrays.items():
+        places[name].set_value(jax.numpy.asarray(array))
+    with ocp.StandardCheckpointer() as writer:
+        writer.save(part / "nnx", state)
+    save_file({name: jax.numpy.asarray(array) for name, array in arrays.items()},
+              part / "model.safetensors", {"format": "nnx", "step": path.name})  # fmt: skip
+    (part / "model.yaml").write_text(yaml.safe_dump(setup.cfg.model, sort_keys=False))
+    part.replace(path)
