@@ -60,14 +60,11 @@ def _data(mapping: Mapping[str, Any]) -> None:
 
 def _log(mapping: Mapping[str, Any]) -> None:
     """Refuses trackers that are not installed, before anything is computed."""
-    wanted = [name for name in ("wandb", "mlflow") if mapping["log"].get(name) is not None]
-    refuse(
-        {
-            f"log.{name}": f"{name} is not installed: pip install {name}, or log.{name}=null"
-            for name in wanted
-            if find_spec(name) is None
-        }
-    )
+    problems: dict[str, str] = {}
+    for name in ("wandb", "mlflow"):
+        if mapping["log"].get(name) is not None and find_spec(name) is None:
+            problems[f"log.{name}"] = f"{name} is not installed: pip install -e '.[{name}]'"
+    refuse(problems)
 
 
 CHECKS: cli.Checks = {"model": _model, "optimizer": _optimizer, "data": _data, "log": _log}
