@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 from linen_nnx.book.reading import open_file, parse_json, read_bytes, read_text
-from linen_nnx.book.text import parse
+from linen_nnx.book.yaml_io import parse
 
 from training.runtime.errors import Refused
 

@@ -9,7 +9,8 @@ import tensorstore as ts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from linen_nnx.book.ops import Gather, Permute, Reform, Spec, Spread
+from linen_nnx.book.actions import Gather, Permute, Reform, Spread
+from linen_nnx.book.specs import Spec
 from linen_nnx.disk.chunks import apply
 from linen_nnx.disk.leaves import DICT, Key, Leaf
 from linen_nnx.disk.sources import find

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from convert_helpers import make_socket, save_small, save_zarr
 
-from linen_nnx.book.ops import Spec
+from linen_nnx.book.specs import Spec
 from linen_nnx.cli import main
 from linen_nnx.disk import ocdbt, ocdbt_writing
 from linen_nnx.disk.checked import StoreError

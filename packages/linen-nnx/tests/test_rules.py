@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from linen_nnx import RuleBook, RuleError
 from linen_nnx.book.grammar import parse_rule
 from linen_nnx.book.index import Index
-from linen_nnx.book.ops import Mismatch, packed
+from linen_nnx.book.packing import packed
 from linen_nnx.book.patterns import Pattern
 from linen_nnx.book.rules import Unassigned
+from linen_nnx.book.specs import Mismatch
 from linen_nnx.book.tree import flatten, unflatten
 
 DTYPES = [

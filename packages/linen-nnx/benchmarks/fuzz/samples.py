@@ -21,7 +21,7 @@ from backports import zstd
 
 from benchmarks.fuzz import mutate
 from linen_nnx import RuleBook
-from linen_nnx.book.ops import Spec
+from linen_nnx.book.specs import Spec
 from linen_nnx.book.stages import STAGES
 from linen_nnx.disk import digests, ocdbt, ocdbt_writing
 from linen_nnx.disk.convert import convert

@@ -19,7 +19,7 @@ Twelve blocks, looped over in Linen and a list in nnx, take one line:
 
           - {linen: "dropout/Layers/Dropout_0[{i}]", nnx: "layers/{i}/drop/rngs"}
 
-`idle` are draws of the port that change no output, `own` those that have no partner: they have
+`idle` are draws of the port that change no output. `own` are draws that have no partner: they have
 streams of their own.
 """
 
@@ -54,11 +54,13 @@ class Draw(NamedTuple):
     @classmethod
     def parse(cls, text: Any) -> "Draw":
         """The draw of a text. Raises `ValueError` for a text that is none."""
+        # Of YAML, where a name of digits is a number.
         found = _TEXT.fullmatch(text) if isinstance(text, str) else None
         if found is None:
             raise ValueError(f"a draw is a text such as `drop/rngs#1[2]`, got {text!r}")
-        path, count, lane = found.groups()
-        return cls(path, int(count or 0), tuple(map(int, lane.split(","))) if lane else ())
+        path, count, lanes = found.groups()
+        lane = tuple(map(int, lanes.split(","))) if lanes else ()
+        return cls(path, int(count or 0), lane)
 
     def __str__(self) -> str:
         count = f"#{self.count}" if self.count else ""
@@ -93,13 +95,21 @@ class Family(NamedTuple):
 
 @dataclass(frozen=True)
 class Pairing:
-    """What the draws of one kind of call are: its method and its arguments that are no arrays.
+    """The draws of one kind of call. Its method and its arguments that are no arrays make the kind.
 
     Attributes:
       call: the name of the method.
       given: `{argument: value}` of every argument that is no array.
       pairs, idle, own: see the module.
       families: the pairs that stand for many.
+
+    Example:
+      >>> given = {"linen": "dropout/Layers/Drop[{i}]", "nnx": "layers/{i}/rngs"}
+      >>> pairing = parse_pairing({"call": "__call__", "given": {"train": True}, "pairs": [given]})
+      >>> pairing.kind
+      '__call__(train=True)'
+      >>> [str(pair.nnx) for pair in pairing.among([Draw("dropout/Layers/Drop", lane=(1,))])]
+      ['layers/1/rngs']
     """
 
     call: str
@@ -113,7 +123,9 @@ class Pairing:
         """All pairs, where `draws` are those that the Linen model makes."""
         found = list(self.pairs)
         for draw in draws:
-            found += filter(None, [family.pair(draw) for family in self.families])
+            for family in self.families:
+                if (pair := family.pair(draw)) is not None:
+                    found.append(pair)
         return tuple(found)
 
     @property
@@ -124,11 +136,10 @@ class Pairing:
 
     def to_dict(self) -> dict[str, Any]:
         """The mapping that `parse_pairing` reads."""
-        entry: dict[str, Any] = {"call": self.call, "given": dict(self.given)}
-        entry["pairs"] = [{"linen": str(pair.linen), "nnx": str(pair.nnx)} for pair in self.pairs]
-        entry["pairs"] += [
-            {"linen": family.linen.text, "nnx": family.nnx.text} for family in self.families
-        ]
+        pairs = [{"linen": str(pair.linen), "nnx": str(pair.nnx)} for pair in self.pairs]
+        for family in self.families:
+            pairs.append({"linen": family.linen.text, "nnx": family.nnx.text})
+        entry: dict[str, Any] = {"call": self.call, "given": dict(self.given), "pairs": pairs}
         for name in ("idle", "own"):
             if draws := getattr(self, name):
                 entry[name] = list(map(str, draws))
@@ -146,11 +157,14 @@ def parse_pairing(entry: Any) -> Pairing:
     for pair in _list(entry, "pairs"):
         if not isinstance(pair, Mapping) or set(pair) != {"linen", "nnx"}:
             raise ValueError(f"a pair is a mapping such as {{linen: a, nnx: b}}, got {pair!r}")
+        # A capture on either side makes it one of many, and `_family` says what the other lacks.
         if any("{" in text for text in pair.values() if isinstance(text, str)):
             families.append(_family(pair))
         else:
             pairs.append(Pair(Draw.parse(pair["linen"]), Draw.parse(pair["nnx"])))
-    idle, own = (tuple(map(Draw.parse, _list(entry, name))) for name in ("idle", "own"))
+    idle = tuple(map(Draw.parse, _list(entry, "idle")))
+    own = tuple(map(Draw.parse, _list(entry, "own")))
+    # A draw can get one key. A Linen draw may be the partner of several, if a port draws twice.
     if twice := named_twice([*(pair.nnx for pair in pairs), *idle, *own]):
         raise ValueError(f"nnx draws that stand there twice: {twice}")
     return Pairing(entry["call"], dict(given), tuple(pairs), idle, own, tuple(families))
@@ -165,7 +179,8 @@ def _family(pair: Mapping[str, Any]) -> Family:
             f"a pair captures the same on both sides, got {sorted(one)} of {pair['linen']!r} and "
             f"{sorted(two)} of {pair['nnx']!r}"
         )
-    for pattern in family:  # what it stands for has to be a draw
+    # What the pattern stands for has to be a draw, whatever is captured.
+    for pattern in family:
         Draw.parse(pattern.format(dict.fromkeys(pattern.captures, "0")))
     return family
 

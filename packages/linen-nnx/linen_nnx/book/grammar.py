@@ -42,8 +42,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from linen_nnx.book.ops import Concat, Copy, Drop, Filling, Init, Op, Scale, Side, Stack, unpacked
+from linen_nnx.book.actions import Filling
+from linen_nnx.book.ops import Concat, Copy, Drop, Init, Op, Scale, Stack
+from linen_nnx.book.packing import unpacked
 from linen_nnx.book.patterns import Pattern, is_integer
+from linen_nnx.book.specs import Side
 
 OPS: dict[str, type[Op]] = {kind.__name__.lower(): kind for kind in get_args(Op)}
 
@@ -53,6 +56,11 @@ class Rule:
     """One rule. Each side holds no pattern (one-sided rule), one, or the parts of a concat.
 
     Raises `ValueError`, with every reason, for captures, lists and ops that do not fit.
+
+    Example:
+      >>> rule = parse_rule({"linen": "params/fc/kernel", "nnx": "fc/kernel"})
+      >>> print(rule, rule.lossless)
+      `params/fc/kernel` <-> `fc/kernel` True
     """
 
     linen: tuple[Pattern, ...]
@@ -80,24 +88,39 @@ class Rule:
         return next((op for op in self.ops if isinstance(op, Init)), None)
 
     def __str__(self) -> str:
-        sides = ([f"`{p.text}`" for p in side] for side in (self.linen, self.nnx) if side)
-        return " <-> ".join(map(" + ".join, sides))
+        sides = []
+        for patterns in (self.linen, self.nnx):
+            if patterns:
+                sides.append(" + ".join([f"`{pattern.text}`" for pattern in patterns]))
+        return " <-> ".join(sides)
 
 
 def did_you_mean(word: str, known: Collection[str]) -> str:
-    """`; did you mean ...?` where a known word is near, else nothing."""
+    """`; did you mean ...?` where a known word is near, else nothing.
+
+    Example:
+      >>> did_you_mean("kernal", ["kernel", "bias"])
+      '; did you mean `kernel`?'
+    """
     near = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean `{near[0]}`?" if near else ""
 
 
 def unknown(entry: Mapping[Any, Any], known: Collection[str], what: str) -> list[str]:
     """A problem for each key of a mapping that is not known."""
-    return [f"{what} `{k}`{did_you_mean(str(k), known)}" for k in entry if k not in known]
+    problems = []
+    for key in entry:
+        if key not in known:
+            problems.append(f"{what} `{key}`{did_you_mean(str(key), known)}")
+    return problems
 
 
 @contextmanager
 def noting(problems: list[str], where: str) -> Iterator[None]:
-    """Adds the text of a `ValueError` to `problems` and goes on behind the block."""
+    """Adds the text of a `ValueError` to `problems` and goes on behind the block.
+
+    So one reading of a book finds all of its faults, and not the first alone.
+    """
     try:
         yield
     except ValueError as error:
@@ -136,6 +159,7 @@ def _op_to_dict(op: Op) -> dict[str, Any]:
     entry: dict[str, Any] = {"op": type(op).__name__.lower()}
     for argument in dataclasses.fields(op):
         value = getattr(op, argument.name)
+        # An argument at its default would only make the book longer.
         if argument.default is dataclasses.MISSING or value != argument.default:
             entry[argument.name] = _plain(value)
     return entry
@@ -148,16 +172,17 @@ def _plain(value: Any) -> Any:
 
 def _patterns(value: Any) -> tuple[Pattern, ...]:
     if isinstance(value, list):
+        # Of two equal parts nothing would say which leaf is which.
         if len(value) < 2 or len(set(map(str, value))) < len(value):
             raise ValueError(f"a list holds two or more different parts, got {value!r}")
-        return tuple(Pattern(_text(part)) for part in value)
+        return tuple([Pattern(_text(part)) for part in value])
     return (Pattern(_text(value)),)
 
 
 def _ops(value: Any) -> tuple[Op, ...]:
     if not isinstance(value, list) or not value:
         raise ValueError(f"expected a list such as [{{op: drop}}], got {value!r}")
-    return tuple(_op(entry) for entry in value)
+    return tuple(map(_op, value))
 
 
 def _op(entry: Any) -> Op:
@@ -167,14 +192,17 @@ def _op(entry: Any) -> Op:
     if name not in OPS:
         near = did_you_mean(name, OPS)
         raise ValueError(f"unknown op `{name}`, known: {', '.join(OPS)}{near}")
-    known = {argument.name: argument for argument in dataclasses.fields(OPS[name])}
-    problems = unknown(entry, ["op", *known], f"op `{name}`: unknown argument")
+    # The fields of the class are the arguments: a new op needs a reader for each, and no more here.
+    fields = dataclasses.fields(OPS[name])
+    known = ["op", *[field.name for field in fields]]
+    problems = unknown(entry, known, f"op `{name}`: unknown argument")
     arguments = {}
-    for key, argument in known.items():
+    for field in fields:
+        key = field.name
         if key in entry:
             with noting(problems, f"op `{name}`: `{key}` "):
                 arguments[key] = _ARGUMENTS[key](entry[key])
-        elif argument.default is dataclasses.MISSING:
+        elif field.default is dataclasses.MISSING:
             problems.append(f"op `{name}` needs `{key}`")
     if ("shape" in entry) != ("dtype" in entry):
         problems.append("op `init`: give `shape` and `dtype` both, or neither")
@@ -194,6 +222,7 @@ def _check_data(init: Init) -> None:
         return
     if init.spec is None:
         raise ValueError("op `init`: `data` needs `shape` and `dtype`")
+    # `data` is a text that somebody may have made to unpack to gigabytes: it stops at `due`.
     due = init.spec.size * init.spec.dtype.itemsize
     try:
         size = len(unpacked(init.data, limit=due))
@@ -207,36 +236,57 @@ def _misfits(rule: Rule) -> list[str]:
     """Every reason why patterns and ops of a rule do not go together."""
     if not rule.linen and not rule.nnx:
         return ["a rule needs `linen` or `nnx`"]
-    alone = [op for op in rule.ops if isinstance(op, Drop | Init)]
+    is_alone = any(isinstance(op, Drop | Init) for op in rule.ops)
     if not (rule.linen and rule.nnx):
-        other = "nnx" if rule.linen else "linen"
-        if len(rule.linen + rule.nnx) > 1:
-            return ["a one-sided rule takes one pattern, no list"]
-        if len(rule.ops) != 1 or not alone:
-            return [f"no `{other}` pattern: such a rule needs exactly one op, `drop` or `init`"]
-        return []
-    if alone:
+        return _misfits_of_one_side(rule, is_alone)
+    if is_alone:
         return ["`drop` and `init` are for rules with one side only"]
+    return _misfits_of_captures(rule) + _misfits_of_lists(rule)
+
+
+def _misfits_of_one_side(rule: Rule, is_alone: bool) -> list[str]:
+    """The reasons where only one side has patterns."""
+    if len(rule.linen + rule.nnx) > 1:
+        return ["a one-sided rule takes one pattern, no list"]
+    if len(rule.ops) != 1 or not is_alone:
+        other = "nnx" if rule.linen else "linen"
+        return [f"no `{other}` pattern: such a rule needs exactly one op, `drop` or `init`"]
+    return []
+
+
+def _misfits_of_captures(rule: Rule) -> list[str]:
+    """The reasons why the captures of both sides do not go together.
+
+    A capture stands on both sides, or on one side and in a `stack`, which holds all that it counts.
+    """
     problems = []
     names: dict[str, set[str]] = {}
     for side, patterns in (("linen", rule.linen), ("nnx", rule.nnx)):
         names[side] = set(patterns[0].captures)
         if any(set(pattern.captures) != names[side] for pattern in patterns):
             problems.append(f"the parts of `{side}` must name the same captures")
+    on_one_side = names["linen"] ^ names["nnx"]
     stacked = [op.capture for op in rule.ops if isinstance(op, Stack)]
-    for name in sorted(names["linen"] ^ names["nnx"]):
+    for name in sorted(on_one_side):
         if stacked.count(name) != 1:
             lacking = "nnx" if name in names["linen"] else "linen"
+            # Only integers count from 0 without a gap, as an axis does.
             fix = "one `stack` op for it" if is_integer(name) else "it on both sides"
             problems.append(f"capture `{{{name}}}` is missing on the {lacking} side: needs {fix}")
-    for name in sorted(set(stacked) - (names["linen"] ^ names["nnx"])):
+    for name in sorted(set(stacked) - on_one_side):
         problems.append(f"`stack` of `{name}` needs `{{{name}}}` on exactly one side")
+    return problems
+
+
+def _misfits_of_lists(rule: Rule) -> list[str]:
+    """The reasons why a list of parts and the ops do not go together."""
+    problems = []
     lists = (len(rule.linen) > 1) + (len(rule.nnx) > 1)
     joining = sum(isinstance(op, Concat | Copy) for op in rule.ops)
     if lists == 2 or lists != joining:
         problems.append("a list of parts on one side and one `concat` or `copy` op belong together")
+    parts = max(len(rule.linen), len(rule.nnx))
     for op in rule.ops:
-        parts = max(len(rule.linen), len(rule.nnx))
         if isinstance(op, Copy) and op.perms and len(op.perms) != parts:
             problems.append(f"`copy` has {len(op.perms)} perms for {parts} homes")
         if isinstance(op, Concat) and op.sizes and len(op.sizes) != parts:
@@ -256,6 +306,7 @@ def _check(test: Callable[[Any], bool], expected: str) -> Callable[[Any], Any]:
 
 
 def _is_int(value: Any) -> bool:
+    # YAML reads `yes` as true, which is an int of Python.
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -275,8 +326,10 @@ def _is_perms(value: Any) -> bool:
     return isinstance(value, list) and all(perm is None or _is_perm(perm) for perm in value)
 
 
-def _tuples(values: Any) -> Any:
-    return None if values is None else tuple(v if v is None else tuple(v) for v in values)
+def _read_perms(value: Any) -> Any:
+    """Like the other readers, for a list whose members become tuples, too."""
+    perms = _perms(value)
+    return tuple([None if perm is None else tuple(perm) for perm in perms])
 
 
 def _is_dtype(value: Any) -> bool:
@@ -291,6 +344,7 @@ def _is_dtype(value: Any) -> bool:
 
 _mapping = _check(lambda value: isinstance(value, Mapping), "a mapping with `linen` and/or `nnx`")
 _text = _check(lambda value: isinstance(value, str), "a text")
+# What may stand in a rule: key and reader, in the order in which faults are named.
 _READERS: dict[str, Callable[[Any], Any]] = {
     "linen": _patterns,
     "nnx": _patterns,
@@ -301,6 +355,7 @@ _perms = _check(_is_perms, "a list with a permutation of 0..n-1, or null, for ea
 _shape = _check(
     lambda v: _is_ints(v, -1) and v.count(-1) <= 1, "a list of lengths, with at most one -1"
 )
+# What may stand in an op. Arguments of one name read alike, whichever op they belong to.
 _ARGUMENTS: dict[str, Callable[[Any], Any]] = {
     "capture": _check(
         lambda v: isinstance(v, str) and len(v) == 1 and v.islower() and v.isascii(),
@@ -309,7 +364,7 @@ _ARGUMENTS: dict[str, Callable[[Any], Any]] = {
     "axis": _check(_is_int, "an integer"),
     "sizes": _check(lambda v: _is_ints(v, 1) and len(v) > 1, "a list of two or more lengths"),
     "perm": _check(_is_perm, "a permutation of 0..n-1"),
-    "perms": lambda v: _tuples(_perms(v)),
+    "perms": _read_perms,
     "linen": _shape,
     "nnx": _shape,
     "factor": _check(lambda v: _is_number(v) and v != 0, "a finite number other than 0"),

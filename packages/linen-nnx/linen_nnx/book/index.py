@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 from linen_nnx.book.patterns import Pattern
 
-_REMEMBERED = 100_000  # paths, each of which takes about 300 bytes
+# Paths, each of which takes about 300 bytes.
+_REMEMBERED = 100_000
 
 
 class Hit(NamedTuple):
@@ -56,6 +57,7 @@ class Index:
 
     def _add(self, entry: _Entry) -> None:
         elements = entry.pattern.text.split("/")
+        # A pattern matches paths of as many elements as it has, unless it has a `{rest...}`.
         if entry.pattern.length is not None:
             self._fixed.setdefault(len(elements), _Node()).add(elements, entry)
             return
@@ -67,11 +69,13 @@ class Index:
         """Every pattern that matches `path`."""
         if (known := self._known.get(path)) is not None:
             return known
+        # Most patterns of most books are literal, and those are one look-up.
         hits = list(self._literal.get(path, ()))
         for rule, part, pattern in self._candidates(path.split("/")):
             captures = pattern.match(path)
             if captures is not None:
                 hits.append(Hit(rule, part, captures))
+        # Forgetting all at once is simple, and costs a second look-up of each path at most.
         if len(self._known) >= _REMEMBERED:
             self._known.clear()
         self._known[path] = hits
@@ -82,6 +86,7 @@ class Index:
         if (fixed := self._fixed.get(count)) is not None:
             yield from fixed.find(elements, 0)
         for (before, behind), node in self._open.items():
+            # The elements that `{rest...}` stands for are left out of the search.
             if before + behind <= count:
                 yield from node.find([*elements[:before], *elements[count - behind :]], 0)
 
@@ -105,6 +110,8 @@ class _Node:
     def _child(self, element: str) -> "_Node":
         if "{" not in element:
             return self._literal.setdefault(element, _Node())
+        # `d_{i}x` is filed under "d_" and "x", among those with ends of these lengths: then a
+        # path's own element is cut to these lengths, and found by a look-up.
         ends = element[: element.index("{")], element[element.rindex("}") + 1 :]
         same = self._captured.setdefault((len(ends[0]), len(ends[1])), {})
         return same.setdefault(ends, _Node())
@@ -119,5 +126,6 @@ class _Node:
             yield from child.find(elements, at + 1)
         for (before, behind), children in self._captured.items():
             ends = element[:before], element[len(element) - behind :]
+            # A capture is one character at least.
             if before + behind < len(element) and (child := children.get(ends)) is not None:
                 yield from child.find(elements, at + 1)

@@ -15,8 +15,9 @@ The actions stay the same from the first to the last, so one `run` serves all of
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from linen_nnx.book.actions import Action, Agree, Copies, Fill, Multiply
 from linen_nnx.book.grammar import Rule
-from linen_nnx.book.ops import Action, Agree, Copies, Fill, Multiply, Spec
+from linen_nnx.book.specs import Spec
 
 From = TypeVar("From")
 To = TypeVar("To")
@@ -32,7 +33,7 @@ class Move(NamedTuple, Generic[From, To]):
 
     Example:
       >>> import numpy as np
-      >>> from linen_nnx.book.ops import Gather
+      >>> from linen_nnx.book.actions import Gather
       >>> stack = Move(("l0/w", "l1/w"), ("layers/w",), (Gather("stack", 0, 2, 1),))
       >>> [array.shape for array in stack.run([np.zeros((4, 8)), np.ones((4, 8))])]
       [(2, 4, 8)]

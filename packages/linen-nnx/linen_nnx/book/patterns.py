@@ -7,7 +7,16 @@ A path is a `/`-joined string of non-empty elements. In a pattern
 - `{rest...}` stands for any number of whole elements, none included, once per pattern.
 
 Captures may sit inside an element (`Block_{i}`). A pattern whose captures could be read in two
-ways is refused when it is built, so that matching a path and writing it again are inverses.
+ways is refused when it is built, so that matching a path and writing it again are inverses:
+
+    >>> pattern = Pattern("params/Block_{i}/{rest...}")
+    >>> pattern.match("params/Block_3/fc/kernel")
+    {'i': '3', 'rest': 'fc/kernel'}
+    >>> pattern.format({"i": "3", "rest": "fc/kernel"})
+    'params/Block_3/fc/kernel'
+    >>> Pattern("{i}{j}")  # 123 may be 1 and 23, or 12 and 3  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: pattern `{i}{j}`: two captures of one element need text with a non-digit between...
 """
 
 import re
@@ -46,6 +55,7 @@ class Pattern:
         for element in elements:
             names = _CAPTURE.findall(element)
             if any(name.endswith("...") for name in names):
+                # Two of them could share the elements between them in many ways.
                 if rest is not None:
                     raise ValueError(f"pattern `{self.text}` has more than one `{{rest...}}`")
                 rest = _check_name(self.text, names[0]).removesuffix("...")
@@ -58,6 +68,7 @@ class Pattern:
                 regex += f"(?P<{rest}>(?:[^/]+/)*)"
             else:
                 regex += _element_regex(self.text, element, captures) + "/"
+        # The fields of a frozen dataclass can be set in no other way.
         object.__setattr__(self, "captures", tuple(captures))
         object.__setattr__(self, "_rest", rest)
         object.__setattr__(self, "_regex", re.compile(regex) if captures else None)
@@ -80,6 +91,7 @@ class Pattern:
         if found is None:
             return None
         values = found.groupdict()
+        # The regex has a slash behind each element that it stands for: "fc/kernel/".
         if self._rest:
             values[self._rest] = values[self._rest].removesuffix("/")
         return values
@@ -88,6 +100,7 @@ class Pattern:
         """The path in which every capture has the given text; the inverse of `match`."""
         if not self._rest:
             return self.text.format_map(captures)
+        # With no element in it, its slash must go as well: `a/{rest...}/b` becomes `a/b`.
         text = f"{self.text}/".replace(f"{{{self._rest}...}}/", f"{{{self._rest}}}")
         elements = captures[self._rest]
         rest = {self._rest: f"{elements}/" if elements else ""}
@@ -119,20 +132,24 @@ def _check_name(text: str, name: str) -> str:
 
 def _element_regex(text: str, element: str, captures: list[str]) -> str:
     """The regex of one element; appends the captures that it introduces to `captures`."""
+    # Text and names of captures by turns: `a{i}b` gives "a", "i", "b".
     pieces = _CAPTURE.split(element)
     literals, names = pieces[::2], pieces[1::2]
     if any("{" in piece or "}" in piece for piece in literals):
         raise ValueError(f"pattern `{text}` holds an unbalanced brace")
+    # `{i}1{j}` would read 212 as 2 and 2, and 1111 in two ways.
     if any(not re.search(r"[^0-9]", between) for between in literals[1:-1]):
         raise ValueError(
             f"pattern `{text}`: two captures of one element need text with a non-digit between "
             "them, else a path can be read in more than one way"
         )
+    # `{a}_{b}` could part `x_y_z` at either underscore.
     if sum(not is_integer(name) for name in names) > 1:
         raise ValueError(f"pattern `{text}`: an element can hold one `{{name}}` only")
     regex = re.escape(literals[0])
     for name, literal in zip(names, literals[1:], strict=True):
         _check_name(text, name)
+        # A name that occurs again stands for the same text.
         if name in captures:
             regex += f"(?P={name})"
         else:

@@ -1,33 +1,68 @@
 """Plans a translation from shapes alone: which leaves become which, by which actions.
 
-Planning finds every fault of a book against a tree and raises them together; it touches no array
+Planning finds every fault of a book against a tree and raises them together. It touches no array
 data, so that it serves arrays, tracers, abstract trees and checkpoints on disk alike. A `Plan` is
 then run on arrays (`RuleBook.to_nnx`) or on a store's bytes (the converter).
+
+Two layers of a Linen model are one stacked array in nnx, and a layer behind them is renamed:
+
+    - {linen: "params/l_{i}/w", nnx: layers/w, ops: [{op: stack, capture: i, axis: 0}]}
+    - {linen: "params/out/{leaf}", nnx: "out/{leaf}"}
+
+Each of the four leaves is matched by one rule. The leaves of a rule with ops form a group for each
+value of the captures that both sides share; `i` is on one side only, and says the place in a group:
+
+    leaf           rule    shared       place        becomes
+    params/l_0/w   first   nothing      i = 0        layers/w, from both
+    params/l_1/w   first   nothing      i = 1
+    params/out/w   second  leaf = w                  out/w
+    params/out/b   second  leaf = b                  out/b
+
+    >>> from linen_nnx.book.rules import RuleBook
+    >>> stack = {"op": "stack", "capture": "i", "axis": 0}
+    >>> book = RuleBook.from_dict({"version": 1, "rules": [
+    ...     {"linen": "params/l_{i}/w", "nnx": "layers/w", "ops": [stack]},
+    ...     {"linen": "params/out/{leaf}", "nnx": "out/{leaf}"},
+    ... ]})
+    >>> paths = ["params/l_0/w", "params/l_1/w", "params/out/w", "params/out/b"]
+    >>> plan = book.plan({path: Spec((8, 8), "float32") for path in paths}, to="nnx")
+    >>> for move in plan.moves:
+    ...     print(" + ".join(move.sources), "->", *move.targets, *move.specs)
+    params/out/w -> out/w float32[8,8]
+    params/out/b -> out/b float32[8,8]
+    params/l_0/w + params/l_1/w -> layers/w float32[2,8,8]
+
+The work is parted: `plan_draft.py` holds what is known so far, this module makes the moves, and
+`plan_check.py` says what does not fit.
 """
 
-import difflib
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from linen_nnx.book.grammar import Rule, did_you_mean
+from linen_nnx.book.actions import Action, Fill
+from linen_nnx.book.grammar import Rule
 from linen_nnx.book.index import Hit
 from linen_nnx.book.moves import Move
-from linen_nnx.book.ops import PART, Action, Block, Drop, Fill, Init, Mismatch, Side, Spec, Stack
-from linen_nnx.book.patterns import Pattern, is_integer
+from linen_nnx.book.ops import Drop, Init, Stack
+from linen_nnx.book.patterns import Pattern
+from linen_nnx.book.plan_check import check
+from linen_nnx.book.plan_draft import Draft
+from linen_nnx.book.specs import PART, Mismatch, Side, Spec, SpecGrid
 from linen_nnx.book.tree import branches_of
 from linen_nnx.errors import Refusal
 
 _SHOWN = 100  # problems in one message; the rest is counted, and is in `.problems`
-_EXAMPLES = 3  # leaves shown of those that the same rules match
 _TREE = (
     "give a target tree (`target=`; on the command line a checkpoint of that form with --like, a "
     "fresh one will do, or both models with --twin); or state `shape` and `dtype`, with no capture "
     "in the last name"
 )
-_COMPARED = 50_000  # names compared for suggestions, which takes difflib about two seconds
+
+Place = tuple[int, ...]
+"""Where a leaf stands in its group: its part, then the value of each stacked capture."""
 
 
 class RuleError(Refusal):
@@ -70,329 +105,177 @@ def make_plan(
     if to not in ("linen", "nnx"):
         raise ValueError(f"`to` is linen or nnx, got {to!r}")
     wanted = None if target is None else _specs(target)
-    attempt = _Attempt(rules, hits, to, _specs(leaves), wanted)
-    attempt.used.update(idle)
-    attempt.match()
-    attempt.fill()
-    attempt.check(partial)
-    if attempt.problems:
-        raise RuleError(f"The rule book does not fit, going to {to}", attempt.problems)
-    return Plan(tuple(attempt.moves))
+    draft = Draft(rules, hits, to, _specs(leaves), wanted)
+    draft.used.update(idle)
+    # In this order: filling looks at where the moves lead, and checking at all of them.
+    _match(draft)
+    _fill(draft)
+    check(draft, partial)
+    if draft.problems:
+        raise RuleError(f"The rule book does not fit, going to {to}", draft.problems)
+    return Plan(tuple(draft.moves))
 
 
-class _Attempt:
-    """One planning, with the problems found so far."""
-
-    def __init__(
-        self,
-        rules: Sequence[Rule],
-        hits: Callable[[Side, str], list[Hit]],
-        to: Side,
-        source: dict[str, Spec],
-        target: dict[str, Spec] | None,
-    ) -> None:
-        self.rules, self.hits, self.source, self.target = rules, hits, source, target
-        self.to: Side = to
-        self.side: Side = "linen" if to == "nnx" else "nnx"
-        self.moves: list[Move[str, str]] = []
-        self.problems: list[str] = []
-        self.used: set[int] = set()
-        self.broken: set[int] = set()  # rules with a problem of their own: no follow-up errors
-        self.unmatched: list[str] = []
-        self.compared = 0  # names so far, for suggestions
-        self.ambiguous: dict[tuple[Side, tuple[int, ...]], list[str]] = {}  # by side and rules
-
-    def match(self) -> None:
-        """Groups the source leaves by rule and shared captures, and plans each group."""
-        groups: dict[tuple[int, tuple[tuple[str, str], ...]], dict[tuple[int, ...], str]] = {}
-        for path, spec in self.source.items():
-            hits = self.hits(self.side, path)
-            if not hits:
-                self.unmatched.append(path)
-            elif len(hits) > 1:
-                self.used.update(hit.rule for hit in hits)
-                self._note_ambiguous(self.side, path, hits)
-            else:
-                number, part, captures = hits[0]
-                rule = self.rules[number]
-                self.used.add(number)
-                if not rule.ops:  # a plain rename, which is most leaves of most books
-                    target = rule.side(self.to)[0].format(captures)
-                    self.moves.append(Move((path,), (target,), (), (spec,), rule))
-                else:
-                    stacked = self._stacked(rule)
-                    shared = tuple(sorted((c, captures[c]) for c in captures if c not in stacked))
-                    place = (part, *(int(captures[name]) for name in stacked))
-                    groups.setdefault((number, shared), {})[place] = path
-        for (number, shared), members in groups.items():
-            self._group(number, dict(shared), members)
-
-    def _stacked(self, rule: Rule) -> list[str]:
-        """The captures that the source side has and the target side lacks."""
-        here = rule.side(self.side)[0].captures
-        return [op.capture for op in rule.ops if isinstance(op, Stack) and op.capture in here]
-
-    def _group(
-        self, number: int, shared: dict[str, str], members: dict[tuple[int, ...], str]
-    ) -> None:
-        """Plans a rule for the leaves `members`, by part and stacked captures."""
-        rule = self.rules[number]
-        if not rule.side(self.to):
-            self.moves += [Move((path,), (), rule=rule) for path in members.values()]
-            return
-        try:
-            coords = self._coords(rule, members)
-            sources = tuple(members[place] for place in sorted(members))
-            block = Block(coords, tuple(self.source[path] for path in sources))
-            actions, block = self._actions(rule, block)
-        except Mismatch as mismatch:
-            self._fault(number, f"{mismatch} (at `{next(iter(members.values()))}`)")
-            return
-        targets = self._targets(rule, shared, block)
-        self.moves.append(Move(sources, targets, actions, block.specs, rule))
-
-    def _coords(self, rule: Rule, members: Collection[tuple[int, ...]]) -> dict[str, int]:
-        """The grid that the members fill, or a `Mismatch` that names the holes in it."""
-        parts, stacked = rule.side(self.side), self._stacked(rule)
-        columns = zip([PART, *stacked], zip(*members, strict=True), strict=True)
-        sizes = {name: max(column) + 1 for name, column in columns} | {PART: len(parts)}
-        holes: list[str] = []
-        for part, pattern in enumerate(parts):
-            here = [place[1:] for place in members if place[0] == part]
-            if not here:
-                holes.append(f"no leaf matches its part `{pattern.text}`")
-            for name, numbers in zip(stacked, zip(*here, strict=True), strict=False):
-                if missing := sorted(set(range(sizes[name])) - set(numbers)):
-                    shown = ", ".join(map(str, missing[:10]))
-                    holes.append(
-                        f"`{{{name}}}` in `{pattern.text}` must run 0..{sizes[name] - 1} "
-                        f"without gaps, missing: {shown}"
-                    )
-        grid = math.prod(sizes.values())
-        if not holes and len(members) != grid:
-            holes.append(f"the stacked indices fill {len(members)} of {grid} places")
-        if holes:
-            raise Mismatch("; ".join(holes))
-        if len(parts) == 1:
-            del sizes[PART]
-        return sizes
-
-    def _actions(self, rule: Rule, block: Block) -> tuple[tuple[Action, ...], Block]:
-        if rule.ops and any(str(spec.dtype).startswith("key<") for spec in block.specs):
-            raise Mismatch("typed PRNG keys can be renamed only")
-        ops = rule.ops if self.to == "nnx" else rule.ops[::-1]
-        actions = []
-        for op in ops:
-            assert not isinstance(op, Drop | Init)  # one-sided, never planned here
-            action, block = op.plan(block, self.to, len(rule.side(self.to)))
-            actions.append(action)
-        return tuple(actions), block
-
-    def _targets(self, rule: Rule, shared: dict[str, str], block: Block) -> tuple[str, ...]:
-        """The paths of a planned block, in its row-major order."""
-        patterns, targets = rule.side(self.to), []
-        for place in itertools.product(*map(range, block.coords.values())):
-            at = dict(zip(block.coords, place, strict=True))
-            pattern = patterns[at.pop(PART, 0)]
-            targets.append(pattern.format({**shared, **{k: str(v) for k, v in at.items()}}))
-        return tuple(targets)
-
-    def fill(self) -> None:
-        """Plans the `init` rules of the target side."""
-        for number, rule in enumerate(self.rules):
-            init = rule.init
-            if rule.side(self.side) or init is None:
-                continue
-            pattern = rule.side(self.to)[0]
-            if self.target is not None:
-                wanted = {p: s for p, s in self.target.items() if pattern.match(p) is not None}
-            elif init.spec:
-                wanted = dict.fromkeys(self._places(pattern), init.spec)
-            else:
-                wanted = {}
-            if self.target is None and not wanted:
-                self._fault(number, f"cannot be placed or shaped: {_TREE}")
-            if wanted:
-                self.used.add(number)
-            for path, spec in wanted.items():
-                if init.spec and not init.spec.same(spec):
-                    self._fault(number, f"states {init.spec}, the target's `{path}` is {spec}")
-                fill = Fill(init.fill, init.stddev, init.seed, path, spec, init.data)
-                self.moves.append(Move((), (path,), (fill,), (spec,), rule))
-
-    def _places(self, pattern: Pattern) -> list[str]:
-        """Where a pattern fills a leaf, if no target tree says so: beside the leaves that move.
-
-        With `layers/{i}/key/kernel` moved to the layers 0 and 1, `layers/{i}/key/bias` is filled in
-        both: each node that its parent matches gets one.
-        """
-        if pattern.literal:
-            return [pattern.text]
-        node, _, name = pattern.text.rpartition("/")
-        if not node or "{" in name:
-            return []
-        parent = Pattern(node)
-        nodes = branches_of(path for move in self.moves for path in move.targets)
-        return [f"{node}/{name}" for node in sorted(nodes) if parent.match(node) is not None]
-
-    def check(self, partial: bool) -> None:
-        """Checks what the moves write against each other, the book and the target."""
-        written: dict[str, Spec] = {}
-        for move in self.moves:
-            for path, spec in zip(move.targets, move.specs, strict=True):
-                self._check_target(move, path, spec, written)
-                written[path] = spec
-        self._report_ambiguous()
-        if partial:
-            return
-        unfilled = [path for path in self.target or () if path not in written]
-        self._report_unmatched(unfilled)
-        self._report_unused()
-        self._report_unfilled(self.target or {}, unfilled)
-
-    def _check_target(
-        self, move: Move[str, str], path: str, spec: Spec, written: Mapping[str, Spec]
-    ) -> None:
-        if not path:
-            self.problems.append(f"{_origin(move)} would get an empty path from {move.rule}")
-            return
-        if path in written:
-            self.problems.append(f"two sources for `{path}`: the second is {_origin(move)}")
-        hits = self.hits(self.to, path)
-        if len(hits) > 1:
-            self._note_ambiguous(self.to, path, hits)
-        if self.target is None:
-            return
-        due = self.target.get(path)
-        if due is None:
-            near = did_you_mean(path, self.target) if self._may_compare(self.target) else ""
-            self.problems.append(f"{_origin(move)} becomes `{path}`, which the target lacks{near}")
-        elif not due.same(spec):
-            self.problems.append(
-                f"`{path}` would be {spec} (from {_origin(move)}), but the target wants {due}"
-            )
-
-    def _report_unmatched(self, unfilled: list[str]) -> None:
-        if not self.unmatched:
-            return
-        hint = self._collection_hint()
-        patterns = [
-            pattern
-            for number, rule in enumerate(self.rules)
-            if number not in self.used
-            for pattern in rule.side(self.side)
-        ]
-        for path in self.unmatched:
-            near = hint
-            if not hint and self._may_compare([*patterns, *unfilled]):
-                near = _letter_for_a_name(path, patterns) or self._nearest(path, patterns, unfilled)
-            self.problems.append(
-                f"no rule matches the {self.side} leaf `{path}` ({self.source[path]}){near}"
-            )
-
-    def _nearest(self, path: str, patterns: list[Pattern], unfilled: list[str]) -> str:
-        """The nearest idle pattern of this side, else the nearest open leaf of the other."""
-        texts = [pattern.text for pattern in patterns]
-        if near := difflib.get_close_matches(path, texts, n=1):
-            return f"; the nearest idle pattern is `{near[0]}`"
-        fits = [p for p in unfilled if self.target and self.target[p].same(self.source[path])]
-        near = difflib.get_close_matches(path, fits, n=1, cutoff=0.4)
-        return f"; the nearest open {self.to} leaf is `{near[0]}`" if near else ""
-
-    def _may_compare(self, names: Collection[Any]) -> bool:
-        """Whether a suggestion from so many names is still to be had in reasonable time."""
-        self.compared += len(names)
-        return self.compared <= _COMPARED
-
-    def _collection_hint(self) -> str:
-        """Whether all unmatched Linen leaves would match with a collection added or removed."""
-        if self.side != "linen":
-            return ""
-        heads = {p.text.split("/")[0] for rule in self.rules for p in rule.linen}
-        for head in sorted(heads):
-            if all(self.hits("linen", f"{head}/{path}") for path in self.unmatched):
-                return f"; with the level `{head}` in front it would match: is it missing?"
-        if all("/" in p and self.hits("linen", p.split("/", 1)[1]) for p in self.unmatched):
-            return "; without its first level it would match: is there one too many?"
-        return ""
-
-    def _report_unused(self) -> None:
-        busy = self.used | self.broken
-        for number, rule in enumerate(self.rules):
-            here = rule.side(self.side)
-            if number not in busy and (here or rule.init):
-                side = self.side if here else self.to
-                self.problems.append(f"{self._name(number)} matches no {side} leaf")
-
-    def _report_unfilled(self, target: Mapping[str, Spec], unfilled: list[str]) -> None:
-        for path in unfilled:
-            hits = self.hits(self.to, path)
-            if not any(hit.rule in self.broken for hit in hits):
-                what = f"nothing fills the {self.to} leaf `{path}` ({target[path]})"
-                whys = [self._why_idle(hit) for hit in hits] or ["no rule matches it"]
-                self.problems += [f"{what}: {why}" for why in whys]
-
-    def _why_idle(self, hit: Hit) -> str:
-        """Why a rule fills nothing, though it matches the target leaf."""
-        parts = self.rules[hit.rule].side(self.side)
-        if not parts:
-            return f"rule {hit.rule + 1} drops it; use `init` if it is to be filled on this way"
-        missing = " + ".join(f"`{_format_known(p.text, hit.captures)}`" for p in parts)
-        return f"rule {hit.rule + 1} would, but the source has no {missing}"
-
-    def _note_ambiguous(self, side: Side, path: str, hits: Sequence[Hit]) -> None:
-        rules = tuple(sorted({hit.rule for hit in hits}))
-        self.broken.update(rules)
-        self.ambiguous.setdefault((side, rules), []).append(path)
-
-    def _report_ambiguous(self) -> None:
-        for (side, rules), found in self.ambiguous.items():
-            paths = [f"`{path}`" for path in dict.fromkeys(found)]
-            by = " and ".join(map(self._name, rules)) + (" (twice)" * (len(rules) == 1))
-            if len(paths) == 1:
-                self.problems.append(f"the {side} leaf {paths[0]} is matched by {by}")
-            else:
-                some = ", ".join([*paths[:_EXAMPLES], *["..."] * (len(paths) > _EXAMPLES)])
-                self.problems.append(f"{len(paths)} {side} leaves are matched by {by}: {some}")
-
-    def _name(self, rule: int) -> str:
-        """How messages call a rule, counted from 1 as people do."""
-        return f"rule {rule + 1} ({self.rules[rule]})"
-
-    def _fault(self, number: int, text: str) -> None:
-        self.broken.add(number)
-        self.problems.append(f"{self._name(number)}: {text}")
-
-
-def _origin(move: Move[str, str]) -> str:
-    return ", ".join(f"`{source}`" for source in move.sources[:3]) or "an init rule"
-
-
-def _letter_for_a_name(path: str, patterns: Iterable[Pattern]) -> str:
-    """Whether an idle pattern would match, were its captures of one letter names."""
-    for pattern in patterns:
-        letters = [name for name in pattern.captures if is_integer(name)]
-        longer = pattern.text
-        for name in letters:
-            longer = longer.replace(f"{{{name}}}", f"{{{name}_name}}")
-        try:
-            fits = bool(letters) and Pattern(longer).match(path) is not None
-        except ValueError:  # two names in one element
+def _match(draft: Draft) -> None:
+    """Groups the source leaves by rule and shared captures, and plans each group."""
+    groups: dict[tuple[int, tuple[tuple[str, str], ...]], dict[Place, str]] = {}
+    for path, spec in draft.source.items():
+        hits = draft.hits(draft.side, path)
+        if not hits:
+            draft.unmatched.append(path)
             continue
-        if fits:
-            shown = " and ".join(f"`{{{name}}}`" for name in letters)
-            name = letters[0]
-            return (
-                f"; `{pattern.text}` would match it, but {shown}, one letter, matches integers "
-                f"only: write `{{{name}{name}}}`, or a longer name, for a path element"
-            )
-    return ""
+        if len(hits) > 1:
+            draft.used.update([hit.rule for hit in hits])
+            draft.note_ambiguous(draft.side, path, hits)
+            continue
+        number, part, captures = hits[0]
+        rule = draft.rules[number]
+        draft.used.add(number)
+        # A plain rename, which is most leaves of most books, needs no group.
+        if not rule.ops:
+            target = rule.side(draft.to)[0].format(captures)
+            draft.moves.append(Move((path,), (target,), (), (spec,), rule))
+            continue
+        stacked = _stacked(draft, rule)
+        shared = tuple(sorted([(name, captures[name]) for name in captures if name not in stacked]))
+        place = (part, *[int(captures[name]) for name in stacked])
+        groups.setdefault((number, shared), {})[place] = path
+    for (number, shared), members in groups.items():
+        _plan_group(draft, number, dict(shared), members)
 
 
-def _format_known(text: str, captures: Mapping[str, str]) -> str:
-    for name, value in captures.items():
-        text = text.replace(f"{{{name}}}", value).replace(f"{{{name}...}}", value)
-    return text
+def _stacked(draft: Draft, rule: Rule) -> list[str]:
+    """The captures that the source side has and the target side lacks."""
+    here = rule.side(draft.side)[0].captures
+    return [op.capture for op in rule.ops if isinstance(op, Stack) and op.capture in here]
+
+
+def _plan_group(
+    draft: Draft, number: int, shared: dict[str, str], members: Mapping[Place, str]
+) -> None:
+    """Plans a rule for the leaves `members`, by part and stacked captures."""
+    rule = draft.rules[number]
+    # The other side has no home for them: a `drop`, or an `init` on its way back.
+    if not rule.side(draft.to):
+        draft.moves += [Move((path,), (), rule=rule) for path in members.values()]
+        return
+    try:
+        coords = _coords(draft, rule, members)
+        # Places sort as the grid counts: part first, the last stacked capture fastest.
+        sources = tuple([members[place] for place in sorted(members)])
+        grid = SpecGrid(coords, tuple([draft.source[path] for path in sources]))
+        actions, grid = _actions(draft, rule, grid)
+    except Mismatch as mismatch:
+        draft.fault(number, f"{mismatch} (at `{next(iter(members.values()))}`)")
+        return
+    targets = _targets(draft, rule, shared, grid)
+    draft.moves.append(Move(sources, targets, actions, grid.specs, rule))
+
+
+def _coords(draft: Draft, rule: Rule, members: Collection[Place]) -> dict[str, int]:
+    """The grid that the members fill, or a `Mismatch` that names the holes in it."""
+    parts, stacked = rule.side(draft.side), _stacked(draft, rule)
+    sizes = {PART: len(parts)}
+    for axis, name in enumerate(stacked, start=1):
+        sizes[name] = max([place[axis] for place in members]) + 1
+    holes: list[str] = []
+    for part, pattern in enumerate(parts):
+        here = [place[1:] for place in members if place[0] == part]
+        if not here:
+            holes.append(f"no leaf matches its part `{pattern.text}`")
+        for name, numbers in zip(stacked, zip(*here, strict=True), strict=False):
+            if missing := sorted(set(range(sizes[name])) - set(numbers)):
+                shown = ", ".join(map(str, missing[:10]))
+                holes.append(
+                    f"`{{{name}}}` in `{pattern.text}` must run 0..{sizes[name] - 1} "
+                    f"without gaps, missing: {shown}"
+                )
+    # Each capture alone may run without a gap, and still layer 1 lack the expert 1 that 0 has.
+    places = math.prod(sizes.values())
+    if not holes and len(members) != places:
+        holes.append(f"the stacked indices fill {len(members)} of {places} places")
+    if holes:
+        raise Mismatch("; ".join(holes))
+    # Without a list there are no parts to join, and ops ask whether the coordinate is there.
+    if len(parts) == 1:
+        del sizes[PART]
+    return sizes
+
+
+def _actions(draft: Draft, rule: Rule, grid: SpecGrid) -> tuple[tuple[Action, ...], SpecGrid]:
+    """The actions of a rule for arrays of given shapes, and the grid that they end in."""
+    # Its words and its shape are those of the key's kind: no op could keep it a key.
+    if rule.ops and any(str(spec.dtype).startswith("key<") for spec in grid.specs):
+        raise Mismatch("typed PRNG keys can be renamed only")
+    # A book lists ops in the order from Linen to nnx.
+    ops = rule.ops if draft.to == "nnx" else rule.ops[::-1]
+    actions = []
+    for op in ops:
+        assert not isinstance(op, Drop | Init)  # one-sided, never planned here
+        action, grid = op.plan(grid, draft.to, len(rule.side(draft.to)))
+        actions.append(action)
+    return tuple(actions), grid
+
+
+def _targets(draft: Draft, rule: Rule, shared: dict[str, str], grid: SpecGrid) -> tuple[str, ...]:
+    """The paths of a planned grid, in its row-major order."""
+    patterns, targets = rule.side(draft.to), []
+    for place in itertools.product(*map(range, grid.coords.values())):
+        captures = dict(shared)
+        part = 0
+        for name, number in zip(grid.coords, place, strict=True):
+            if name == PART:
+                part = number
+            else:
+                captures[name] = str(number)
+        targets.append(patterns[part].format(captures))
+    return tuple(targets)
+
+
+def _fill(draft: Draft) -> None:
+    """Plans the `init` rules of the target side."""
+    for number, rule in enumerate(draft.rules):
+        init = rule.init
+        # A leaf that the source side has is dropped on this way.
+        if rule.side(draft.side) or init is None:
+            continue
+        wanted = _wanted(draft, rule.side(draft.to)[0], init)
+        if wanted:
+            draft.used.add(number)
+        elif draft.target is None:
+            draft.fault(number, f"cannot be placed or shaped: {_TREE}")
+        for path, spec in wanted.items():
+            if init.spec and not init.spec.same(spec):
+                draft.fault(number, f"states {init.spec}, the target's `{path}` is {spec}")
+            fill = Fill(init.fill, init.stddev, init.seed, path, spec, init.data)
+            draft.moves.append(Move((), (path,), (fill,), (spec,), rule))
+
+
+def _wanted(draft: Draft, pattern: Pattern, init: Init) -> dict[str, Spec]:
+    """The leaves that a pattern fills: those of the target, or where the rule's own shape goes."""
+    if draft.target is not None:
+        return {p: spec for p, spec in draft.target.items() if pattern.match(p) is not None}
+    if init.spec:
+        return dict.fromkeys(_places_of(draft, pattern), init.spec)
+    return {}
+
+
+def _places_of(draft: Draft, pattern: Pattern) -> list[str]:
+    """Where a pattern fills a leaf, if no target tree says so: beside the leaves that move.
+
+    With `layers/{i}/key/kernel` moved to the layers 0 and 1, `layers/{i}/key/bias` is filled in
+    both: each node that its parent matches gets one.
+    """
+    if pattern.literal:
+        return [pattern.text]
+    node, _, name = pattern.text.rpartition("/")
+    # A capture in the last name could be any name.
+    if not node or "{" in name:
+        return []
+    parent = Pattern(node)
+    targets = itertools.chain.from_iterable([move.targets for move in draft.moves])
+    nodes = sorted(branches_of(targets))
+    return [f"{node}/{name}" for node in nodes if parent.match(node) is not None]
 
 
 def _specs(leaves: Mapping[str, Any]) -> dict[str, Spec]:
@@ -402,14 +285,19 @@ def _specs(leaves: Mapping[str, Any]) -> dict[str, Spec]:
             "The leaves cannot be read",
             [f"expected a mapping from path to array, got {type(leaves).__name__}"],
         )
-    problems = [p for path, leaf in leaves.items() if (p := _not_an_array(path, leaf))]
+    problems = []
+    for path, leaf in leaves.items():
+        if problem := _not_an_array(path, leaf):
+            problems.append(problem)
     if problems:
         raise RuleError("Every leaf must be an array", problems)
     return {p: leaf if type(leaf) is Spec else Spec.of(leaf) for p, leaf in leaves.items()}
 
 
 def _not_an_array(path: Any, leaf: Any) -> str | None:
+    """The problem of a leaf that is no array, with its remedy; None for an array."""
     kind = type(leaf)
+    # Of a checkpoint all leaves are, and they are many.
     if kind is Spec and isinstance(path, str):
         return None
     got = f"`{path}` is a {kind.__module__}.{kind.__qualname__}"

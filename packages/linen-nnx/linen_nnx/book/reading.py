@@ -1,8 +1,8 @@
 """Reads files that somebody else wrote: what lies there is checked before it is believed.
 
 A path may lead to a pipe that nobody writes to, or to a device without an end; a file may be larger
-than memory, or nest its brackets a million deep. Each is one `ValueError` that says what is wrong;
-who asked adds which file it was.
+than memory, or nest its brackets a million deep. Each is one `ValueError` that says what is wrong.
+The caller adds which file it was.
 
 What lies in a bucket is read through the same functions: an `ObjectPath` knows how.
 """
@@ -111,7 +111,7 @@ def size_of(path: Path) -> int:
 
 
 def read_text(path: str | Path, limit: int = TEXT_LIMIT) -> str:
-    """The same as text. Raises `ValueError` for bytes that are not UTF-8, too."""
+    """The content of a file as text. Raises `ValueError` for bytes that are not UTF-8, too."""
     return read_bytes(path, limit).decode()
 
 

@@ -1,8 +1,14 @@
 """The rule book: one list of two-way rules between Linen and nnx leaves.
 
-    book = RuleBook.load("rules.yaml")
-    nnx_leaves = book.to_nnx(linen_leaves)      # {path: array} -> {path: array}
-    linen_leaves = book.to_linen(nnx_leaves)    # the inverse
+    >>> import numpy as np
+    >>> rule = {"linen": "params/Dense_{i}/{leaf}", "nnx": "layers/{i}/{leaf}"}
+    >>> book = RuleBook.from_dict({"version": 1, "rules": [rule]})
+    >>> linen_leaves = {"params/Dense_0/kernel": np.ones((4, 8)), "params/Dense_0/bias": np.ones(8)}
+    >>> nnx_leaves = book.to_nnx(linen_leaves)
+    >>> list(nnx_leaves)
+    ['layers/0/kernel', 'layers/0/bias']
+    >>> list(book.to_linen(nnx_leaves))
+    ['params/Dense_0/kernel', 'params/Dense_0/bias']
 
 The grammar is in `grammar.py`. Exactly one rule must match each leaf of either side; everything
 that does not fit is raised together, as one `RuleError`. Leaves may be numpy or jax arrays, or
@@ -18,9 +24,9 @@ from typing import Any, NamedTuple
 from linen_nnx.book.draws import Pairing, parse_pairing
 from linen_nnx.book.grammar import Rule, noting, parse_rule, rule_to_dict, unknown
 from linen_nnx.book.index import Hit, Index
-from linen_nnx.book.ops import Side
 from linen_nnx.book.plan import Plan, RuleError, make_plan
 from linen_nnx.book.reading import parse_json, read_text
+from linen_nnx.book.specs import Side
 
 VERSION = 1
 
@@ -42,7 +48,7 @@ class RuleBook:
     `unassigned` maps the path of each leaf that still lacks a rule to what is known of it. While
     it is not empty, translating raises unless `partial=True`. `draws` pairs the random keys of
     both models, for each kind of call (`draws.py`); translating needs none of it. `notes` are
-    for the reader: what `suggest` found out about the two models as wholes.
+    for the reader: `suggest` writes there what it found out about the two models as wholes.
     """
 
     def __init__(
@@ -56,6 +62,7 @@ class RuleBook:
         self.notes = tuple(notes)
         self.unassigned = MappingProxyType(dict(unassigned))
         self.draws = tuple(draws)
+        # The text of the file it was loaded from, or is saved to: `save` keeps a person's comments.
         self._text: str | None = None
 
     def __eq__(self, other: object) -> bool:
@@ -68,7 +75,7 @@ class RuleBook:
         )
 
     def _open(self) -> dict[str, Any]:
-        """What is known of each open leaf; likely rules aside, which a file has as comments."""
+        """Each open leaf without its likely rule, which a file has as a comment alone."""
         return {leaf: known[:3] for leaf, known in self.unassigned.items()}
 
     def __repr__(self) -> str:
@@ -86,10 +93,11 @@ class RuleBook:
             text = read_text(path)
         except ValueError as error:
             raise RuleError(f"{path} cannot be read", [str(error)]) from None
+        # JSON is YAML, too, and is read fifty times faster.
         try:
-            content = parse_json(text)  # JSON is YAML, and read fifty times faster
+            content = parse_json(text)
         except ValueError:
-            from linen_nnx.book.text import parse
+            from linen_nnx.book.yaml_io import parse
 
             try:
                 content = parse(text)
@@ -115,38 +123,15 @@ class RuleBook:
         )
         if content.get("version") != VERSION:
             problems.append(f"`version` must be {VERSION}, got {content.get('version')!r}")
-        entries = content.get("rules")
-        if entries is None and "rules" in content and content.get("unassigned"):
-            entries = []  # nothing but comments stands below it
-        if not isinstance(entries, list):
-            problems.append(f"`rules` must be a list, got {entries!r}")
-            entries = []
-        rules = []
-        for number, entry in enumerate(entries, start=1):
-            with noting(problems, f"rule {number}: "):
-                rules.append(parse_rule(entry))
-        unassigned = {}
-        open_leaves = content.get("unassigned") or []
-        if not isinstance(open_leaves, list):
-            problems.append(f"`unassigned` must be a list, got {type(open_leaves).__name__}")
-            open_leaves = []
-        for number, entry in enumerate(open_leaves, start=1):
-            with noting(problems, f"unassigned leaf {number}: "):
-                leaf, known = _read_unassigned(entry)
-                unassigned[leaf] = known
-        draws: dict[str, Pairing] = {}
-        for number, entry in enumerate(content.get("draws") or (), start=1):
-            with noting(problems, f"entry {number} of `draws`: "):
-                pairing = parse_pairing(entry)
-                if pairing.kind in draws:
-                    raise ValueError(f"the call {pairing.kind} has an entry before")
-                draws[pairing.kind] = pairing
+        rules = _rules_in(content, problems)
+        unassigned = _unassigned_in(content, problems)
+        draws = _draws_in(content, problems)
         notes = content.get("notes") or ()
         if type(notes) not in (list, tuple) or not all(isinstance(n, str) for n in notes):
             problems.append(f"`notes` must be a list of texts, got {notes!r}")
         if problems:
             raise RuleError(f"{name} cannot be read", problems)
-        return cls(rules, unassigned, draws.values(), notes)
+        return cls(rules, unassigned, draws, notes)
 
     def to_dict(self) -> dict[str, Any]:
         """The mapping that `from_dict` reads: plain dicts, lists, strings and numbers."""
@@ -165,7 +150,7 @@ class RuleBook:
     def save(self, path: str | Path) -> None:
         """Writes a YAML file that `load` reads back to an equal book; a loaded one as it was."""
         if self._text is None:
-            from linen_nnx.book.text import write
+            from linen_nnx.book.yaml_io import write
 
             self._text = write(self.to_dict())
         Path(path).write_text(self._text)
@@ -181,9 +166,13 @@ class RuleBook:
         For a tree in which only that part is translated. Keeps the order of the rules.
         """
 
-        return self._only(
-            ("linen", "nnx"), lambda side, path: path.split("/")[side == "linen" :][:1] == [part]
-        )
+        def is_inside(side: Side, path: str) -> bool:
+            elements = path.split("/")
+            # In front of a Linen path stands its collection.
+            below = elements[1:] if side == "linen" else elements
+            return below[:1] == [part]
+
+        return self._only(("linen", "nnx"), is_inside)
 
     def of_collection(self, collection: str) -> "RuleBook":
         """The rules of one Linen collection, for a tree that holds no other (a moment's, say)."""
@@ -193,14 +182,16 @@ class RuleBook:
         """The rules that have patterns on some sides, all of which fit; unassigned leaves alike."""
 
         def inside(rule: Rule) -> bool:
-            fitting = [fits(side, pattern.text) for side in sides for pattern in rule.side(side)]
+            fitting = []
+            for side in sides:
+                fitting += [fits(side, pattern.text) for pattern in rule.side(side)]
+            # A rule without a pattern on these sides says nothing of the sub-tree.
             return bool(fitting) and all(fitting)
 
-        unassigned = {
-            leaf: known
-            for leaf, known in self.unassigned.items()
-            if known.side in sides and fits(known.side, leaf)
-        }
+        unassigned = {}
+        for leaf, known in self.unassigned.items():
+            if known.side in sides and fits(known.side, leaf):
+                unassigned[leaf] = known
         return RuleBook(filter(inside, self.rules), unassigned)
 
     def plan(
@@ -225,11 +216,12 @@ class RuleBook:
           RuleError: with everything that does not fit, or every leaf that is still unassigned.
         """
         if self.unassigned and not partial:
-            problems = [
-                f"the {known.side} leaf `{leaf}` is unassigned: {known.reason}"
-                + (f"; candidates: {', '.join(known.candidates)}" if known.candidates else "")
-                for leaf, known in self.unassigned.items()
-            ]
+            problems = []
+            for leaf, known in self.unassigned.items():
+                problem = f"the {known.side} leaf `{leaf}` is unassigned: {known.reason}"
+                if known.candidates:
+                    problem += f"; candidates: {', '.join(known.candidates)}"
+                problems.append(problem)
             raise RuleError(
                 "The rule book is not complete: write rules for these leaves and delete them from "
                 "`unassigned`, or pass partial=True for what is assigned",
@@ -259,10 +251,54 @@ class RuleBook:
         """Every pattern on `side` that matches `path`."""
         return self._index[side].match(path)
 
+    # Made when it is first asked for: a book may be read and only shown.
     @cached_property
     def _index(self) -> dict[Side, Index]:
         rules = self.rules
         return {"linen": Index([r.linen for r in rules]), "nnx": Index([r.nnx for r in rules])}
+
+
+def _rules_in(content: Mapping[str, Any], problems: list[str]) -> list[Rule]:
+    """The rules of a book's mapping; each that cannot be read adds a problem."""
+    entries = content.get("rules")
+    # `rules:` with nothing but comments below it: likely rules, each still to be uncommented.
+    if entries is None and "rules" in content and content.get("unassigned"):
+        entries = []
+    if not isinstance(entries, list):
+        problems.append(f"`rules` must be a list, got {entries!r}")
+        entries = []
+    rules = []
+    for number, entry in enumerate(entries, start=1):
+        with noting(problems, f"rule {number}: "):
+            rules.append(parse_rule(entry))
+    return rules
+
+
+def _unassigned_in(content: Mapping[str, Any], problems: list[str]) -> dict[str, Unassigned]:
+    """The open leaves of a book's mapping, by path."""
+    entries = content.get("unassigned") or []
+    if not isinstance(entries, list):
+        problems.append(f"`unassigned` must be a list, got {type(entries).__name__}")
+        entries = []
+    unassigned = {}
+    for number, entry in enumerate(entries, start=1):
+        with noting(problems, f"unassigned leaf {number}: "):
+            leaf, known = _read_unassigned(entry)
+            unassigned[leaf] = known
+    return unassigned
+
+
+def _draws_in(content: Mapping[str, Any], problems: list[str]) -> list[Pairing]:
+    """The pairings of a book's mapping, one for each kind of call."""
+    draws: dict[str, Pairing] = {}
+    for number, entry in enumerate(content.get("draws") or (), start=1):
+        with noting(problems, f"entry {number} of `draws`: "):
+            pairing = parse_pairing(entry)
+            # Two entries could pair one draw in two ways.
+            if pairing.kind in draws:
+                raise ValueError(f"the call {pairing.kind} has an entry before")
+            draws[pairing.kind] = pairing
+    return list(draws.values())
 
 
 def _unassigned_to_dict(leaf: str, known: Unassigned) -> dict[str, Any]:

@@ -11,7 +11,7 @@ A model of one part is bridged whole: ported at `nnx_in_linen`, not yet at `line
 
 from collections.abc import Collection, Mapping
 
-from linen_nnx.book.ops import Side
+from linen_nnx.book.specs import Side
 
 STAGES: dict[str, Side] = {
     "linen": "linen",
@@ -42,8 +42,10 @@ def forms_at(stage: str, parts: Collection[str], ported: Collection[str]) -> dic
       >>> forms_at("linen_in_nnx", [WHOLE], [WHOLE])
       {'': 'linen'}
     """
+    # A model of one part has no second part to be the other half of a hybrid: it is bridged.
     if WHOLE in parts:
         return {WHOLE: "nnx" if stage in ("nnx_in_linen", "nnx") else "linen"}
+    # The same parts are ported at both hybrid stages: only the root changes between them.
     hybrid = stage in ("nnx_in_linen", "linen_in_nnx")
     result: dict[str, Side] = {}
     for part in parts:

@@ -1,4 +1,10 @@
-"""Nested dicts to `/`-joined paths and back: the only tree form that the translator knows."""
+"""Nested dicts to `/`-joined paths and back: the only tree form that the translator knows.
+
+>>> flatten({"fc": {"kernel": 1, "bias": 2}, "layers": {0: {"scale": 3}}})
+{'fc/kernel': 1, 'fc/bias': 2, 'layers/0/scale': 3}
+>>> unflatten({"fc/kernel": 1, "layers/0/scale": 3})
+{'fc': {'kernel': 1}, 'layers': {'0': {'scale': 3}}}
+"""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -25,6 +31,7 @@ def flatten(tree: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _walk(tree: dict[Any, Any], prefix: str, leaves: dict[str, Any], problems: list[str]) -> None:
+    # Names as text: 0 and "0" are two keys of a dict, and one path.
     seen: set[str] = set()
     for key, value in tree.items():
         if isinstance(key, bool) or not isinstance(key, str | int):
@@ -37,6 +44,7 @@ def _walk(tree: dict[Any, Any], prefix: str, leaves: dict[str, Any], problems: l
             problems.append(f"`{prefix}{name}` occurs twice, as integer and as text")
         elif isinstance(value, dict):
             _walk(value, f"{prefix}{name}/", leaves, problems)
+        # A FrozenDict, a list, an empty state of optax: what they would come back as is not known.
         elif value is None or isinstance(value, (Mapping, list, tuple)):
             kind = type(value).__name__
             problems.append(f"`{prefix}{name}` is a {kind}: only dicts and leaves can be flattened")
@@ -56,6 +64,7 @@ def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
     problems: list[str] = []
     for path, leaf in leaves.items():
         *parents, name = path.split("/")
+        # "a//b" and "/a" would get a key of no text.
         if not name or not all(parents):
             problems.append(f"{path!r} has an empty element")
         elif isinstance(leaf, dict):
@@ -63,6 +72,7 @@ def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
         else:
             node: Any = tree
             for parent in parents:
+                # None from the first leaf on that stands where a branch is needed.
                 node = node.setdefault(parent, {}) if isinstance(node, dict) else None
             if isinstance(node, dict) and name not in node:
                 node[name] = leaf
@@ -83,6 +93,7 @@ def branches_of(paths: Iterable[str]) -> set[str]:
     found: set[str] = set()
     for path in paths:
         node = path.rpartition("/")[0]
+        # Above a node that is known, all are.
         while node and node not in found:
             found.add(node)
             node = node.rpartition("/")[0]

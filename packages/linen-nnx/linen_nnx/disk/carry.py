@@ -17,7 +17,7 @@ A training state of four leaves, and a book whose one rule is about the kernel: 
 Each leaf so gets a move, from itself to a place. Whatever has no home on the other side is a
 problem, and all problems are raised together: nothing is left out unless a rule drops it.
 
-    >>> from linen_nnx.book.ops import Spec
+    >>> from linen_nnx.book.specs import Spec
     >>> from linen_nnx.disk.state import read_state
     >>> from linen_nnx.disk.leaves import DICT, Key
     >>> from linen_nnx.disk.zarr_metadata import fresh_metadata

@@ -12,7 +12,8 @@ Four layers, each with a bias of shape [2] in one chunk, are stacked. The result
     layers.2.bias / 0    -->    layers.bias / 2.0
     layers.3.bias / 0    -->    layers.bias / 3.0
 
-    >>> from linen_nnx.book.ops import Permute, Spec
+    >>> from linen_nnx.book.actions import Permute
+    >>> from linen_nnx.book.specs import Spec
     >>> from linen_nnx.disk.leaves import DICT, Key
     >>> from linen_nnx.disk.zarr_metadata import fresh_metadata
     >>> bias = fresh_metadata(Spec((2,), "float32"), zarr3=False)
@@ -46,7 +47,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from linen_nnx.book.ops import Action, Gather, Reform, Spread
+from linen_nnx.book.actions import Action, Gather, Reform, Spread
 from linen_nnx.disk.leaves import ChunkRef, Leaf
 from linen_nnx.disk.zarr_metadata import chunk_shapes, chunked_parts, metadata_name
 
@@ -238,7 +239,9 @@ def _without_axis(axis: int, grid: Grid, inside: dict[GridPlace, ChunkRef]) -> G
     return Grid(metadata, chunks)
 
 
-def _slice(axis: int, grid: Grid, inside: dict[GridPlace, ChunkRef], first: int, size: int) -> Grid:
+def _slice(
+    axis: int, grid: Grid, inside: Mapping[GridPlace, ChunkRef], first: int, size: int
+) -> Grid:
     """A piece of length `size`, made of the chunks `inside` it, which are counted from `first`."""
     chunks = {}
     for place, ref in inside.items():

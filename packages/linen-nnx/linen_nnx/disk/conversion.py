@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import xxhash
 
 from linen_nnx.book.moves import Move
-from linen_nnx.book.ops import Side
 from linen_nnx.book.rules import RuleBook
+from linen_nnx.book.specs import Side
 from linen_nnx.disk import checked, ocdbt
 from linen_nnx.disk.engines import KEPT, STREAMED, done_by, engine_of, nbytes_of
 from linen_nnx.disk.leaves import Leaf

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 
 from linen_nnx.book.index import Hit
 from linen_nnx.book.moves import Move
-from linen_nnx.book.ops import Side
 from linen_nnx.book.rules import RuleBook
+from linen_nnx.book.specs import Side
 from linen_nnx.disk.follow import remedy, reshaped
 from linen_nnx.disk.leaves import Leaf, dict_keys
 from linen_nnx.disk.mirrors import prefix_keys

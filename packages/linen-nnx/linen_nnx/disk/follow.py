@@ -15,8 +15,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from linen_nnx.book.actions import Action, Fill, Multiply
 from linen_nnx.book.moves import Move
-from linen_nnx.book.ops import Action, Fill, Multiply, Spec
+from linen_nnx.book.specs import Spec
 from linen_nnx.book.tree import branches_of
 from linen_nnx.disk.leaves import Key, Leaf
 from linen_nnx.disk.mirrors import Subtree, prefix_keys

@@ -18,9 +18,10 @@ that tree that is at a place is called the *mould* of the leaf that goes there.
 
 from collections.abc import Sequence
 
+from linen_nnx.book.actions import Cast
 from linen_nnx.book.moves import Move, targets_of
-from linen_nnx.book.ops import Cast, Spec
 from linen_nnx.book.plan import RuleError
+from linen_nnx.book.specs import Spec
 from linen_nnx.disk.leaves import (
     DICT,
     SEQUENCE,

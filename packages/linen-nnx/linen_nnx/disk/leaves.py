@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
-from linen_nnx.book.ops import Spec
 from linen_nnx.book.reading import parse_json
+from linen_nnx.book.specs import Spec
 from linen_nnx.disk import checked, zarr_metadata
 from linen_nnx.disk.checked import StoreError
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from linen_nnx.book.ops import Spec
+from linen_nnx.book.specs import Spec
 from linen_nnx.disk import checked
 from linen_nnx.disk.checked import StoreError
 from linen_nnx.disk.flat_files import NpzArray

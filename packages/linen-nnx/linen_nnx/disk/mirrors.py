@@ -27,7 +27,7 @@ mirror is said in `follow.py`.
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from linen_nnx.book.ops import Spec
+from linen_nnx.book.specs import Spec
 from linen_nnx.book.tree import branches_of
 from linen_nnx.disk.leaves import Key, Leaf
 from linen_nnx.disk.moments import FACTORED, Factoring

@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from linen_nnx.book.moves import Move
-from linen_nnx.book.ops import Side, Spec
 from linen_nnx.book.plan import RuleError
 from linen_nnx.book.rules import RuleBook
+from linen_nnx.book.specs import Side, Spec
 from linen_nnx.book.stages import WHOLE
 from linen_nnx.disk.leaves import Leaf
 from linen_nnx.disk.state import Form, Id, State

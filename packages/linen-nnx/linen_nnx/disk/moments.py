@@ -26,17 +26,8 @@ of the stack does not follow from what they kept of the layers: these are refuse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from linen_nnx.book.ops import (
-    Action,
-    Agree,
-    Copies,
-    Fill,
-    Gather,
-    Permute,
-    Reform,
-    Spec,
-    Spread,
-)
+from linen_nnx.book.actions import Action, Agree, Copies, Fill, Gather, Permute, Reform, Spread
+from linen_nnx.book.specs import Spec
 
 Shape = tuple[int, ...]
 PLACEHOLDER: Shape = (1,)

@@ -12,8 +12,8 @@ source with these, as `Conversion.origin` writes them:
 
 from typing import Any, NamedTuple
 
-from linen_nnx.book.ops import Spec
 from linen_nnx.book.reading import read_json
+from linen_nnx.book.specs import Spec
 from linen_nnx.disk import checked
 from linen_nnx.disk.checked import StoreError
 from linen_nnx.disk.conversion import REPORT

@@ -16,9 +16,9 @@ from typing import Any
 
 from linen_nnx.book.grammar import did_you_mean
 from linen_nnx.book.moves import Move, targets_of
-from linen_nnx.book.ops import Side
 from linen_nnx.book.plan import RuleError
 from linen_nnx.book.rules import RuleBook
+from linen_nnx.book.specs import Side
 from linen_nnx.book.stages import STAGES
 from linen_nnx.disk.beside import (
     head_in,

@@ -13,8 +13,8 @@ reading under which more leaves match a rule is right.
 from collections import Counter
 from collections.abc import Sequence
 
-from linen_nnx.book.ops import Side
 from linen_nnx.book.rules import RuleBook
+from linen_nnx.book.specs import Side
 from linen_nnx.disk.leaves import DICT, Leaf
 
 _DEPTH = 3  # how deep below the root the model may lie

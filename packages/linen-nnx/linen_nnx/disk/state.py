@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from linen_nnx.book.ops import Side
 from linen_nnx.book.plan import RuleError
 from linen_nnx.book.rules import RuleBook
+from linen_nnx.book.specs import Side
 from linen_nnx.book.stages import WHOLE, Forms
 from linen_nnx.disk.leaves import DICT, SEQUENCE, Key, Leaf
 from linen_nnx.errors import quoted

@@ -14,7 +14,7 @@ import re
 from functools import cache
 from typing import Any
 
-from linen_nnx.book.ops import Spec
+from linen_nnx.book.specs import Spec
 
 
 def _zarr2_codes() -> dict[str, str]:

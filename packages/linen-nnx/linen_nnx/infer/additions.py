@@ -13,8 +13,10 @@ from typing import Any, Literal
 import numpy as np
 
 from linen_nnx.book.grammar import Rule
-from linen_nnx.book.ops import Init, Side, packed
+from linen_nnx.book.ops import Init
+from linen_nnx.book.packing import packed
 from linen_nnx.book.patterns import Pattern
+from linen_nnx.book.specs import Side
 from linen_nnx.infer.trace import Trace
 
 Array = np.ndarray

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.extend.core import jaxpr_as_fun
 
-from linen_nnx.book.ops import Side
+from linen_nnx.book.specs import Side
 from linen_nnx.infer import calls
 from linen_nnx.infer.float64 import is_small, outputs_and_slopes, widen, with_little_compiling
 from linen_nnx.infer.jaxprs import holds, some_outputs

@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from linen_nnx.book.actions import Agree
 from linen_nnx.book.grammar import Rule
-from linen_nnx.book.ops import Agree, Copy
+from linen_nnx.book.ops import Copy
 from linen_nnx.book.rules import RuleBook
 from linen_nnx.infer.found import FoundRule
 from linen_nnx.infer.ground import Ground

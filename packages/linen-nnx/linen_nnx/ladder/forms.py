@@ -10,9 +10,9 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from linen_nnx.book.moves import Move
-from linen_nnx.book.ops import Side
 from linen_nnx.book.plan import RuleError
 from linen_nnx.book.rules import RuleBook
+from linen_nnx.book.specs import Side
 from linen_nnx.book.stages import WHOLE, Forms
 from linen_nnx.errors import Refusal
 from linen_nnx.ladder.port import Port

@@ -21,9 +21,9 @@ import jax
 import numpy as np
 
 from linen_nnx.book.moves import Move
-from linen_nnx.book.ops import Side, Spec
 from linen_nnx.book.plan import RuleError
 from linen_nnx.book.rules import RuleBook
+from linen_nnx.book.specs import Side, Spec
 from linen_nnx.book.stages import Forms
 from linen_nnx.book.tree import flatten, unflatten
 from linen_nnx.disk.beside import items_beside

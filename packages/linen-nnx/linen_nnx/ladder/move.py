@@ -21,8 +21,8 @@ import numpy as np
 from flax.core import FrozenDict
 
 from linen_nnx.book.moves import Move
-from linen_nnx.book.ops import Spec
 from linen_nnx.book.plan import RuleError
+from linen_nnx.book.specs import Spec
 from linen_nnx.book.stages import Forms
 from linen_nnx.disk.carry import carry_beside
 from linen_nnx.disk.leaves import DICT, SEQUENCE, Key, Leaf

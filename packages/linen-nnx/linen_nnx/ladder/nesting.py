@@ -13,8 +13,8 @@ something is numbered in its order, `0/count`, `0/mu`, `0/nu`, `1/count`, and th
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from linen_nnx.book.ops import Spec
 from linen_nnx.book.plan import RuleError
+from linen_nnx.book.specs import Spec
 from linen_nnx.disk.mirrors import find_mirrors
 from linen_nnx.disk.state import Id
 

@@ -15,7 +15,7 @@ from itertools import islice
 from typing import Any
 
 from linen_nnx.book.moves import Move
-from linen_nnx.book.ops import Mismatch
+from linen_nnx.book.specs import Mismatch
 from linen_nnx.disk.conversion import Conversion
 from linen_nnx.disk.engines import nbytes_of
 from linen_nnx.disk.leaves import Leaf

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from linen_nnx.book.ops import Spec
+from linen_nnx.book.specs import Spec
 from linen_nnx.infer.dataflow import Use, unbroadcast
 from linen_nnx.infer.run import EXACT
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from linen_nnx.book.actions import Agree
 from linen_nnx.book.moves import Move
-from linen_nnx.book.ops import Agree
 from linen_nnx.disk.conversion import Conversion
 from linen_nnx.disk.leaves import Leaf
 from linen_nnx.disk.state import Id, State

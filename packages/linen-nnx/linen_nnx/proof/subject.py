@@ -23,8 +23,8 @@ import numpy as np
 from flax import nnx
 from jax.extend.core import jaxpr_as_fun
 
-from linen_nnx.book.ops import Side
 from linen_nnx.book.plan import RuleError
+from linen_nnx.book.specs import Side
 from linen_nnx.book.tree import unflatten
 from linen_nnx.disk.state import OPTIMIZER, Id
 from linen_nnx.infer.float64 import UNOPTIMISED, outputs_and_slopes

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from linen_nnx.book.ops import Side
 from linen_nnx.book.plan import RuleError
 from linen_nnx.book.rules import RuleBook
+from linen_nnx.book.specs import Side
 from linen_nnx.disk.runs import Runs
 from linen_nnx.disk.sides import guess_side
 from linen_nnx.disk.sources import find
