@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from linen_nnx.book.actions import Gather, Permute, Reform, Spread
 from linen_nnx.book.specs import Spec
 from linen_nnx.disk.chunks import apply
+from linen_nnx.disk.finding import find
 from linen_nnx.disk.leaves import DICT, Key, Leaf
-from linen_nnx.disk.sources import find
 from linen_nnx.disk.stream import ItemReader, _read_small, open_array
 from linen_nnx.disk.zarr_metadata import fresh_metadata
 

@@ -16,8 +16,8 @@ from flax import nnx
 from linen_nnx import RuleBook, RuleError
 from linen_nnx.disk.checked import StoreError
 from linen_nnx.disk.convert import convert
+from linen_nnx.disk.finding import find
 from linen_nnx.disk.planning import plan_conversion
-from linen_nnx.disk.sources import find
 from linen_nnx.proof.verify import verify
 
 DTYPES = [

@@ -26,9 +26,9 @@ from linen_nnx.cli import main
 from linen_nnx.disk import msgpack_tree
 from linen_nnx.disk.checked import StoreError
 from linen_nnx.disk.convert import TargetError, convert
+from linen_nnx.disk.finding import find
 from linen_nnx.disk.leaves import DICT, SEQUENCE
 from linen_nnx.disk.ranges import FileArray
-from linen_nnx.disk.sources import find
 from linen_nnx.proof.verify import verify
 
 DTYPES = [

@@ -13,8 +13,8 @@ from formats_table import ALONE, BEGIN, DATA, END, FORMATS, PAGE, WHOLE, page
 from linen_nnx import RuleBook
 from linen_nnx.cli import main
 from linen_nnx.disk.convert import convert
+from linen_nnx.disk.finding import find
 from linen_nnx.disk.planning import plan_conversion
-from linen_nnx.disk.sources import find
 from linen_nnx.proof.verify import verify
 
 RULES = RuleBook.from_dict(

@@ -12,7 +12,7 @@ from convert_helpers import save_small
 
 from linen_nnx import cli
 from linen_nnx.cli import stopping
-from linen_nnx.disk import convert, planning, sources
+from linen_nnx.disk import convert, finding, planning
 
 ROOT = Path(__file__).parent.parent
 # The converter in a process of its own, whose copies take for ever and say when they begin.
@@ -55,7 +55,7 @@ def test_a_signal_while_files_are_copied_leaves_nothing(source, tmp_path, number
 # module that is being imported makes an error of its own of whatever it meets.
 HIDDEN = """
 import os, signal, sys, time
-from linen_nnx.disk import sources
+from linen_nnx.disk import finding
 class Deleted:
     def __del__(self):
         os.kill(os.getpid(), signal.SIGINT)
@@ -67,7 +67,7 @@ def importing(*_, **__):
         os.kill(os.getpid(), signal.SIGINT)
     except KeyboardInterrupt as error:
         raise ImportError("initialization failed") from error
-sources.find = {"deleted": deleted, "importing": importing}[sys.argv.pop()]
+finding.find = {"deleted": deleted, "importing": importing}[sys.argv.pop()]
 from linen_nnx.cli import program
 raise SystemExit(program())
 """
@@ -83,7 +83,7 @@ def test_a_signal_that_is_hidden_from_the_command_still_ends_it(moment):
 @pytest.mark.parametrize(
     ("words", "place", "name"),
     [
-        (["inspect", "SOURCE"], sources, "find"),
+        (["inspect", "SOURCE"], finding, "find"),
         (["plan", "SOURCE", "--to", "nnx"], planning, "plan_conversion"),
         (["run", "SOURCE", "OUT", "--to", "nnx"], convert, "write_store"),
         (["run", "SOURCE", "OUT", "--to", "nnx"], convert, "publish"),

@@ -18,7 +18,7 @@ from linen_nnx import RuleBook
 from linen_nnx.cli import main
 from linen_nnx.disk.checked import StoreError
 from linen_nnx.disk.convert import convert
-from linen_nnx.disk.sources import find
+from linen_nnx.disk.finding import find
 from linen_nnx.disk.steps import unfinished
 from linen_nnx.disk.store import read_item
 from linen_nnx.proof.verify import verify

@@ -16,8 +16,8 @@ def inspect(
     from linen_nnx.book.rules import RuleBook
     from linen_nnx.disk.beside import items_beside, source_of
     from linen_nnx.disk.describe import describe
+    from linen_nnx.disk.finding import find
     from linen_nnx.disk.sides import guess_side
-    from linen_nnx.disk.sources import find
     from linen_nnx.disk.state import Form, read_state
 
     source = find(ckpt, step, item, prefix=prefix, runs=runs_named(runs))

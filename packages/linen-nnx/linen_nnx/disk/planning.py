@@ -33,12 +33,13 @@ from linen_nnx.disk.carry import Carried, carry, carry_beside
 from linen_nnx.disk.complete import check_complete
 from linen_nnx.disk.conversion import RULES, Conversion, Options
 from linen_nnx.disk.engines import settled
+from linen_nnx.disk.finding import find
 from linen_nnx.disk.layouts import lay_out
 from linen_nnx.disk.leaves import Key, Leaf
 from linen_nnx.disk.origin import Origin, origin_of
 from linen_nnx.disk.runs import NO_RUNS, Runs
 from linen_nnx.disk.sides import guess_side
-from linen_nnx.disk.sources import Source, find
+from linen_nnx.disk.sources import Source
 from linen_nnx.disk.state import Form, State, read_state
 from linen_nnx.errors import quoted
 
@@ -66,7 +67,7 @@ def plan_conversion(
 
     Args:
       path: a run directory, a CheckpointManager's root or step, an Orbax item, or a file; or
-        what `sources.find` has found there.
+        what `finding.find` has found there.
       to: `linen` or `nnx` for stock layouts; of a checkpoint that says the form of its parts
         (`runs.py`), a stage's name. For a whole run directory `linen` and `nnx` are stages, too.
       rules: the rule book, or its file; runs and converted checkpoints have one with them.
@@ -76,7 +77,7 @@ def plan_conversion(
       reset_optimizer: leave the optimizer's state out.
       suffix: of the file to be written, if it is one.
       part: the folder of a run directory, if not that of the latest steps.
-      prefix: which group of steps, where a folder has several: see `sources.find`.
+      prefix: which group of steps, where a folder has several: see `finding.find`.
       model_only: leave out all but the model.
       side: which side the checkpoint is of, where neither it nor the rule book tells.
       specs: the shape and dtype of each leaf of the target's model by path, where they are known.

@@ -25,12 +25,21 @@ from linen_nnx.disk.store import is_item
 TEMPORARY = ".orbax-checkpoint-tmp"
 COMMITTED = "commit_success.txt"
 _HISTORY = "_CHECKPOINT_METADATA"
-_NAME = re.compile(r"(|.*?[_-])(-?\d+(?:\.\d+)?(?:e[-+]\d\d)?)")  # the shortest prefix that fits
+# The shortest prefix that fits, so that `model_1.5e-05` is one number and not a longer prefix.
+_NAME = re.compile(r"(|.*?[_-])(-?\d+(?:\.\d+)?(?:e[-+]\d\d)?)")
 _ORBAX_NAME = re.compile(r"(?:.+_)?\d+")
 
 
-class Step(NamedTuple):
-    """One finished checkpoint of a series: `model-100` has the prefix `model-`."""
+class SavedStep(NamedTuple):
+    """One finished checkpoint of a series: `model-100` has the prefix `model-`.
+
+    Example:
+      >>> step = step_of(Path("model_ema-100"))
+      >>> step.prefix, step.number, step.group, step.name
+      ('model_ema-', 100, 'model_ema', '100')
+      >>> step_of(Path("checkpoint_1.5")).name
+      'checkpoint_1.5'
+    """
 
     prefix: str
     number: int | float
@@ -38,7 +47,7 @@ class Step(NamedTuple):
 
     @property
     def group(self) -> str:
-        """What the prefix calls it, without the separator."""
+        """The prefix without the separator at its end."""
         return self.prefix.rstrip("_-")
 
     @property
@@ -56,10 +65,14 @@ class Step(NamedTuple):
         return isinstance(self.number, int) and self.number >= 0
 
 
-class Choice(NamedTuple):
-    """The steps that were chosen (several are parts of one state), and what to say of the rest."""
+_Groups = dict[str, dict[float, SavedStep]]
+"""The steps of a folder by prefix and number."""
 
-    steps: tuple[Step, ...]
+
+class Choice(NamedTuple):
+    """The steps that were chosen (several are parts of one state), and notes of the others."""
+
+    steps: tuple[SavedStep, ...]
     notes: tuple[str, ...]
 
 
@@ -72,6 +85,7 @@ def unfinished(folder: Path) -> str | None:
     not committed. A missing `commit_success.txt` alone says nothing, as Orbax up to 0.11 wrote
     none on disks.
     """
+    # A link `latest` may lead to a save that is still being written.
     if TEMPORARY in folder.name or TEMPORARY in folder.resolve().name:
         return f"its name holds `{TEMPORARY}`, which Orbax takes away when a save is complete"
     if not folder.is_dir():
@@ -91,6 +105,7 @@ def _begun_only(history: Path) -> bool:
         content = read_json(history)
     except (OSError, ValueError):
         return False
+    # Without the first time the file says nothing of the second.
     if not isinstance(content, dict) or content.get("init_timestamp_nsecs") is None:
         return False
     return content.get("commit_timestamp_nsecs") is None
@@ -115,17 +130,18 @@ def is_named_as_step(path: Path) -> bool:
 
 def number_in(text: str) -> int | float:
     """The step that a text is: `100`, or `1.5`. Raises `ValueError` for what is no number."""
+    # An integer stays one: as a float, steps from 2**53 on would not all be told apart.
     try:
         return int(text)
     except ValueError:
         return float(text)
 
 
-def step_of(path: Path) -> Step:
+def step_of(path: Path) -> SavedStep:
     """The step that a path is by its name, which must end in a number."""
     match = _NAME.fullmatch(path.name)
     assert match is not None
-    return Step(match[1], number_in(match[2]), path)
+    return SavedStep(match[1], number_in(match[2]), path)
 
 
 def choose(
@@ -136,18 +152,16 @@ def choose(
 ) -> Choice | None:
     """The step of a folder: the wanted number, else the latest. None if there is no step at all.
 
-    `prefixes` choose one group, or several whose steps of one number make up one state. `is_file`
-    tells which files are checkpoints. Raises `StoreError` where the choice is not clear.
+    Args:
+      root: the folder.
+      wanted: the number of a step.
+      prefixes: those of one group, or of several whose steps of one number make up one state.
+      is_file: tells which files are checkpoints.
+
+    Raises:
+      StoreError: where the choice is not clear.
     """
-    cut_off: list[str] = []
-    steps: list[Step] = []
-    for path in sorted(root.iterdir()):
-        if not is_named_as_step(path) and TEMPORARY not in path.name:
-            continue
-        if unfinished(path) is not None:
-            cut_off.append(path.name)
-        elif _holds_checkpoint(path, is_file):
-            steps.append(step_of(path))
+    steps, cut_off = _steps_in(root, is_file)
     notes = [f"{name} was never finished, and is left aside" for name in cut_off]
     if not steps:
         if cut_off:
@@ -158,7 +172,9 @@ def choose(
     groups = _groups(root, steps)
     names = _named(root, groups, prefixes) if prefixes else _only(root, groups, wanted)
     number = _number(root, [groups[name] for name in names], wanted)
-    newer = sorted({n for name in names for n in groups[name] if n > number})
+    numbers = set().union(*[groups[name] for name in names])
+    newer = sorted([n for n in numbers if n > number])
+    # Of a model and its optimizer, saved one after the other, the second may be missing.
     if newer and wanted is None:
         notes.append(f"the steps {newer} are not in all of {names}: step {number} is the latest")
     chosen = tuple(groups[name][number] for name in names)
@@ -170,16 +186,32 @@ def choose(
     return Choice(chosen, tuple(notes))
 
 
+def _steps_in(root: Path, is_file: Callable[[Path], bool]) -> tuple[list[SavedStep], list[str]]:
+    """The finished steps of a folder, and the names of the saves that were cut off."""
+    steps: list[SavedStep] = []
+    cut_off: list[str] = []
+    for path in sorted(root.iterdir()):
+        # `6.orbax-checkpoint-tmp-30` is not named as a step, and was to become one.
+        if not is_named_as_step(path) and TEMPORARY not in path.name:
+            continue
+        if unfinished(path) is not None:
+            cut_off.append(path.name)
+        elif _holds_checkpoint(path, is_file):
+            steps.append(step_of(path))
+    return steps, cut_off
+
+
 def _holds_checkpoint(path: Path, is_file: Callable[[Path], bool]) -> bool:
     if path.is_dir():
         return is_item(path) or bool(pytrees(path))
     return is_file(path)
 
 
-def _groups(root: Path, steps: Iterable[Step]) -> dict[str, dict[float, Step]]:
+def _groups(root: Path, steps: Iterable[SavedStep]) -> _Groups:
     """The steps by prefix and number."""
-    groups: dict[str, dict[float, Step]] = {}
+    groups: _Groups = {}
     for step in steps:
+        # `model-7` and `model-07` are one number, and so are `1` and `1.0`.
         other = groups.setdefault(step.prefix, {}).setdefault(step.number, step)
         if other is not step:
             raise StoreError(
@@ -189,7 +221,7 @@ def _groups(root: Path, steps: Iterable[Step]) -> dict[str, dict[float, Step]]:
     return groups
 
 
-def _named(root: Path, groups: dict[str, dict[float, Step]], prefixes: Sequence[str]) -> list[str]:
+def _named(root: Path, groups: _Groups, prefixes: Sequence[str]) -> list[str]:
     """The groups with the given prefixes, which may lack the separator at their end."""
     names: list[str] = []
     for prefix in prefixes:
@@ -203,8 +235,9 @@ def _named(root: Path, groups: dict[str, dict[float, Step]], prefixes: Sequence[
     return names
 
 
-def _only(root: Path, groups: dict[str, dict[float, Step]], wanted: float | None) -> list[str]:
+def _only(root: Path, groups: _Groups, wanted: float | None) -> list[str]:
     """The one group that may be meant where no prefix is given."""
+    # Of several groups, one alone may have the step that is wanted.
     meant = [name for name, steps in groups.items() if wanted is None or wanted in steps]
     if len(meant) > 1:
         raise StoreError(
@@ -217,19 +250,23 @@ def _only(root: Path, groups: dict[str, dict[float, Step]], wanted: float | None
     return meant or list(groups)
 
 
-def _number(root: Path, groups: Sequence[dict[float, Step]], wanted: float | None) -> float:
+def _number(root: Path, groups: Sequence[dict[float, SavedStep]], wanted: float | None) -> float:
+    """The wanted step, which has to be in all groups, or the latest that is."""
     common = set.intersection(*map(set, groups))
     if wanted is None and common:
         return max(common)
     if wanted in common:
         return wanted
-    known = sorted({number for group in groups for number in group})
+    known = sorted(set().union(*groups))
     if wanted is None:
         raise StoreError(f"{root}: no step is in all of the groups chosen, which have {known}")
     lacking = "" if wanted not in known else " in all of the groups chosen"
     raise StoreError(f"{root} has no step {wanted}{lacking}, only {sorted(common) or known}")
 
 
-def _shown(groups: dict[str, dict[float, Step]]) -> str:
-    texts = [f"`{name}N` ({', '.join(map(str, sorted(steps)))})" for name, steps in groups.items()]
+def _shown(groups: _Groups) -> str:
+    texts = []
+    for name, steps in groups.items():
+        numbers = ", ".join(map(str, sorted(steps)))
+        texts.append(f"`{name}N` ({numbers})")
     return " and ".join(texts)

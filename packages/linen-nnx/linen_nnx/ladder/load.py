@@ -28,12 +28,12 @@ from linen_nnx.book.stages import Forms
 from linen_nnx.book.tree import flatten, unflatten
 from linen_nnx.disk.beside import items_beside
 from linen_nnx.disk.carry import carry
+from linen_nnx.disk.finding import find
 from linen_nnx.disk.leaves import Leaf
 from linen_nnx.disk.mirrors import owner
 from linen_nnx.disk.places import Place
 from linen_nnx.disk.runs import NO_RUNS, Runs
 from linen_nnx.disk.sides import guess_side
-from linen_nnx.disk.sources import find
 from linen_nnx.disk.state import OPTIMIZER, Form, State, read_state, unruled
 from linen_nnx.ladder.forms import Book, differences
 from linen_nnx.ladder.move import move

@@ -29,7 +29,7 @@ from linen_nnx.disk.conversion import REPORT, RULES, Conversion, options_in
 from linen_nnx.disk.planning import MODEL_ALONE, plan_conversion
 from linen_nnx.disk.remote import as_path
 from linen_nnx.disk.runs import NO_RUNS, Runs
-from linen_nnx.disk.sources import SUFFIXES, Source, check_beside, find, parts
+from linen_nnx.disk.sources import SUFFIXES, Source
 from linen_nnx.disk.state import OPTIMIZER, State, read_state
 from linen_nnx.errors import Refusal
 from linen_nnx.proof.bits import not_undone, wrong_leaves

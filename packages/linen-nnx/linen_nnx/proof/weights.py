@@ -16,9 +16,9 @@ import numpy as np
 from linen_nnx.book.plan import RuleError
 from linen_nnx.book.rules import RuleBook
 from linen_nnx.book.specs import Side
+from linen_nnx.disk.finding import find
 from linen_nnx.disk.runs import Runs
 from linen_nnx.disk.sides import guess_side
-from linen_nnx.disk.sources import find
 from linen_nnx.disk.state import Form, read_state
 from linen_nnx.infer.run import distinct
 from linen_nnx.infer.sides import SlottedSide
