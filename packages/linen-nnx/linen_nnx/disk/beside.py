@@ -28,7 +28,11 @@ from linen_nnx.disk.store import is_item
 
 def items_beside(source: Source) -> dict[str, Path]:
     """The items of the chosen step that are no part of the training state's, by name."""
-    return {path.name: path for path in source.beside if path.is_dir() and is_item(path)}
+    items = {}
+    for path in source.beside:
+        if path.is_dir() and is_item(path):
+            items[path.name] = path
+    return items
 
 
 def source_of(source: Source, path: Path) -> Source:
@@ -37,7 +41,7 @@ def source_of(source: Source, path: Path) -> Source:
     return replace(source, paths=(path,), names=(path.name,), said=None, passed=())
 
 
-def head_of(name: str, leaves: Sequence[Leaf], side: str) -> tuple[Key, ...]:
+def head_of(name: str, leaves: Sequence[Leaf], side: str) -> Keys:
     """The keys in front of an item's tree, if it lay in a whole training state.
 
     An optimizer's state lies below `opt_state`, as a chain of optax does by itself (a tuple, or
@@ -54,7 +58,7 @@ def head_of(name: str, leaves: Sequence[Leaf], side: str) -> tuple[Key, ...]:
     """
     tops = {leaf.keys[0] for leaf in leaves}
     names = {key.name for key in tops}
-    above = ("optimizer",) if side == "nnx" else ()
+    above = ["optimizer"] if side == "nnx" else []
     # The item has the level `opt_state` itself.
     if OPTIMIZER in names:
         return dict_keys(*above)
@@ -65,7 +69,7 @@ def head_of(name: str, leaves: Sequence[Leaf], side: str) -> tuple[Key, ...]:
     return dict_keys(name)
 
 
-def head_in(head: tuple[Key, ...], side: str) -> tuple[Key, ...]:
+def head_in(head: Keys, side: str) -> Keys:
     """The head that an item has on the other side."""
     if not is_optimizer(head):
         return head
@@ -77,9 +81,14 @@ def head_in(head: tuple[Key, ...], side: str) -> tuple[Key, ...]:
 def without_head(move: Move[Leaf, Leaf], sources: int, targets: int) -> Move[Leaf, Leaf]:
     """A move whose leaves have lost their first keys: `sources` and `targets` of them."""
     return move._replace(
-        sources=tuple([leaf.at(leaf.keys[sources:]) for leaf in move.sources]),
-        targets=tuple([leaf.at(leaf.keys[targets:]) for leaf in move.targets]),
+        sources=_cut(move.sources, sources),
+        targets=_cut(move.targets, targets),
     )
+
+
+def _cut(leaves: Sequence[Leaf], count: int) -> tuple[Leaf, ...]:
+    """The leaves without their first keys, `count` of each."""
+    return tuple([leaf.at(leaf.keys[count:]) for leaf in leaves])
 
 
 def is_optimizer(head: Sequence[Key]) -> bool:
@@ -87,7 +96,7 @@ def is_optimizer(head: Sequence[Key]) -> bool:
     return not head or head[0].name == "optimizer" or head[-1].name == OPTIMIZER
 
 
-def read_beside(leaves: Sequence[Leaf], head: tuple[Key, ...], form: Form) -> State:
+def read_beside(leaves: Sequence[Leaf], head: Keys, form: Form) -> State:
     """An item's tree as a state without a model. The leaves' keys get the head in front."""
     placed = [leaf.at((*head, *leaf.keys)) for leaf in leaves]
     rest = {}

@@ -32,8 +32,9 @@ def describe(leaves: Sequence[Leaf]) -> str | None:
       >>> describe([Leaf((Key("Dense_0", DICT), Key("kernel", DICT)), "jax.Array")])
       'bare parameters of Linen'
     """
-    paths = [leaf.path.split("/") for leaf in leaves]
-    names = set().union(*paths)
+    names: set[str] = set()
+    for leaf in leaves:
+        names.update([key.name for key in leaf.keys])
     # A whole state: `state.read_state` knows more of it.
     if "params" in names:
         return None
@@ -41,10 +42,11 @@ def describe(leaves: Sequence[Leaf]) -> str | None:
         owner = "nnx.Optimizer" if OPTIMIZER in names else "an optimizer"
         return f"the state of {owner} alone, without a model"
     # Boxes of `nn.with_partitioning` end in `value`, and so do the Variables of an nnx.State.
-    if any(leaf.keys[-1] == ("value", DICT) for leaf in leaves) or OPTIMIZER in names:
+    ends = {leaf.keys[-1] for leaf in leaves}
+    if ("value", DICT) in ends or OPTIMIZER in names:
         return None
     linen = any(_LINEN_NAME.fullmatch(name) for name in names)
-    nnx = any(name.isdigit() for name in names)
+    nnx = any(map(str.isdigit, names))
     # Signs of both, or of neither, prove nothing.
     if linen != nnx:
         return "bare parameters of Linen" if linen else "nnx.State as a pure dict of the model"
@@ -66,6 +68,6 @@ def is_optimizer(leaves: Sequence[Leaf]) -> bool:
     if OPTIMIZER in heads:
         return heads <= {OPTIMIZER, "step"}
     # One transformation by itself, or a chain of several, whose states are numbered.
-    if not all(head.isdigit() for head in heads):
+    if not all(map(str.isdigit, heads)):
         return bool(heads & _OPTAX_FIELDS)
     return any(_OPTAX_FIELDS.intersection(path[:_DEPTH]) for path in paths)

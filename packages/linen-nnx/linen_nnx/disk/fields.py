@@ -70,7 +70,7 @@ def ruled(
             continue
         settled.add(path)
         if len(named) > 1:
-            texts = " and ".join(str(book.rules[hit.rule]) for hit in named)
+            texts = " and ".join([str(book.rules[hit.rule]) for hit in named])
             problems.append(f"`{path}` is matched by several rules: {texts}")
             continue
         moves += _settled(path, state.rest[path], named[0], book, to, problems)
@@ -120,8 +120,10 @@ class Scope:
     @property
     def telling(self) -> set[int]:
         """The lengths of an array that may hold something for each parameter, element or layer."""
-        lengths = {sum(len(step.sources) for step in self.steps), self.in_a_row()}
+        lengths = {self.in_a_row()}
+        count = 0
         for step in self.steps:
+            count += len(step.sources)
             # A step that only renames leaves its arrays as they are.
             if not step.actions:
                 continue
@@ -130,7 +132,7 @@ class Scope:
             for id in step.sources:
                 spec = self.state.model[id].spec
                 lengths |= {spec.size, *spec.shape}
-        return lengths
+        return lengths | {count}
 
     def reordered(self) -> bool:
         """Whether the parameters come in another order, which is that of their names."""
@@ -147,7 +149,8 @@ class Scope:
         """The length of all parameters in a row."""
         length = 0
         for step in self.steps:
-            length += sum(self.state.model[id].spec.size for id in step.sources)
+            for id in step.sources:
+                length += self.state.model[id].spec.size
         return length
 
 
@@ -206,9 +209,10 @@ def check_plain(
         return None
     names = path.split("/")
     # `extra/fc/kernel` beside a parameter `fc/kernel`: a mirror that lacks the other parameters.
-    ends = ["/".join(names[n:]) for n in range(1, len(names))]
-    if any(end in tree for end in ends):
-        return f"`{leaf.path}` has a parameter's name outside of any mirror: {remedy(path, side)}"
+    for start in range(1, len(names)):
+        if "/".join(names[start:]) in tree:
+            fault = f"`{leaf.path}` has a parameter's name outside of any mirror"
+            return f"{fault}: {remedy(path, side)}"
     # Counts and keys depend on no form, and what lies outside of the optimizer is the user's own.
     if beside or path.split("/")[0] != OPTIMIZER or is_key(leaf) or not leaf.spec.shape:
         return None

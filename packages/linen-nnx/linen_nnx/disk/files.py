@@ -24,8 +24,8 @@ from linen_nnx.book.reading import read_json
 from linen_nnx.disk import flat_files, msgpack_tree
 from linen_nnx.disk.checked import StoreError
 from linen_nnx.disk.flat_files import NpzArray
-from linen_nnx.disk.leaves import DICT, Leaf, make_key
-from linen_nnx.disk.loose import Keys, kind, listed, make_leaf, read_value, refuse_unknown, walk
+from linen_nnx.disk.leaves import Keys, Leaf, dict_keys, name_of, path_of
+from linen_nnx.disk.loose import kind, listed, make_leaf, read_value, refuse_unknown, walk
 from linen_nnx.disk.ranges import Array
 from linen_nnx.disk.store import refuse_collisions
 
@@ -76,8 +76,7 @@ def _entries(path: Path) -> Entries:
             )
         entries = _whole(path)
     # The result is an Orbax item, which joins keys by dots.
-    names = [".".join([key.name for key in keys]) for keys in entries]
-    refuse_collisions(path, names)
+    refuse_collisions(path, list(map(name_of, entries)))
     refuse_unknown(path, entries)
     return entries
 
@@ -98,8 +97,7 @@ def _flat(arrays: Mapping[str, Any], separator: str | None = None) -> Entries:
     """Arrays under flat names as a tree of dicts."""
     entries = {}
     for names, value in flat_files.split(arrays, separator).items():
-        keys = tuple([make_key(name, DICT) for name in names])
-        entries[keys] = value
+        entries[dict_keys(names)] = value
     return entries
 
 
@@ -132,7 +130,7 @@ def _shard_arrays(shard: Path) -> Mapping[str, Any]:
         return flat_files.read_safetensors(shard)
     arrays = {}
     for keys, value in walk(msgpack_tree.read(shard)):
-        arrays["/".join([key.name for key in keys])] = value
+        arrays[path_of(keys)] = value
     return arrays
 
 
@@ -194,11 +192,10 @@ def _write_safetensors(path: Path, leaves: Iterable[tuple[Keys, Leaf, Array | No
 
     flat = {}
     for keys, leaf, array in leaves:
-        name = ".".join([key.name for key in keys])
         if array is None:
             raise StoreError(f"{path}: safetensors cannot hold `{leaf.path}`, a {leaf.value_type}")
         # `save_file` takes no array whose memory lies in another order, as a transposed one's does.
-        flat[name] = np.require(array, requirements="C")
+        flat[name_of(keys)] = np.require(array, requirements="C")
     try:
         save_file(flat, path)
     except SafetensorError as error:

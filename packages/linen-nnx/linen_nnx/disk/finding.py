@@ -128,7 +128,7 @@ def _file(path: Path, file: Path) -> Source:
     # A person may name the file that they see in the folder.
     if file.name == INDEX and has_index(file.parent):
         raise StoreError(f"{file} is the index of a checkpoint: name its folder, {file.parent}")
-    if any(file.name.endswith(suffix) for suffix in _PICKLES):
+    if file.name.endswith(_PICKLES):
         raise StoreError(
             f"{file} holds pickles, by its name, and reading one runs code from it. Load it where "
             "you trust it, and save its arrays under flat names with numpy.savez or safetensors"
@@ -144,18 +144,22 @@ def _shards(folder: Path) -> Path | None:
     """The index of the shards that lie in a folder, if they do."""
     found = [child for child in sorted(folder.iterdir()) if child.name.endswith(INDICES)]
     if len(found) > 1:
-        names = ", ".join(child.name for child in found)
+        names = ", ".join([child.name for child in found])
         raise StoreError(f"{folder} holds several checkpoints in shards: name one of {names}")
     return found[0] if found else None
 
 
 def _nothing(folder: Path) -> StoreError:
     """The error for a folder without a checkpoint."""
-    seen = sorted(child.name for child in folder.iterdir())
-    files = [name for name in seen if Path(name).suffix in READABLE]
+    seen, files, inside = [], [], []
+    for child in sorted(folder.iterdir()):
+        seen.append(child.name)
+        if child.suffix in READABLE:
+            files.append(child.name)
+        # The path may be one level too high.
+        if is_item(child) or _holds_steps(child):
+            inside.append(child)
     hint = f". Name a file to convert it: {', '.join(files[:10])}" if files else ""
-    # The path may be one level too high.
-    inside = [child for child in sorted(folder.iterdir()) if is_item(child) or _holds_steps(child)]
     if inside:
         hint = f". There is one in {', '.join(map(str, inside[:10]))}: name that"
     return StoreError(
@@ -175,8 +179,9 @@ def _chosen(
         return _one(path, kind, steps[0].path, item, runs, **more)
     # Several: `model-100` and `optimizer-100` become one source of the items of both.
     sources = [_one(path, kind, step.path, item, runs) for step in steps]
-    if any(source.is_file for source in sources):
-        if not all(source.is_file for source in sources):
+    are_files = {source.is_file for source in sources}
+    if True in are_files:
+        if False in are_files:
             raise StoreError(f"{folder}: files and folders make up no state together: name one")
         files = {}
         for step, source in zip(steps, sources, strict=True):

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 from linen_nnx.disk import msgpack_tree, ocdbt
 from linen_nnx.disk.checked import StoreError
-from linen_nnx.disk.leaves import DICT, SEQUENCE, Leaf, make_key
-from linen_nnx.disk.loose import Keys, make_leaf, read_value, refuse_unknown
+from linen_nnx.disk.leaves import DICT, SEQUENCE, Keys, Leaf, make_key, name_of
+from linen_nnx.disk.loose import make_leaf, read_value, refuse_unknown
 from linen_nnx.disk.store import (
     INDEX,
     Item,
@@ -119,7 +119,7 @@ def _spec_name(tree: Any) -> str | None:
 def read_index_item(folder: Path, number: int = 0) -> Item:
     """Reads the tree of an item that has an index. Raises `StoreError` for what is damaged."""
     index = read_index(folder)
-    refuse_collisions(folder, [".".join([key.name for key in keys]) for keys in index.leaves])
+    refuse_collisions(folder, list(map(name_of, index.leaves)))
     refuse_unknown(folder / INDEX, index.leaves)
     in_tree = (folder / ocdbt.MANIFEST).is_file()
     tree = read_tree(folder) if in_tree else None

@@ -19,11 +19,10 @@ from linen_nnx.book.specs import Spec
 from linen_nnx.disk import checked
 from linen_nnx.disk.checked import StoreError
 from linen_nnx.disk.flat_files import NpzArray
-from linen_nnx.disk.leaves import DICT, SEQUENCE, Key, Leaf, make_key
+from linen_nnx.disk.leaves import DICT, SEQUENCE, Keys, Leaf, make_key, path_of
 from linen_nnx.disk.ranges import Array, FileArray
 from linen_nnx.disk.zarr_metadata import fresh_metadata
 
-Keys = tuple[Key, ...]
 # Flax, before Orbax, wrote arrays of several processes beside the file, and this text in it.
 _GDA_PLACEHOLDER = "//GDAPlaceholder:"
 _SHOWN = 10  # problems in one message
@@ -33,7 +32,7 @@ def walk(tree: Any, keys: Keys = ()) -> Iterator[tuple[Keys, Any]]:
     """The leaves of a tree by key path; an empty dict or list is one, too.
 
     Example:
-      >>> [("/".join(key.name for key in keys), value) for keys, value in walk({"a": [1, {}]})]
+      >>> [(path_of(keys), value) for keys, value in walk({"a": [1, {}]})]
       [('a/0', 1), ('a/1', {})]
     """
     if isinstance(tree, dict) and tree:
@@ -48,7 +47,7 @@ def walk(tree: Any, keys: Keys = ()) -> Iterator[tuple[Keys, Any]]:
 
 def make_leaf(keys: Keys, value: Any) -> Leaf:
     """The leaf that a value is."""
-    stored = "/".join([key.name for key in keys])
+    stored = path_of(keys)
     if isinstance(value, FileArray | NpzArray):
         metadata = fresh_metadata(Spec(value.shape, value.dtype.name), zarr3=False)
         return Leaf(keys, "np.ndarray", zarr=metadata, stored=stored, loose=True)
@@ -87,7 +86,7 @@ def refuse_unknown(path: Path, leaves: Mapping[Keys, Any]) -> None:
     """Raises `StoreError` for values that no leaf can be, all in one message."""
     problems = []
     for keys, value in leaves.items():
-        shown = "/".join([key.name for key in keys])
+        shown = path_of(keys)
         problems += _odd_keys(shown, keys)
         if isinstance(value, str) and value.startswith(_GDA_PLACEHOLDER):
             problems.append(

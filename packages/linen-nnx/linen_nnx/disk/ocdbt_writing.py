@@ -127,36 +127,58 @@ def node(height: int, entries: Sequence[Entry]) -> bytes:
 
 def node_content(height: int, entries: Sequence[Entry]) -> bytes:
     """What a node holds, before it is compressed."""
-    keys, values = zip(*entries, strict=True)
-    shared = [0, *itertools.starmap(_common_length, itertools.pairwise(keys))]
-    texts = [key[same:] for key, same in zip(keys, shared, strict=True)]
-    in_tree = [value for value in values if isinstance(value, bytes)]
+    shared, texts = _key_columns(entries)
+    values = [value for _, value in entries]
     refs = [value.ref if height else value for value in values if not isinstance(value, bytes)]
     files = sorted({ref.file for ref in refs})
     body = [
         bytes([height]),
         file_table(files),
-        varints([len(keys)]),
+        varints([len(entries)]),
+        # The first shares nothing, and is left out.
         varints(shared[1:]),
         varints(list(map(len, texts))),
     ]
     if height:
         # subtree_common_prefix_length: 0, as children leave nothing out of their keys here.
-        body.append(bytes(len(keys)))
+        body.append(bytes(len(entries)))
         return b"".join([*body, *texts, children(values, files)])
-    lengths = [len(value) if isinstance(value, bytes) else value.length for value in values]
-    kinds = bytes([not isinstance(value, bytes) for value in values])
-    return b"".join([*body, *texts, varints(lengths), kinds, *_places(refs, files), *in_tree])
+    lengths, kinds, in_tree = [], [], []
+    for value in values:
+        if isinstance(value, bytes):
+            lengths.append(len(value))
+            kinds.append(0)
+            in_tree.append(value)
+        else:
+            lengths.append(value.length)
+            kinds.append(1)
+    places = _places(refs, files)
+    return b"".join([*body, *texts, varints(lengths), bytes(kinds), *places, *in_tree])
+
+
+def _key_columns(entries: Iterable[Entry]) -> tuple[list[int], list[bytes]]:
+    """How much each key shares with the one before it, and the rest of the key."""
+    shared, texts = [], []
+    before = b""
+    for key, _ in entries:
+        same = _common_length(before, key)
+        shared.append(same)
+        texts.append(key[same:])
+        before = key
+    return shared, texts
 
 
 def children(nodes: Sequence[Child], files: Sequence[str]) -> bytes:
     """The six columns of references to nodes."""
+    lengths, keys, tree_bytes, value_bytes = [], [], [], []
+    for child in nodes:
+        lengths.append(child.ref.length)
+        keys.append(child.keys)
+        tree_bytes.append(child.tree_bytes)
+        value_bytes.append(child.value_bytes)
     places = _places([child.ref for child in nodes], files)
-    lengths = varints([child.ref.length for child in nodes])
-    keys = varints([child.keys for child in nodes])
-    tree_bytes = varints([child.tree_bytes for child in nodes])
-    value_bytes = varints([child.value_bytes for child in nodes])
-    return b"".join([*places, lengths, keys, tree_bytes, value_bytes])
+    columns = map(varints, [lengths, keys, tree_bytes, value_bytes])
+    return b"".join([*places, *columns])
 
 
 def _places(refs: Sequence[Ref], files: Sequence[str]) -> list[bytes]:

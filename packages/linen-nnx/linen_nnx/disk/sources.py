@@ -114,7 +114,8 @@ class Source:
         """The items; a file has none."""
         items = [_read_item(path, number) for number, path in enumerate(self.paths)]
         # The result is one item, whose store has one format.
-        if len({(item.ocdbt, item.zarr3) for item in items}) > 1:
+        formats = {(item.ocdbt, item.zarr3) for item in items}
+        if len(formats) > 1:
             raise StoreError(f"the items of {self.folder} differ in format: choose with --item")
         return items
 

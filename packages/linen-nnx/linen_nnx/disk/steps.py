@@ -90,9 +90,12 @@ def unfinished(folder: Path) -> str | None:
         return f"its name holds `{TEMPORARY}`, which Orbax takes away when a save is complete"
     if not folder.is_dir():
         return None
-    names = [child.name for child in folder.iterdir() if TEMPORARY in child.name]
-    # What was to become `6` is a step of a root, and says nothing of the folder that it lies in.
-    items = [name for name in names if not _NAME.fullmatch(name.partition(TEMPORARY)[0])]
+    items = []
+    for child in folder.iterdir():
+        name, mark, _ = child.name.partition(TEMPORARY)
+        # What was to become `6` is a step of a root, and says nothing of the folder around it.
+        if mark and not _NAME.fullmatch(name):
+            items.append(child.name)
     if items:
         return f"it holds {sorted(items)}, whose save was cut off"
     if not (folder / COMMITTED).exists() and _begun_only(folder / _HISTORY):
@@ -119,8 +122,11 @@ def refuse_unfinished(path: Path) -> None:
 
 def pytrees(folder: Path) -> list[Path]:
     """The finished pytree items of a step's folder."""
-    found = [child for child in folder.iterdir() if child.is_dir() and is_item(child)]
-    return sorted(child for child in found if unfinished(child) is None)
+    found = []
+    for child in sorted(folder.iterdir()):
+        if child.is_dir() and is_item(child) and unfinished(child) is None:
+            found.append(child)
+    return found
 
 
 def is_named_as_step(path: Path) -> bool:

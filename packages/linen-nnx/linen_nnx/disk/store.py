@@ -25,7 +25,17 @@ from typing import Any, NamedTuple, TypeVar
 from linen_nnx.book.reading import read_json, read_range
 from linen_nnx.disk import checked, ocdbt
 from linen_nnx.disk.checked import StoreError
-from linen_nnx.disk.leaves import DICT, EMPTY_TYPES, SEQUENCE, Key, Leaf, make_key, repeated
+from linen_nnx.disk.leaves import (
+    DICT,
+    EMPTY_TYPES,
+    SEQUENCE,
+    Key,
+    Keys,
+    Leaf,
+    make_key,
+    name_of,
+    repeated,
+)
 from linen_nnx.disk.zarr_metadata import metadata_name
 from linen_nnx.errors import quoted
 
@@ -100,7 +110,7 @@ class _Entry(NamedTuple):
     """A leaf as `_METADATA` has it."""
 
     name: str
-    keys: tuple[Key, ...]
+    keys: Keys
     value_type: str
     write_shape: tuple[int, ...] | None
 
@@ -121,14 +131,15 @@ def read_item(path: Path, number: int = 0) -> Item:
       StoreError: for what is missing, damaged or ambiguous.
     """
     header, entries = _read_header(path / "_METADATA")
-    shardings = read_shardings(path, [entry.name for entry in entries])
+    names = [entry.name for entry in entries]
+    shardings = read_shardings(path, names)
     strings = dict(_read_entries(path / "_strings.json", _string))
     array_notes = _read_array_metadatas(path)
     has_manifest = (path / ocdbt.MANIFEST).is_file()
     # Orbax 0.4 does not say in `_METADATA` which kind of store it wrote.
     if header.setdefault("use_ocdbt", has_manifest) and not has_manifest:
         raise StoreError(f"{path} has no manifest.ocdbt: the save was cut off, or files were lost")
-    refuse_collisions(path, [entry.name for entry in entries])
+    refuse_collisions(path, names)
     stored = [entry.name for entry in entries if entry.is_stored]
     tree = read_tree(path) if header["use_ocdbt"] else None
     zarr = read_zarr(path, bool(header.get("use_zarr3")), stored, tree)
@@ -179,8 +190,7 @@ def _leaf(_: str, entry: Any) -> _Entry:
         raise ValueError("it has no key: the checkpoint is a bare array, not a tree of them")
     value = checked.field(entry, "value_metadata")
     value_type = checked.text(checked.field(value, "value_type"))
-    name = ".".join([key.name for key in keys])
-    return _Entry(name, keys, value_type, _write_shape(value))
+    return _Entry(name_of(keys), keys, value_type, _write_shape(value))
 
 
 def _key(entry: Any) -> Key:
@@ -210,10 +220,12 @@ def read_shardings(path: Path, names: Iterable[str]) -> dict[str, str]:
     known = set(names)
     found = {}
     for written, text in _read_entries(path / "_sharding", _string):
-        name = next((name for name in _spellings(written) if name in known), None)
-        # Orbax 0.4 has an empty text where there is no sharding.
-        if name is not None and text:
-            found[name] = text
+        for name in _spellings(written):
+            if name in known:
+                # Orbax 0.4 has an empty text where there is no sharding.
+                if text:
+                    found[name] = text
+                break
     return found
 
 
@@ -356,8 +368,11 @@ def _zarr_contents(
 ) -> dict[str, bytes]:
     """The bytes of the metadata of each named array that the store has."""
     if tree is None:
-        files = {name: path / name / key for name in names}
-        there = {name: file for name, file in files.items() if file.is_file()}
+        there = {}
+        for name in names:
+            file = path / name / key
+            if file.is_file():
+                there[name] = file
         return dict(zip(there, checked.read_all(list(there.values())), strict=True))
     contents = {}
     for name in names:
