@@ -173,7 +173,7 @@ def parse_pairing(entry: Any) -> Pairing:
 def _family(pair: Mapping[str, Any]) -> Family:
     """The pairs of a mapping that holds captures. Raises `ValueError` if they do not fit."""
     family = Family(Pattern(pair["linen"]), Pattern(pair["nnx"]))
-    one, two = (set(pattern.captures) for pattern in family)
+    one, two = set(family.linen.captures), set(family.nnx.captures)
     if one != two:
         raise ValueError(
             f"a pair captures the same on both sides, got {sorted(one)} of {pair['linen']!r} and "
@@ -192,6 +192,7 @@ def named_twice(draws: Iterable[Draw]) -> str:
 
 
 def _list(entry: Mapping[str, Any], name: str) -> list[Any]:
+    # `idle:` with nothing below it is null in YAML.
     value = entry.get(name) or []
     if not isinstance(value, list):
         raise ValueError(f"`{name}` is a list, got {value!r}")

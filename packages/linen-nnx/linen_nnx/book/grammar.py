@@ -48,6 +48,7 @@ from linen_nnx.book.packing import unpacked
 from linen_nnx.book.patterns import Pattern, is_integer
 from linen_nnx.book.specs import Side
 
+# `Concat` is written `op: concat`.
 OPS: dict[str, type[Op]] = {kind.__name__.lower(): kind for kind in get_args(Op)}
 
 
@@ -336,6 +337,7 @@ def _is_dtype(value: Any) -> bool:
     import ml_dtypes  # noqa: F401
     import numpy as np
 
+    # `np.dtype` takes many things, such as a class, and makes an object of what it does not know.
     try:
         return isinstance(value, str) and np.dtype(value).kind != "O"
     except TypeError:

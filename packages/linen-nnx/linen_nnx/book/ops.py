@@ -167,13 +167,10 @@ class Reshape:
 
     @staticmethod
     def _reshaped(spec: Spec, old: Sequence[int], new: Sequence[int]) -> Spec:
-        # numpy would reshape any array of as many elements: a rule says which shape it is for.
-        fits = len(spec.shape) == len(old) and all(
-            want in (-1, have) for want, have in zip(old, spec.shape, strict=True)
-        )
+        # The length that -1 stands for follows from the number of elements.
         known = math.prod([size for size in new if size != -1])
         free = spec.size // known if -1 in new and known else 1
-        if not fits or known * free != spec.size:
+        if not _is_shape(spec.shape, old) or known * free != spec.size:
             raise Mismatch(f"{spec} cannot be reshaped from {list(old)} to {list(new)}")
         return Spec(tuple([free if size == -1 else size for size in new]), spec.dtype)
 
@@ -279,6 +276,14 @@ def _turned(spec: Spec, perm: tuple[int, ...] | None) -> Spec:
     if len(perm) != len(spec.shape):
         raise Mismatch(f"{spec} has {len(spec.shape)} axes, perm {list(perm)} {len(perm)}")
     return Spec(tuple([spec.shape[axis] for axis in perm]), spec.dtype)
+
+
+def _is_shape(shape: Sequence[int], wanted: Sequence[int]) -> bool:
+    """Whether a shape is the one that a rule is for, in which -1 stands for any length."""
+    # numpy would reshape any array of as many elements.
+    if len(shape) != len(wanted):
+        return False
+    return all(want in (-1, have) for want, have in zip(wanted, shape, strict=True))
 
 
 def _axis(axis: int, ndim: int) -> int:

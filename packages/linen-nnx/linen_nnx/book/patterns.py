@@ -135,7 +135,7 @@ def _element_regex(text: str, element: str, captures: list[str]) -> str:
     # Text and names of captures by turns: `a{i}b` gives "a", "i", "b".
     pieces = _CAPTURE.split(element)
     literals, names = pieces[::2], pieces[1::2]
-    if any("{" in piece or "}" in piece for piece in literals):
+    if re.search(r"[{}]", "".join(literals)):
         raise ValueError(f"pattern `{text}` holds an unbalanced brace")
     # `{i}1{j}` would read 212 as 2 and 2, and 1111 in two ways.
     if any(not re.search(r"[^0-9]", between) for between in literals[1:-1]):

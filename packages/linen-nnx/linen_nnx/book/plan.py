@@ -285,13 +285,15 @@ def _specs(leaves: Mapping[str, Any]) -> dict[str, Spec]:
             "The leaves cannot be read",
             [f"expected a mapping from path to array, got {type(leaves).__name__}"],
         )
-    problems = []
+    specs, problems = {}, []
     for path, leaf in leaves.items():
         if problem := _not_an_array(path, leaf):
             problems.append(problem)
+        else:
+            specs[path] = leaf if type(leaf) is Spec else Spec.of(leaf)
     if problems:
         raise RuleError("Every leaf must be an array", problems)
-    return {p: leaf if type(leaf) is Spec else Spec.of(leaf) for p, leaf in leaves.items()}
+    return specs
 
 
 def _not_an_array(path: Any, leaf: Any) -> str | None:

@@ -118,6 +118,7 @@ class RuleBook:
                 f"{name} cannot be read",
                 [f"expected a mapping with `version` and `rules`, got {type(content).__name__}"],
             )
+        # All faults of a book at once: a person mends them in one go.
         problems = unknown(
             content, ("version", "notes", "rules", "unassigned", "draws"), "unknown key"
         )
@@ -149,6 +150,7 @@ class RuleBook:
 
     def save(self, path: str | Path) -> None:
         """Writes a YAML file that `load` reads back to an equal book; a loaded one as it was."""
+        # A loaded book is written as it was, with the comments of whoever wrote it.
         if self._text is None:
             from linen_nnx.book.yaml_io import write
 

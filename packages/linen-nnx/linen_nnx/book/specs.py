@@ -11,7 +11,7 @@ from linen_nnx.errors import Refusal
 Side = Literal["linen", "nnx"]
 
 PART = "part"
-"""The coordinate of the parts of a concat; too long to collide with an integer capture."""
+"""The coordinate of the parts of a concat. An integer capture is one letter, and never this."""
 
 
 class Mismatch(Refusal):
@@ -45,6 +45,7 @@ class Spec(NamedTuple):
 
     def same(self, other: "Spec") -> bool:
         """Whether shape and dtype agree, whichever library the dtypes come from."""
+        # As text: a dtype may be one of numpy or jax, or a name that neither knows (`key<fry>`).
         return self.shape == other.shape and str(self.dtype) == str(other.dtype)
 
     def __str__(self) -> str:

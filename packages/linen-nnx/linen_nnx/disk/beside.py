@@ -52,7 +52,7 @@ def head_of(name: str, leaves: Sequence[Leaf], side: str) -> Keys:
       >>> kernel = Leaf((Key("fc", DICT), Key("kernel", DICT)), "jax.Array")
       >>> [key.name for key in head_of("ema", [kernel], "linen")]
       ['ema']
-      >>> count = Leaf((Key("0", SEQUENCE), Key("count", DICT)), "jax.Array")
+      >>> count = Leaf((Key("0", SEQUENCE), *dict_keys(["count"])), "jax.Array")
       >>> [key.name for key in head_of("optimizer_state", [count], "nnx")]
       ['optimizer', 'opt_state']
     """
