@@ -32,10 +32,11 @@ class Draft:
     ambiguous: dict[tuple[Side, tuple[int, ...]], list[str]] = field(default_factory=dict)
     """The leaves that several rules match, by side and rules."""
 
-    @property
-    def side(self) -> Side:
-        """The side to go from."""
-        return "linen" if self.to == "nnx" else "nnx"
+    side: Side = field(init=False)
+    """The side to go from."""
+
+    def __post_init__(self) -> None:
+        self.side = "linen" if self.to == "nnx" else "nnx"
 
     def fault(self, number: int, text: str) -> None:
         """Adds a problem of one rule."""
