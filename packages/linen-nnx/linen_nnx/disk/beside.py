@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from linen_nnx.book.moves import Move
-from linen_nnx.disk.leaves import SEQUENCE, Key, Leaf, dict_keys
+from linen_nnx.disk.leaves import SEQUENCE, Key, Keys, Leaf, dict_keys
 from linen_nnx.disk.sources import Source
 from linen_nnx.disk.state import OPTIMIZER, Form, State, without_boxes
 from linen_nnx.disk.store import is_item
@@ -48,11 +48,10 @@ def head_of(name: str, leaves: Sequence[Leaf], side: str) -> Keys:
     one state with a `count`); anything else below the item's name.
 
     Example:
-      >>> from linen_nnx.disk.leaves import DICT, SEQUENCE
-      >>> kernel = Leaf((Key("fc", DICT), Key("kernel", DICT)), "jax.Array")
+      >>> kernel = Leaf(dict_keys("fc", "kernel"), "jax.Array")
       >>> [key.name for key in head_of("ema", [kernel], "linen")]
       ['ema']
-      >>> count = Leaf((Key("0", SEQUENCE), *dict_keys(["count"])), "jax.Array")
+      >>> count = Leaf((Key("0", SEQUENCE), *dict_keys("count")), "jax.Array")
       >>> [key.name for key in head_of("optimizer_state", [count], "nnx")]
       ['optimizer', 'opt_state']
     """

@@ -97,7 +97,7 @@ def _flat(arrays: Mapping[str, Any], separator: str | None = None) -> Entries:
     """Arrays under flat names as a tree of dicts."""
     entries = {}
     for names, value in flat_files.split(arrays, separator).items():
-        entries[dict_keys(names)] = value
+        entries[dict_keys(*names)] = value
     return entries
 
 

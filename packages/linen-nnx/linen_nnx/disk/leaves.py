@@ -12,7 +12,7 @@ lose which keys were list indices, so the keys are kept as well.
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -42,12 +42,12 @@ Keys = tuple[Key, ...]
 make_key = cache(Key)
 
 
-def dict_keys(names: Iterable[str]) -> Keys:
-    """The key path through dicts.
+def dict_keys(*names: str) -> Keys:
+    """The keys of nested dicts.
 
     Example:
-      >>> path_of(dict_keys(["params", "kernel"]))
-      'params/kernel'
+      >>> dict_keys("params", "kernel")
+      (Key(name='params', kind=2), Key(name='kernel', kind=2))
     """
     return tuple([make_key(name, DICT) for name in names])
 
@@ -148,16 +148,6 @@ class Leaf(NamedTuple):
         """Bytes of one element in memory."""
         assert self.zarr is not None
         return zarr_metadata.itemsize(zarr_metadata.dtype_of(self.zarr))
-
-
-def dict_keys(*names: str) -> tuple[Key, ...]:
-    """The keys of nested dicts.
-
-    Example:
-      >>> dict_keys("params", "kernel")
-      (Key(name='params', kind=2), Key(name='kernel', kind=2))
-    """
-    return tuple([make_key(name, DICT) for name in names])
 
 
 def repeated(names: Sequence[str]) -> list[tuple[str, int]]:

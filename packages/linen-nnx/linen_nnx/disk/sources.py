@@ -18,6 +18,7 @@ from linen_nnx.disk.checked import StoreError
 from linen_nnx.disk.leaves import DICT, Key, Leaf
 from linen_nnx.disk.remote import Remote
 from linen_nnx.disk.runs import Said
+from linen_nnx.disk.steps import SavedStep
 from linen_nnx.disk.store import INDEX, Item, read_item
 from linen_nnx.errors import quoted
 

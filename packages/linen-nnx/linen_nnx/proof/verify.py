@@ -26,6 +26,7 @@ from linen_nnx.disk import checked, digests
 from linen_nnx.disk.beside import source_of
 from linen_nnx.disk.checked import StoreError
 from linen_nnx.disk.conversion import REPORT, RULES, Conversion, options_in
+from linen_nnx.disk.finding import check_beside, find, parts
 from linen_nnx.disk.planning import MODEL_ALONE, plan_conversion
 from linen_nnx.disk.remote import as_path
 from linen_nnx.disk.runs import NO_RUNS, Runs
