@@ -67,7 +67,12 @@ def mates(linen: SlottedSide, nnx: SlottedSide, book: RuleBook) -> tuple[Array, 
 
 
 def few(texts: Sequence[str]) -> str:
-    """The first four of some texts, and how many there are if that is not all."""
+    """The first four of some texts, and how many there are if that is not all.
+
+    Example:
+        >>> few(["a", "b", "c", "d", "e"])
+        'a, b, c, d, ... (5)'
+    """
     return ", ".join(texts[:4]) + (f", ... ({len(texts)})" if len(texts) > 4 else "")
 
 

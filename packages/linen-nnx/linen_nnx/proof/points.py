@@ -6,8 +6,8 @@
     use 2: y = s @ params/out        use 1: y = s @ out             (2, 1)
 
 Uses that share leaf elements make a point. A leaf that only one side has (a bias that the port
-lacks) shares none: it is compared with the last use in the layer that has the same name there,
-since what a Dense gives without its bias is what the other gives with it.
+lacks) shares none. If other leaves of its layer are paired, it is compared with the last use in the
+layer across: what a Dense gives without its bias stands against what the other gives with it.
 """
 
 from collections.abc import Iterator, Sequence

@@ -91,21 +91,21 @@ def prove(
       Each check as soon as it is known: the leaves, outputs, gradients, optimizer steps, and the
       leaves that none of these sees.
     """
-    fits = _unlike_the_code(before, conversion.state) + _unlike_the_code(after, result)
-    chosen = (*before.trace.chosen, *after.trace.chosen)
-    known = fits or (*_random_state(after, result), *chosen)
-    yield Check("leaves, as the models' code has them", not fits, known)
-    if fits:
+    name = "leaves, as the models' code has them"
+    if problems := _unlike_the_code(before, conversion.state) + _unlike_the_code(after, result):
+        yield Check(name, False, problems)
         return
+    how_called = (*before.trace.chosen, *after.trace.chosen)
+    yield Check(name, True, (*_random_state(after, result), *how_called))
     old, new = _load(conversion.state, conversion.source.reader), _load(result, reader)
     given = before.trace.inputs
     before, after, notes = _in_one_order((before, after), (old, new), given)
     if notes:
         yield Check("outputs, one with the other", True, notes)
 
+    pair = _Pair(before, after, routes(conversion, result))
     # A checkpoint may hide a fault: its biases are 0, its scales 1, and two of them swapped give
     # the same outputs. Random weights have no equal leaves.
-    pair = _Pair(before, after, routes(conversion, result))
     random = _randomised(before, old, pair.routes)
     # Noise shows more than the example, unless the model takes it out of the domain of a logarithm.
     noisy = [with_noise(array, seed) for seed, array in enumerate(given)]

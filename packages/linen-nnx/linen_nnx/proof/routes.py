@@ -34,8 +34,16 @@ def gradients_of(
     """The gradients of both sides in one form, in which they are comparable.
 
     Args:
+      route: from leaves of the source to leaves of the result.
       ours: by the sources.
       theirs: by the targets.
+
+    Example:
+        >>> from linen_nnx.book.ops import Copies
+        >>> ends = (Id("params", "embed"),), (Id("", "embed"), Id("", "head"))
+        >>> tied = Move(*ends, (Copies((None, None)),))
+        >>> gradients_of(tied, [np.array([3.0])], [np.array([1.0]), np.array([2.0])])
+        ([array([3.])], [array([3.])])
     """
     if route.joins:
         return [_summed(route, ours)], list(theirs)
@@ -107,7 +115,12 @@ def arrays_in(state: State) -> dict[Id | str, Leaf]:
 
 
 def name_of(key: Id | str) -> str:
-    """A key as text: `params/first/kernel`, `opt_state/0/mu/first/kernel`."""
+    """A key as text.
+
+    Example:
+        >>> name_of(Id("params", "first/kernel")), name_of("opt_state/0/count")
+        ('params/first/kernel', 'opt_state/0/count')
+    """
     return key if isinstance(key, str) else "/".join(filter(None, key))
 
 

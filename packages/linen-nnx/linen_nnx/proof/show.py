@@ -1,10 +1,12 @@
 """Shows a bisection to a person: a table, a sentence on the first divergence, a plot.
 
-    Linen               nnx             shape           error before  error after  verdict
-    block_6/down        blocks/6/down   float32[2,5,8]  0             0            exact
-->  block_7/LayerNorm   blocks/7/norm   float32[2,5,8]  0             8.1e-06 ...  DIVERGES
-    block_7/up          blocks/7/up     float32[2,5,8]  8.1e-06 ...   9.4e-06 ...  DIVERGES
-...                     (14 DIVERGES)
+        Linen               nnx             shape           error before  error after  verdict
+        block_6/down        blocks/6/down   float32[2,5,8]  0             0            exact
+    ->  block_7/LayerNorm   blocks/7/norm   float32[2,5,8]  0             8.1e-06 ...  DIVERGES
+        block_7/up          blocks/7/up     float32[2,5,8]  8.1e-06 ...   9.4e-06 ...  DIVERGES
+    ...                     (14 DIVERGES)
+
+A model has hundreds of layers, and only those around a change of verdict are worth a line.
 """
 
 import math

@@ -1,10 +1,12 @@
 """Weights that are the same on both sides: of checkpoints, or at random.
 
-checkpoints          Linen side                       nnx side
-none                 random                           carried over by the rule book
-one of Linen         the checkpoint's                 carried over
-one of nnx           carried over                     the checkpoint's
-one of each          the checkpoint's                 the checkpoint's; a note if they differ
+    checkpoints      Linen side            nnx side
+    none             random                carried over by the rule book
+    one of Linen     the checkpoint's      carried over
+    one of nnx       carried over          the checkpoint's
+    one of each      the checkpoint's      the checkpoint's; a note if they differ
+
+With one set of weights, what the two sides give differs by their code alone.
 """
 
 from collections.abc import Mapping, Sequence
