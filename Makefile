@@ -3,7 +3,11 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 TOOLS  := $(VENV)/.tools
+SITE   := $(VENV)/.site
 ARGS   ?=
+# One of these, for a machine that has it.
+ACCELERATORS := cuda12 cuda13 tpu
+EXTRA  ?=
 # The interpreter to build .venv with: the first of these that starts and fits.
 PYTHON ?= python3 python3.13 python3.12 python3.11 python /usr/bin/python3
 
@@ -11,21 +15,23 @@ PYTHON ?= python3 python3.13 python3.12 python3.11 python /usr/bin/python3
 LIBRARY  := $(wildcard packages/linen-nnx/pyproject.toml)
 LIBRARY  := $(patsubst %/pyproject.toml,%,$(LIBRARY))
 PROJECTS := pyproject.toml $(LIBRARY:%=%/pyproject.toml) $(wildcard constraints-*.txt)
-# Each Python has the versions that were tested with it. uv installs several times faster than pip.
+# uv, where it is found, installs several times faster than pip; UV= takes pip all the same.
+UV       := $(shell command -v uv)
+# Each Python has the versions that were tested with it.
 VERSIONS  = constraints-py3$$($(PY) -c "import sys; print(11 if sys.version_info < (3, 12) else 12)").txt
-INSTALL   = $(if $(shell command -v uv),uv pip install -q --python $(PY),$(PY) -m pip install -q --disable-pip-version-check) -c $(VERSIONS)
+INSTALL   = $(if $(UV),$(UV) pip install -q --python $(PY),$(PY) -m pip install -q --disable-pip-version-check) -c $(VERSIONS)
 
 .DEFAULT_GOAL := help
-.PHONY: setup tools train test test-library test-long lint bench parity fuzz clean help
+.PHONY: setup tools train test test-library test-long lint bench parity fuzz docs clean help
 
-setup: $(READY)  ## create .venv with what training and converting need (other targets do so by themselves)
+setup: $(READY) $(EXTRA:%=$(VENV)/.extra-%)  ## make .venv, as the other targets do by themselves
 
 tools: $(TOOLS)  ## add what tests, sweeps, figures and linters need
 
-train: $(READY)  ## train the default experiment; ARGS="experiment=digits stage=nnx"
+train: $(READY)  ## train; ARGS="experiment=digits stage=nnx"
 	$(PY) train.py $(ARGS)
 
-test: $(TOOLS)  ## run the tests, the library's too; ARGS="tests/test_config.py" for some
+test: $(TOOLS)  ## run the tests; ARGS="tests/test_config.py" for some
 	$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 ifneq ($(LIBRARY),)
 	$(if $(ARGS),,cd $(LIBRARY) && $(CURDIR)/$(PY) -m pytest -n 2 --dist worksteal)
@@ -51,11 +57,14 @@ endif
 bench: $(TOOLS)  ## time steps, the loop and growth; ARGS="steps loop" for some
 	$(PY) -m benchmarks $(ARGS)
 
-parity: $(TOOLS)  ## compare the layers of Linen and NNX on the installed versions
+parity: $(TOOLS)  ## compare the layers of Linen and nnx, as installed
 	cd $(LIBRARY) && $(CURDIR)/$(PY) -m benchmarks.parity $(ARGS)
 
-fuzz: $(TOOLS)  ## give damaged checkpoints to the converter; ARGS="--count 50000 --seed 7"
+fuzz: $(TOOLS)  ## damage checkpoints; ARGS="--count 50000 --seed 7"
 	cd $(LIBRARY) && $(CURDIR)/$(PY) -m benchmarks.fuzz $(ARGS)
+
+docs: $(SITE)  ## build build/site/index.html: all pages, and the docstrings
+	$(PY) -m sphinx -W -q -c docs . build/site $(ARGS)
 
 clean:  ## remove .venv and the caches; runs/ stays
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
@@ -63,7 +72,8 @@ clean:  ## remove .venv and the caches; runs/ stays
 
 help:  ## show this list
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
-	@echo '  ARGS="..." is passed on; PYTHON=... chooses the interpreter (3.11, 3.12 or 3.13).'
+	@echo '  ARGS="..." is passed on; PYTHON=... names an interpreter (3.11 to 3.13);'
+	@echo '  make setup EXTRA=... adds an accelerator (cuda12, cuda13 or tpu).'
 
 # The stamp is removed before and written after the installation, so an environment whose making
 # was cut short has none and is made anew; one that has it is brought up to date in place.
@@ -85,8 +95,14 @@ $(READY): $(PROJECTS)
 	  echo "Making $(VENV) with $$($$found --version); this takes about a minute, once."; \
 	  rm -rf $(VENV) && $$found -m venv $(VENV) || exit 1; \
 	fi
-	rm -f $@ $(TOOLS)
+	rm -f $@ $(TOOLS) $(SITE) $(VENV)/.extra-*
 	$(INSTALL) $(if $(LIBRARY),-e $(LIBRARY)) -e . && touch $@
 
 $(TOOLS): $(READY)
 	$(INSTALL) $(if $(LIBRARY),-e "$(LIBRARY)[dev]") -e ".[dev]" && touch $@
+
+$(SITE): $(READY)
+	$(INSTALL) $(if $(LIBRARY),-e $(LIBRARY)) -e ".[docs]" && touch $@
+
+$(ACCELERATORS:%=$(VENV)/.extra-%): $(VENV)/.extra-%: $(READY)
+	$(INSTALL) $(if $(LIBRARY),-e $(LIBRARY)) -e ".[$*]" && touch $@

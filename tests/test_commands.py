@@ -69,6 +69,19 @@ EXTRAS = {
     OPTUNA: ("hydra_optuna_sweeper", f"{OPTUNA.replace('=20', '=2')} steps=4"),
 }
 
+# Installations: pip checks without a network what it would do in an environment of its own.
+DRY = f"{PIP} --dry-run -c constraints-py312.txt -e packages/linen-nnx -e"
+INSTALLING = {
+    "make setup EXTRA=cuda12": "make -n setup EXTRA=cuda12 | grep -F 'e \".[cuda12]\"'",
+    "python3.12 -m venv env": "true",
+    "uv venv --python 3.12 env": "true",
+    **{
+        f"{program} -c constraints-py312.txt -e packages/linen-nnx -e {what}": f"{DRY} {what}"
+        for program in ("env/bin/python -m pip install", "uv pip install --python env/bin/python")
+        for what in (".", '".[cuda12]"')
+    },
+}
+
 # In the text: command -> what is run instead.
 INLINE = {
     "python -m benchmarks.curve": "python -m benchmarks.curve --help",  # whole: a long test
@@ -80,6 +93,7 @@ INLINE = {
     "make test": "make -n test",
     "make test-long": "make -n test-long",
     "make tools": "make -n tools",
+    "make docs": "make -n docs",
     **{
         f"python -m benchmarks {name}": "cd packages/linen-nnx && python -m benchmarks --help"
         for name in ("convert", "proofs")
@@ -210,6 +224,12 @@ def test_the_two_commands_of_the_readme_and_those_of_training(shell: Shell) -> N
 def test_make_train_ends_as_the_readme_quotes(tmp_path: Path) -> None:
     shell = Shell(project(tmp_path))
     follow(sections(README, *SHOWN), shell, {"make test": "make -n test"})
+
+
+@pytest.mark.slow
+@needs_setuptools
+def test_the_commands_of_installing(shell: Shell) -> None:
+    follow(blocks(DOCS / "install.md"), shell, INSTALLING)
 
 
 @pytest.mark.long

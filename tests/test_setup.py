@@ -1,6 +1,7 @@
 """`make` and the package: the environment is made, mended and brought up to date."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -41,6 +42,8 @@ class Clone:
         self.log.write_text("")
         clean = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
         command = ["make", *(args or ("setup", f"PYTHON={self.python}"))]
+        if not any(arg.startswith("UV=") for arg in args):
+            command.append("UV=")  # pip, though the machine may have uv
         return subprocess.run(command, cwd=self.folder, env=clean, capture_output=True, text=True)
 
     def did(self, action: str) -> bool:
@@ -113,7 +116,7 @@ def test_without_a_usable_interpreter_the_remedy_is_told(clone):
 
 def test_help_lists_every_target(clone):
     listed = clone.make("help").stdout
-    for target in ["setup", "train", "test", "lint", "bench", "parity", "clean", "help"]:
+    for target in ["setup", "train", "test", "lint", "bench", "parity", "docs", "clean", "help"]:
         assert f"  make {target} " in listed
     assert clone.make("-s").stdout == listed
 
@@ -124,6 +127,36 @@ def test_training_needs_fewer_packages_than_testing(clone):
     clone.make("tools", f"PYTHON={clone.python}")
     assert "dev" in clone.log.read_text()
     assert not clone.did("-m venv")
+
+
+def test_uv_installs_into_the_same_environment(clone):
+    assert clone.make("setup", f"PYTHON={clone.python}", "UV=./uv").returncode != 0  # none there
+    (clone.folder / "uv").write_text(f"#!/bin/sh\necho uv $* >> {clone.log}\n")
+    (clone.folder / "uv").chmod(0o755)
+    assert clone.make("setup", f"PYTHON={clone.python}", "UV=./uv").returncode == 0
+    assert clone.did("uv pip install -q --python .venv/bin/python -c constraints-py3")
+    assert not clone.did("-m pip install")
+
+
+@pytest.mark.parametrize("extra", ["cuda12", "cuda13", "tpu"])
+def test_an_accelerator_is_added_once_and_pinned_to_the_version_of_jax(clone, extra):
+    asked = ("setup", f"PYTHON={clone.python}", f"EXTRA={extra}")
+    clone.make(*asked)
+    assert f"-e .[{extra}]" in clone.log.read_text()
+    clone.make(*asked)
+    assert clone.log.read_text() == ""
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["optional-dependencies"][extra] == [f"jax[{extra}]"]
+    for pinned in map(pins, VERSIONS.values()):
+        plugin = pinned.get(f"jax-{extra}-plugin", pinned["libtpu"])
+        assert extra == "tpu" or plugin.specifier == pinned["jax"].specifier
+
+
+def test_an_accelerator_that_there_is_not_is_refused(clone):
+    outcome = clone.make("setup", f"PYTHON={clone.python}", "EXTRA=cuda11")
+    assert outcome.returncode != 0
+    assert "cuda11" in outcome.stderr
 
 
 @pytest.mark.parametrize("file", VERSIONS.values())
@@ -151,6 +184,24 @@ def test_whatever_is_installed_is_pinned():
                 needs = map(Requirement, requires(one.name) or [])
                 waiting += [x for x in needs if not x.marker or x.marker.evaluate({"extra": extra})]
     assert len(seen) > len(project["dependencies"])
+
+
+def test_the_page_on_installing_names_the_versions_that_are_pinned():
+    page = (ROOT / "docs" / "install.md").read_text()
+    rows = re.findall(
+        r"^\| (3\.[\d., ]+) \| ([\d.]+) \| ([\d.]+) \| `(.*)` \|$", page, re.MULTILINE
+    )
+    assert [file for *_, file in rows] == [*VERSIONS.values()]
+    for _, jax, flax, file in rows:
+        assert str(pins(file)["jax"].specifier) == f"=={jax}"
+        assert str(pins(file)["flax"].specifier) == f"=={flax}"
+
+
+def test_the_addresses_that_are_left_to_fill_in_read_as_they_should():
+    for path in [ROOT / "pyproject.toml", *ROOT.glob("packages/*/pyproject.toml")]:
+        block = re.search(r"^# \[project\.urls\]\n(?:# .*\n)+", path.read_text(), re.MULTILINE)
+        urls = tomllib.loads(re.sub("(?m)^# ", "", block[0]))["project"]["urls"]
+        assert set(urls) == {"Source", "Documentation", "Issues", "Changelog"}
 
 
 def pins(file):
