@@ -64,7 +64,7 @@ fuzz: $(TOOLS)  ## damage checkpoints; ARGS="--count 50000 --seed 7"
 	cd $(LIBRARY) && $(CURDIR)/$(PY) -m benchmarks.fuzz $(ARGS)
 
 docs: $(SITE)  ## build build/site/index.html: all pages, and the docstrings
-	$(PY) -m sphinx -W -q -c docs . build/site $(ARGS)
+	$(PY) -m sphinx -W -E -q -c docs . build/site $(ARGS)
 
 clean:  ## remove .venv and the caches; runs/ stays
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -7,6 +7,7 @@ imported.
 """
 
 import re
+from pathlib import Path
 from typing import Any
 
 # Every page of the site below the heading of its section: its file without the suffix, its title.
@@ -47,6 +48,9 @@ NAVIGATION = {
     },
 }
 
+# The packages whose modules the page of the template's interface describes.
+DESCRIBED = ("training", "model", "configs")
+
 # What opens a section of a docstring.
 SECTION = re.compile(r"^(?:Args|Attributes|Example|Raises|Returns|Yields):$", re.MULTILINE)
 
@@ -79,8 +83,9 @@ html_copy_source = False
 
 
 def setup(app: Any) -> None:
-    """Tells Sphinx of the two functions below; the second comes before its reader of sections."""
+    """Tells Sphinx of the functions below; the last comes before its own reader of sections."""
     app.connect("source-read", _add_navigation)
+    app.connect("source-read", _add_modules)
     app.connect("autodoc-process-docstring", _read_docstring, priority=400)
 
 
@@ -94,6 +99,20 @@ def _add_navigation(_app: Any, shown: str, source: list[str]) -> None:
     for section, pages in NAVIGATION.items():
         listed = "\n".join(f"{title} </{page}>" for page, title in pages.items())
         source[0] += f"\n```{{toctree}}\n:hidden:\n:caption: {section}\n\n{listed}\n```\n"
+
+
+def _add_modules(_app: Any, shown: str, source: list[str]) -> None:
+    """Appends each module of `DESCRIBED` to the page of interfaces, so that none is forgotten."""
+    if shown != "docs/api":
+        return
+    top = Path(__file__).parent.parent
+    for package in DESCRIBED:
+        for file in sorted((top / package).glob("*.py")):
+            name = package if file.stem == "__init__" else f"{package}.{file.stem}"
+            if file.read_text():
+                source[0] += (
+                    f"\n{name}\n{'-' * len(name)}\n\n.. automodule:: {name}\n   :members:\n"
+                )
 
 
 def _read_docstring(
