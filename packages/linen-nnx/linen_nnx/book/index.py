@@ -37,7 +37,13 @@ class _Entry(NamedTuple):
 
 
 class Index:
-    """The patterns of one side of a book."""
+    """The patterns of one side of a book.
+
+    Example:
+      >>> index = Index([[Pattern("params/d_{i}/kernel")], [Pattern("params/{block}/scale")]])
+      >>> index.match("params/d_3/kernel")
+      [Hit(rule=0, part=0, captures={'i': '3'})]
+    """
 
     def __init__(self, rules: Iterable[Sequence[Pattern]]) -> None:
         """`rules`: the patterns of each rule on one side, its parts."""
@@ -47,7 +53,7 @@ class Index:
         self._open: dict[tuple[int, int], _Node] = {}
         """The patterns with `{rest...}`, by how many elements they have before and behind it."""
         self._known: dict[str, list[Hit]] = {}
-        """What was found: a conversion asks of each path several times."""
+        """The paths that were looked up: a conversion asks of each several times."""
         for rule, patterns in enumerate(rules):
             for part, pattern in enumerate(patterns):
                 if pattern.literal:

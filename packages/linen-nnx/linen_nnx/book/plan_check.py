@@ -14,6 +14,7 @@ from linen_nnx.book.moves import Move
 from linen_nnx.book.patterns import Pattern, is_integer
 from linen_nnx.book.plan_draft import Draft
 from linen_nnx.book.specs import Spec
+from linen_nnx.errors import quoted
 
 # Names compared for suggestions, which takes difflib about two seconds. A book that is for quite
 # another model would compare thousands of leaves with thousands of patterns.
@@ -73,7 +74,7 @@ def _check_target(
 
 def _origin(move: Move[str, str]) -> str:
     """The first sources of a move, for a message."""
-    return ", ".join([f"`{source}`" for source in move.sources[:3]]) or "an init rule"
+    return quoted(move.sources[:3]) or "an init rule"
 
 
 def _report_unused(draft: Draft) -> None:
@@ -113,7 +114,7 @@ def _format_known(text: str, captures: Mapping[str, str]) -> str:
 
 
 class _Suggestions:
-    """What may have been meant by the leaves that do not fit, as far as there is time to look."""
+    """Suggestions for the leaves that do not fit, as far as there is time to look for them."""
 
     def __init__(self, draft: Draft) -> None:
         self._draft = draft

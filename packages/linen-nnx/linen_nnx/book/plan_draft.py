@@ -13,7 +13,7 @@ _EXAMPLES = 3  # leaves shown of those that the same rules match
 
 @dataclass
 class Draft:
-    """One planning: what it is about, and what has been found."""
+    """One planning: the rules and leaves that it is about, the moves and faults found so far."""
 
     rules: Sequence[Rule]
     hits: Callable[[Side, str], list[Hit]]

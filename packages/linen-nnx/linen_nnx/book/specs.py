@@ -1,4 +1,4 @@
-"""What is known of leaves before any array is read: their shapes and dtypes, and grids of them.
+"""The specs of leaves, known before any array is read: shapes and dtypes, and grids of them.
 
 Nothing here imports jax or numpy: a dtype may be of either, or a name.
 """

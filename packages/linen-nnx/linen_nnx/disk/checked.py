@@ -79,7 +79,7 @@ def data_size(path: Path) -> int:
 
 
 def reason(error: OSError | ValueError) -> str:
-    """What an error says without the file's name, which the message has already."""
+    """An error's text without the file's name, which the message has already."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 

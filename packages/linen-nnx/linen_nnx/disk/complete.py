@@ -83,7 +83,7 @@ def check_complete(items: Sequence[Item]) -> list[str]:
 
 
 def _short_files(item: Item) -> list[str]:
-    """What is wrong with the data files of an OCDBT store."""
+    """The faults of the data files of an OCDBT store."""
     # The end of the last value in each file. Between values there may be bytes of old versions.
     ends: dict[str, int] = {}
     for values in (item.tree or {}).values():
@@ -136,7 +136,7 @@ def _may_lack(item: Item, leaf: Leaf) -> bool:
 
 
 def _wrong_chunks(item: Item, leaf: Leaf, found: Collection[str]) -> list[str]:
-    """What is wrong with the lengths of an array's chunks."""
+    """The faults in the lengths of an array's chunks."""
     assert leaf.zarr is not None
     nbytes = math.prod(Grid(leaf.zarr, {}).chunk_shape) * leaf.itemsize
     problems = []

@@ -25,7 +25,7 @@ from linen_nnx.disk import checked, digests
 from linen_nnx.disk.checked import StoreError
 from linen_nnx.disk.complete import files_below
 from linen_nnx.disk.conversion import REPORT, RULES, Conversion
-from linen_nnx.disk.finding import check_beside, parts
+from linen_nnx.disk.finding import check_beside, step_folders
 from linen_nnx.disk.placing import Placer
 from linen_nnx.disk.planning import plan_conversion
 from linen_nnx.disk.rekey import write_store
@@ -143,7 +143,7 @@ def _planned(
     file to be written, if it is one.
     """
     conversions = {}
-    folders = (None,) if suffix else parts(path, runs)
+    folders = (None,) if suffix else step_folders(path, runs)
     for number, folder in enumerate(folders):
         # A step is asked for among the latest. The best is at a step of its own.
         chosen: dict[str, Any] = {**options, "step": None} if number else options

@@ -1,4 +1,4 @@
-"""What a tree is by its names alone, for `inspect`, which has no rule book to ask.
+"""The sort of a tree, told by its names alone: for `inspect`, which has no rule book to ask.
 
     Dense_0/kernel               bare parameters of Linen, which numbers its submodules so
     layers/0/kernel              a pure dict of nnx, whose lists have numbers for keys

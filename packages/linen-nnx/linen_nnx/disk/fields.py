@@ -33,7 +33,7 @@ _OF_MUON = "ns_coeffs"
 
 @dataclass(frozen=True)
 class Ruled:
-    """What rules say of single leaves that mirror nothing."""
+    """The rules that settle single leaves, and the moves that they make of them."""
 
     moves: list[Move[Leaf, Place]]
     paths: frozenset[str]
@@ -110,7 +110,7 @@ class Scope:
     steps: Sequence[Move[Id, Id]]
     state: State
     everything: Sequence[Move[Id, Id]]
-    """What the rules do to all parameters."""
+    """The moves that the rules make of all parameters."""
 
     @property
     def renamed(self) -> bool:

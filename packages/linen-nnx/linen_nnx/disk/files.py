@@ -30,7 +30,7 @@ from linen_nnx.disk.ranges import Array
 from linen_nnx.disk.store import refuse_collisions
 
 Entries = dict[Keys, Any]
-"""What a file holds by key path: arrays in files, numbers, strings, None, `{}`, `[]`."""
+"""The content of a file by key path: arrays in files, numbers, strings, None, `{}`, `[]`."""
 
 INDEX_SUFFIX = ".index.json"
 _SHARD = re.compile(r".*-\d+-of-(\d+)\.\w+")  # `model-00001-of-00002.msgpack`

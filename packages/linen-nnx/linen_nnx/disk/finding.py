@@ -56,27 +56,37 @@ def find(
       path: what was named.
       step: which step of a folder of steps.
       item: the training state's item, where a step has several that may be it.
-      part: the folder of a run directory, if not that of the latest steps.
+      part: the folder of a run directory to look in; the first of its folders if None.
       prefix: which group of steps is meant, where a folder has several (`model-100` beside
         `model_ema-100`); more than one make up one state together.
       runs: which directories are runs, and what their checkpoints say.
 
     Raises:
       StoreError: with what was seen, if there is no checkpoint, or if it is not clear which.
+
+    Example:
+      >>> import tempfile
+      >>> import numpy as np
+      >>> from linen_nnx.disk import msgpack_tree
+      >>> file = Path(tempfile.mkdtemp(), "model.msgpack")
+      >>> msgpack_tree.write(file, {"fc": {"bias": np.zeros(3, "float32")}})
+      >>> source = find(file)
+      >>> print(source, [leaf.path for leaf in source.leaves])
+      msgpack file ['fc/bias']
     """
     path = as_path(path)
     if not path.exists():
         raise StoreError(f"{path} does not exist")
     if path.is_file():
-        return _file(path, path)
+        return _file_source(path, path)
     refuse_unfinished(path)
     if is_item(path):
-        return _one(path, "item", path, item, runs)
+        return _source_in(path, "item", path, item, runs)
     if (index := _shards(path)) is not None:
-        return _file(path, index)
+        return _file_source(path, index)
     # Items whose names are no numbers: those of one step. Items `6` and `7` are bare steps.
     if not all(is_named_as_step(child) for child in pytrees(path)):
-        return _one(path, "step", path, item, runs)
+        return _source_in(path, "step", path, item, runs)
     folder = path
     roots = runs.roots(path)
     if roots:
@@ -88,8 +98,8 @@ def find(
         folder = path / "checkpoints"
     choice = choose(folder, step, prefix, _is_checkpoint_file)
     if choice is None:
-        raise _nothing(folder)
-    return _chosen(path, "run" if roots else "root", folder, choice, item, runs)
+        raise _no_checkpoint(folder)
+    return _source_of_steps(path, "run" if roots else "root", folder, choice, item, runs)
 
 
 def check_beside(source: Source, runs: Runs) -> bool | None:
@@ -105,13 +115,13 @@ def check_beside(source: Source, runs: Runs) -> bool | None:
     return runs.check(source.path, int(step.number), source.said.content)
 
 
-def parts(path: Path, runs: Runs) -> tuple[str | None, ...]:
+def step_folders(path: Path, runs: Runs) -> tuple[str | None, ...]:
     """The folders of a run directory that hold steps; of other paths, the default alone.
 
     The first is taken whether it holds steps or not, so that `find` says what is missing.
     """
     first, *more = runs.roots(path) or (None,)
-    return (first, *(part for part in more if _holds_steps(path / part)))
+    return (first, *[part for part in more if _holds_steps(path / part)])
 
 
 def _holds_steps(folder: Path) -> bool:
@@ -123,7 +133,7 @@ def _is_checkpoint_file(path: Path) -> bool:
     return path.suffix not in READABLE + _PICKLES and begins_as_map(path)
 
 
-def _file(path: Path, file: Path) -> Source:
+def _file_source(path: Path, file: Path) -> Source:
     """The checkpoint in one file. Raises `StoreError` for files that none can be read from."""
     # A person may name the file that they see in the folder.
     if file.name == INDEX and has_index(file.parent):
@@ -149,7 +159,7 @@ def _shards(folder: Path) -> Path | None:
     return found[0] if found else None
 
 
-def _nothing(folder: Path) -> StoreError:
+def _no_checkpoint(folder: Path) -> StoreError:
     """The error for a folder without a checkpoint."""
     seen, files, inside = [], [], []
     for child in sorted(folder.iterdir()):
@@ -169,16 +179,16 @@ def _nothing(folder: Path) -> StoreError:
     )
 
 
-def _chosen(
+def _source_of_steps(
     path: Path, kind: Any, folder: Path, choice: Choice, item: str | None, runs: Runs
 ) -> Source:
     """The source that the chosen steps are."""
     steps = choice.steps
     more: dict[str, Any] = {"step": steps[0], "passed": choice.notes}
     if len(steps) == 1:
-        return _one(path, kind, steps[0].path, item, runs, **more)
+        return _source_in(path, kind, steps[0].path, item, runs, **more)
     # Several: `model-100` and `optimizer-100` become one source of the items of both.
-    sources = [_one(path, kind, step.path, item, runs) for step in steps]
+    sources = [_source_in(path, kind, step.path, item, runs) for step in steps]
     are_files = {source.is_file for source in sources}
     if True in are_files:
         if False in are_files:
@@ -199,7 +209,7 @@ def _chosen(
     return Source(path, kind, folder, tuple(paths), tuple(names), **more)
 
 
-def _one(
+def _source_in(
     path: Path, kind: Any, folder: Path, wanted: str | None, runs: Runs, **more: Any
 ) -> Source:
     """The source in one folder or file."""

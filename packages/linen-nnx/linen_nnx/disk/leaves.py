@@ -24,7 +24,7 @@ from linen_nnx.disk.checked import StoreError
 SEQUENCE, DICT = 1, 2
 """The kinds of keys, by the numbers that Orbax writes for them in `_METADATA`."""
 EMPTY_TYPES = ("None", "Dict", "List", "Tuple", "NamedTuple")
-"""What Orbax calls a node without leaves."""
+"""The types that Orbax has for a node without leaves."""
 _REPLICATED = {"partition_spec": []}
 
 
@@ -89,7 +89,7 @@ class Leaf(NamedTuple):
     zarr: dict[str, Any] | None = None
     """The array's zarr metadata; None for strings and empty nodes."""
     extension: dict[str, Any] | None = None
-    """What `array_metadatas` says beyond shapes: the kind of a typed PRNG key."""
+    """The entry in `array_metadatas` beyond shapes: the kind of a typed PRNG key."""
     sharding: str | None = None
     write_shape: tuple[int, ...] | None = None
     string: str | None = None

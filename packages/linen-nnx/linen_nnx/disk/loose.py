@@ -69,7 +69,7 @@ def read_value(value: Any) -> Array:
 
 
 def kind(value: Any) -> str:
-    """What Orbax calls the type of an empty node; of other values, the type of Python."""
+    """The type that Orbax has for an empty node; for other values, the name of Python's own."""
     names = {dict: "Dict", list: "List", type(None): "None"}
     return names.get(type(value), type(value).__name__)
 

@@ -95,7 +95,7 @@ class Child(NamedTuple):
 
     ref: Ref
     base: str = ""
-    """What the node's own paths are relative to."""
+    """The folder that the paths in the node are relative to."""
     keys: int = 0
     tree_bytes: int = 0
     value_bytes: int = 0

@@ -126,7 +126,7 @@ def node(height: int, entries: Sequence[Entry]) -> bytes:
 
 
 def node_content(height: int, entries: Sequence[Entry]) -> bytes:
-    """What a node holds, before it is compressed."""
+    """The content of a node, before it is compressed."""
     shared, texts = _key_columns(entries)
     values = [value for _, value in entries]
     refs = [value.ref if height else value for value in values if not isinstance(value, bytes)]

@@ -129,6 +129,22 @@ def read_item(path: Path, number: int = 0) -> Item:
 
     Raises:
       StoreError: for what is missing, damaged or ambiguous.
+
+    Example:
+      >>> import json, tempfile
+      >>> from linen_nnx.book.specs import Spec
+      >>> from linen_nnx.disk import ocdbt_writing, side_files
+      >>> from linen_nnx.disk.leaves import dict_keys
+      >>> from linen_nnx.disk.zarr_metadata import fresh_metadata
+      >>> folder = Path(tempfile.mkdtemp())
+      >>> zarr = fresh_metadata(Spec((3,), "float32"), zarr3=False)
+      >>> bias = Leaf(dict_keys("params", "bias"), "jax.Array", zarr)
+      >>> side_files.write_side_files(folder, [bias], {"use_ocdbt": True})
+      >>> entries = {".zarray": json.dumps(zarr).encode()}
+      >>> ocdbt_writing.write(folder, {"params.bias": entries})
+      >>> (leaf,) = read_item(folder).leaves
+      >>> print(leaf.path, leaf.spec)
+      params/bias float32[3]
     """
     header, entries = _read_header(path / "_METADATA")
     names = [entry.name for entry in entries]
@@ -282,7 +298,7 @@ def _first_of(problems: Sequence[str]) -> str:
 
 
 class _ArrayNote(NamedTuple):
-    """What `array_metadatas` says of an array."""
+    """The entry of an array in `array_metadatas`."""
 
     write_shape: tuple[int, ...] | None
     extension: dict[str, Any] | None

@@ -26,7 +26,7 @@ from linen_nnx.disk import checked, digests
 from linen_nnx.disk.beside import source_of
 from linen_nnx.disk.checked import StoreError
 from linen_nnx.disk.conversion import REPORT, RULES, Conversion, options_in
-from linen_nnx.disk.finding import check_beside, find, parts
+from linen_nnx.disk.finding import check_beside, find, step_folders
 from linen_nnx.disk.planning import MODEL_ALONE, plan_conversion
 from linen_nnx.disk.remote import as_path
 from linen_nnx.disk.runs import NO_RUNS, Runs
@@ -94,7 +94,7 @@ def verify(
     path, out = as_path(path), as_path(out)
     build = None if build is None else _once(build)
     checks: list[Check] = []
-    roots = (None,) if out.suffix in SUFFIXES else parts(path, runs)
+    roots = (None,) if out.suffix in SUFFIXES else step_folders(path, runs)
     for number, part in enumerate(roots):
         label = f"{part}: " if len(roots) > 1 else ""
         # A step is of the first part; the others (a run's best checkpoint) have steps of their own.
