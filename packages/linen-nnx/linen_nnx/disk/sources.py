@@ -28,9 +28,6 @@ READABLE = (*SUFFIXES, ".npz")
 """The suffixes of the files that are read."""
 INDICES = tuple([f"{suffix}.index.json" for suffix in SUFFIXES])
 """How the names of files end that list the shards of a checkpoint."""
-_PICKLES = (".pkl", ".pickle", ".npy", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".joblib")
-_STATE_ITEMS = ("state", "default", "train_state", "items")
-_PARTS = ("params", "batch_stats", "model", "opt_state", "optimizer", "ema", "ema_params", "step")
 
 
 class Reader(Protocol):
