@@ -14,8 +14,8 @@ from linen_nnx.disk.checked import StoreError
 from linen_nnx.disk.chunks import source_grid
 from linen_nnx.disk.complete import check_complete, files_below
 from linen_nnx.disk.convert import convert
+from linen_nnx.disk.item import Item
 from linen_nnx.disk.leaves import DICT, Key, Leaf
-from linen_nnx.disk.store import Item
 from linen_nnx.disk.zarr_metadata import fresh_metadata
 from linen_nnx.proof.verify import verify
 

@@ -9,7 +9,7 @@ from convert_helpers import RENAMES
 
 from linen_nnx import RuleBook
 from linen_nnx.disk.convert import convert
-from linen_nnx.disk.store import read_item
+from linen_nnx.disk.item import read_item
 from linen_nnx.disk.stream import ItemReader
 from linen_nnx.proof.verify import verify
 

@@ -19,8 +19,8 @@ from linen_nnx.cli import main
 from linen_nnx.disk.checked import StoreError
 from linen_nnx.disk.convert import convert
 from linen_nnx.disk.finding import find
+from linen_nnx.disk.item import read_item
 from linen_nnx.disk.steps import unfinished
-from linen_nnx.disk.store import read_item
 from linen_nnx.proof.verify import verify
 
 RULES = RuleBook.from_dict(

@@ -20,10 +20,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from linen_nnx.book.moves import Move
+from linen_nnx.disk.item import is_item
 from linen_nnx.disk.leaves import SEQUENCE, Key, Keys, Leaf, dict_keys
 from linen_nnx.disk.sources import Source
 from linen_nnx.disk.state import OPTIMIZER, Form, State, without_boxes
-from linen_nnx.disk.store import is_item
 
 
 def items_beside(source: Source) -> dict[str, Path]:

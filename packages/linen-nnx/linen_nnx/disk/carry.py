@@ -12,7 +12,7 @@ A training state of four leaves, and a book whose one rule is about the kernel: 
 2. A subtree below which lie only paths of the model is a mirror of it (`mirrors.py`). Nobody says
    that `mu` is a moment: that it holds `d/kernel`, and nothing else, shows it.
 3. What a rule does to a leaf of the model it does to that leaf of every mirror (`follow.py`).
-4. What mirrors nothing is plain: it goes along as it is, where that is right (`fields.py`).
+4. What mirrors nothing is plain: it goes along as it is, where that is right (`unmirrored.py`).
 
 Each leaf so gets a move, from itself to a place. Whatever has no home on the other side is a
 problem, and all problems are raised together: nothing is left out unless a rule drops it.
@@ -45,7 +45,6 @@ from linen_nnx.book.moves import Move, targets_of
 from linen_nnx.book.plan import RuleError
 from linen_nnx.book.rules import RuleBook
 from linen_nnx.book.tree import branches_of
-from linen_nnx.disk.fields import check_plain, ruled, scopes
 from linen_nnx.disk.follow import Mirror
 from linen_nnx.disk.leaves import Leaf
 from linen_nnx.disk.mirrors import ModelPaths, Subtree, factorings, find_subtrees, prefix_keys
@@ -53,6 +52,7 @@ from linen_nnx.disk.model_moves import model_moves, path_in_book
 from linen_nnx.disk.moments import FACTORED
 from linen_nnx.disk.places import Place
 from linen_nnx.disk.state import OPTIMIZER, Form, Id, State, unruled
+from linen_nnx.disk.unmirrored import check_plain, ruled, scopes
 from linen_nnx.errors import quoted
 
 _SHOWN = 5  # leaves named in a note

@@ -16,9 +16,9 @@ from linen_nnx.book.reading import ObjectPath
 from linen_nnx.disk.checked import StoreError, data_size, open_data, reason
 from linen_nnx.disk.chunk_lengths import check_length, check_size, check_swelling
 from linen_nnx.disk.chunks import Grid
+from linen_nnx.disk.item import Item
 from linen_nnx.disk.leaves import Leaf
 from linen_nnx.disk.ocdbt import Ref
-from linen_nnx.disk.store import Item
 from linen_nnx.disk.zarr_metadata import metadata_name
 
 _PROBLEMS = 10  # that a message shows

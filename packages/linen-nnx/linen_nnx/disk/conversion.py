@@ -18,11 +18,11 @@ from linen_nnx.book.rules import RuleBook
 from linen_nnx.book.specs import Side
 from linen_nnx.disk import checked, ocdbt
 from linen_nnx.disk.engines import KEPT, STREAMED, done_by, engine_of, nbytes_of
+from linen_nnx.disk.item import INDEX
 from linen_nnx.disk.leaves import Leaf
 from linen_nnx.disk.rekey import kept_names
 from linen_nnx.disk.sources import Source
 from linen_nnx.disk.state import Form, State
-from linen_nnx.disk.store import INDEX
 
 REPORT, RULES = "report.json", "rules.yaml"
 """The files that a conversion leaves in each folder that it has written, beside the digests."""

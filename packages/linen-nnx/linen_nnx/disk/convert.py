@@ -26,6 +26,7 @@ from linen_nnx.disk.checked import StoreError
 from linen_nnx.disk.complete import files_below
 from linen_nnx.disk.conversion import REPORT, RULES, Conversion
 from linen_nnx.disk.finding import check_beside, step_folders
+from linen_nnx.disk.item import OF_THE_TREE
 from linen_nnx.disk.placing import Placer
 from linen_nnx.disk.planning import plan_conversion
 from linen_nnx.disk.rekey import write_store
@@ -33,7 +34,6 @@ from linen_nnx.disk.remote import Remote, as_path
 from linen_nnx.disk.runs import ITEM, NO_RUNS, Runs
 from linen_nnx.disk.side_files import write_side_files
 from linen_nnx.disk.sources import READABLE, SUFFIXES, Source
-from linen_nnx.disk.store import OF_THE_TREE
 from linen_nnx.disk.transaction import TargetError, left_over, publish, workspace
 from linen_nnx.disk.transfers import copy_file
 from linen_nnx.errors import Refusal

@@ -17,8 +17,8 @@ import tensorstore as ts
 from linen_nnx.book.reading import read_bytes
 from linen_nnx.disk import ocdbt
 from linen_nnx.disk.complete import files_below
+from linen_nnx.disk.item import Item
 from linen_nnx.disk.leaves import Leaf
-from linen_nnx.disk.store import Item
 
 _AT_ONCE = 16  # requests: most of a small one is waiting
 _CHUNK = 1 << 40  # bytes: how much one reading may take is settled by the arrays' own sizes

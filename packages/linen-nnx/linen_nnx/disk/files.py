@@ -24,10 +24,10 @@ from linen_nnx.book.reading import read_json
 from linen_nnx.disk import flat_files, msgpack_tree
 from linen_nnx.disk.checked import StoreError
 from linen_nnx.disk.flat_files import NpzArray
+from linen_nnx.disk.item import refuse_collisions
 from linen_nnx.disk.leaves import Keys, Leaf, dict_keys, name_of, path_of
 from linen_nnx.disk.loose import kind, listed, make_leaf, read_value, refuse_unknown, walk
 from linen_nnx.disk.ranges import Array
-from linen_nnx.disk.store import refuse_collisions
 
 Entries = dict[Keys, Any]
 """The content of a file by key path: arrays in files, numbers, strings, None, `{}`, `[]`."""

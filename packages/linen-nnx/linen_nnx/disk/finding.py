@@ -23,6 +23,7 @@ from typing import Any
 
 from linen_nnx.book.reading import read_json
 from linen_nnx.disk.checked import StoreError
+from linen_nnx.disk.item import INDEX, begins_as_map, has_index, is_item
 from linen_nnx.disk.remote import as_path
 from linen_nnx.disk.runs import NO_RUNS, Runs, said_in
 from linen_nnx.disk.sources import INDICES, READABLE, Source
@@ -33,7 +34,6 @@ from linen_nnx.disk.steps import (
     pytrees,
     refuse_unfinished,
 )
-from linen_nnx.disk.store import INDEX, begins_as_map, has_index, is_item
 
 _PICKLES = (".pkl", ".pickle", ".npy", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".joblib")
 # What people call the item of a whole state, the likeliest first.

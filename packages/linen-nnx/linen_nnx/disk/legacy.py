@@ -17,9 +17,7 @@ from typing import Any, NamedTuple
 
 from linen_nnx.disk import msgpack_tree, ocdbt
 from linen_nnx.disk.checked import StoreError
-from linen_nnx.disk.leaves import DICT, SEQUENCE, Keys, Leaf, make_key, name_of
-from linen_nnx.disk.loose import make_leaf, read_value, refuse_unknown
-from linen_nnx.disk.store import (
+from linen_nnx.disk.item import (
     INDEX,
     Item,
     read_shardings,
@@ -27,6 +25,8 @@ from linen_nnx.disk.store import (
     read_zarr,
     refuse_collisions,
 )
+from linen_nnx.disk.leaves import DICT, SEQUENCE, Keys, Leaf, make_key, name_of
+from linen_nnx.disk.loose import make_leaf, read_value, refuse_unknown
 
 _PLACEHOLDER = "PLACEHOLDER://"
 _T5X_TARGET = "target"

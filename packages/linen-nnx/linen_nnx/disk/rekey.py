@@ -26,10 +26,10 @@ from linen_nnx.disk import ocdbt, ocdbt_writing
 from linen_nnx.disk.chunks import Grid
 from linen_nnx.disk.complete import files_below
 from linen_nnx.disk.engines import KEPT, STREAMED, done_by, engine_of
+from linen_nnx.disk.item import Item
 from linen_nnx.disk.leaves import Leaf
 from linen_nnx.disk.placing import Placer
 from linen_nnx.disk.sources import Source
-from linen_nnx.disk.store import Item
 
 
 def write_store(

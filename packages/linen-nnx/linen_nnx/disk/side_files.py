@@ -1,7 +1,7 @@
 """Writes the files that describe an item's tree: `_METADATA`, `_sharding`, and their like.
 
 The arrays are in place by then. Each file has an entry for each leaf, keyed by the leaf's name or
-path, so a conversion that only renames arrays still writes all of them anew. `store.py` reads them.
+path, so a conversion that only renames arrays still writes all of them anew. `item.py` reads them.
 """
 
 import base64

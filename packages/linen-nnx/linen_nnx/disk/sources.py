@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from linen_nnx.disk.checked import StoreError
+from linen_nnx.disk.item import INDEX, Item, read_item
 from linen_nnx.disk.leaves import DICT, Key, Leaf
 from linen_nnx.disk.remote import Remote
 from linen_nnx.disk.runs import Said
 from linen_nnx.disk.steps import SavedStep
-from linen_nnx.disk.store import INDEX, Item, read_item
 from linen_nnx.errors import quoted
 
 SUFFIXES = (".msgpack", ".safetensors")

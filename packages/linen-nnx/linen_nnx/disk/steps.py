@@ -20,7 +20,7 @@ from typing import NamedTuple
 from linen_nnx.book.grammar import did_you_mean
 from linen_nnx.book.reading import read_json
 from linen_nnx.disk.checked import StoreError
-from linen_nnx.disk.store import is_item
+from linen_nnx.disk.item import is_item
 
 TEMPORARY = ".orbax-checkpoint-tmp"
 COMMITTED = "commit_success.txt"

@@ -24,9 +24,9 @@ from linen_nnx.book.reading import ObjectPath, read_bytes
 from linen_nnx.disk import ocdbt
 from linen_nnx.disk.checked import StoreError
 from linen_nnx.disk.chunks import Grid
+from linen_nnx.disk.item import Item
 from linen_nnx.disk.leaves import Leaf
 from linen_nnx.disk.sources import Reader
-from linen_nnx.disk.store import Item
 from linen_nnx.errors import Refusal
 
 # As Orbax configures its stores: values up to 1 KB lie in the tree, which is one node.
