@@ -107,7 +107,7 @@ class Scope:
     `mu` has the matrices alone: Muon is for these.
     """
 
-    steps: Sequence[Move[Id, Id]]
+    moves: Sequence[Move[Id, Id]]
     state: State
     everything: Sequence[Move[Id, Id]]
     """The moves that the rules make of all parameters."""
@@ -115,21 +115,21 @@ class Scope:
     @property
     def renamed(self) -> bool:
         """Whether only names change."""
-        return not any(step.actions for step in self.steps)
+        return not any(move.actions for move in self.moves)
 
     @property
     def telling(self) -> set[int]:
         """The lengths of an array that may hold something for each parameter, element or layer."""
         lengths = {self.in_a_row()}
         count = 0
-        for step in self.steps:
-            count += len(step.sources)
-            # A step that only renames leaves its arrays as they are.
-            if not step.actions:
+        for move in self.moves:
+            count += len(move.sources)
+            # A move that only renames leaves its arrays as they are.
+            if not move.actions:
                 continue
             # How many layers are stacked, or parts joined. Length 1 would tell of everything.
-            lengths |= {len(step.sources), len(step.targets)} - {1}
-            for id in step.sources:
+            lengths |= {len(move.sources), len(move.targets)} - {1}
+            for id in move.sources:
                 spec = self.state.model[id].spec
                 lengths |= {spec.size, *spec.shape}
         return lengths | {count}
@@ -137,9 +137,9 @@ class Scope:
     def reordered(self) -> bool:
         """Whether the parameters come in another order, which is that of their names."""
         pairs = []
-        for step in self.steps:
-            if step.targets:
-                pairs.append((step.sources[0].path, step.targets[0].path))
+        for move in self.moves:
+            if move.targets:
+                pairs.append((move.sources[0].path, move.targets[0].path))
         # Level by level, as jax flattens dicts: `a/b` comes before `a-c` there, and not as text.
         by_old_name = sorted(pairs, key=lambda pair: pair[0].split("/"))
         by_new_name = sorted(pairs, key=lambda pair: pair[1].split("/"))
@@ -148,8 +148,8 @@ class Scope:
     def in_a_row(self) -> int:
         """The length of all parameters in a row."""
         length = 0
-        for step in self.steps:
-            for id in step.sources:
+        for move in self.moves:
+            for id in move.sources:
                 length += self.state.model[id].spec.size
         return length
 
@@ -157,7 +157,7 @@ class Scope:
 def scopes(
     paths: Collection[str],
     mirrors: Mapping[str, Collection[Id]],
-    steps: Sequence[Move[Id, Id]],
+    moves: Sequence[Move[Id, Id]],
     state: State,
 ) -> dict[str, Scope]:
     """The scope of each of some leaves that mirror nothing.
@@ -165,7 +165,7 @@ def scopes(
     Args:
       paths: those leaves.
       mirrors: the parameters in each mirror, by the path of the mirror.
-      steps: what the rules do to the model.
+      moves: what the rules do to the model.
       state: the state that all of them are of.
     """
     # Every node above a mirror, with the parameters of all mirrors below it.
@@ -175,23 +175,23 @@ def scopes(
         while node:
             node = node.rpartition("/")[0]
             by_node.setdefault(node, set()).update(ids)
-    everything = [step for step in steps if _of_params(step)]
+    everything = [move for move in moves if _of_params(move)]
     found: dict[str, Scope] = {}
     known: dict[str, Scope] = {}
     for path in paths:
         node = path.rpartition("/")[0]
         while node and node not in by_node:
             node = node.rpartition("/")[0]
-        # Leaves of one node share a scope, which takes a pass over all steps to make.
+        # Leaves of one node share a scope, which takes a pass over all moves to make.
         if node not in known:
-            inside = [s for s in everything if by_node.get(node, set()) & {*s.sources}]
+            inside = [m for m in everything if by_node.get(node, set()) & {*m.sources}]
             known[node] = Scope(inside if node else everything, state, everything)
         found[path] = known[node]
     return found
 
 
-def _of_params(step: Move[Id, Id]) -> bool:
-    return any(id.collection in ("", "params") for id in (*step.sources, *step.targets))
+def _of_params(move: Move[Id, Id]) -> bool:
+    return any(id.collection in ("", "params") for id in (*move.sources, *move.targets))
 
 
 def check_plain(
