@@ -48,9 +48,11 @@ class Range:
             "above": self.above,
             "below": self.below,
         }
-        return " and ".join(
-            f"{name} {bound:g}" for name, bound in named.items() if bound is not None
-        )
+        bounds: list[str] = []
+        for name, bound in named.items():
+            if bound is not None:
+                bounds.append(f"{name} {bound:g}")
+        return " and ".join(bounds)
 
 
 Count = Annotated[int, Range(low=1)]
@@ -71,8 +73,10 @@ class ConfigError(Refusal):
 
     def __str__(self) -> str:
         count = len(self.problems)
-        head = f"The configuration has {'a problem' if count == 1 else f'{count} problems'}:"
-        return "\n".join([head, *(f"  {key}: {text}" for key, text in self.problems.items())])
+        text = f"The configuration has {'a problem' if count == 1 else f'{count} problems'}:"
+        for key, problem in self.problems.items():
+            text += f"\n  {key}: {problem}"
+        return text
 
 
 def refuse(problems: Mapping[str, str]) -> None:
@@ -100,6 +104,7 @@ def build(cls: type[T], mapping: Mapping[str, Any], at: str = "") -> T:
       ConfigError: naming every key that is unknown, missing or wrong.
     """
     prefix = f"{at}." if at else ""
+    # With extras, for the ranges are in them.
     hints = typing.get_type_hints(cls, include_extras=True)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # pyrefly: ignore[bad-argument-type]
     values, problems = {}, {}
@@ -116,6 +121,7 @@ def build(cls: type[T], mapping: Mapping[str, Any], at: str = "") -> T:
         defaults = {field.default, field.default_factory} - {dataclasses.MISSING}
         if key not in mapping and not defaults:
             problems[f"{prefix}{key}"] = f"missing; expected {_expected(hints[key])}"
+    # A rule between fields may take their types for granted, so those are refused first.
     refuse(problems)
     try:
         return cls(**values)
@@ -131,11 +137,14 @@ def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
     the top; each after `prefix`."""
     known = sorted(known)
     word = name.rpartition(".")[2].lower()
-    close = [key for key in WORDS.get(word, ()) if key.removeprefix(prefix) in known]
-    close = [key.removeprefix(prefix) for key in close]
+    # What the key is called here comes before what it looks like: `epochs` resembles no key of
+    # ours, and `logger` resembles one that it does not mean.
+    called = [key.removeprefix(prefix) for key in WORDS.get(word, ())]
+    close = [key for key in called if key in known]
     if not close:
         close = difflib.get_close_matches(name, known, n=1)
     if not close:
+        # `lr` is mistyped in no letter, and only stands at the wrong place.
         last = {key: key.rpartition(".")[2] for key in known}
         best = difflib.get_close_matches(name.rpartition(".")[2], last.values(), n=1)
         close = [key for key in known if last[key] in best]
@@ -159,6 +168,7 @@ def module_of(key: str, name: Any, package: str, known: Iterable[str]) -> Module
     known = list(known)
     if name in known:
         return importlib.import_module(f"{package}.{name}")
+    # Before it is imported: `import_module` of what is no identifier has an error of many kinds.
     if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
         raise ConfigError({key: f"got {show(name)}; expected the name of a module"})
     if "." not in name:
@@ -177,6 +187,7 @@ def paths(mapping: Mapping[str, Any], prefix: str = "") -> list[str]:
     found = []
     for key, value in mapping.items():
         found.append(f"{prefix}{key}")
+        # Of a chain of optax, too, each place has a path that an override can name.
         if isinstance(value, list):
             value = {str(index): entry for index, entry in enumerate(value)}
         if isinstance(value, Mapping):
@@ -207,6 +218,8 @@ def _value(hint: Any, value: object, key: str) -> Any:
     fits = type(result) is kind and result != "" and (kind is not float or math.isfinite(result))
     if fits and (choices is None or result in choices) and (bounds is None or result in bounds):
         return result
+    # YAML has ways of its own to mean another type: 1e3 is a float, and an unquoted no is false.
+    # Whoever is told only what was expected would not see what to change.
     text = f"got {show(value)}; expected {_expected(hint)}"
     if kind is int and type(value) is float and value.is_integer():
         text += f": write {int(value)}"

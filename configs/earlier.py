@@ -28,9 +28,11 @@ def upgraded(mapping: Mapping[str, Any]) -> dict[str, Any]:
     result.setdefault("init_rules", None)
     result.setdefault("init_optimizer", "keep")
     if isinstance(log := mapping.get("log"), Mapping):
+        # Keys that have come since. What they ask for was not there, so they ask for nothing.
         absent = dict.fromkeys(("csv", "wandb", "mlflow", "norms_every"))
         result["log"] = {**absent, "csv": False, **log}
     optimizer, data = mapping.get("optimizer"), mapping.get("data")
+    # Told by the halves beside the optimizer's own keys: its name was the same then as now.
     if isinstance(optimizer, Mapping) and optimizer.keys() >= set(HALVES):
         result["optimizer"] = _optimizer(optimizer)
     if isinstance(data, Mapping) and data.get("name") in ("digits", "diabetes"):
@@ -44,13 +46,17 @@ def _optimizer(group: Mapping[str, Any]) -> dict[str, Any]:
     """The optimizers used to be a menu of four, with the settings of all side by side."""
     settings = ("b1", "b2", "eps", "momentum")
     b1, b2, eps, momentum = (group.get(key) for key in settings)
+    # The chains that those names stood for, with the same states in the same places: a checkpoint
+    # of that time is restored into them.
     menu: dict[str, list[Any]] = {
         "adamw": [{"scale_by_adam": {"b1": b1, "b2": b2, "eps": eps}}],
         "lion": [{"scale_by_lion": {"b1": b1, "b2": b2}}],
         "sgd": ["identity" if momentum is None else {"trace": {"decay": momentum}}],
         "adafactor": [_adafactor(eps, momentum)],
     }
-    result = {key: value for key, value in group.items() if key not in (*settings, *HALVES)}
+    result = dict(group)
+    for key in (*settings, *HALVES):
+        result.pop(key, None)
     result["chain"] = menu.get(group.get("name", ""), [])
     result["parts"] = {half: group[half] for half in HALVES}
     return result

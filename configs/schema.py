@@ -20,6 +20,7 @@ from configs.build import (
     show,
 )
 
+# 0 is refused with a word of its own, for -1 stands beside it and means something.
 Devices = Annotated[int, Range(low=-1)]
 Stage = Literal["linen", "nnx_in_linen", "linen_in_nnx", "nnx"]
 
@@ -114,6 +115,7 @@ class Distributed:
     def __post_init__(self) -> None:
         problems = {}
         given = [key for key in ("num_processes", "process_id") if getattr(self, key) is not None]
+        # One of the three alone is a mistake, which would otherwise train a run of one process.
         if given and self.coordinator is None:
             problems["coordinator"] = f"got null, with {given[0]}: expected host:port of process 0"
         if self.coordinator is not None and not self.coordinator.rpartition(":")[2].isdigit():
@@ -121,6 +123,7 @@ class Distributed:
         if len(given) == 1:
             other = {"num_processes": "process_id", "process_id": "num_processes"}[given[0]]
             problems[other] = f"got null, with {given[0]}: expected both or neither"
+        # Else jax waits for minutes for a process that will never come.
         if self.num_processes and self.process_id and self.process_id >= self.num_processes:
             problems["process_id"] = (
                 f"got {self.process_id}; expected 0 to {self.num_processes - 1}, for num_processes "
@@ -168,6 +171,7 @@ class Config:
         problems = {}
         if self.stop_at is not None and self.stop_at > self.steps:
             problems["stop_at"] = f"got {self.stop_at}; expected at most steps, {self.steps}"
+        # Left in a script from an earlier run, it would be passed over in silence.
         if self.init_from is None and self.init_rules is not None:
             problems["init_rules"] = "it is for a checkpoint that init_from names, and that is null"
         if not isinstance(self.model.get("family"), str):

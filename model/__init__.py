@@ -68,6 +68,8 @@ class Whole(nnx.Module):
     """The parts of a model as one nnx module: `whole.encoder`, `whole.head`, `whole(x)`."""
 
     def __init__(self, parts: Mapping[str, Any], forward: Callable[..., Any]) -> None:
+        # `forward` stays a function and becomes no method: it is written for whatever has the
+        # parts, a Linen root as well.
         self._forward = forward
         for name, part in parts.items():
             setattr(self, name, part)
@@ -128,6 +130,7 @@ class Family:
         parts = self.module.parts(self.options)
         if isinstance(parts, Part):
             return parts.nnx(rngs)
+        # One Rngs for all parts, in their order, as one would write the model by hand.
         made = {name: part.nnx(rngs) for name, part in parts.items()}
         return Whole(made, self.module.forward)
 

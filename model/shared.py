@@ -47,6 +47,8 @@ def causal_attention(
             "causal_attention builds its own causal mask and has neither bias nor dropout; got "
             f"mask={mask is not None}, bias={bias is not None}, dropout_rate={dropout_rate}."
         )
+    # One call for both frameworks, and no mask as an array, which would have length x length
+    # entries.
     return jax.nn.dot_product_attention(query, key, value, is_causal=True)
 
 
@@ -72,6 +74,7 @@ def linen_attention(
     Returns:
         (batch, length, heads, head width), the dtype of `value`.
     """
+    # nnx has an argument for what Linen expresses by the mask alone.
     if is_causal:
         earlier = jnp.tril(jnp.ones((query.shape[-3], key.shape[-3]), bool))
         mask = earlier[None, None] if mask is None else jnp.logical_and(mask, earlier)
@@ -95,5 +98,7 @@ def tied_logits(features: Array, table: Array, bias: Array) -> Array:
         table: (vocabulary, width), float32; the encoder's own embedding.
         bias: (vocabulary,), float32.
     """
+    # The table is cast, and not the features: the product is the largest of the model, and shall be
+    # taken in the compute dtype.
     scores = jnp.dot(features, table.astype(features.dtype).T)
     return scores.astype(jnp.float32) + bias.reshape((1,) * (scores.ndim - 1) + (-1,))

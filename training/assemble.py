@@ -53,6 +53,8 @@ class Setup:
         self.stage = self.family.ladder(self.example, self.rules, cfg.ported).at(cfg.stage)
         self.view = View(self.stage)
         self.parts = self.view.parts
+        # Set here and not given to the layout: which leaves there are is known only now, and the
+        # data that shapes the model had to know its devices.
         self.layout.ranks = self.view.ranks()
         self.layout.collections = self.stage.mutable
 

@@ -53,6 +53,9 @@ class Order:
         """The examples of a step, (batch,) int64; steps count from 0."""
         epoch, first = divmod(step * self.batch, self.examples)
         indices = self._shuffled(epoch)[first : first + self.batch]
+        # The end of an epoch: its rest and the beginning of the next are one batch, for a smaller
+        # one would be compiled anew, and leaving it out would lose the same number of examples each
+        # time.
         missing = self.batch - len(indices)
         return (
             np.concatenate([indices, self._shuffled(epoch + 1)[:missing]]) if missing else indices
@@ -102,6 +105,7 @@ class TrainIterator:
             Refused: the position is one in other data, or in data ordered otherwise, so that
                 continuing would repeat and skip examples; every difference is named.
         """
+        # The keys of the position proper; all others say which data it is one in.
         kept = self._batches.get_state().keys()
         if not kept <= state.keys():
             raise Refused(
@@ -121,6 +125,8 @@ class TrainIterator:
                 + "\nGoing on would repeat and skip examples. Set these back (the digest stands "
                 "for the content of the data), or begin another run, without init_from."
             )
+        # The file may come from anywhere: what is no count is refused here, in words, and not
+        # somewhere in Grain.
         count = state["batches"]
         if type(count) is not int or count < 0:
             raise Refused(f"A data position counts batches; this one has {count!r}.")
@@ -156,6 +162,7 @@ def train_iterator(
     """
     options = dataset.options
     _rows_of_process(options.batch, process_index, process_count)
+    # A position means nothing in other data: step 300 of another seed has read other examples.
     identity = {**vars(options), "digest": dataset.digest}
     identity.pop("name")
     identity.pop("path", None)  # where files lie does not matter: the digest says what is in them
@@ -191,6 +198,7 @@ def eval_batches(
     _rows_of_process(batch, process_index, process_count)
     source = _source(dataset.validation)
     filled = _as_they_come(dataset) if source is None else _in_order(source, dataset)
+    # Cut after the order is made, so that the first few batches are the same whatever the limit.
     for read, weight in itertools.islice(filled, limit):
         mine = _rows_of_process(len(weight), process_index, process_count)
         yield _cut(read, mine), weight[mine]
@@ -202,6 +210,7 @@ def first_batch(dataset: Dataset) -> Batch:
     if source is not None:
         return source.take(np.arange(rows) % len(source))
     stream = iter(dataset.train)
+    # A stream cannot be looked at without reading it: read one, and put it back.
     before = copy.deepcopy(stream.get_state())  # which may be what `next` changes
     batch = next(stream)
     stream.set_state(before)
@@ -235,6 +244,8 @@ class _Shuffled:
         order = Order(len(source), options.batch, options.seed)
         mine = _rows_of_process(options.batch, index, count)
         read = READ_EACH if isinstance(source, _Each) else READ
+        # Without an end: the loop knows when to stop. What is mapped is the number of the step
+        # alone, so that the position is one number, however the examples are kept.
         steps = grain.MapDataset.range(sys.maxsize)
         batches = steps.map(lambda step: source.take(order(step)[mine]))
         self._batches = iter(batches.to_iter_dataset(read))
@@ -291,6 +302,8 @@ class _Stream:
         stream, form = state["stream"], state["form"]
         if form not in ("json", "pickle"):
             raise Refused(f"A data position is kept as json or pickle; this one as {form!r}.")
+        # By now the checkpoint has been compared with its digests, unless somebody has asked for it
+        # to be taken as it is.
         if form == "pickle":
             stream = pickle.loads(base64.b64decode(stream))
         self._stream.set_state(stream)
@@ -317,6 +330,7 @@ class _Each:
 
     def take(self, indices: np.ndarray) -> Batch:
         read = [self.examples[int(index)] for index in indices]
+        # To jax None is an empty tree, and its error would speak of structures that differ.
         if any(example is None for example in read):
             raise Refused(
                 "The data has gaps, as a Grain MapDataset has after `filter`. Filter before it is "
@@ -331,6 +345,7 @@ def _source(examples: Any) -> Source | None:
         return examples
     if not (hasattr(examples, "__len__") and hasattr(examples, "__getitem__")):
         return None
+    # That is how long Grain says that an endless data set is; a permutation of it has no room.
     if len(examples) == sys.maxsize:
         raise Refused(
             "The data repeats for ever, and is to be shuffled anew in each epoch: leave `repeat` "
@@ -342,6 +357,7 @@ def _source(examples: Any) -> Source | None:
 def _in_order(source: Source, dataset: Dataset) -> Iterator[tuple[Batch, np.ndarray]]:
     """All examples once, in whole batches with their weights; the last is filled up."""
     batch, count = dataset.options.batch, len(source)
+    # Up to a whole batch: a shorter one would be compiled anew, and devices could not share it.
     filled = count + -count % batch
     order = np.resize(np.random.default_rng(dataset.options.seed).permutation(count), filled)
     weight = (np.arange(filled) < count).astype(np.float32)
@@ -372,12 +388,14 @@ def _copied(state: Any) -> tuple[Any, str]:
         copied = json.loads(json.dumps(state))
     except (TypeError, ValueError):
         copied = None
+    # JSON makes a list of a tuple and text of a key 3 without complaint; then it is not the same.
     if copied == state:
         return copied, "json"
     return base64.b64encode(pickle.dumps(state)).decode(), "pickle"
 
 
 def _rows_of_process(batch: int, index: int, count: int) -> slice:
+    # A rest would have to go to some process, whose step would then be another program.
     if batch % count:
         raise Refused(
             f"A batch has {batch} rows (data.batch), which {count} processes cannot share evenly: "

@@ -73,6 +73,7 @@ class Profile:
             (run_dir / "train_step.hlo.txt").write_text(compiled.as_text() or "")
             self._recording.callback(lambda: say(where(run_dir)))
             self._recording.enter_context(jax.profiler.trace(run_dir))
+        # Steps run on after they are dispatched: without the wait the last ones would be cut off.
         if step - self._first == PROFILED.stop:
             jax.block_until_ready(state)
             self.close()

@@ -41,6 +41,7 @@ def report(cfg: Config) -> None:
         return
     found = [checkpoints.find(run_dir), checkpoints.latest(run_dir / "best")]
     setup = None
+    # The best one first, so that what the last one does stands at the end, where one looks.
     for saved in filter(None, reversed(found)):
         if cfg.checkpoint.verify:
             saved.intact()
@@ -66,6 +67,7 @@ def setup_of(
         known: a setup, returned where it is the same one.
         changes: further keys of the configuration.
     """
+    # How to look, and where to compute; all that decides what is computed is the checkpoint's.
     own = ("eval", "log", "mesh", "distributed", "compile_cache", "checkpoint", "run_dir")
     asked = {name: getattr(cfg, name) for name in own}
     with reading.named(saved.path / "run"):

@@ -60,9 +60,12 @@ def export(cfg: Config) -> None:
 def _write(path: Path, setup: Setup, arrays: dict[str, Any]) -> None:
     """All three files, under the path's name only when they are complete."""
     part = path.with_name(f".{path.name}.part")
+    # An export of the same step is the same model, so it may be replaced.
     for old in (part, path):
         shutil.rmtree(old, ignore_errors=True)
     part.mkdir(parents=True)
+    # The model itself gives the tree, so that what is restored into such a model fits by
+    # construction.
     state = nnx.state(setup.family.in_nnx(nnx.Rngs(0)), nnx.Not(nnx.RngState))
     places = {"/".join(map(str, place)): leaf for place, leaf in nnx.to_flat_state(state)}
     if lacking := sorted(arrays.keys() - places.keys()):

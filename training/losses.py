@@ -54,6 +54,8 @@ class Model:
 
 def keys(seed: int, index: Any, streams: tuple[str, ...]) -> dict[str, Array]:
     """One typed key a stream, for step or batch `index`; the first stream's is the step's own."""
+    # A function of the number of the step, not a key that is split and carried on: so a resumed run
+    # draws what it would have drawn, without a key in its state.
     key = jax.random.fold_in(jax.random.key(seed), index)
     return {name: jax.random.fold_in(key, n) if n else key for n, name in enumerate(streams)}
 
@@ -63,6 +65,8 @@ def sums(metrics: Metrics, rows: Array | None = None) -> Sums:
     added = {}
     for name, given in metrics.items():
         values, weights = given if isinstance(given, tuple) else (given, jnp.ones_like(given))
+        # Sums and weights, not means: batches that are filled up, or whose examples have other
+        # lengths, add up to the mean over all, which a mean of means is not.
         if rows is not None:
             weights = weights * rows.reshape(rows.shape + (1,) * (weights.ndim - 1))
         added[name] = (values * weights).sum(), weights.sum()
@@ -75,6 +79,8 @@ def check(metrics: Metrics, rows: int, parts: list[str]) -> Metrics:
     Raises:
         Refused: naming each that is not; while tracing, where (rows, 1), say, would broadcast.
     """
+    # A loss of shape (rows, 1) against targets (rows,) broadcasts to (rows, rows), trains, and
+    # learns the mean. So shapes are compared, not only summed.
     problems = [] if "loss" in metrics else ["  loss: missing"]
     for name, given in metrics.items():
         if name in RESERVED or name in {f"grad_norm_{part}" for part in parts}:

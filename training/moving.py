@@ -47,6 +47,7 @@ def moved(setup: Setup, saved: checkpoints.Saved) -> State:
     other = saved.foreign or Checkpoint(stage.ladder.book, saved.path, _rules(setup), RUNS)
     fresh: list[str] = []
     if cfg.init_optimizer == "fresh":
+        # What a fresh optimizer has nothing to do with: the parameters are what one came for.
         kept = {"step", "params", *stage.mutable}
         fresh = [entry for entry in program.abstract if entry not in kept | other.entries]
         fresh = ["opt_state", *(entry for entry in fresh if entry != "opt_state")]
@@ -68,6 +69,7 @@ def _explained(setup: Setup, saved: checkpoints.Saved, text: str) -> str:
     """What a checkpoint lacks, with what can be done about it."""
     if saved.foreign is not None:
         return f"{text}\n{ADVICE}"
+    # Of two models every leaf differs. That says less than their names.
     was, now = saved.run["config"]["model"]["family"], setup.cfg.model["family"]
     if was != now:
         return f"{saved.path} is a run of the model `{was}`, and this run's is `{now}`.\n{text}"

@@ -37,6 +37,8 @@ def schedule(cfg: Optimizer, steps: int) -> Schedule:
         cfg: warm-up is linear from 0 and counted in updates.
         steps: length of the run in batches; a batch is 1/`accumulate` of an update.
     """
+    # optax counts updates, and the run counts batches: a schedule in batches would end too early by
+    # the factor `accumulate`.
     updates = max(1, steps // cfg.accumulate)
     decay = max(1, updates - cfg.warmup)
     end = cfg.lr * cfg.end_lr_factor
@@ -61,6 +63,8 @@ def check(mapping: Mapping[str, Any], parts: Sequence[str]) -> None:
     chain = mapping.get("chain")
     if not isinstance(chain, list):
         return  # null, or a wrong type, of which the schema speaks
+    # Nothing of the model is known yet. Any mask will do, for the factories are only built, so that
+    # a mistyped argument is answered before data and model are loaded.
     everything: Any = partial(jax.tree.map, lambda _: True)
     masks = dict.fromkeys(("matrices", "rest", "all", *parts), everything)
     chains.build(chain, _anywhere(masks))
@@ -105,6 +109,8 @@ def create(
     """
     _check_parts(cfg, view.parts)
     _check_settings(cfg.chain, cfg.weight_decay, cfg.ema)
+    # A frozen part would otherwise still weigh in the norm, and how hard the others are clipped
+    # would depend on gradients that nobody uses.
     trained = [part for part in view.parts if not _is_frozen(cfg, part)]
     rate = schedule(cfg, steps)
     norm = partial(view.norm, parts=trained)
@@ -118,7 +124,11 @@ def create(
     else:
         text = "got null; this model family has no function `optimizer` to stand in for it"
         raise ConfigError({"optimizer.chain": text})
+    # adamw applies the rate itself, scale_by_adam does not. Applied twice, an update would be about
+    # a thousand times too small, and the run would only seem to learn slowly.
     takes_rate = cfg.chain is None or chains.takes_rate(cfg.chain)
+    # After the chain and before the rate, as in optax.adamw: the decay is decoupled from the
+    # moments, and follows the schedule.
     if cfg.weight_decay:
         parts.append(optax.add_decayed_weights(cfg.weight_decay, _masks(view)["matrices"]))
     for part in trained:
@@ -128,6 +138,8 @@ def create(
     if not takes_rate:
         parts.append(optax.scale_by_learning_rate(rate))
     transformation = optax.chain(*parts)
+    # Not a factor of 0: then the moments of a frozen part would be computed, and kept in each
+    # checkpoint.
     if len(trained) < len(view.parts):
         labels = {part: "trained" if part in trained else "frozen" for part in view.parts}
         transformation = optax.partition(
@@ -150,6 +162,7 @@ def evaluated(opt_state: Any, params: Any) -> Any:
     states: dict[str, ScheduleFreeState] = {}  # for each parameter that has one
     for node in jax.tree.leaves(opt_state, is_leaf=_is_free):
         if _is_free(node):
+            # Each parameter has the state of its own `masked` chain, of which there may be several.
             states |= {name: node._replace(z=fast) for name, fast in named(node.z).items()}
 
     def average(path: Any, leaf: jax.Array) -> jax.Array:
@@ -165,6 +178,8 @@ def _is_free(node: Any) -> bool:
 
 def _check_settings(chain: list[Any] | None, weight_decay: Any, ema: Any) -> None:
     problems = {}
+    # The decay stands behind the chain. Where that has applied the rate already, nothing would
+    # scale the decay, which at 0.05 would halve the weights in 14 steps.
     if (chain is None or chains.takes_rate(chain)) and weight_decay:
         problems["optimizer.weight_decay"] = (
             f"got {weight_decay}, with a chain that applies the learning rate itself: give it "
@@ -194,6 +209,8 @@ def _check_parts(cfg: Optimizer, parts: Sequence[str]) -> None:
 
 def _masks(view: View) -> dict[str, Callable[[Any], Any]]:
     """Which parameters a `mask` of the configuration means, by its name."""
+    # Judged on the nnx form: Linen's attention has biases of rank 2, (heads, features), and a stack
+    # of layers gives each leaf one axis more.
     matrices = view.mask(lambda path, rank: rank >= 2 and not path.endswith("bias"))
     rest = {path: not is_matrix for path, is_matrix in matrices.items()}
     by_leaf = {"matrices": matrices, "rest": rest, "all": dict.fromkeys(matrices, True)}
@@ -208,6 +225,7 @@ def _named(view: View, leaves: list[str]) -> chains.Mask:
     Raises:
         ConfigError: for a name that no parameter has.
     """
+    # Collected while the mask is made, so that a mistyped name is answered with those there are.
     known: set[str] = set()
 
     def is_one(path: str, rank: int) -> bool:

@@ -72,6 +72,7 @@ def _curve(run: Path, metric: str) -> Curve:
 
 def draw(found: list[Curve], metric: str, path: Path, *, log: bool) -> None:
     """Writes the picture, in the format of the file's ending."""
+    # Without pyplot, which would look for a screen.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -86,6 +87,8 @@ def draw(found: list[Curve], metric: str, path: Path, *, log: bool) -> None:
             style = {"marker": "o", "markersize": 4, "markeredgecolor": "black"}
             axes.plot(*zip(*curve.evaluation, strict=True), color=color, label=name, **style)
         for step, stage in curve.stages[1:]:
+            # A mark and not another colour: it is one curve, and that it goes on is what is to be
+            # seen.
             axes.axvline(step, color=color, linewidth=0.8, linestyle=":")
             label = {"rotation": 90, "fontsize": 8, "color": color, "va": "top", "ha": "right"}
             # Above the axis the curves cannot run through the words.
@@ -99,6 +102,7 @@ def draw(found: list[Curve], metric: str, path: Path, *, log: bool) -> None:
 def text(found: list[Curve], metric: str, width: int, *, log: bool) -> str:
     """The same in characters: training where there is any, else validation."""
     shown = [curve.train or curve.evaluation for curve in found]
+    # A logarithm of what is not positive is none: then the axis stays as it is.
     scale = math.log10 if log and all(value > 0 for one in shown for _, value in one) else float
     values = [scale(value) for one in shown for _, value in one]
     low, high = min(values), max(values)

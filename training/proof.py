@@ -47,6 +47,7 @@ def subject(run: Mapping[str, Any]) -> Subject:
     updated: list[str] = []
 
     def forward(leaves: list[jax.Array], batch: Any) -> list[Any]:
+        # Leaf by leaf, since the proof replaces single ones by random or perturbed values.
         variables = unflatten(dict(zip(abstract, leaves, strict=True)))
         rngs = setup.keys(0)
         outputs: list[Any] = []
@@ -60,12 +61,16 @@ def subject(run: Mapping[str, Any]) -> Subject:
 
     def step(state: Arrays, gradients: Mapping[Any, Any], fresh: bool) -> Arrays:
         """As many batches as one update takes, each this one; `gradients` are the run's own."""
+        # The library calls leaves of an optimizer by where they stand in the tree, and those of the
+        # model by their path. The program has one name for both.
         keys = {"/".join(key) if isinstance(key, Id) else key: key for key in state}
         leaves = [jnp.array(state[keys[path]]) for path in named(program.abstract)]
         now = jax.tree.unflatten(jax.tree.structure(program.abstract), leaves)
         if fresh:
             variables = {name: now[name] for name in setup.stage.abstract()}
             now["opt_state"] = jax.jit(setup.steps.start)(variables)["opt_state"]
+        # A single batch would move nothing where gradients are averaged, and the step would prove
+        # nothing.
         for _ in range(cfg.optimizer.accumulate):
             now, _ = program.train_step(now, batch)
         return {keys[path]: np.asarray(leaf) for path, leaf in named(now).items()}

@@ -54,6 +54,7 @@ def write_text(setup: Setup, state: State) -> tuple[str, str]:
         length = prompt.shape[1]
         given = cfg.log.prompt.encode()[-length:].rjust(length)
         prompt = np.frombuffer(given, np.uint8).astype(prompt.dtype)[None]
+    # Another seed than that of training, so that looking at samples is no part of what is trained.
     key = jax.random.fold_in(jax.random.key(cfg.seed + 1), int(state["step"]))
     written = _written(setup.stage, cfg.log.samples, _variables(setup, state), prompt, key)
     return _decoded(prompt[0]), _decoded(setup.program.fetch(written))
@@ -97,6 +98,7 @@ def misclassified(setup: Setup, state: State) -> tuple[np.ndarray | None, int]:
     cfg, variables = setup.cfg, _variables(setup, state)
     for batch, weight in data.eval_batches(setup.dataset, cfg.eval.batches):
         guesses = setup.program.fetch(_guesses(setup.stage, variables, batch["inputs"]))
+        # Rows that only fill up a batch are copies, and would be shown twice.
         for index in np.flatnonzero((guesses != batch["targets"]) & (weight > 0)):
             found.append((batch["inputs"][index, ..., 0], batch["targets"][index], guesses[index]))
     shown = found[: cfg.log.samples]

@@ -36,6 +36,7 @@ class Step:
         state = {"step": jnp.zeros((), jnp.int32), **variables}
         state["opt_state"] = self.optimizer.init(params)
         if self.cfg.ema is not None:
+            # A copy: the step donates the state, and one buffer cannot be given away twice.
             state["ema"] = jax.tree.map(jnp.copy, params)
         return state
 
@@ -62,6 +63,8 @@ class Step:
         new |= {"params": params, "opt_state": opt_state}
         if self.cfg.ema is not None:
             moved = optax.incremental_update(params, state["ema"], 1 - self.cfg.ema)
+            # Between two updates the parameters stand still, and the average would move towards
+            # them all the same.
             due = new["step"] % self.cfg.accumulate == 0
             new["ema"] = jax.tree.map(lambda a, b: jnp.where(due, a, b), moved, state["ema"])
         metrics |= {f"grad_norm_{part}": setup.view.norm(grads, [part]) for part in setup.parts}

@@ -54,6 +54,7 @@ def opening(setup: Setup, step: int, saved: Saved | None) -> str:
 def _device(setup: Setup) -> str:
     """What computes, and how precisely: `cpu, float32, jax 0.10.2, flax 0.12.8`."""
     kind = jax.devices()[0].device_kind
+    # A family need not have an option for it; then it computes in what its parameters are.
     dtypes = {str(spec.dtype) for spec in _parameters(setup).values()}
     precision = setup.cfg.model.get("dtype") or ", ".join(sorted(dtypes))
     if (products := numerics.setting("jax_default_matmul_precision")) is not None:
@@ -134,6 +135,7 @@ def closing(setup: Setup, metrics: Metrics, seconds: float) -> str:
         if split not in last:
             continue
         title = f"{title} {last[split]['step']}"
+        # What everybody knows; norms and rates say little when all is over.
         values = {k: v for k, v in last[split].items() if k in ("loss", "accuracy")}
         text = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         lines.append(f"  {title:<22}{text}")

@@ -49,6 +49,7 @@ def results(paths: list[Path]) -> list[Row]:
                 row[name] = value
         found.append(row)
     names = {name: None for row in found for name in row}
+    # A run that has not been evaluated yet comes last; None itself cannot be compared.
     found.sort(key=lambda row: (row["lowest loss"] is None, row["lowest loss"]))
     return [{name: row.get(name) for name in names} for row in found]
 
@@ -64,6 +65,7 @@ def show(paths: list[Path]) -> None:
 def _blocks(cells: list[list[str]], width: int | None) -> Iterator[str]:
     """The table as text. One that is wider than the terminal comes in several blocks, each of which
     begins with the run; a line that the terminal breaks would be no table."""
+    # By columns, for their widths decide where a block ends.
     columns = list(zip(*cells, strict=True))
     name = [cell.ljust(max(map(len, columns[0]))) for cell in columns[0]]
     lines = list(name)

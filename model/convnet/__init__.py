@@ -65,6 +65,7 @@ def misfits(cfg: Options, batch: Mapping[str, Any], classes: int | None) -> dict
     shape, found = batch["inputs"].shape[1:], {}
     if len(shape) != 3 or shape[-1] != cfg.channels:
         found["channels"] = f"got {cfg.channels}; the data has inputs of shape {shape}"
+    # Optax does not look whether a class is among the logits.
     if classes != cfg.classes or batch["targets"].ndim != 1:
         found["classes"] = f"got {cfg.classes}; the data has {classes or 'no'} classes"
     return found

@@ -38,6 +38,7 @@ class Encoder(nn.Module):
         x = nn.Conv(cfg.width, (3, 3), use_bias=False, dtype=cfg.dtype)(images)
         x = nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=cfg.dtype)(x)
         x = nn.relu(x)
+        # Named in the loop, for under remat Linen would call them CheckpointBlock_0 and so on.
         block = nn.remat(Block, static_argnums=(2,)) if cfg.remat else Block
         for i in range(cfg.depth):
             x = block(cfg, name=f"Block_{i}")(x, train)

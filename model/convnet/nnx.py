@@ -46,9 +46,12 @@ class Encoder(nnx.Module):
         x = self.stem(images)
         x = self.stem_norm(x, use_running_average=not train)
         x = nnx.relu(x)
+        # `train` is static: BatchNorm takes its statistics from the batch or from the past, which
+        # are two programs.
         call = nnx.remat(Block.__call__, static_argnums=(2,)) if cfg.remat else Block.__call__
         for block in self.blocks:
             x = call(block, x, train)
+        # Read once, and used in both halves of the model: its gradients add up.
         gain = self.channel_gain[...]
         x = x.mean(axis=(1, 2)) * gain.astype(cfg.dtype)[None]
         return x, {"gain": gain}
@@ -67,10 +70,13 @@ class Head(nnx.Module):
         x = nnx.relu(self.hidden(x))
         x = x * shared["gain"].astype(self.cfg.dtype)[None]
         x = self.dropout(x, deterministic=not train)
+        # The loss is taken in float32 whatever the layers compute in: in bfloat16 a softmax over
+        # ten classes has two or three digits.
         return self.classify(x).astype("float32")
 
 
 def conv(cfg: Options, channels: int, rngs: nnx.Rngs) -> nnx.Conv:
+    # Without a bias, which the norm behind it would subtract again together with the mean.
     return nnx.Conv(channels, cfg.width, (3, 3), use_bias=False, dtype=cfg.dtype, rngs=rngs)
 
 

@@ -60,6 +60,8 @@ def loss(model: Applied, batch: Batch, rngs: Rngs) -> Metrics:
     """Cross-entropy in nats per byte: targets (B, L) int32 -> loss (B,)."""
     logits = model(*inputs(batch), train=model.train)
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+    # One value for each window, since the mean over examples is the run's to take: rows that only
+    # fill up a batch weigh nothing.
     return {"loss": nats.mean(axis=-1)}
 
 
@@ -71,6 +73,7 @@ def rules(cfg: Options) -> str:
 def misfits(cfg: Options, batch: Mapping[str, Any], classes: int | None) -> dict[str, str]:
     """Options that do not fit the data: `{key: what is wrong}`."""
     shape, found = batch["inputs"].shape[1:], {}
+    # A position beyond the table has no row there, and jax refuses no index.
     if len(shape) != 1 or shape[0] > cfg.length:
         found["length"] = f"got {cfg.length}; the data has inputs of shape {shape}"
     if classes is None or classes > cfg.vocab or batch["targets"].shape[1:] != shape:

@@ -55,11 +55,14 @@ class Encoder(nn.Module):
         positions = jnp.arange(tokens.shape[-1])[None]
         x = x + nn.Embed(cfg.length, cfg.width, dtype=cfg.dtype)(positions)
         x = nn.Dropout(cfg.dropout)(x, deterministic=not train)
+        # Named below, since Linen would call a block under remat CheckpointBlock_0: a checkpoint
+        # would then depend on whether memory was saved.
         block = nn.remat(Block, static_argnums=(2,)) if cfg.remat else Block
         if cfg.scan:
             scan = nn.scan(
                 lambda block, x, _: (block(x, train), None),
                 variable_axes={"params": 0},
+                # Else all blocks would begin with the same weights, and drop the same activations.
                 split_rngs={"params": True, "dropout": True},
                 length=cfg.depth,
             )
@@ -68,6 +71,7 @@ class Encoder(nn.Module):
             for i in range(cfg.depth):
                 x = block(cfg, name=f"Block_{i}")(x, train)
         x = nn.LayerNorm(dtype=cfg.dtype)(x)
+        # Lent and not copied, so that the gradients of both uses add up in one leaf.
         return x, {"table": embed.embedding}
 
 
@@ -83,5 +87,6 @@ class Head(nn.Module):
         x = nn.gelu(x)
         x = nn.LayerNorm(dtype=cfg.dtype)(x)
         x = nn.Dropout(cfg.dropout)(x, deterministic=not train)
+        # A bare parameter, in no layer: rule books have to tell what becomes of those, too.
         bias = self.param("bias", nn.initializers.zeros, (cfg.vocab,))
         return tied_logits(x, shared["table"], bias)

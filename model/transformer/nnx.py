@@ -38,6 +38,8 @@ class Block(nnx.Module):
             cfg.width,
             dtype=cfg.dtype,
             attention_fn=causal_attention,
+            # nnx asks at each call for what is not said here; and without a stream of its own the
+            # layer has no random state that its Linen twin has not.
             decode=False,
             keep_rngs=False,
             rngs=rngs,
@@ -62,15 +64,21 @@ class Encoder(nnx.Module):
         self.token_embed = nnx.Embed(cfg.vocab, cfg.width, dtype=cfg.dtype, rngs=rngs)
         self.position_embed = nnx.Embed(cfg.length, cfg.width, dtype=cfg.dtype, rngs=rngs)
         self.dropout = nnx.Dropout(cfg.dropout, rngs=rngs)
+        # An nnx.List, for nnx refuses modules in a plain list. Its indices are the names that the
+        # rule book has for the blocks of Linen: `blocks/0`, `blocks/1`.
         self.blocks = nnx.List([Block(cfg, rngs=rngs) for _ in range(cfg.depth)])
         self.norm = norm(cfg, rngs)
 
     def __call__(self, tokens: Array, *, train: bool) -> tuple[Array, Shared]:
         cfg = self.cfg
         x = self.token_embed(tokens)
+        # With an axis for the batch: to add (L, D) to (B, L, D) is a promotion of rank, which the
+        # tests forbid, since it is more often a mistake than meant.
         positions = jnp.arange(tokens.shape[-1])[None]
         x = x + self.position_embed(positions)
         x = self.dropout(x, deterministic=not train)
+        # `train` is static (argument 2, after the block and x), since dropout is there or not there
+        # in the traced program.
         call = nnx.remat(Block.__call__, static_argnums=(2,)) if cfg.remat else Block.__call__
         if cfg.scan:
             # A loop's body rounds otherwise than the same blocks written out: where Linen's blocks
@@ -84,6 +92,7 @@ class Encoder(nnx.Module):
             for block in self.blocks:
                 x = call(block, x, train)
         x = self.norm(x)
+        # The array and not the Variable: the head may be a Linen module, which knows no Variables.
         return x, {"table": self.token_embed.embedding[...]}
 
 
@@ -105,4 +114,5 @@ class Head(nnx.Module):
 
 
 def norm(cfg: Options, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    # Linen normalises before it casts, and nnx after, unless it is told not to cast.
     return nnx.LayerNorm(cfg.width, dtype=cfg.dtype, promote_dtype=keep_dtype, rngs=rngs)

@@ -117,6 +117,7 @@ def load(options: Options) -> Dataset:
     """
     dataset: Dataset = _module(options.name).load(options)
     train = dataset.train
+    # A stream has no length, and gives batches as they are.
     if hasattr(train, "__len__") and options.batch > len(train):
         raise Refused(
             f"data.batch is {options.batch}, more than the {len(train)} training examples of "
@@ -135,6 +136,8 @@ def digest(*arrays: np.ndarray) -> str:
     """A short name for the exact contents of arrays."""
     found = hashlib.sha256()
     for array in arrays:
+        # Else the same bytes in another shape, 64 images of 8 x 8 or one of 64 x 64, were the same
+        # data.
         found.update(f"{array.dtype.str}{array.shape}".encode())
         found.update(np.ascontiguousarray(array).data)
     return found.hexdigest()[:16]

@@ -94,6 +94,8 @@ def read_text(path: str | None) -> tuple[bytes, str]:
     root = Path(path).expanduser()
     skipped = 0
     if root.is_dir():
+        # Sorted, for each file system lists a folder in an order of its own, and the windows follow
+        # it.
         found = sorted(p for p in root.rglob("*") if p.is_file())
         files = [p for p in found if not any(s.startswith(".") for s in p.relative_to(root).parts)]
         skipped = len(found) - len(files)
@@ -115,6 +117,8 @@ def read_text(path: str | None) -> tuple[bytes, str]:
         except OSError as error:
             problems.append(f"data.path: {file} cannot be read: {error.strerror}.")
             continue
+        # A model of bytes would train on anything: on an image or an index of git in the folder as
+        # well.
         if b"\0" in contents[-1]:
             problems.append(
                 f"data.path: {file} looks binary (a zero byte at {contents[-1].index(0)}). Name "
@@ -145,6 +149,7 @@ class Windows:
             stride: bytes from the start of a window to the start of the next.
         """
         self.data, self.runs, self.length, self.stride = data, runs, length, stride
+        # One byte more than the inputs, for the last target.
         room = runs[:, 1] - runs[:, 0] - (length + 1)
         self.ends = np.cumsum(np.maximum(room // stride + 1, 0))  # windows up to each run's end
 
@@ -153,6 +158,7 @@ class Windows:
 
     def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Read windows: inputs and targets (rows, length) int32, values 0 to 255."""
+        # All rows of a batch at once, without a loop in Python.
         run = np.searchsorted(self.ends, indices, side="right")
         first = np.where(run > 0, self.ends[run - 1], 0)
         start = self.runs[run, 0] + (indices - first) * self.stride
@@ -190,6 +196,7 @@ def split_text(
             f"and one to validate with need {2 * shortest} bytes. Choose a smaller data.length or "
             "give more text."
         )
+    # At least one block on either side, however small the text or the share.
     count = min(max(round(val_fraction * blocks), 1), blocks - 1)
     is_validation = np.zeros(blocks, bool)
     is_validation[np.random.default_rng(seed).permutation(blocks)[:count]] = True
@@ -231,6 +238,7 @@ def bigram_nats(train: Windows, validation: Windows) -> float:
 
 
 def _pair_counts(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    # One number for a pair, so that numpy can count pairs as it counts numbers.
     codes = left.astype(np.int64).ravel() * 256 + right.ravel()
     return np.bincount(codes, minlength=256 * 256).reshape(256, 256)
 

@@ -51,6 +51,7 @@ class Saved:
         try:
             return self.path.is_dir() and digests.check(self.path)
         except digests.DigestError as error:
+            # Which step to fall back to is the first thing that somebody asks who reads this.
             others = [step for step in steps_of(self.path.parent) if step != self.step]
             raise Refused(
                 f"{error}\nRemove {self.path} to go on from an earlier step "
@@ -81,11 +82,14 @@ class Saved:
             Refused: when it cannot be read.
         """
         with _readable(self.path / "state"):
+            # Names and shapes come from the metadata, before any array is read, for Orbax casts
+            # what has another dtype.
             handler: Any = ocp.PyTreeCheckpointHandler()  # pyrefly: ignore
             found = named(handler.metadata(self.path / "state").tree)
         check(found, named(like), f"the state in {self.path}")
         with _readable(self.path / "state"), ocp.StandardCheckpointer() as reader:
             state = reader.restore(self.path / "state", like)
+        # The folder says the step to everybody but the state itself, by which the schedule goes.
         if int(state["step"]) != self.step:
             raise Refused(
                 f"{self.path} holds the state after step {int(state['step'])}: its folder was "
@@ -114,6 +118,7 @@ def own(path: Path) -> Saved | None:
     """
     if not path.exists():
         raise Refused(f"There is no checkpoint at {path}: no such file or directory.")
+    # A run directory first: its folder `checkpoints` may hold a step that is called as the run is.
     for root in (path / "checkpoints", path):
         if steps := steps_of(root):
             path = root / str(steps[-1])
@@ -145,6 +150,7 @@ class Checkpoints:
         self._run, self._run_dir = run, run_dir
         self._latest = _manager(run_dir / "checkpoints", keep)
         self._best = _manager(run_dir / "best", None) if best else None
+        # One thread: digests of one save are written before those of the next are begun.
         self._background = ThreadPoolExecutor(1, "digests")
         self._saving: Future[None] | None = None
 
@@ -168,6 +174,7 @@ class Checkpoints:
             latest: keep it among the latest.
             best: keep it as the best so far, if the run keeps one.
         """
+        # Not to be asked by the loop, which knows what is due, not what is kept.
         best = best and self._best is not None
         manager = self._latest if latest else self._best
         if manager is None or not (latest or best):
@@ -187,6 +194,7 @@ class Checkpoints:
                 f"Orbax did not save step {step}: {manager.directory} holds step "
                 f"{manager.latest_step()} already."
             )
+        # The next steps need not wait for the hashing.
         self._saving = self._background.submit(self._finish, manager, step, best)
 
     def _finish(self, manager: ocp.CheckpointManager, step: int, best: bool) -> None:
@@ -197,6 +205,7 @@ class Checkpoints:
         kept = self._run_dir / "best" / str(step)
         if manager is self._latest:
             _link_tree(Path(manager.directory) / str(step), kept)
+        # Only now that the new one is complete: a kill in between leaves two, and never none.
         for other in steps_of(kept.parent):
             if other != step:
                 shutil.rmtree(kept.parent / str(other))
@@ -248,6 +257,7 @@ def _digest(manager: ocp.CheckpointManager, step: int) -> None:
 
 def _link_tree(source: Path, target: Path) -> None:
     """The same files under another name, at once: hard links, or copies where there are none."""
+    # Under a name that is no step, until it is complete.
     part = target.with_name(f".{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # of a run that was killed here
     shutil.copytree(source, part, copy_function=_link)
@@ -262,6 +272,8 @@ def _link(source: str, target: str) -> None:
 
 
 def _manager(root: Path, keep: int | None) -> ocp.CheckpointManager:
+    # A kill while Orbax writes leaves a folder under a temporary name, which else would stay for
+    # ever.
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
     return ocp.CheckpointManager(root.absolute(), options=options)
 

@@ -67,6 +67,7 @@ def run(
       SystemExit: 2 for a usage error, 1 for any other `Refusal`, 130 for a Ctrl-C that nobody has
         dealt with; after a message on stderr.
     """
+    # Hydra's own --help prints the composed configuration without a comment.
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(help_page())
         return
@@ -134,6 +135,8 @@ def check(composed: Any, schema: type[T], checks: Checks = MappingProxyType({}))
         mapping: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError({str(error.full_key): _first_line(error)}) from None
+    # A person corrects a command once: so the schema's findings and those of each group are told
+    # together, though the first would suffice to refuse it.
     problems: dict[str, str] = {}
     config = None
     try:
@@ -223,6 +226,7 @@ def _composition_error(error: Exception, schema: type, checks: Checks) -> Config
         hint = "expected key=value, with text that holds any of =,:{}[]() in quotes: 'key=\"a=b\"'"
         key = repr(error.override)
         return ConfigError({key: f"cannot be read ({_first_line(error)}); {hint}"})
+    # The exception says what could not be composed, and not which words asked for it.
     args = get_args_parser().parse_args()
     problems = {}
     if not (args.config_path or args.config_name):
@@ -255,6 +259,7 @@ def _override_problems(
         return problems  # which keys there are depends on the choices
     try:
         chosen = [x.input_line or "" for x in parsed if x.key_or_group in groups]
+        # Unresolved, for an interpolation may fail because of the very override that is looked for.
         unresolved: Any = OmegaConf.to_container(_compose(chosen, config_dir))
         known = [*groups, *paths(unresolved)]
         for x in parsed:

@@ -25,6 +25,7 @@ def needed(run_dir: Path) -> Iterator[None]:
 
     A bug keeps its traceback.
     """
+    # Before anything fails, for the echoes come from threads of their own.
     speak = _hush_echoes()
     try:
         yield
@@ -42,6 +43,7 @@ def needed(run_dir: Path) -> Iterator[None]:
 
 def system_error(error: BaseException | None) -> int | None:
     """The number of the system's error that an exception stands for or comes from, if any."""
+    # Libraries wrap the system's error in errors of their own.
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
             return error.errno

@@ -47,12 +47,16 @@ def _acquire(run_dir: Path) -> int:
     while True:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
+            # The directory itself: a lock file could be left behind, and be deleted by whoever
+            # tidies up.
             descriptor = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY)
         except FileNotFoundError:  # another run, refused, has just removed what it had made
             continue
         except OSError as error:
             raise Refused(f"run_dir {run_dir} cannot be created: {error.strerror}.") from None
         try:
+            # Without waiting: two runs of one command are a mistake, and the second would begin
+            # hours later.
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)

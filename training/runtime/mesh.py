@@ -33,6 +33,7 @@ class Layout:
 
     def __init__(self, data: int, fsdp: int) -> None:
         """The first `data * fsdp` devices, those of a process side by side."""
+        # Neighbours along fsdp exchange parameters twice a step: let them be of one machine.
         devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
         grid = np.array(devices[: data * fsdp]).reshape(data, fsdp)
         self.mesh = Mesh(grid, ("data", "fsdp"))
@@ -40,6 +41,7 @@ class Layout:
         self.whole = NamedSharding(self.mesh, PartitionSpec())
         self.ranks: dict[str, int] = {}
         self.collections: list[str] = []
+        # Compiled once for all: a new lambda at each call would be compiled at each call.
         self._gather = jax.jit(lambda tree: tree, out_shardings=self.whole)
 
     def batch(self, batch: Any) -> Any:
@@ -96,6 +98,8 @@ class Layout:
     def _place(self, name: str, leaf: Any) -> NamedSharding:
         """Where a leaf of the state lies: `opt_state/0/mu/encoder/kernel` as `encoder/kernel`."""
         names = name.split("/")
+        # The moments of a parameter end with its path, whatever stands before it: so optimizers
+        # that nobody has thought of are cut as well.
         for start in range(len(names)):
             rank = self.ranks.get("/".join(names[start:]))
             if rank is not None and names[0] not in self.collections:
@@ -193,6 +197,7 @@ def create(data: int, fsdp: int, batch: int) -> Layout | OneDevice:
         raise Refused(f"{asked}: {given} does not divide the {count} devices there are.")
     data = count // given if data == -1 else data
     fsdp = count // given if fsdp == -1 else fsdp
+    # All faults at once: on a cluster each try costs a place in the queue.
     size, problems = data * fsdp, []
     if jax.process_count() > 1 and size < count:
         problems.append(

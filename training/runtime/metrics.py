@@ -52,6 +52,7 @@ class Metrics:
         self.eval_losses: list[float] = []
         self.tally = Tally()
         path = run_dir / FILE
+        # Written beside it and renamed, so that a kill in between leaves the old file whole.
         part = path.with_suffix(".part")
         with open(part if write else os.devnull, "wb") as file:
             for line, row in numbered(run_dir):
@@ -66,6 +67,8 @@ class Metrics:
 
     def write(self, row: Row) -> None:
         """Appends one row."""
+        # Python writes a float with as many digits as lead back to it: equal bytes are equal
+        # floats.
         line = json.dumps(row, allow_nan=False).encode() + b"\n"
         self._note(line, row)
         if self._file is not None:
@@ -101,6 +104,7 @@ def read(run_dir: Path) -> Iterator[Row]:
 def numbered(run_dir: Path) -> Iterator[tuple[bytes, Row]]:
     """The same, each with the bytes of its line."""
     path, number = run_dir / FILE, 0
+    # A run that has not come to its first row has no file, which is no fault.
     if not path.exists():
         return
     hint = (
@@ -130,6 +134,7 @@ def _row(line: bytes) -> Row:
     if type(row.get("step")) is not int or row.get("split") not in SPLITS:
         raise ValueError("it has no step, or no split that is train or eval")
     for name, value in row.items():
+        # `type() in`, for True is an int to isinstance, and JSON of Python reads NaN.
         is_number = type(value) in (int, float) and math.isfinite(value)
         if name != "split" and not is_number:
             raise ValueError(f"its {name} is no finite number")

@@ -25,6 +25,7 @@ def stages(saved: Saved | None, stage: str) -> dict[str, str]:
     if saved is None or saved.foreign is not None:
         return {"0": stage}
     before: dict[str, str] = saved.run.get("stages") or {"0": saved.run["stage"]}
+    # As numbers: as text "1000" comes before "300".
     latest = before[max(before, key=int)]
     return before if latest == stage else {**before, str(saved.step): stage}
 
@@ -61,5 +62,7 @@ def _parted(saved: Saved, config: Mapping[str, Any], before: Mapping[str, Any]) 
     if changed:
         more = f"; and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
         return "; ".join(changed[:SHOWN]) + f"{more}."
+    # A curve with a hole is refused where a run goes on with it. Here the state is sound, and is
+    # taken.
     lost = vouching.lost_rows(saved.path.parents[1], saved.step, saved.run)
     return f"its {metrics.FILE} is not as it was saved: {'; '.join(lost)}." if lost else ""

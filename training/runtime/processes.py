@@ -43,6 +43,7 @@ def join(config: Mapping[str, Any]) -> None:
     """
     own = config["distributed"]
     launched = any(int(os.environ.get(name, 1)) > 1 for name in _launchers())
+    # A sweep runs several jobs in one process, of which the first has met the others already.
     if (own["coordinator"] is not None or launched) and not jax.distributed.is_initialized():
         # Several programs in flight, each waiting for the other processes in threads of one small
         # pool, can wait for ever. Devices other than CPUs do not look at this.
@@ -59,6 +60,8 @@ def join(config: Mapping[str, Any]) -> None:
     _find_devices()
     if jax.process_count() == 1:
         return
+    # Two processes with other seeds would train on without an error, each on its own idea of the
+    # state.
     shared = {key: value for key, value in config.items() if key != "distributed"}
     text = repr((shared, numerics.recorded()))
     digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
@@ -92,11 +95,15 @@ def together() -> Iterator[None]:
     except Exception as error:
         failure = error
     if jax.process_count() > 1:
+        # Of one length in each, for all processes gather arrays of one shape; zeros say that all is
+        # well.
         text = np.zeros(MESSAGE, np.uint8)
         if failure is not None:
             told = f"{failure} ".encode()[:MESSAGE]
             text[: len(told)] = np.frombuffer(told, np.uint8)
         for index, other in enumerate(multihost_utils.process_allgather(text)):
+            # A process with an error of its own tells that one: it knows more about it than the
+            # others.
             if failure is None and (told := bytes(other[other > 0]).decode(errors="replace")):
                 failure = Refused(f"Process {index} of {jax.process_count()}: {told.strip()}")
     if failure is not None:

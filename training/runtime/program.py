@@ -62,6 +62,8 @@ class Program:
         Raises:
             Refused: for a model whose collections are named as the run's own state is.
         """
+        # A state is one flat dict: a collection `ema` would silently replace the average, or be
+        # replaced.
         if taken := sorted(set(OWN) & set(variables)):
             raise Refused(
                 f"The model has collections named {', '.join(taken)}, under which a checkpoint "
@@ -70,6 +72,8 @@ class Program:
             )
         self.layout = layout
         self._start = steps.start
+        # Drawing and the optimizer in one program: apart, all parameters would lie on one device
+        # first.
         self._create = lambda: steps.start(initial())
         self.abstract = layout.state(jax.eval_shape(steps.start, dict(variables)))
         self._places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
@@ -94,6 +98,7 @@ class Program:
         Raises:
             VariablesError: naming every array that is missing, unexpected or misshapen.
         """
+        # What begins anew is neither asked for nor compared: that is what `fresh` is for.
         due = {entry: tree for entry, tree in self.abstract.items() if entry not in fresh}
         given = {path: leaf for path, leaf in arrays.items() if path.split("/")[0] in due}
         check(given, named(due), where)
@@ -123,6 +128,8 @@ class Program:
         pending = []
         for index, pair in enumerate(batches):
             batch, rows = self.place(pair)
+            # Nothing is fetched before the last batch is on its way, or each would wait for the one
+            # before.
             pending.append(self.eval_step(state, batch, rows, jnp.asarray(index, jnp.uint32)))
         totals: dict[str, list[float]] = {}
         for sums in jax.device_get(pending):

@@ -38,6 +38,7 @@ def named(path: Path, hint: str = "") -> Iterator[None]:
 
 def yaml_mapping(path: Path) -> dict[str, Any]:
     """The content of a YAML file that holds a mapping. Raises OSError, ValueError: see `named`."""
+    # A file that is no file of ours may be of any size.
     text = read_text(path, LIMIT)
     value = parse(text)
     # With `*name` for what stands elsewhere, ten lines can mean gigabytes. No run writes that.
@@ -55,6 +56,8 @@ def json_mapping(path: Path) -> dict[str, Any]:
 def whole_lines(path: Path) -> Iterator[bytes]:
     """The lines of a file with their ends, without a last one that was not written to its end."""
     with open_file(path) as file:
+        # Without its end a line was not written to the end, whatever it looks like: a kill can cut
+        # a number in two, and `0.12` of `0.1234` is a number as well.
         rest = b""
         while block := file.read(BLOCK):
             *lines, rest = (rest + block).split(b"\n")

@@ -59,6 +59,7 @@ class Recorder:
 
     def eval(self, step: int, values: dict[str, float]) -> bool:
         """Writes the validation metrics after a step; True if their loss is the lowest so far."""
+        # Before the row is written, which would be among them.
         best = min(self._metrics.eval_losses, default=math.inf)
         for name, value in values.items():
             if not math.isfinite(value):
@@ -99,6 +100,7 @@ class Recorder:
 
 def memory() -> dict[str, float]:
     """What the run holds, in GB: of the first device where that can be told, and of the process."""
+    # Its highest so far, which is what decides whether the run fits.
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = {"memory/process_peak": kilobytes * 1024 / 1e9}
     device = jax.local_devices()[0].memory_stats() or {}  # a CPU has none

@@ -58,6 +58,8 @@ class Runs(runs.Runs):
             text = read_text(file)
         except ValueError as error:
             raise StoreError(f"{file} cannot be read: {error}") from None
+        # A substitution and no YAML written anew, so that the rest of the file stays as it is, byte
+        # for byte.
         config, count = re.subn(r"(?m)^stage:.*$", f"stage: {stage}", text)
         if count != 1:
             raise StoreError(f"{file} has {count} lines `stage: ...`, expected one")

@@ -92,6 +92,8 @@ def find(run: Run) -> checkpoints.Saved | None:
         saved = _own(run)
         if saved is None and run.init_from is not None:
             saved = given(run, Path(run.init_from))
+            # Training no step would leave a run directory that looks like a finished run of
+            # another.
             if saved.step >= run.last:
                 raise Refused(
                     f"init_from {saved.path} is at step {saved.step}, and this run ends at step "
@@ -159,6 +161,7 @@ def _own(run: Run) -> checkpoints.Saved | None:
     _compare_runs(run.upgraded(before), {**run.config, **numerics.recorded()}, run_dir)
     if saved is None and run.resume == "must":
         raise Refused(f"resume=must, but the run in {run_dir} has not saved a checkpoint yet.")
+    # Whoever repeats debug=one_step wants to see it again, and not to hear that nothing is left.
     if saved is not None and run.begins_anew and saved.step == run.last:
         say(f"The run in {run_dir} is for debugging and has ended: it begins anew.")
         return None
@@ -202,6 +205,7 @@ def given(run: Run, path: Path) -> checkpoints.Saved:
 
 def _compare_runs(before: dict[str, Any], now: dict[str, Any], run_dir: Path) -> None:
     """Says what has changed since the run began; refuses what would bend its curve."""
+    # What is recorded beside the keys has comparisons of its own, below.
     own = [name for name in {*before, *now} if name not in vouching.RECORDED]
     changed = vouching.changes(
         {name: before[name] for name in own if name in before},

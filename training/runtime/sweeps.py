@@ -38,11 +38,13 @@ def plan(compose: Callable[[Sequence[str], str | None], Any]) -> list[Path]:
     from omegaconf.errors import OmegaConfBaseException
 
     args = get_args_parser().parse_args()
+    # --cfg shows a configuration, and runs nothing that could meet in a folder.
     if not args.multirun or args.cfg or args.info:
         return []
     parse = OverridesParser.create().parse_overrides
     try:
         overrides = parse(args.overrides)
+        # The experiment may bring sweeps of its own, so it is composed before they can be counted.
         fixed = [x.input_line or "" for x in overrides if not x.is_sweep_override()]
         compose(fixed, args.config_dir)
         sweeper = HydraConfig.get().sweeper
@@ -60,6 +62,7 @@ def plan(compose: Callable[[Sequence[str], str | None], Any]) -> list[Path]:
     _refuse_shared(places, [x.get_key_element() for x in swept])
     if not is_basic:
         return []
+    # Hydra tells a job its own number and not how many there are.
     os.environ[JOBS] = str(len(jobs))
     return places
 

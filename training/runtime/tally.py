@@ -50,6 +50,7 @@ class Tally:
         """Takes the next row, as its bytes are, with its step."""
         self._rows, self._step = self._rows + 1, step
         count, digest = 1, _hash(line)
+        # As in a binary counter: two digests of 2^k rows carry over into one of 2^(k+1).
         while self._open and self._open[-1][0] == count:
             _, before = self._open.pop()
             count, digest = 2 * count, _joined(before, digest)
@@ -115,6 +116,8 @@ def differences(noted: Mapping[str, Any], rows: Iterable[tuple[bytes, int]]) -> 
     found = now.noted()
     if found == noted:
         return []
+    # A row that is lost moves all later ones up by one: compared one by one, all would have
+    # changed.
     matcher = SequenceMatcher(None, noted["digests"], found["digests"], autojunk=False)
     words = []
     for kind, begin, end, new_begin, new_end in matcher.get_opcodes():

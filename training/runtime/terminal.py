@@ -48,6 +48,7 @@ class Terminal:
             progress: False for no progress at all, messages alone.
         """
         self._steps, self.examples, self._show = steps, examples, progress
+        # The row before, for the speed between two rows.
         self._clock: tuple[int, float] | None = None
         # The first step that was seen to end, and when: an end is reckoned from there on. So the
         # compilation before it does not count, and the evaluations after it do, as they go on.

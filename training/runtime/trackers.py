@@ -31,6 +31,7 @@ class Csv:
         kept: list[list[str]] = []
         if not self.is_new:
             with path.open(newline="") as file:
+                # Of a run that was killed between two saves: it draws those steps again.
                 kept = [line for line in list(csv.reader(file))[1:] if int(line[0]) <= step]
         self._file = path.open("w", newline="")
         self._writer = csv.writer(self._file)
@@ -104,6 +105,7 @@ class MLflow:
         known = self._client.get_experiment_by_name(experiment)
         number = known.experiment_id if known else self._client.create_experiment(experiment)
         tags = {"mlflow.runName": run_dir.name, "run": _identity(run_dir)}
+        # MLflow chooses its own ids, so the run is found again by a tag.
         earlier = self._client.search_runs([number], f"tags.run = '{tags['run']}'")
         self.is_new = not earlier
         run = earlier[0] if earlier else self._client.create_run(number, tags=tags)

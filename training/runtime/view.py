@@ -21,6 +21,7 @@ class View(view.View):
 
     def __init__(self, stage: Stage) -> None:
         super().__init__(stage)
+        # A model of one part has no name for it, and its paths begin with that of a module.
         self._is_whole = "" in stage.forms
         params = flatten(stage.abstract().get("params", {}))
         found = {self.part_of(path) for path in params}

@@ -51,6 +51,7 @@ def check(
     if not lost and not changed:
         return "metrics" in run
     problems = [f"  {file}: {text}" for file, text in lost + changed]
+    # The two kinds have other remedies: what the run writes itself can be removed, rows cannot.
     advice = []
     if changed:
         files = " and ".join(sorted({file for file, _ in changed}))
@@ -102,6 +103,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tupl
       {'a.b': (1, 3), 'd': ('absent', 4)}
     """
     old, new = flat(before), flat(now)
+    # "absent" is no value of any key, where None is one.
     pairs = {key: (old.get(key, "absent"), new.get(key, "absent")) for key in sorted({*old, *new})}
     return {key: (was, is_) for key, (was, is_) in pairs.items() if was != is_}
 
