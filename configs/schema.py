@@ -171,6 +171,13 @@ class Config:
         problems = {}
         if self.stop_at is not None and self.stop_at > self.steps:
             problems["stop_at"] = f"got {self.stop_at}; expected at most steps, {self.steps}"
+        if "://" in self.run_dir:
+            # As a path it would be a folder `gs:` here, and the run would go on in it unseen.
+            problems["run_dir"] = (
+                f"got {show(self.run_dir)}; expected a folder on a disk, as a run locks it, "
+                "appends to its metrics and links its best checkpoint, which no bucket can "
+                "(init_from takes gs:// and s3://)"
+            )
         # Left in a script from an earlier run, it would be passed over in silence.
         if self.init_from is None and self.init_rules is not None:
             problems["init_rules"] = "it is for a checkpoint that init_from names, and that is null"

@@ -204,6 +204,7 @@ def test_every_mismatch_is_in_one_error(wrong):
         ("optimizer.parts.head", 1, "got 1; expected a group of keys"),
         ("model", None, "got null; expected a group of keys"),
         ("stop_at", 601, "got 601; expected at most steps, 600"),
+        ("run_dir", "gs://a/b", "got 'gs://a/b'; expected a folder on a disk, as a run locks it"),
         ("optimizer.chain", "adamw", "got 'adamw'; expected a list, or null"),
     ],
 )

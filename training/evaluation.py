@@ -4,6 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from linen_nnx.disk.remote import as_path
+
 from configs.build import build
 from configs.earlier import upgraded
 from configs.schema import Config
@@ -36,7 +38,7 @@ def report(cfg: Config) -> None:
     run_dir = Path(cfg.run_dir)
     if cfg.init_from is not None and checkpoints.latest(run_dir / "checkpoints") is None:
         setup = prepare(cfg)
-        saved = start.given(setup.run, Path(cfg.init_from))
+        saved = start.given(setup.run, as_path(cfg.init_from))
         _show(f"{saved.path}, step {saved.step}", setup, moving.moved(setup, saved))
         return
     found = [checkpoints.find(run_dir), checkpoints.latest(run_dir / "best")]

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 from linen_nnx import RuleBook
+from linen_nnx.disk.remote import as_path
 
 from training.runtime import checkpoints, metrics, numerics, past, processes, reading, vouching
 from training.runtime.errors import Refused
@@ -91,7 +92,7 @@ def find(run: Run) -> checkpoints.Saved | None:
     with processes.together():
         saved = _own(run)
         if saved is None and run.init_from is not None:
-            saved = given(run, Path(run.init_from))
+            saved = given(run, as_path(run.init_from))
             # Training no step would leave a run directory that looks like a finished run of
             # another.
             if saved.step >= run.last:

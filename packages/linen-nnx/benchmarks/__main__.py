@@ -1,6 +1,7 @@
 """Runs the library's benchmarks, each in a process of its own: `python -m benchmarks convert`.
 
     convert   the converter against copying files, and against Orbax          5 minutes
+    buckets   a conversion inside a bucket against download, convert, upload  2 minutes
     growth    how a conversion's cost grows with bytes and leaves             2 minutes
     proofs    CPU seconds of suggest and verify, memory of suggest            3 minutes
 
@@ -12,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-NAMES = ("convert", "growth", "proofs")
+NAMES = ("convert", "buckets", "growth", "proofs")
 PLOTTED = ("growth",)
 FOLDER = Path("runs/benchmarks")
 

@@ -166,7 +166,8 @@ def summary(report: dict[str, Any]) -> str:
     if report.get("fell_back"):
         lines.append(f"note     copied, as hard links are not possible here: {report['fell_back']}")
     if report.get("digests") is False:
-        lines.append("note     no digests: the source has none, and links are not read (--digest)")
+        unread = "what the server copies is" if report.get("server_copied") else "links are"
+        lines.append(f"note     no digests: the source has none, and {unread} not read (--digest)")
     return "\n".join(lines)
 
 

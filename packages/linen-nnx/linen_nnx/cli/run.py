@@ -27,10 +27,13 @@ def run(
         # What the way back needs to know of the source's tree is long, and for `convert` alone.
         reports.append({key: value for key, value in report.items() if key != "origin"})
     if as_json:
-        print_json({"status": result.status, "out": str(result.out), "reports": reports})
+        said = {"status": result.status, "out": str(result.out), "notes": result.notes}
+        print_json({**said, "reports": reports})
         return 0
     for report in reports:
         say(summary(report))
+    for note in result.notes:
+        say(f"note     {note}")
     done = "was there already and is equal" if result.status == "equal" else "is complete"
     say(f"{result.out} {done}")
     return 0

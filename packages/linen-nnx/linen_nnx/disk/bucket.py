@@ -30,13 +30,15 @@ from typing import Any, NamedTuple
 
 from linen_nnx.disk.checked import StoreError
 
-_BLOCK = 1 << 20  # bytes in one piece of an object that is read whole
+_BLOCK = 8 << 20  # bytes in one piece of an object that is read whole
 _PART = 8 << 20  # bytes in one part of an upload; a store takes 10,000 parts
 _PARTS = 9_000
 _AT_ONCE = 3  # parts of one upload under way, each in memory
 # Six tries take about ten seconds; with obstore's own ten a missing key takes a minute to show.
 _RETRIES: dict[str, Any] = {"max_retries": 6, "retry_timeout": timedelta(minutes=2)}
-_TIMEOUT = timedelta(minutes=5)  # of one request: a server copies some gigabytes in that time
+# Of one request, from its beginning to its last byte: a server copies gigabytes in that time.
+# obstore's own 30 s would end the copy of a large data file.
+_TIMEOUT = timedelta(minutes=10)
 _INSTALL = "pip install 'linen-nnx[buckets]'"
 _SHOWN = 200  # characters of an error of the store's that a message repeats
 
@@ -91,6 +93,7 @@ class Bucket:
 
     def __init__(self, scheme: str, name: str, store: Any = None) -> None:
         """`store` is an obstore store; by default the one that scheme and name mean."""
+        # The store itself is made when it is first asked: naming a bucket takes no credentials.
         self.scheme, self.name = scheme, name
         if store is not None:
             self.store = store
@@ -121,25 +124,29 @@ class Bucket:
     def look_again(self, key: str) -> None:
         """Forgets what is known of an object and of all below it, which a user has named."""
         self._roots.add(key)
-        self._whole = {one for one in self._whole if not (_is_at(one, key) or _is_at(key, one))}
-        # The folder above may have listed it, too.
+        # Both what lies below it and what was listed from above it.
+        for one in list(self._whole):
+            if _is_at(one, key) or _is_at(key, one):
+                self._whole.remove(one)
+        # The folder above says whether there is such an object at all.
         above = key.rpartition("/")[0]
-        stale = [one for one in self._children if _is_at(one, key) or one == above]
-        for one in stale:
-            del self._children[one]
-        for one in [one for one in self._copies if _is_at(one, key)]:
-            del self._copies[one]
+        for one in list(self._children):
+            if _is_at(one, key) or one == above:
+                del self._children[one]
+        for one in list(self._copies):
+            if _is_at(one, key):
+                del self._copies[one]
 
     def look_below(self, key: str) -> None:
         """Lists everything below a key, by a request for each thousand objects."""
         if self._is_known(key):
             return
+        # "a/b/c" of the key "a" is the folder `b` below "a", and the object `c` below "a/b".
         found: dict[str, dict[str, Entry]] = {key: {}}
         for entry in self.list_below(key):
             *folders, name = _below(entry["path"], key).split("/")
             here = key
             for folder in folders:
-                found[here].setdefault(folder, _FOLDER)
                 # Where an object has the name of a folder, it is the folder that is meant.
                 found[here][folder] = _FOLDER
                 here = f"{here}/{folder}".lstrip("/")
@@ -165,9 +172,14 @@ class Bucket:
             return {}
         with self._told(key):
             listed = _obstore().list_with_delimiter(self.store, key or None)
-        objects = [one for one in listed["objects"] if one["path"] != key]
-        found = {one["path"].rpartition("/")[2]: _entry(one) for one in objects}
-        found |= {prefix.rpartition("/")[2]: _FOLDER for prefix in listed["common_prefixes"]}
+        found: dict[str, Entry] = {}
+        for one in listed["objects"]:
+            # As in `list_below`, the mark of an empty folder is none of its objects.
+            if one["path"] != key:
+                found[one["path"].rpartition("/")[2]] = _entry(one)
+        # After the objects: where an object has the name of a folder, it is the folder that counts.
+        for prefix in listed["common_prefixes"]:
+            found[prefix.rpartition("/")[2]] = _FOLDER
         self._children[key] = found
         return found
 
@@ -175,6 +187,8 @@ class Bucket:
         """What there is under a key; None if nothing is."""
         if not key:
             return _FOLDER
+        # One list of the folder above answers for all that lie in it. Above what a user has named
+        # an account may not be allowed to list: there it is asked for the object itself.
         above, _, name = key.rpartition("/")
         may_list = any(_is_at(above, root) for root in self._roots)
         if may_list or above in self._children or self._is_known(above):
@@ -198,6 +212,12 @@ class Bucket:
         with self._told(key):
             return bytes(_obstore().get(self.store, key).bytes())
 
+    def read_version(self, key: str) -> tuple[bytes, dict[str, str]]:
+        """All bytes of an object, and its version, which `replace` takes."""
+        with self._told(key):
+            found = _obstore().get(self.store, key)
+            return bytes(found.bytes()), version_of(found.meta)
+
     def read_range(self, key: str, start: int, length: int) -> bytes:
         """Some bytes of an object, which has them."""
         with self._told(key):
@@ -205,8 +225,13 @@ class Bucket:
 
     def blocks(self, key: str) -> Iterator[Any]:
         """All bytes of an object, piece by piece."""
-        with self._told(key):
-            yield from _obstore().get(self.store, key).stream(min_chunk_size=_BLOCK)
+        found = self.find(key)
+        if found is None:
+            raise self.missing(key)
+        # A request for each piece: one for the whole would have to end before the timeout, and
+        # would begin anew where the connection is lost.
+        for start in range(0, found.st_size, _BLOCK):
+            yield self.read_range(key, start, min(_BLOCK, found.st_size - start))
 
     def local(self, key: str) -> Path:
         """A copy of an object on this machine, which is made once and gone when the process ends.
@@ -248,24 +273,40 @@ class Bucket:
         """
         part = max(_PART, -(-size // _PARTS))
         with self._told(key):
-            _obstore().put(
-                self.store,
-                key,
-                iter(blocks),
-                use_multipart=True,
-                chunk_size=part,
-                max_concurrency=_AT_ONCE,
+            # Not `put` with an iterator: what that iterates over may not ask a store for anything.
+            writer = _obstore().open_writer(
+                self.store, key, buffer_size=part, max_concurrency=_AT_ONCE
             )
+            for block in blocks:
+                writer.write(block)
+            writer.close()  # after an error there is no object, as its parts are not joined
 
     def copy(self, old: str, new: str) -> None:
         """Lets the server copy an object: no byte of it comes here."""
+        # Not `overwrite=False`: S3 knows no such copy. The prefix is claimed, and was empty.
         with self._told(old):
             _obstore().copy(self.store, old, new)
+
+    def remove_below(self, key: str) -> None:
+        """Deletes an object, and all whose names begin with its name and a slash."""
+        self.remove(entry["path"] for entry in self.list_below(key))
+        self.remove([key])
+
+    def is_empty(self, key: str) -> bool:
+        """Whether there is no object of that name, nor any below it; asked anew each time."""
+        if any(True for _ in self.list_below(key)):
+            return False
+        try:
+            with self._told(key):
+                _obstore().head(self.store, key)
+        except FileNotFoundError:
+            return True
+        return False
 
     def remove(self, keys: Iterable[str]) -> None:
         """Deletes objects; those that are not there do no harm."""
         names = list(keys)
-        if names:
+        if names:  # an empty list is a request that stores refuse
             with self._told(names[0]), suppress(FileNotFoundError):
                 _obstore().delete(self.store, names)
 
@@ -293,20 +334,25 @@ def version_of(said: Mapping[str, Any]) -> dict[str, str]:
 
 def _reason(text: str, scheme: str) -> str:
     """What went wrong, out of a store's error, which is long and holds addresses."""
+    # Where no key is named, obstore asks the machine's own account, at an address of every cloud.
     if "169.254." in text or "metadata.google" in text:
         return f"no credentials were found: {_HINTS[scheme]}"
+    if re.search("PermanentRedirect|AuthorizationHeaderMalformed|configured region", text):
+        return "the bucket lies in another region: set AWS_REGION to that"
     code = re.search(r"<Code>(\w+)</Code>", text)
     status = re.search(r"status code: (\d+ [\w ]+)", text)
     if code is not None or status is not None:
         what = ", ".join(match[1].strip() for match in (status, code) if match is not None)
         denied = status is not None and status[1].startswith(("401", "403"))
         return f"the store says {what}" + (f". Check the credentials: {_HINTS[scheme]}" * denied)
+    # Behind the sentence stands the error once more, as Rust shows its structure.
     text = text.partition("Debug source:")[0].strip()
     return text if len(text) <= _SHOWN else f"...{text[-_SHOWN:]}"
 
 
 def _entry(said: Mapping[str, Any]) -> Entry:
     when = said["last_modified"]
+    # Whole microseconds, as a float holds no nanoseconds of today.
     return Entry(False, said["size"], int(when.timestamp() * 1_000_000) * 1000)
 
 
@@ -325,7 +371,9 @@ _KNOWN: dict[tuple[str, str], Bucket] = {}
 
 def bucket_of(scheme: str, name: str) -> Bucket:
     """The bucket of a name: there is one object for each, which keeps what was listed."""
-    return _KNOWN.setdefault((scheme, name), Bucket(scheme, name))
+    if (scheme, name) not in _KNOWN:
+        _KNOWN[scheme, name] = Bucket(scheme, name)
+    return _KNOWN[scheme, name]
 
 
 def use_store(scheme: str, name: str, store: Any) -> None:

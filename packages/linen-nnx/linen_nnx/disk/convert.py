@@ -1,19 +1,18 @@
-"""Converts a checkpoint on disk: whole training state, exact, atomic.
+"""Converts a checkpoint: whole training state, exact, atomic.
 
-Everything is written to a directory beside the target, synced to disk, and renamed: the target is
-absent or complete. The source is only read. In order:
+The target is absent or complete, on a disk and in a bucket (`targets.py` says how). The source is
+only read. In order:
 
     plan       every leaf of every checkpoint, or a refusal        nothing is written yet
     workspace  a locked directory beside the target                `transaction.py`
+               or a claim beside it, in a bucket                   `claims.py`
     write      data files, trees, side files                       `rekey.py`, `stream.py`
     seal       report and digests of each checkpoint               `digests.py`
-    sync       every file and directory through to disk            `placing.py`
-    publish    one rename                                          `transaction.py`
+    publish    synced to disk, and one rename                      `targets.py`
+               or put in the bucket, the marks last                `in_bucket.py`
 """
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,11 +33,11 @@ from linen_nnx.disk.remote import Remote, as_path
 from linen_nnx.disk.runs import ITEM, NO_RUNS, Runs
 from linen_nnx.disk.side_files import write_side_files
 from linen_nnx.disk.sources import READABLE, SUFFIXES, Source
-from linen_nnx.disk.transaction import TargetError, left_over, publish, workspace
+from linen_nnx.disk.targets import Target, target_of
+from linen_nnx.disk.transaction import TargetError
 from linen_nnx.disk.transfers import copy_file
 from linen_nnx.errors import Refusal
 
-_SPARE = 16 << 20  # bytes of room for the new tree and the side files
 _SAID = Path(ITEM, "metadata")
 _ORBAX_META = "_CHECKPOINT_METADATA"
 _OURS = (REPORT, RULES, digests.NAME)
@@ -53,6 +52,8 @@ class Result:
     out: Path
     reports: tuple[dict[str, Any], ...]
     """The `report.json` of each checkpoint written (a run may have its latest and its best)."""
+    notes: tuple[str, ...] = ()
+    """What a person should know of where it lies."""
 
 
 def convert(
@@ -98,21 +99,17 @@ def convert(
       >>> folder.cleanup()
     """
     path, out = as_path(path), as_path(out)
-    if isinstance(out, Remote):
-        raise TargetError(f"{out}: buckets are read, and not written")
     to_file = out.suffix in SUFFIXES
     if out.suffix in READABLE and not to_file:
         known = " or ".join(SUFFIXES)
         raise TargetError(f"{out}: {out.suffix} is read and not written: choose a file {known}")
     progress("planning")
     conversions = _planned(path, to, out.suffix if to_file else "", runs, options)
-    if os.path.lexists(out):
-        return _existing(out, conversions)
-    _check_target(path, out, list(conversions.values()), link, runs)
-    # Linked files stay as they are and are not read, so that linking takes no time: by default they
-    # are not hashed.
-    hash_links = not link or digest
-    with workspace(out) as partial, Placer(link, hash_links, progress) as placer:
+    target = target_of(out, link, digest, progress)
+    if target.is_there(conversions):
+        return _existing(out, conversions, target)
+    target.check(path, list(conversions.values()), runs)
+    with target.writing() as (partial, placer):
         first = next(iter(conversions.values()))
         if to_file:
             _write_file(first, partial)
@@ -125,13 +122,11 @@ def convert(
             hashed = placer.finish()
             reports = []
             for relative, conversion in conversions.items():
-                reports.append(_seal(conversion, partial / relative, placer, hashed))
-        progress("syncing to disk")
-        _sync_all(partial, placer)
-        publish(partial, out)
-        # The new name is an entry of the directory above, which has to be on disk as well.
-        placer.sync([out.absolute().parent])
-    return Result("done", out, tuple(reports))
+                folder = partial / relative
+                target.finish_checkpoint(folder, _is_step(conversion.source))
+                reports.append(_seal(conversion, folder, placer, hashed))
+        target.publish(partial, placer)
+    return Result("done", out, tuple(reports), tuple(target.notes))
 
 
 def _planned(
@@ -171,7 +166,7 @@ def _relative(conversion: Conversion) -> str:
     return source.step_name
 
 
-def _existing(out: Path, conversions: dict[str, Conversion]) -> Result:
+def _existing(out: Path, conversions: dict[str, Conversion], target: Target) -> Result:
     """The result for a target that is there: equal, or an error that says how to go on."""
     reports = []
     for relative, conversion in conversions.items():
@@ -182,58 +177,34 @@ def _existing(out: Path, conversions: dict[str, Conversion]) -> Result:
         if report.get("fingerprint") != conversion.fingerprint:
             raise TargetError(f"{out} exists and is not this conversion's result: choose another")
         reports.append(report)
-        if not digests.check(out / relative):
+        if not (digests.check(out / relative) or _copies_intact(out / relative, report)):
             raise TargetError(
                 f"{out} exists and was made by this conversion, but has no digests that could "
                 "show its bytes intact: run `verify`"
             )
-    left_over(out)  # of a process that was killed between its last two steps
+    target.left_over()  # of a process that was killed between its last two steps
     return Result("equal", out, tuple(reports))
 
 
-def _check_target(
-    path: Path, out: Path, conversions: list[Conversion], link: bool, runs: Runs
-) -> None:
-    """Refuses a target that lies in the source, in no directory, or on too full a disk."""
-    parent = out.absolute().parent
-    if not parent.is_dir():
-        raise TargetError(f"{parent} is no directory: make it first")
-    inside = {conversion.source.folder.resolve() for conversion in conversions}
-    if path.is_dir():
-        inside.add(path.resolve())
-    above = (parent.resolve(), *parent.resolve().parents)
-    if any(folder in above for folder in inside):
-        raise TargetError(f"{out} lies inside the source, which stays as it is: choose another")
-    needed = _SPARE + _bytes_needed(path, conversions, link, runs)
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise TargetError(
-            f"{parent} has {free / 1e9:.2f} GB free, the conversion needs {needed / 1e9:.2f} GB"
-            + ("" if link else ": make room, or use --link on the source's file system")
-        )
+def _copies_intact(folder: Path, report: dict[str, Any]) -> bool:
+    """Whether all that a server copied is there, at its whole length.
+
+    Objects never change, and a copy is there when all of it is.
+    """
+    sizes = report.get("server_copied")
+    if not isinstance(folder, Remote) or not isinstance(sizes, dict):
+        return False
+    folder.look_below()
+    for name, size in sizes.items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != size:
+            return False
+    return True
 
 
-def _bytes_needed(path: Path, conversions: list[Conversion], link: bool, runs: Runs) -> int:
-    """Bytes that all conversions write, but for their trees and side files."""
-    count = sum(file.stat().st_size for file in runs.taken(path))
-    for conversion in conversions:
-        count += _taken_along(conversion, link)
-        for one in conversion.with_beside:
-            count += one.bytes_streamed
-            count += 0 if link else one.bytes_stored
-    return count
-
-
-def _taken_along(conversion: Conversion, link: bool) -> int:
-    """Bytes of the files beside the items, which a result takes along as they are."""
-    source = conversion.source
-    candidates = list(source.beside)
-    for item in source.paths:
-        candidates += item.iterdir()
-    if not link:
-        for child in source.beside:
-            candidates += files_below(child) if child.is_dir() else []
-    return sum(file.stat().st_size for file in candidates if file.is_file())
+def _is_step(source: Source) -> bool:
+    """Whether the result is a step with items, and not an item alone."""
+    return bool(source.paths) and source.folder not in source.paths
 
 
 def _write(conversion: Conversion, folder: Path, placer: Placer, runs: Runs) -> None:
@@ -241,8 +212,8 @@ def _write(conversion: Conversion, folder: Path, placer: Placer, runs: Runs) -> 
     source = conversion.source
     folder.mkdir(parents=True, exist_ok=True)
     # What was an item by itself stays one; in a step, the item keeps a name.
-    is_item = source.folder in source.paths or not source.paths
-    _write_item(conversion, folder if is_item else folder / _name(source), placer)
+    item = folder / _name(source) if _is_step(source) else folder
+    _write_item(conversion, item, placer)
     for name, beside in conversion.beside.items():
         if beside is not None:
             _write_item(beside, folder / name, placer)
@@ -281,14 +252,19 @@ def _seal(
             wrong.append(str(new.relative_to(folder)))
     if wrong:
         raise digests.DigestError(f"the source is damaged, by its own digests: {wrong}")
-    linked = placed.keys() & placer.linked
-    # Linked files that were not hashed have the digests that the source has of them. If it has none
-    # of one, digests would have to read what linking was to spare.
-    covered = placer.hash_links or linked <= carried.keys()
+    unread = placed.keys() & placer.unread
+    by_server: dict[str, int] = {}
+    for new in unread:
+        if isinstance(placed[new], Remote):
+            by_server[str(new.relative_to(folder))] = placed[new].stat().st_size
+    # Files that were linked or copied by a server, and not hashed, have the digests that the source
+    # has of them. If it has none of one, digests would have to read what that was to spare.
+    covered = placer.hash_links or unread <= carried.keys()
     report = {
         "version": 1,
         **conversion.summary(),
-        "linked": bool(linked),
+        "linked": bool(unread) and not by_server,
+        "server_copied": by_server,
         "fell_back": placer.fell_back,
         "digests": covered,
         "fingerprint": conversion.fingerprint,
@@ -418,13 +394,3 @@ def _write_file(conversion: Conversion, path: Path) -> None:
             keys = leaf.keys[:-1] if boxed else leaf.keys
             leaves.append((keys, leaf, arrays[number] if arrays else None))
     write_file(path, leaves)
-
-
-def _sync_all(partial: Path, placer: Placer) -> None:
-    """Writes through to disk whatever the placer has not synced by itself: all but its copies."""
-    fresh = [] if partial.is_dir() else [partial]
-    for folder, _, names in os.walk(partial):
-        files = [Path(folder, name) for name in names]
-        # A directory as well, since it holds the names of its files.
-        fresh += [Path(folder), *(file for file in files if file not in placer.placed)]
-    placer.sync(fresh)

@@ -31,7 +31,10 @@ def fetched(items: Sequence[Item], leaves: Sequence[Leaf], context: ts.Context) 
       OSError, ValueError: for bytes that are not there.
     """
     store = ts.KvStore.open({"driver": "memory"}, context=context).result()
-    wanted = [entry for leaf in leaves for entry in _chunks(items[leaf.item], leaf)]
+    wanted: list[tuple[str, Item, ocdbt.Value | str]] = []
+    for leaf in leaves:
+        wanted += _chunks(items[leaf.item], leaf)
+    # Of all leaves together: most arrays are one chunk, and would be one request after another.
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         contents = pool.map(lambda entry: _fetch(*entry[1:]), wanted)
         for (key, _, _), content in zip(wanted, contents, strict=True):
@@ -51,6 +54,7 @@ def _chunks(item: Item, leaf: Leaf) -> Iterator[tuple[str, Item, ocdbt.Value | s
         for key, value in item.tree[leaf.stored].items():
             yield f"{place(leaf)}/{key}", item, value
         return
+    # A folder for each array: its metadata is a file among the chunks, and is fetched with them.
     folder = item.path / leaf.stored
     for file in files_below(folder):
         key = str(file.relative_to(folder))

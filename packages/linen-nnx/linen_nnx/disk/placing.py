@@ -30,11 +30,13 @@ class Placer:
     The work goes on in threads, so that the disk, the hash and the caller's own work overlap.
     """
 
-    def __init__(self, link: bool, hash_links: bool, progress: Callable[[str], None]) -> None:
+    def __init__(
+        self, link: bool, hash_links: bool, progress: Callable[[str], None], threads: int = 4
+    ) -> None:
         self._link = link
         self.hash_links = hash_links
         self.progress = progress
-        self._pool = ThreadPoolExecutor(4)
+        self._pool = ThreadPoolExecutor(threads)
         # One thread: the disk writes one file after another, whoever asks.
         self._flusher = ThreadPoolExecutor(1)
         self._working: dict[Path, Future[Digest]] = {}
@@ -43,7 +45,8 @@ class Placer:
         """Why hard links were not possible, if they were asked for and were not."""
         self.placed: dict[Path, Path] = {}
         """The source of each file put in place."""
-        self.linked: set[Path] = set()
+        self.unread: set[Path] = set()
+        """The files whose bytes did not pass here: links, and copies that a server has made."""
 
     def place(self, source: Path, target: Path) -> None:
         """Makes `target`, and the directories above it, with the bytes of `source`.
@@ -69,13 +72,13 @@ class Placer:
         except OSError as error:
             self.fell_back = f"{error.strerror}: {target.parent}"
             return False
-        self.linked.add(target)
+        self.unread.add(target)
         return True
 
     def _copy(self, source: Path, target: Path) -> Digest:
         """Copies a file through to disk, which begins with the first step; returns its digest."""
         if isinstance(source, Remote):
-            return download(source, target, lambda: self._stopped)
+            return download(source, target, self._has_stopped)
         flushes: list[Future[None]] = []
         try:
             with open_data(source) as old, target.open("xb", buffering=0) as new:
@@ -103,6 +106,9 @@ class Placer:
             # What reads and writes by descriptor knows no names: a full disk should say which.
             raise OSError(error.errno, error.strerror, str(source), None, str(target)) from error
         return digest
+
+    def _has_stopped(self) -> bool:
+        return self._stopped
 
     def sync(self, paths: Iterable[Path]) -> None:
         """Writes files and directories through to disk, at once: they share a journal's commit."""

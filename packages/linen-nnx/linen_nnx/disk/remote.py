@@ -43,6 +43,7 @@ def as_path(text: str | Path) -> Path:
     """
     if isinstance(text, Path):
         return text
+    # `Path` would read `gs://bucket/a` as the relative path `gs:/bucket/a`, without a word.
     match = _URL.fullmatch(text)
     if match is None:
         return Path(text)
@@ -93,7 +94,7 @@ class Remote(ObjectPath):
         """The object's name in its bucket."""
         return "/".join(self.parts[2:])
 
-    # Where it leads to.
+    # Where it leads to. A bucket has no links, and no folder that a path could be relative to.
 
     def absolute(self) -> "Remote":
         return self
@@ -130,6 +131,7 @@ class Remote(ObjectPath):
 
     def iterdir(self) -> Iterator["Remote"]:  # pyrefly: ignore
         """What lies directly below. Raises `FileNotFoundError` if nothing does."""
+        # As on a disk, where a folder is missing; a folder without anything in it there is not.
         names = list(self.bucket.children(self.key))
         if not names:
             raise self.bucket.missing(self.key)
@@ -137,6 +139,7 @@ class Remote(ObjectPath):
 
     def glob(self, pattern: str, **_: Any) -> Iterator["Remote"]:  # pyrefly: ignore
         """Every path below that fits, as `*/run/metadata` does."""
+        # Level by level: `*/run/metadata` is three of them, and only what fits is looked into.
         paths = [self]
         for part in pattern.split("/"):
             below = [path / name for path in paths for name in self.bucket.children(path.key)]
@@ -163,6 +166,8 @@ class Remote(ObjectPath):
         return self.bucket.read(self.key)
 
     def read_range(self, start: int, length: int) -> bytes:
+        # Stores answer a range that begins behind the end with an error, and one that ends there
+        # with fewer bytes: neither says what is wrong.
         size = self.stat().st_size
         if size < start + length:
             raise ValueError(f"it ends before byte {start + length}")

@@ -21,6 +21,7 @@ from linen_nnx.book.grammar import did_you_mean
 from linen_nnx.book.reading import read_json
 from linen_nnx.disk.checked import StoreError
 from linen_nnx.disk.item import is_item
+from linen_nnx.disk.remote import Remote
 
 TEMPORARY = ".orbax-checkpoint-tmp"
 COMMITTED = "commit_success.txt"
@@ -90,6 +91,8 @@ def unfinished(folder: Path) -> str | None:
         return f"its name holds `{TEMPORARY}`, which Orbax takes away when a save is complete"
     if not folder.is_dir():
         return None
+    if isinstance(folder, Remote):
+        return _unfinished_in_bucket(folder)
     items = []
     for child in folder.iterdir():
         name, mark, _ = child.name.partition(TEMPORARY)
@@ -100,6 +103,28 @@ def unfinished(folder: Path) -> str | None:
         return f"it holds {sorted(items)}, whose save was cut off"
     if not (folder / COMMITTED).exists() and _begun_only(folder / _HISTORY):
         return f"it has no `{COMMITTED}`, and {_HISTORY} says that it was begun and not committed"
+    return None
+
+
+def _unfinished_in_bucket(folder: Remote) -> str | None:
+    """The same of a folder in a bucket, where the mark is what says that it is complete.
+
+    Orbax writes it to gs:// and asks for it there. To s3:// it cannot write, so what lies there was
+    copied, perhaps from a disk, where older saves have no mark; or a conversion has written it.
+    """
+    looks_whole = (folder / "_METADATA").is_file() or (folder / _HISTORY).is_file()
+    if not looks_whole or (folder / COMMITTED).is_file():
+        return None
+    if folder.scheme == "gs":
+        return (
+            f"it has no `{COMMITTED}`, which is written last in a bucket (if it is a copy of a "
+            "save that was complete on a disk, put an empty object of that name there)"
+        )
+    from linen_nnx.disk.claims import claim_of
+
+    for one in (folder, folder.parent):
+        if one.key and claim_of(one).exists():
+            return f"by {claim_of(one)}, a conversion writes it now, or was killed"
     return None
 
 

@@ -1,6 +1,6 @@
 """Files on their way into a bucket and out of one, hashed as they pass.
 
-No file is held in memory: a download holds a block of a megabyte, an upload some parts of eight.
+No file is held in memory: a download holds a block of 8 MB, an upload some parts of that size.
 """
 
 import os
@@ -32,6 +32,7 @@ def download(source: Remote, target: Path, stopped: Stopped) -> Digest:
     passed = _Passed(source, source.blocks(), stopped)
     with target.open("xb", buffering=0) as file:
         for block in passed:
+            # An unbuffered file may take a part of what it is given.
             left = memoryview(block)
             while left:
                 left = left[file.write(left) :]
@@ -79,6 +80,7 @@ class _Passed:
 
     def __iter__(self) -> Iterator[Any]:
         for block in self._blocks:
+            # Between two blocks: gigabytes may be under way when somebody presses Ctrl-C.
             if self._stopped():
                 raise CancelledError
             self._state.update(block)
