@@ -123,8 +123,10 @@ def test_a_checkpoint_is_the_same_on_every_way(tmp_path, store, ocdbt, stacked):
 @pytest.mark.parametrize("name", ["m.msgpack", "m.safetensors"])
 def test_a_file_goes_into_a_bucket_and_out_of_it(tmp_path, store, name):
     upload(store, saved(tmp_path / "root"), "a/root")
-    RENAMES.save(rules := tmp_path / "rules.yaml")
-    words = ["--rules", str(rules), "--model-only"]
+    (tmp_path / "book").mkdir()
+    RENAMES.save(tmp_path / "book" / "rules.yaml")
+    upload(store, tmp_path / "book", "a")
+    words = ["--rules", "s3://mem/a/rules.yaml", "--model-only"]
     assert main(["run", "s3://mem/a/root", f"s3://mem/b/{name}", "--to", "nnx", *words]) == 0
     assert main(["run", f"s3://mem/b/{name}", "s3://mem/b/back", "--to", "linen", *words]) == 0
     assert main(["verify", f"s3://mem/b/{name}", "s3://mem/b/back", *words]) == 0

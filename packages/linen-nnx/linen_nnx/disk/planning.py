@@ -37,6 +37,7 @@ from linen_nnx.disk.finding import find
 from linen_nnx.disk.layouts import lay_out
 from linen_nnx.disk.leaves import Key, Leaf
 from linen_nnx.disk.origin import Origin, origin_of
+from linen_nnx.disk.remote import as_path
 from linen_nnx.disk.runs import NO_RUNS, Runs
 from linen_nnx.disk.sides import guess_side
 from linen_nnx.disk.sources import Source
@@ -317,7 +318,7 @@ def _rule_book(source: Source, rules: str | Path | RuleBook | None) -> RuleBook:
     if isinstance(rules, RuleBook):
         return rules
     if rules is not None:
-        return RuleBook.load(rules)
+        return RuleBook.load(as_path(rules))
     if source.said is not None and source.said.rules is not None:
         return RuleBook.from_dict(source.said.rules, name=f"the rule book of {source.path}")
     own = source.folder / RULES
