@@ -204,7 +204,7 @@ def _coords(draft: Draft, rule: Rule, members: Collection[Place]) -> dict[str, i
 
 def _actions(draft: Draft, rule: Rule, grid: SpecGrid) -> tuple[tuple[Action, ...], SpecGrid]:
     """The actions of a rule for arrays of given shapes, and the grid that they end in."""
-    # Its words and its shape are those of the key's kind: no op could keep it a key.
+    # A key is stored as raw words, whose number its kind fixes: after an op it would be no key.
     if rule.ops and any(str(spec.dtype).startswith("key<") for spec in grid.specs):
         raise Mismatch("typed PRNG keys can be renamed only")
     # A book lists ops in the order from Linen to nnx.
