@@ -55,10 +55,19 @@ def check_length(file: FileIO, metadata: dict[str, Any], nbytes: int) -> None:
 
 
 def check_size(size: int, metadata: dict[str, Any], nbytes: int) -> None:
-    """The same by the length alone, where no byte of the chunk is to be read.
+    """Compares a chunk's length alone with its array, where no byte of the chunk is to be read.
 
-    So a chunk that is stored as it is must be as long as its array says; of any other it is known
-    only that it is not empty, and no longer than codecs make it. Raises `ValueError`.
+    A chunk that is stored as it is must be as long as its array says. Of a compressed one only two
+    things are known: it is not empty, and codecs do not make chunks that much smaller.
+
+    Raises:
+      ValueError: for a chunk of another length than these allow.
+
+    Example:
+      >>> plain = {"zarr_format": 2, "compressor": None, "filters": None}
+      >>> check_size(12, plain, nbytes=16)
+      Traceback (most recent call last):
+      ValueError: it has 12 bytes, expected 16
     """
     check_swelling(size, nbytes)
     if _is_plain(metadata):
