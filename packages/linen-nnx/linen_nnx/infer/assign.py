@@ -1,10 +1,11 @@
 """Pairs the slots of two models on the evidence, and leaves open what the evidence leaves open.
 
-Four steps, each of which leaves fewer candidates. The first is enough for the twin of `example.py`,
-whose sides have three slots each (`dataflow.py` draws them):
+A slot is one first use of elements of a leaf (`dataflow.py` draws those of `example.py`). Its
+fingerprint is made of its gradient (`fingerprints.py`). Four steps leave ever fewer candidates:
 
 1. **Fingerprints.** Two slots may be a pair if their forms are equal and their fingerprints nearly
-   so. The table holds the relative difference of fingerprints, "-" for slots of different forms:
+   so. For the twin of `example.py` that is enough. The table holds the relative difference of
+   fingerprints, "-" for slots of different forms:
 
                            nnx 0 first/kernel   1 first/bias   2 last
     Linen 0 up/kernel            0                   -           0.98
@@ -27,6 +28,8 @@ whose sides have three slots each (`dataflow.py` draws them):
     Linen   e0 -> f    e1 -> g          e0 and e1 each fit e0' and e1'
     nnx     e1' -> f'  e0' -> g'        f is paired with f', so e0 is with e1'
 
+   Below, `linen[2, 0]` says that slot 0 flows into slot 2; the slots are e0, e1, f and g.
+
     >>> linen = np.array([[0, 0, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0], [0, 1, 0, 0]], bool)
     >>> nnx = np.array([[0, 0, 0, 0], [0, 0, 0, 0], [0, 1, 0, 0], [1, 0, 0, 0]], bool)
     >>> fits = np.array([[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], bool)
@@ -36,6 +39,15 @@ whose sides have three slots each (`dataflow.py` draws them):
 3. **Order of first use.** What is left may be interchangeable: two towers whose results are added
    give the same output whichever is whose. Then the slot that is used first on one side is paired
    with the one that is used first on the other.
+
+    >>> nothing_flows = np.zeros((2, 2), bool)
+    >>> towers = _Candidates((nothing_flows, nothing_flows), fits=np.ones((2, 2), bool))
+    >>> towers.tied(skip={})
+    ([0, 1], [0, 1])
+    >>> towers.choose(0, 0)
+    >>> towers.pairs()
+    [(0, 0), (1, 1)]
+
 4. **Names** have a veto, no more. If the words of the paths speak for another pairing than the
    order of first use, both stay open: a wrong rule is worse than none.
 """
@@ -89,9 +101,11 @@ def assign(linen: SlottedSide, nnx: SlottedSide, prints: Prints) -> Assignment:
     fits, gaps = _candidates(linen, nnx, prints)
     seen = prints.seen if len(prints.seen) else np.zeros(len(linen.forms), bool)
     candidates = _Candidates((linen.flow.above, nnx.flow.above), fits)
+    # What the evidence alone settles. Pairs beyond these rest on a choice, and say so.
     firm = set(candidates.pairs())
     named, disputed = _break_ties(candidates, (linen, nnx), prints.partial, seen)
     pairs: list[Pair] = []
+    paired: tuple[set[int], set[int]] = set(), set()
     for a, b in candidates.pairs():
         others = np.delete(gaps[a], b)
         margin = float(others.min(initial=np.inf))
@@ -99,8 +113,10 @@ def assign(linen: SlottedSide, nnx: SlottedSide, prints: Prints) -> Assignment:
         agreed = named.get(a, all(named.values()))
         chosen = (a, b) not in firm
         pairs.append(Pair(a, b, float(gaps[a, b]), margin, bool(seen[a]), chosen, agreed))
-    open_linen = _open_slots((linen, nnx), {pair.linen for pair in pairs}, fits, gaps, prints)
-    open_nnx = _open_slots((nnx, linen), {pair.nnx for pair in pairs}, fits.T, gaps.T, prints)
+        paired[0].add(a)
+        paired[1].add(b)
+    open_linen = _open_slots((linen, nnx), paired[0], fits, gaps, prints)
+    open_nnx = _open_slots((nnx, linen), paired[1], fits.T, gaps.T, prints)
     for slot in disputed.keys() & open_linen.keys():
         near, _ = open_linen[slot]
         open_linen[slot] = near, disputed[slot]
@@ -162,9 +178,7 @@ def _candidates(linen: SlottedSide, nnx: SlottedSide, prints: Prints) -> tuple[A
 
 def _slots_of_form(side: SlottedSide, form: tuple[object, ...]) -> list[int]:
     """The slots of a form; none for `HELD`, as such slots have no twin."""
-    if form == HELD:
-        return []
-    return [slot for slot, other in enumerate(side.forms) if other == form]
+    return [] if form == HELD else side.slots_of_form(form)
 
 
 # Step 2
@@ -198,8 +212,8 @@ class _Candidates:
         """Rules out what the dataflow between pairs contradicts, until no pair is added or lost.
 
         Each round looks at all slots at once. A slot is described by the pairs that flow into it
-        and those that it flows into; candidates whose description differs are dropped. What that
-        settles adds pairs, which tell more in the next round.
+        and those that it flows into; candidates whose description differs are dropped. Slots with
+        one candidate left become pairs, and these tell more in the next round.
         """
         count = -1
         while count != (count := self._drop_contradictions()):
@@ -330,7 +344,8 @@ def _open_slots(
 def _nearest(side: SlottedSide, other: SlottedSide, slot: int, gaps: Array) -> list[int]:
     """The slots of the other side with the form of a slot, likeliest first.
 
-    By fingerprint; among equal ones that slot first which comes as late among those of its form.
+    They are sorted by fingerprint, and by rank where fingerprints are equal: for the third slot of
+    a form, the third slot of that form on the other side comes first.
     """
     form = side.forms[slot]
     rank = side.forms[:slot].count(form)

@@ -24,6 +24,7 @@ from flax.errors import InvalidRngError
 from linen_nnx.infer.keys import watching
 from linen_nnx.infer.twin import Twin
 
+# The arguments that say to a model whether it trains, as public models call them, in evaluation.
 EVALUATION = {
     "deterministic": True,
     "train": False,
@@ -35,9 +36,16 @@ _SWITCHES = ("deterministic", "use_running_average")
 
 
 def complete(twin: Twin, trains: bool = False) -> Twin:
-    """The twin with all its calls: those that it gives, and the usual ones in evaluation.
+    """The twin with all three calls; one that it leaves out becomes the usual one in evaluation.
 
-    `trains`: whether the twin's own Linen call trains: then nnx stays in train mode, too.
+    Args:
+      twin: the twin, whose `call_linen`, `call_nnx` and `init_linen` may be None.
+      trains: whether the twin's own Linen call trains: then nnx stays in train mode, too.
+
+    Example:
+        >>> from linen_nnx.infer.example import two_layers
+        >>> complete(two_layers()).init_linen is None
+        False
     """
 
     def init_linen(module: Any, key: Any, *inputs: Any) -> Any:
@@ -83,6 +91,7 @@ class _LinenCall:
 
     def __call__(self, module: Any, variables: Any, *inputs: Any) -> Any:
         flags, key = _flags(module, inputs), jax.random.key(0)
+        # Without keys first, to see whether it draws.
         try:
             return module.apply(variables, *inputs, **flags)
         except InvalidRngError:
@@ -94,7 +103,8 @@ class _LinenCall:
 def of_linen(twin: Twin, module: Any, inputs: tuple[Any, ...], draws: bool) -> tuple[str, ...]:
     """What was chosen for the Linen side, a sentence each; nothing where there was no choice.
 
-    `draws`: whether the model draws in its call.
+    Args:
+      draws: whether the model draws in its call.
     """
     if twin.call_linen:
         return ()
@@ -107,34 +117,43 @@ def of_linen(twin: Twin, module: Any, inputs: tuple[Any, ...], draws: bool) -> t
 
 
 def of_nnx(twin: Twin, model: Any, inputs: tuple[Any, ...], trains: bool) -> tuple[str, ...]:
-    """The same for the nnx side."""
+    """What was chosen for the nnx side, a sentence each; nothing where there was no choice.
+
+    Args:
+      trains: whether the model stays in train mode.
+    """
     if twin.call_nnx is not None:
         return ()
     if trains:
         return ("nnx is called in train mode, as the twin's Linen call updates its statistics",)
     flags = _flags(model, inputs)
     chosen = [f"is called with {_text(flags)}"] if flags else []
-    modules = [module for _, module in nnx.iter_modules(model)]
-    if any(hasattr(module, name) for module in modules for name in _SWITCHES):
+    if _is_switched(model):
         chosen.insert(0, "is switched to evaluation by `model.eval()`")
     return (f"nnx {' and '.join(chosen)}, which the twin leaves open",) if chosen else ()
 
 
-def _flags(model: Any, inputs: tuple[Any, ...]) -> dict[str, bool]:
-    """The arguments of the model's call that say whether it trains, and are not among the inputs.
+def _is_switched(model: Any) -> bool:
+    """Whether some layer of a model acts otherwise after `model.eval()`."""
+    for _, module in nnx.iter_modules(model):
+        if any(hasattr(module, name) for name in _SWITCHES):
+            return True
+    return False
 
-    Those whose default says evaluation already are left alone.
-    """
+
+def _flags(model: Any, inputs: tuple[Any, ...]) -> dict[str, bool]:
+    """The arguments of the model's call that say whether it trains, beside the inputs."""
     try:
         parameters = inspect.signature(type(model).__call__).parameters
     except (TypeError, ValueError):  # a callable of another kind: its default is its call
         return {}
     names = list(parameters)[1 + len(inputs) :]  # behind `self` and the inputs
-    return {
-        name: value
-        for name, value in EVALUATION.items()
-        if name in names and parameters[name].default is not value
-    }
+    flags: dict[str, bool] = {}
+    for name, value in EVALUATION.items():
+        # Where the default says evaluation already, there is no choice to speak of.
+        if name in names and parameters[name].default is not value:
+            flags[name] = value
+    return flags
 
 
 def _text(flags: dict[str, bool]) -> str:

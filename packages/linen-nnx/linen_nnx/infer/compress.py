@@ -27,13 +27,15 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from linen_nnx.book.ops import Op, Stack
+from linen_nnx.book.patterns import Pattern
+from linen_nnx.infer.assign import Pair
 from linen_nnx.infer.found import FoundRule, rule_of
 
 _LETTERS = "ijklmnopqrstuvwxyz"
 _NAMES = ("name", "part", "piece", "element")
 Texts = tuple[tuple[str, ...], tuple[str, ...]]
 """The patterns of a rule's Linen and nnx side, as text."""
-Leaves = tuple[Sequence[str], Sequence[str]]
+AllPaths = tuple[Sequence[str], Sequence[str]]
 """The paths of all Linen leaves and of all nnx leaves."""
 
 
@@ -67,6 +69,7 @@ def compress(
 
 
 def _texts(found: FoundRule) -> Texts:
+    """The patterns of a rule as text."""
     linen = tuple(pattern.text for pattern in found.rule.linen)
     nnx = tuple(pattern.text for pattern in found.rule.nnx)
     return linen, nnx
@@ -75,7 +78,7 @@ def _texts(found: FoundRule) -> Texts:
 # By number
 
 
-def _merged_by_number(rules: list[FoundRule], leaves: Leaves) -> list[FoundRule]:
+def _merged_by_number(rules: list[FoundRule], leaves: AllPaths) -> list[FoundRule]:
     """Rules that differ by integers alone, merged where these are the same on both sides."""
     if len(rules) == 1:
         return rules
@@ -115,6 +118,7 @@ def _captured(
     filled: list[str] = []
     for column in columns:
         filled.append(f"{{{letters[column]}}}" if column in letters else column[0])
+    # `re.sub` comes by the integers in the order of the columns.
     rest = iter(filled)
     return _replaced(texts, r"\d+", lambda _: next(rest))
 
@@ -130,8 +134,10 @@ def _number_to_part_by(
     """
     on_linen = len(re.findall(r"\d+", "\n".join(_texts(found)[0])))
     for k in varying:
-        alike = [other for other in varying if columns[other] == columns[k]]
-        sides = {other < on_linen for other in alike}
+        sides: set[bool] = set()
+        for other in varying:
+            if columns[other] == columns[k]:
+                sides.add(other < on_linen)
         if len(sides) == 1:
             return k
     return varying[0]
@@ -140,7 +146,7 @@ def _number_to_part_by(
 # By name
 
 
-def _merged_by_name(rules: list[FoundRule], leaves: Leaves) -> list[FoundRule]:
+def _merged_by_name(rules: list[FoundRule], leaves: AllPaths) -> list[FoundRule]:
     """Rules that differ by one path element, the same on both sides, merged; one round."""
     # By what a rule is once a word is a capture: the words, and the number of each one's rule.
     groups: dict[Any, dict[str, int]] = {}
@@ -168,15 +174,18 @@ def _shared_words(texts: Texts) -> set[str]:
     But for the root of an nnx path: it may name a part of the model, and rules of different parts
     are told apart.
     """
-    elements = [set(text.split("/")) for side in texts for text in side]
-    roots = {text.split("/")[0] for text in texts[1]}
-    shared = set.intersection(*elements) - roots
+    shared = set(texts[0][0].split("/"))
+    for text in (*texts[0], *texts[1]):
+        shared &= set(text.split("/"))
+    for text in texts[1]:
+        root, _, _ = text.partition("/")
+        shared.discard(root)
     return {word for word in shared if "{" not in word}
 
 
 def _with_capture(texts: Texts, word: str) -> Texts:
     """The texts with a capture in place of a path element: `{leaf}` at the end, `{name}` before."""
-    is_last = all(text.split("/")[-1] == word for side in texts for text in side)
+    is_last = all(text.split("/")[-1] == word for text in (*texts[0], *texts[1]))
     name = "leaf" if is_last else _free_name(_joined(texts), word)
     return _replaced(texts, rf"(?<![^/]){re.escape(word)}(?![^/])", f"{{{name}}}")
 
@@ -192,28 +201,39 @@ def _free_name(taken: str, word: str) -> str:
 # Both
 
 
-def _merged(rules: list[FoundRule], texts: Texts, leaves: Leaves) -> FoundRule | None:
+def _merged(rules: list[FoundRule], texts: Texts, leaves: AllPaths) -> FoundRule | None:
     """One rule for all, if its patterns match their leaves and no others."""
     try:
         rule = rule_of(*texts, rules[0].rule.ops)
     except ValueError:
         return None
-    linen = frozenset[str]().union(*(found.linen for found in rules))
-    nnx = frozenset[str]().union(*(found.nnx for found in rules))
-    for patterns, paths, due in ((rule.linen, leaves[0], linen), (rule.nnx, leaves[1], nnx)):
-        hits = [path for pattern in patterns for path in paths if pattern.match(path) is not None]
-        # As many hits as leaves, too: two patterns of one rule may not match the same leaf.
-        if len(hits) != len(due) or set(hits) != due:
-            return None
-    evidence = tuple(pair for found in rules for pair in found.evidence)
-    reasons = dict.fromkeys(reason for found in rules for reason in found.reasons)
-    return FoundRule(rule, linen, nnx, evidence, tuple(reasons))
+    linen, nnx = set[str](), set[str]()
+    evidence: list[Pair] = []
+    reasons: dict[str, None] = {}  # each once, in order
+    for found in rules:
+        linen |= found.linen
+        nnx |= found.nnx
+        evidence += found.evidence
+        reasons |= dict.fromkeys(found.reasons)
+    if not _matches(rule.linen, leaves[0], linen) or not _matches(rule.nnx, leaves[1], nnx):
+        return None
+    return FoundRule(rule, frozenset(linen), frozenset(nnx), tuple(evidence), tuple(reasons))
+
+
+def _matches(patterns: Iterable[Pattern], paths: Iterable[str], due: set[str]) -> bool:
+    """Whether some patterns match the paths that are due, each once, and no others."""
+    hits: list[str] = []
+    for path in paths:
+        for pattern in patterns:
+            if pattern.match(path) is not None:
+                hits.append(path)
+    return len(hits) == len(due) and set(hits) == due
 
 
 def _replaced(texts: Texts, pattern: str, new: str | Callable[[Any], str]) -> Texts:
     """The texts of both sides after `re.sub`, Linen first."""
-    linen, nnx = (tuple(re.sub(pattern, new, text) for text in side) for side in texts)
-    return linen, nnx
+    linen = tuple(re.sub(pattern, new, text) for text in texts[0])
+    return linen, tuple(re.sub(pattern, new, text) for text in texts[1])
 
 
 def _joined(texts: Texts) -> str:

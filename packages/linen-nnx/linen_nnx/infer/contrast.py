@@ -30,10 +30,12 @@ def contrast(
     ours, theirs = list(linen), list(nnx)
     ours_named, theirs_named = _listed(ours), _listed(theirs)
     our_uses, their_uses = _count(both[0], ours), _count(both[1], theirs)
+    # The same leaves in another number of parts: one model cuts what the other uses whole.
     if our_uses != their_uses:
         first = f"Linen uses {ours_named} {_parts(our_uses, len(ours))}"
         return f"{first}, nnx uses {theirs_named} {_parts(their_uses, len(theirs))}"
-    # Only leaves that have a rule can be looked for on the other side.
+    # The same parts at another place: other leaves come before. Only leaves that have a rule can be
+    # looked for on the other side.
     before_ours = _before(both[0], ours) & mates.keys()
     before_theirs = _before(both[1], theirs)
     more = [path for path in before_ours if not mates[path] <= before_theirs]

@@ -201,8 +201,9 @@ class _Walk:
         if inner is not None:
             return self.run(inner, args, site)
         # Positions and loop counters are computed, so that a lookup by them is a known movement.
-        if all(arg.const is not None for arg in args):
-            folded = _fold(eqn, args)
+        consts = [arg.const for arg in args]
+        if all(const is not None for const in consts):
+            folded = _fold(eqn, consts)
             if folded:
                 return folded
         if name in ELEMENTWISE:
@@ -212,7 +213,7 @@ class _Walk:
         if name in ("concatenate", "stack"):
             return [self.joined(eqn, args, site)]
         if args and (args[0].views or args[0].tags):
-            moves = movements(eqn, [arg.const for arg in args[1:]])
+            moves = movements(eqn, consts[1:])
             if moves:
                 return [self.moved(args[0], move) for move in moves]
         # Most layers write `x @ w`, the weight second.
@@ -234,11 +235,8 @@ class _Walk:
         """
         scan = scan_parts(eqn)
         fixed, carry, rows = scan.operands(args)
-        is_stacked = any(row.views or row.tags for row in rows)
-        counts = any(value.const is not None and value.const.ndim == 0 for value in carry)
-        is_looked_up = counts and any(value.views for value in fixed)
         collected = []
-        for step in scan.steps() if is_stacked or is_looked_up else (0,):
+        for step in scan.steps() if _steps_differ(fixed, carry, rows) else (0,):
             now = [_row(self, row, step) for row in rows]
             outs = self.run(scan.body, [*fixed, *carry, *now], (*site, step))
             carry = outs[: scan.carried]
@@ -251,7 +249,7 @@ class _Walk:
         """The results of a while loop, whose body is run once."""
         loop = while_parts(eqn)
         of_test, of_body, carry = loop.operands(args)
-        # What is constant before the loop may be counted up in it.
+        # A number that is constant before the loop may be counted up in it.
         carry = [value._replace(const=None) for value in carry]
         test = self.run(loop.test, [*of_test, *carry], (*site, 0))
         self.flush(test, site)
@@ -303,7 +301,7 @@ class _Walk:
             for view in arg.views:
                 views.append(np.broadcast_to(view, shape))
         # `kernel * scale` without an input is no use yet: what is applied to it will be.
-        if not any(arg.active for arg in args):
+        if not _any_active(args):
             return _Value(views=tuple(views))
         tags: list[_Tag] = []
         mask = 0
@@ -367,8 +365,7 @@ class _Walk:
             mask |= arg.mask | bits
             for tag in (*self.pending(arg), *new):
                 tags.append(tag._replace(columns=place(tag.columns, end)))
-        active = bool(mask) or any(arg.active for arg in args)
-        return _Value(tags=tuple(tags), mask=mask, active=active)
+        return _Value(tags=tuple(tags), mask=mask, active=bool(mask) or _any_active(args))
 
     def product(
         self, args: list[_Value], weight: int, axes: Axes, shape: tuple[int, ...], site: Site
@@ -377,15 +374,15 @@ class _Walk:
         # Of `kernel * scale` the kernel varies most: it is the weight. The scale counts as used
         # just before.
         view, *others = sorted(args[weight].views, key=lambda each: -_varying(each).size)
-        rest = [arg for number, arg in enumerate(args) if number != weight]
-        above = self.flush([*rest, _Value(views=tuple(others))], site)
+        rest = [*args[:weight], *args[weight + 1 :], _Value(views=tuple(others))]
+        above = self.flush(rest, site)
         # One row for each output of the product, batch entry by batch entry.
         ids = view.transpose([*axes.batch, *axes.free, *axes.summed])
         grid = ids.shape[: len(axes.places)]
         rows = ids.reshape(int(np.prod(grid)), -1)
         owners = self.owner[rows]
         bits = mask_of(np.unique(owners[owners >= 0]))
-        # A row one of whose elements was used before (a kernel applied twice) is no first use.
+        # Not a first use: a row one of whose elements was used before (a kernel applied twice).
         fresh = (owners < 0).all(axis=1)
         if not fresh.any():
             return _Value(mask=above | bits, active=True)
@@ -409,11 +406,12 @@ class _Walk:
         return [tag for tag in value.tags if tag.bit not in self.covers]
 
     def flush(self, values: Iterable[_Value], site: Site) -> int:
-        """Makes slots of all that is pending on values; returns the mask of what flows out."""
+        """Makes slots of all pending tags of some values; returns the mask of what they hand on."""
         mask = 0
         for value in values:
             new, bits = self.touch(value.views, site)
             for tag in (*self.pending(value), *new):
+                # Asked again, as `x + x[::-1]` has one tag twice, with its columns in two orders.
                 if tag.bit not in self.covers:
                     self.register(tag, value.tags)
             mask |= value.mask | bits
@@ -421,7 +419,8 @@ class _Walk:
 
     def register(self, tag: _Tag, beside: Sequence[_Tag]) -> None:
         """Makes a slot of the elements of a tag that have none: one for each lane."""
-        # In the order in which they stand in the value, which is that of the computation.
+        # In the order in which they stand in the value: that is the same on both sides, in whatever
+        # order the elements are stored.
         numbers, first = np.unique(_varying(tag.columns), return_index=True)
         numbers = numbers[np.argsort(first)]
         numbers = numbers[numbers >= 0]
@@ -440,23 +439,23 @@ class _Walk:
         self.covers[tag.bit] = covers
 
     def finish(self) -> Flow:
-        """Makes slots of what nothing consumed, and turns masks of tags into pairs of slots."""
+        """Makes slots of the tags that nothing consumed, and of masks of tags pairs of slots."""
         # Backwards: parts come after the whole that they were cut from. Once they have slots, the
         # whole makes a slot of no more than what is left of it.
         for tag in reversed(self.tags):
             if tag.bit not in self.covers:
                 self.register(tag, ())
-        ranks = sorted(range(len(self.slots)), key=lambda number: self.slots[number][0])
-        place = {number: rank for rank, number in enumerate(ranks)}
+        in_order = sorted(range(len(self.slots)), key=lambda number: self.slots[number][0])
+        place = {number: rank for rank, number in enumerate(in_order)}
         # (tags, slots), 1 where a slot stands for a tag. In float32, as numpy has no fast product
         # of booleans.
-        cover = np.zeros((len(self.tags), len(ranks)), np.float32)
+        cover = np.zeros((len(self.tags), len(in_order)), np.float32)
         for bit, numbers in self.covers.items():
             for number in numbers:
                 cover[bit, place[number]] = 1
         slots: list[Slot] = []
         masks: list[int] = []
-        for number in ranks:
+        for number in in_order:
             _, above, slot = self.slots[number]
             slots.append(slot)
             masks.append(above)
@@ -464,12 +463,27 @@ class _Walk:
         return Flow(slots, flows_in, self.uses, self.owner)
 
 
-def _fold(eqn: Any, args: list[_Value]) -> list[_Value] | None:
+def _any_active(values: Iterable[_Value]) -> bool:
+    """Whether some of the values depends on the model's inputs."""
+    return any(value.active for value in values)
+
+
+def _steps_differ(fixed: Iterable[_Value], carry: Iterable[_Value], rows: Iterable[_Value]) -> bool:
+    """Whether the steps of a scan use different elements."""
+    for row in rows:
+        if row.views or row.tags:
+            return True
+    # A number that is counted up, and leaves that it may look up.
+    counts = any(value.const is not None and value.const.ndim == 0 for value in carry)
+    return counts and any(value.views for value in fixed)
+
+
+def _fold(eqn: Any, consts: list[Array | None]) -> list[_Value] | None:
     """The values of an equation of integer constants, if it is one."""
     for out in eqn.outvars:
         if out.aval.size > _FOLD or getattr(out.aval.dtype, "kind", "?") not in "iub":
             return None
-    return [_constant(out) for out in bind(eqn, [arg.const for arg in args])]
+    return [_constant(out) for out in bind(eqn, consts)]
 
 
 def _constant(value: Any) -> _Value:

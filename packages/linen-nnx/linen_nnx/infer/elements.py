@@ -25,7 +25,7 @@ from linen_nnx.infer.found import rule_of
 Array = np.ndarray
 Ops = tuple[Op, ...]
 Shape = tuple[int, ...]
-EXACT = 1e-7  # relative to a leaf's largest gradient
+EQUAL = 1e-7  # relative to a leaf's largest gradient
 _MOST_AXES = 4  # of arrays whose every order of axes is tried: 24 orders
 
 
@@ -128,9 +128,13 @@ def turned_back(array: Array, perm: tuple[int, ...] | None) -> Array:
 
 
 def table(whole: Array) -> tuple[Array, Array, float]:
-    """What `positions` looks elements up in: their sorted values, where each is, what is equal."""
+    """The table in which `positions` looks elements up.
+
+    Returns:
+      the sorted elements, the place of each in the array, and by how much equal ones may differ.
+    """
     order = np.argsort(whole, axis=None)
-    return whole.ravel()[order], order, EXACT * float(np.abs(whole).max())
+    return whole.ravel()[order], order, EQUAL * float(np.abs(whole).max())
 
 
 def positions(part: Array, values: Array, order: Array, near: float) -> Array | None:
@@ -140,6 +144,7 @@ def positions(part: Array, values: Array, order: Array, near: float) -> Array | 
       flat positions in the shape of the part, -1 where several elements have its value. None if
       some element of the part is nowhere in the whole.
     """
+    # Two binary searches: between them stand the elements that are equal but for rounding.
     low = np.searchsorted(values, part.ravel() - near, side="left")
     high = np.searchsorted(values, part.ravel() + near, side="right")
     if (low == high).any():

@@ -114,6 +114,7 @@ def _prints(side: SlottedSide, result: Run) -> tuple[Array, Array]:
     And (slots,): how strongly outputs, or its own new value, depend on each slot; 0 for those whose
     gradient is nothing but rounding.
     """
+    # New values by element, as gradients are; 0 where the call does not update.
     updated = np.zeros(side.owner.size)
     for path, value in result.updates.items():
         updated[side.trace.numbers[path]] = value
@@ -137,6 +138,7 @@ def _sums(values: Array) -> Array:
         False
     """
     weighted = values.ravel() * _weights(values.size)
+    # A slot of fewer elements than sums has a sum for each element, and zeros behind them.
     starts = np.unique(np.linspace(0, values.size, _SUMS, endpoint=False).astype(int))
     return np.pad(np.add.reduceat(weighted, starts), (0, _SUMS - len(starts)))
 

@@ -145,8 +145,10 @@ def _lists(leaves: Leaves, letter: str) -> Iterator[dict[str, list[str]]]:
         >>> list(_lists(paths, "i"))
         [{'l/{i}/w': ['l/0/w', 'l/1/w']}]
     """
-    spans = {path: [found.span() for found in re.finditer(r"\d+", path)] for path in leaves}
-    for place in range(min(len(each) for each in spans.values())):
+    spans: dict[str, list[tuple[int, int]]] = {}
+    for path in leaves:
+        spans[path] = [found.span() for found in re.finditer(r"\d+", path)]
+    for place in range(min(map(len, spans.values()))):
         lists: dict[str, dict[int, str]] = {}
         for path, each in spans.items():
             low, high = each[place]
@@ -155,6 +157,7 @@ def _lists(leaves: Leaves, letter: str) -> Iterator[dict[str, list[str]]]:
         count = len(leaves) // len(lists)
         whole = set(range(count))
         if count > 1 and all(paths.keys() == whole for paths in lists.values()):
+            # By index, and not in the order of paths: "10" sorts before "2".
             yield {pattern: [paths[k] for k in range(count)] for pattern, paths in lists.items()}
 
 
@@ -204,11 +207,13 @@ def _joined(
     Args:
       owners: for each index of the axis the number of the part that it belongs to.
     """
-    runs = [(int(number), len(list(run))) for number, run in itertools.groupby(owners)]
-    if len(runs) != len(names):
+    order: list[str] = []
+    sizes: tuple[int, ...] = ()
+    for number, run in itertools.groupby(owners):
+        order.append(names[int(number)])
+        sizes = (*sizes, len(list(run)))
+    if len(order) != len(names):
         return
-    order = [names[number] for number, _ in runs]
-    sizes = tuple(size for _, size in runs)
     cuts = np.split(whole, np.cumsum(sizes)[:-1], axis=axis)
     moves = [list(_moves(parts[path], cut)) for path, cut in zip(order, cuts, strict=True)]
     concat = Concat(axis - whole.ndim, None if len(set(sizes)) == 1 else sizes)
@@ -311,5 +316,5 @@ def _reshape(before: Array, after: Array) -> Ops:
 def _turned(op: Op) -> Op:
     """The op that goes back."""
     if isinstance(op, Transpose):
-        return Transpose(tuple(int(axis) for axis in np.argsort(op.perm)))
+        return Transpose(tuple(np.argsort(op.perm).tolist()))
     return Reshape(op.nnx, op.linen) if isinstance(op, Reshape) else op

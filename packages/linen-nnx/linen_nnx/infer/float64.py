@@ -2,8 +2,18 @@
 
 In the models' own dtypes twins differ by rounding: 1e-4 in gradients where two attention functions
 differ, percents in bfloat16. With every float widened, equal means 1e-12 and different means
-different. Calls, remat and custom derivatives are opened on the way: the derivative of the result
-is that of the function itself.
+different.
+
+    >>> from jax.extend.core import jaxpr_as_fun
+    >>> jaxpr = jax.make_jaxpr(lambda x: x.astype("bfloat16") * 3)(jnp.float32(0.1))
+    >>> with jax.enable_x64(True):
+    ...     float(jaxpr_as_fun(jaxpr)(np.float32(0.1))[0])       # as it was written
+    ...     float(jaxpr_as_fun(widen(jaxpr))(np.float64(0.1))[0])
+    0.30078125
+    0.30000000000000004
+
+Calls, remat and custom derivatives are opened on the way. So the result is derived as the function
+that it computes, and not as a custom derivative says.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +36,10 @@ _SMALL = 1000  # equations: ten blocks of a transformer
 def widen(jaxpr: Any, plain: bool = False) -> Any:
     """The closed jaxpr with every float in float64, complex in complex128; evaluate it with x64.
 
-    `plain`: without its `stop_gradient`s, so that its derivative is that of what it computes.
+    Args:
+      jaxpr: a closed jaxpr.
+      plain: whether to leave out `stop_gradient`. The leaves behind one (a frozen backbone) have no
+        gradient, and nothing would tell them apart.
     """
     with jax.enable_x64(True):
         specs = [jax.ShapeDtypeStruct(a.shape, _wide_dtype(a.dtype)) for a in jaxpr.in_avals]
@@ -36,9 +49,24 @@ def widen(jaxpr: Any, plain: bool = False) -> Any:
 def outputs_and_slopes(
     function: Callable[..., list[Any]], leaves: Sequence[Any], inputs: Sequence[Any], count: int
 ) -> tuple[list[Any], list[Any]]:
-    """What a function gives, and the gradient of a random projection of its first `count` outputs.
+    """What a function gives, and the gradient of a random projection of its first outputs.
 
-    The gradient is by every leaf, 0 by those that are no floats.
+    A plain sum would not do: the outputs of a softmax add up to 1 whatever the leaves are, and the
+    sum has no gradient. The weights are random but fixed: both sides of a twin get the same.
+
+    Args:
+      function: `(*leaves, *inputs) -> outputs`.
+      leaves: what to derive by.
+      inputs: what else it takes.
+      count: how many of the outputs the projection is of.
+
+    Returns:
+      the outputs, and a gradient for each leaf, 0 by those that are no floats.
+
+    Example:
+        >>> outs, slopes = outputs_and_slopes(lambda w, x: [w * x], [jnp.ones(2)], [jnp.ones(2)], 1)
+        >>> outs[0].shape, slopes[0].shape
+        ((2,), (2,))
     """
 
     def split(*leaves: Any) -> tuple[list[Any], list[Any]]:
@@ -49,13 +77,14 @@ def outputs_and_slopes(
     outs, pull, others = jax.vjp(split, *leaves, has_aux=True)
     weights = []
     for number, out in enumerate(outs):
+        # Seeded by place and shape, as the outputs of both sides stand in one order.
         weight = np.random.default_rng([number, *out.shape]).normal(size=out.shape)
         is_smooth = jnp.issubdtype(out.dtype, jnp.inexact)
         weights.append(weight.astype(out.dtype) if is_smooth else np.zeros(out.shape, float0))
-    slopes = [
-        jnp.zeros(leaf.shape) if slope.dtype == float0 else slope
-        for leaf, slope in zip(leaves, pull(weights), strict=True)
-    ]
+    slopes = []
+    for leaf, slope in zip(leaves, pull(weights), strict=True):
+        # jax gives integers and keys a gradient of dtype float0, which numpy cannot compute with.
+        slopes.append(jnp.zeros(leaf.shape) if slope.dtype == float0 else slope)
     return [*outs, *others], slopes
 
 
@@ -67,10 +96,10 @@ def is_small(jaxpr: Any) -> bool:
 def with_little_compiling(
     function: Callable[..., Any], jaxpr: Any, **options: Any
 ) -> Callable[..., Any]:
-    """What runs a widened jaxpr a few times with the least compiling.
+    """Makes a function that runs a widened jaxpr a few times with the least compiling.
 
-    A small one as one program that is not optimised. A large one equation by equation: equal
-    equations are compiled once, as layers are alike.
+    A small one becomes one program that is not optimised. A large one runs equation by equation:
+    equal equations are compiled once, as layers are alike.
     """
     if not is_small(jaxpr):
         return function
@@ -78,9 +107,12 @@ def with_little_compiling(
 
 
 def _evaluate(jaxpr: Any, args: Sequence[Any], plain: bool = False) -> list[Any]:
-    return interpret(
-        jaxpr, map(wide, args), wide, lambda _, eqn, given: equation(eqn, given, plain)
-    )
+    """What a jaxpr gives with every float widened."""
+
+    def widened(_: int, eqn: Any, given: list[Any]) -> Sequence[Any]:
+        return equation(eqn, given, plain)
+
+    return interpret(jaxpr, map(wide, args), wide, widened)
 
 
 def equation(eqn: Any, args: list[Any], plain: bool = False) -> Sequence[Any]:
@@ -91,21 +123,21 @@ def equation(eqn: Any, args: list[Any], plain: bool = False) -> Sequence[Any]:
     if name == "while":
         loop = while_parts(eqn)
         of_test, of_body, carry = loop.operands(args)
-        test, body = (
-            _function(part, fixed, plain)
-            for part, fixed in ((loop.test, of_test), (loop.body, of_body))
-        )
+        test = _function(loop.test, of_test, plain)
+        body = _function(loop.body, of_body, plain)
         return lax.while_loop(lambda c: test(*c)[0], lambda c: tuple(body(*c)), tuple(carry))
     if name == "cond":
         ways = [_function(branch, [], plain) for branch in branches(eqn)]
         return lax.switch(args[0], ways, *args[1:])
     if (inner := called(eqn)) is not None:
         return _evaluate(inner, args, plain)
+    # `reduce_precision` rounds to another dtype on purpose, as a cast does: widened away likewise.
     if name == "reduce_precision" or (name == "stop_gradient" and plain):
         return args
     if name == "bitcast_convert_type":  # the bits of the original dtype are what counts
         outs = bind(eqn, [lax.convert_element_type(args[0], eqn.invars[0].aval.dtype)])
     else:
+        # A dtype among the parameters (`preferred_element_type`) would narrow the result again.
         changed = {key: _wide_param(value) for key, value in eqn.params.items()}
         if name in ("dot_general", "conv_general_dilated"):
             changed["precision"] = None  # else it may ask for products of bfloat16
@@ -114,6 +146,7 @@ def equation(eqn: Any, args: list[Any], plain: bool = False) -> Sequence[Any]:
 
 
 def _scan(eqn: Any, args: list[Any], plain: bool) -> Sequence[Any]:
+    """The outputs of a scan with every float widened."""
     scan = scan_parts(eqn)
     fixed, carry, rows = scan.operands(args)
     body = _function(scan.body, fixed, plain)
@@ -127,6 +160,7 @@ def _scan(eqn: Any, args: list[Any], plain: bool) -> Sequence[Any]:
 
 
 def _function(jaxpr: Any, fixed: Sequence[Any], plain: bool) -> Callable[..., list[Any]]:
+    """A jaxpr as a function of its last arguments; the first ones are fixed."""
     return lambda *args: _evaluate(jaxpr, [*fixed, *args], plain)
 
 
@@ -143,6 +177,7 @@ def _wide_param(value: Any) -> Any:
     """A parameter in float64: a dtype, or the program of a reduction or a scatter."""
     if not hasattr(value, "eqns"):
         return _wide_dtype(value)
+    # `widen` takes and gives closed jaxprs: what was open is opened again.
     if hasattr(value, "consts"):
         return widen(value)
     return widen(ClosedJaxpr(value, ())).jaxpr
@@ -156,5 +191,5 @@ def _wide_dtype(value: Any) -> Any:
         if jnp.issubdtype(value, jnp.complexfloating):
             return jnp.dtype("complex128")
         return jnp.dtype("float64") if jnp.issubdtype(value, jnp.floating) else value
-    except TypeError:
+    except TypeError:  # a class that jax cannot read as a dtype: some other parameter
         return value

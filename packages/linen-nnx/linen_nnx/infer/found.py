@@ -1,4 +1,4 @@
-"""A rule that the search has found, with what it rests on."""
+"""A rule that the search has found, with its evidence."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -7,6 +7,9 @@ from linen_nnx.book.grammar import Rule
 from linen_nnx.book.ops import Op
 from linen_nnx.book.patterns import Pattern
 from linen_nnx.infer.assign import Pair
+
+SidedPath = tuple[int, str]
+"""A leaf: its side (0 Linen, 1 nnx) and its path."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,11 @@ class FoundRule:
     nnx: frozenset[str]
     evidence: tuple[Pair, ...]
     reasons: tuple[str, ...] = ()
+
+    @property
+    def leaves(self) -> list[SidedPath]:
+        """The leaves of both sides."""
+        return [*((0, path) for path in self.linen), *((1, path) for path in self.nnx)]
 
 
 def rule_of(linen: Iterable[str], nnx: Iterable[str], ops: tuple[Op, ...]) -> Rule:

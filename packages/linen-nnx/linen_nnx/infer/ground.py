@@ -8,8 +8,8 @@ Nothing is known yet of which leaf is whose, so each value must fit every way to
     o           (8, 8)        o, in two halves        not the same forms: the same for equal shapes
     -                         pe           (16, 8)    only one side has it: its constructor's value
 
-The twin of `example.py` has one form twice, its two kernels. Both get the same four numbers, and so
-do those of the nnx side, one of them stored transposed:
+The twin of `example.py` has one form twice: the two kernels. All four kernels of both sides get the
+same four numbers, which one of them stores transposed:
 
     >>> from linen_nnx.infer.example import two_layers
     >>> from linen_nnx.infer.sides import sides
@@ -92,7 +92,7 @@ def common_ground(both: Both) -> Ground:
     given = both[0].trace.inputs
     noisy = [with_noise(array, seed) for seed, array in enumerate(given)]
     problem = None
-    # The example inputs as they are come second: some models take no others (a fixed length, say).
+    # The example inputs as they are come second: noise breaks some models (`sqrt(-x)`, say).
     for inputs in (noisy, given):
         try:
             for search in (_by_shape, _all_rich, _some_rich):
@@ -101,7 +101,7 @@ def common_ground(both: Both) -> Ground:
                     attempt = search(sides, inputs)
                     if attempt.problem is None:
                         return _ground(attempt)
-                    problem = problem or attempt.problem  # the first is that of the plainest way
+                    problem = problem or attempt.problem  # the plainest way's is the one to tell
         except Exception as error:  # the user's own model: whatever it raises is the reason
             problem = f"the twins could not be run in float64: {type(error).__name__}: {error}"
     none = np.zeros(0)

@@ -61,7 +61,7 @@ def _likely(both: Both) -> Iterator[tuple[Sequence[str], Sequence[str]]]:
         start = [*nnx, *more]
         odd = odd_vectors(without_constants, both[1].holding(dict.fromkeys(start, nothing)))
         yield [*linen, *odd[0]], [*start, *odd[1]]
-    # Any other kind of leaf of which nnx has more: that of all layers at once, or of none.
+    # Any other kind of leaf of which nnx has more, in all layers at once or in none.
     kinds: dict[str, list[str]] = {}
     for path in set(surplus) - set(added):
         kinds.setdefault(re.sub(r"\d+", "*", path), []).append(path)
@@ -74,14 +74,19 @@ def _likely(both: Both) -> Iterator[tuple[Sequence[str], Sequence[str]]]:
 
 def _constants(side: SlottedSide, other: SlottedSide) -> list[str]:
     """The leaves that are no parameters, where the other side has only parameters."""
-    if any(leaf.collection != "params" for leaf in other.trace.leaves.values()):
+    if _without_params(other):
         return []
+    return _without_params(side)
+
+
+def _without_params(side: SlottedSide) -> list[str]:
+    """The leaves of a side that are no parameters."""
     leaves = side.trace.leaves.items()
     return [path for path, leaf in leaves if leaf.collection != "params"]
 
 
 def _surplus(both: Both) -> list[str]:
-    """The nnx leaves all of whose forms nnx has more of than Linen."""
+    """The nnx leaves whose forms nnx uses more often than Linen does."""
     more = Counter(both[1].forms) - Counter(both[0].forms)
     found: list[str] = []
     for path, slots in both[1].slots_of.items():

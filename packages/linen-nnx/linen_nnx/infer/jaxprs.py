@@ -15,7 +15,8 @@ from jax.extend.core import Literal
 
 from linen_nnx.infer.twin import TwinError
 
-# The primitives that do nothing but call a program, and the parameter that holds it.
+# The primitives that do nothing but call a program, and the parameter that holds it. Some names are
+# those of older versions of jax.
 _CALLS = {
     "jit": "jaxpr",
     "pjit": "jaxpr",
@@ -33,7 +34,17 @@ _CALLS = {
 
 
 def param(eqn: Any, name: str) -> Any:
-    """A parameter of an equation. Raises `TwinError` where this jax does not write it."""
+    """A parameter of an equation.
+
+    Raises:
+      TwinError: where this version of jax does not write it.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> eqn = jax.make_jaxpr(lambda x: x.T)(jnp.ones((2, 3))).eqns[0]
+        >>> param(eqn, "permutation")
+        (1, 0)
+    """
     if name not in eqn.params:
         known = ", ".join(f"`{key}`" for key in eqn.params) or "none"
         raise TwinError(
@@ -54,11 +65,12 @@ _MANNER = frozenset(_WORDS.split())
 
 def described(eqn: Any) -> dict[str, str]:
     """What an equation computes beside its primitive's name: its parameters as text."""
-    return {
-        key: str(value)
-        for key, value in eqn.params.items()
-        if key not in _MANNER and value is not None and not hasattr(value, "eqns")
-    }
+    found: dict[str, str] = {}
+    for key, value in eqn.params.items():
+        is_program = hasattr(value, "eqns")  # its own equations are described one by one
+        if key not in _MANNER and value is not None and not is_program:
+            found[key] = str(value)
+    return found
 
 
 def interpret(
@@ -69,8 +81,19 @@ def interpret(
 ) -> list[Any]:
     """What a jaxpr, open or closed, returns, whatever stands for the values in it.
 
-    `constant` makes such a thing of a constant's value; `equation(number, eqn, args)` those that
-    one equation gives.
+    Arrays may stand for them (`float64.py`), or what is known of them (`dataflow.py`).
+
+    Args:
+      jaxpr: what to walk through, from the first equation to the last.
+      args: what stands for its arguments.
+      constant: makes of a constant's value what stands for it.
+      equation: `(number, eqn, args)` to what stands for the outputs of one equation.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> jaxpr = jax.make_jaxpr(lambda x: jnp.sin(x) + 1.0)(1.0)
+        >>> interpret(jaxpr, ["x"], str, lambda k, eqn, args: [f"{eqn.primitive}({args[0]})"])
+        ['add(sin(x))']
     """
     consts, jaxpr = getattr(jaxpr, "consts", ()), getattr(jaxpr, "jaxpr", jaxpr)
     known = dict(zip(jaxpr.constvars, map(constant, consts), strict=True))
@@ -89,18 +112,21 @@ def interpret(
 
 
 def some_outputs(jaxpr: Any, places: Sequence[int]) -> list[Any]:
-    """Some outputs of a closed jaxpr without arguments, and no equation run that they do not need.
+    """Some outputs of a closed jaxpr without arguments; no equation is run that they do not need.
 
     One equation after the other, as they run outside of any program: so every bit is the same.
     """
     inner = jaxpr.jaxpr
+    # Backwards: an equation is needed if a later one needs what it gives. By identity, as variables
+    # of one jaxpr are one object each, and literals cannot be hashed.
     wanted = {id(inner.outvars[place]) for place in places}
     kept = set[int]()
     for number in reversed(range(len(inner.eqns))):
         eqn = inner.eqns[number]
-        if any(id(var) in wanted for var in eqn.outvars):
-            kept.add(number)
-            wanted |= {id(atom) for atom in eqn.invars}
+        if wanted.isdisjoint(map(id, eqn.outvars)):
+            continue
+        kept.add(number)
+        wanted.update(map(id, eqn.invars))
 
     def equation(number: int, eqn: Any, given: list[Any]) -> Sequence[Any]:
         return bind(eqn, given) if number in kept else [None] * len(eqn.outvars)
@@ -121,8 +147,10 @@ def called(eqn: Any) -> Any:
     if name is None:
         return None
     # custom_vjp_call has had both names; either way it holds the function itself.
-    found = [key for key in (name, "call_jaxpr", "fun_jaxpr") if key in eqn.params]
-    return param(eqn, found[0] if found else name)
+    for key in (name, "call_jaxpr", "fun_jaxpr"):
+        if key in eqn.params:
+            return param(eqn, key)
+    return param(eqn, name)  # which raises: this jax has none of them
 
 
 def holds(jaxpr: Any, name: str) -> bool:
@@ -138,6 +166,7 @@ def holds(jaxpr: Any, name: str) -> bool:
 def _inside(eqn: Any) -> list[Any]:
     """The jaxprs among the parameters of an equation."""
     found: list[Any] = []
+    # A scan has its body as it is, a cond its branches in a tuple.
     for value in eqn.params.values():
         several = value if type(value) in (tuple, list) else (value,)
         found += [each for each in several if hasattr(each, "eqns")]
@@ -170,6 +199,7 @@ class Scan(NamedTuple):
 
 def scan_parts(eqn: Any) -> Scan:
     """The parts of a `scan` equation."""
+    # jax 0.12 has the operands as a tree of three, 0.10 and older count them.
     if "ft_in" in eqn.params:
         fixed, carried, _ = map(len, param(eqn, "ft_in").unpack())
     else:

@@ -42,13 +42,20 @@ def tag(key: Array, name: str) -> Array:
 
 def tag_of(eqn: Any) -> str | None:
     """The name that `tag` gave to an equation of a jaxpr, if it is one of `tag`."""
-    name = eqn.params.get("name") if eqn.primitive.name == "name" else None
-    return name.removeprefix(_TAG) if isinstance(name, str) and name.startswith(_TAG) else None
+    if eqn.primitive.name != "name":
+        return None
+    # A model may name values for its own purposes, too (for `jax.checkpoint`).
+    name = eqn.params.get("name")
+    if isinstance(name, str) and name.startswith(_TAG):
+        return name.removeprefix(_TAG)
+    return None
 
 
 @contextmanager
 def watching(swap: Callable[[str, Array], Array]) -> Iterator[None]:
-    """Inside, each key that a Linen module draws is replaced by `swap("stream/path", key)`.
+    """A context inside which each key that a Linen module draws is replaced.
+
+    What is drawn instead is `swap("stream/path", key)`, say for "dropout/block_0/Dropout_0".
 
     Flax has an interceptor of methods, but `make_rng` does not pass through it; so the interceptor
     gives each module that is entered a `make_rng` of its own. Key and stream are those that Linen
@@ -64,6 +71,7 @@ def watching(swap: Callable[[str, Array], Array]) -> Iterator[None]:
             def make_rng(name: str = "params") -> Array:
                 return swap("/".join([name, *module.scope.path]), original(name))
 
+            # Past the module's own `__setattr__`: a Linen module is frozen once it is set up.
             object.__setattr__(module, "make_rng", make_rng)
             touched.append(module)
         return call_next(*args, **kwargs)
@@ -95,6 +103,7 @@ class Stream(nnx.RngStream):
             raise Undrawn(self.path)
         if self.mode == "same":
             return self.key[...]
+        # A plain stream has a key a lane, a stream that was given keys one a draw.
         if self.key.ndim == self.count.ndim:
             key = super().__call__()
         else:
@@ -108,11 +117,22 @@ def adopt(model: nnx.Module, part: str = "") -> None:
     """Makes each stream of a part a `Stream` that knows its path in the whole model.
 
     In place, as modules share streams and hold them in attributes, lists and `nnx.Rngs` alike.
+
+    Args:
+      model: the model of the part.
+      part: the name of the part, which begins the paths; empty for a whole model.
+
+    Example:
+        >>> model = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+        >>> adopt(model, "head")
+        >>> model.rngs.path
+        'head/rngs'
     """
     for path, node in nnx.iter_graph(model):
         if type(node) is nnx.RngStream:
             object.__setattr__(node, "__class__", Stream)
-            vars(node)["path"] = "/".join(map(str, [part, *path] if part else path))
+            whole = [part, *path] if part else path
+            vars(node)["path"] = "/".join(map(str, whole))
 
 
 def set_mode(model: nnx.Module, mode: str, streams: Collection[str] | None = None) -> None:
@@ -123,7 +143,10 @@ def set_mode(model: nnx.Module, mode: str, streams: Collection[str] | None = Non
 
 
 def probing() -> Any:
-    """A context inside which nothing is traced that was traced outside, nor the other way round."""
+    """A context whose traces are kept apart.
+
+    Inside, jax finds no trace that was made outside, and outside none that was made inside.
+    """
     return _PROBE(object())
 
 

@@ -1,8 +1,8 @@
 """Pairs whole leaves where the two models compute the same in different ways.
 
 `assign.py` pairs slots, which must be equal on both sides. Where one model rotates halves and the
-other a whole, or scales before a product and not after it, they are not. What is equal all the same
-is the gradient of each leaf, element by element, at values that fit every way to pair the leaves:
+other a whole, or scales before a product and not after it, they are not. The gradient of each leaf
+is equal all the same, element by element, at values that fit every way to pair the leaves:
 
     Linen q/kernel  [[.1 .2] [.3 .4]]     nnx a/kernel  [[.1 .2] [.3 .4]]    a rename
     Linen k/kernel  [[.5 .6] [.7 .8]]     nnx b/kernel  [[.5 .7] [.6 .8]]    a transpose
@@ -26,14 +26,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from linen_nnx.book.ops import Copy
 from linen_nnx.book.rules import RuleBook
 from linen_nnx.infer.elements import gap, orders, positions, size, table
 from linen_nnx.infer.found import FoundRule
 from linen_nnx.infer.proposals import PROPOSALS, Alternatives, OpenGradients, OpenLeaves
 from linen_nnx.infer.run import rounding
 from linen_nnx.infer.sides import Both, SlottedSide
-from linen_nnx.infer.trial import Point, Trial
+from linen_nnx.infer.trial import Point, Trial, has_copies
 
 Array = np.ndarray
 _AGREES = 1e-3  # gap of gradients where numbers differ from leaf to leaf: a wrong rule is 1 away
@@ -83,16 +82,23 @@ def _first_that_holds(
 
 
 def _open_gradients(both: Both, point: Point, open_: OpenLeaves) -> OpenGradients:
-    """The gradients of the open leaves, those of leaves that no output sees aside."""
+    """The gradients of the open leaves; leaves that no output sees are listed apart."""
     seen: list[dict[str, Array]] = []
     blind: list[set[str]] = []
     for number, side in enumerate(both):
         limit = _limit(point, number, side)
-        mine = [path for path in side.paths if path in open_[number]]
-        slopes = point.gradients(number, {path: side.trace.numbers[path] for path in mine})
-        # A gradient of NaN is neither: it tells nothing, not even that no output sees the leaf.
-        seen.append({path: slope for path, slope in slopes.items() if size(slope) > limit})
-        blind.append({path for path, slope in slopes.items() if size(slope) <= limit})
+        seen.append({})
+        blind.append(set())
+        for path, numbers in side.trace.numbers.items():
+            if path not in open_[number]:
+                continue
+            slope = point.runs[number].gradient[numbers]
+            largest = size(slope)
+            if largest > limit:
+                seen[number][path] = slope
+            # A gradient of NaN is neither: it tells nothing, not even that no output sees the leaf.
+            elif largest <= limit:
+                blind[number].add(path)
     return OpenGradients((seen[0], seen[1]), (blind[0], blind[1]))
 
 
@@ -130,6 +136,7 @@ def _holding(
             fitting = [rule for rule in alternatives if _confirmed(trial, point, limit, rule)]
             taken = [rule for rule in alternatives if rule in chosen]
             if fitting == taken:
+                # Confirmed; or neither chosen nor fitting, and then given up.
                 left += [alternatives] * len(taken)
                 continue
             is_clear = False
@@ -145,7 +152,7 @@ def _holding(
 def _agreeing(
     trial: Trial, known: Sequence[FoundRule], proposed: Sequence[Alternatives]
 ) -> list[FoundRule]:
-    """One rule for each leaf with which the outputs agree; else those that hold one by one."""
+    """One rule for each leaf with which the outputs agree; failing that, rules that hold alone."""
     for chosen in itertools.islice(itertools.product(*proposed), _TRIED):
         if trial.holds([*known, *chosen]):
             return list(chosen)
@@ -161,18 +168,20 @@ def _agreeing(
 def _confirmed(trial: Trial, point: Point, limit: float, found: FoundRule) -> bool:
     """Whether the gradients of a rule's leaves correspond by the rule, and by no other."""
     # Of copies only the sum of the gradients is known, and the proposal has seen to it.
-    if any(isinstance(op, Copy) for op in found.rule.ops):
+    if has_copies(found.rule):
         return True
     linen, nnx = (side.trace for side in trial.ground.sides)
-    ours = point.gradients(0, {path: linen.numbers[path] for path in found.linen})
-    theirs = point.gradients(1, {path: nnx.numbers[path] for path in found.nnx})
+    ours = point.gradients(linen, found.linen)
+    theirs = point.gradients(nnx, found.nnx)
     if max(map(size, ours.values())) <= limit:
         # No output sees the leaves. Then their shapes must fit in this way alone: two axes of equal
         # length could be swapped.
-        sizes = [length for path in found.linen for length in linen.leaves[path].shape]
-        longer = [length for length in sizes if length > 1]
-        return len(set(longer)) == len(longer) and not found.rule.ops
+        lengths: list[int] = []
+        for path in found.linen:
+            lengths += [length for length in linen.leaves[path].shape if length > 1]
+        return len(set(lengths)) == len(lengths) and not found.rule.ops
     got = RuleBook([found.rule]).to_nnx(ours)
+    # By the rule, the gradients of the Linen leaves become those of the nnx leaves.
     if any(gap(got[path], theirs[path]) > _AGREES for path in theirs):
         return False
     if len(ours) == len(theirs) == 1:
@@ -186,11 +195,15 @@ def _parts_are_told_apart(ours: dict[str, Array], theirs: dict[str, Array]) -> b
 
     But for one part: what is left over once the others are known.
     """
+    # Several leaves on one side: they are parts of the one on the other.
     whole, parts = (theirs, ours) if len(theirs) == 1 else (ours, theirs)
     tables = [table(array) for array in whole.values()]
     dark = 0
     for part in parts.values():
-        found = [positions(part, *each) for each in tables]
-        if not any(places is not None and (places >= 0).any() for places in found):
-            dark += 1
+        is_dark = True
+        for each in tables:
+            places = positions(part, *each)
+            if places is not None and (places >= 0).any():
+                is_dark = False
+        dark += is_dark
     return dark <= 1

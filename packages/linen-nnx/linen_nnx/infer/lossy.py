@@ -1,7 +1,7 @@
 """Layers whose Linen and nnx forms cannot be translated without loss, and why.
 
-Each of these is a known gap upstream; `suggest` refuses their leaves with the reason rather than
-proposing a rule that would be wrong for some weights.
+Each of these is a known gap upstream. `suggest` refuses their leaves with the reason: any rule that
+it could propose would be wrong for some weights.
 """
 
 from typing import NamedTuple
@@ -30,9 +30,12 @@ _WRAPPERS: dict[type, tuple[type, str]] = {
 
 
 class Losses(NamedTuple):
-    """What to refuse: {path: reason} for Linen and nnx, and Linen leaves without a twin.
+    """What to refuse.
 
-    alone: {path: value}; with such leaves at these values both sides compute the same.
+    Attributes:
+      reasons: for Linen and for nnx, {path: reason}.
+      alone: {path: value} of Linen leaves without a twin; at these values both sides compute the
+        same.
     """
 
     reasons: tuple[dict[str, str], dict[str, str]]
@@ -47,12 +50,14 @@ def lossy(linen: Trace, nnx_: Trace) -> Losses:
     for path, layer in nnx_.layers.items():
         inside = [leaf for leaf in (*nnx_.leaves, *nnx_.bare) if leaf.startswith(f"{path}/")]
         for kind, (_, why) in _WRAPPERS.items():
-            of_nnx.update(dict.fromkeys(inside if issubclass(layer, kind) else (), why))
+            if issubclass(layer, kind):
+                of_nnx.update(dict.fromkeys(inside, why))
     for path, layer in linen.layers.items():
         inside = [leaf for leaf in linen.leaves if f"/{path}/" in leaf]
         if issubclass(layer, nn.GRUCell) and nnx.GRUCell in kinds:
             found = [leaf for leaf in inside if leaf.endswith("/hn/bias")]
             of_linen.update(dict.fromkeys(found, _GRU))
+            # Without that bias both cells compute the same, so the rest can be paired.
             losses.alone.update(dict.fromkeys(found, 0.0))
         for kind, (twin, why) in _WRAPPERS.items():
             if issubclass(layer, twin) and kind in kinds:
@@ -62,6 +67,7 @@ def lossy(linen: Trace, nnx_: Trace) -> Losses:
                     inner = leaf.split(f"/{path}/")[1].rpartition("/")[0]
                     of_linen["/".join(filter(None, ("params", beside, inner)))] = why
                 of_linen.update(dict.fromkeys(inside, why))
+        # nnx has no leaves for the scales; at ones both sides compute the same.
         if issubclass(layer, nn.WeightNorm) and nnx.WeightNorm in kinds:
             losses.alone.update(dict.fromkeys(inside, 1.0))
     return losses

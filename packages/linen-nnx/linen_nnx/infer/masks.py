@@ -8,7 +8,7 @@
            [0., 0., 0.]], dtype=float32)
 
 `dataflow.py` joins such a set at every equation of a model. A union of two sets of 1,500 numbers
-took 340 microseconds as Python sets and 0.1 as integers.
+takes 80 microseconds as Python sets and 0.1 as integers.
 """
 
 from collections.abc import Iterable, Mapping
@@ -44,6 +44,7 @@ def renamed(mask: int, names: Mapping[int, int]) -> int:
 
 def unpacked(masks: list[int], count: int) -> np.ndarray:
     """(masks, count) float32: 1 where a set holds a number, else 0."""
+    # All masks in one buffer, so that numpy unpacks them at once.
     width = (count + 7) // 8
     data = b"".join(mask.to_bytes(width, "little") for mask in masks)
     bytes_of = np.frombuffer(data, np.uint8).reshape(len(masks), width)

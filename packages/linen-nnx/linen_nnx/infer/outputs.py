@@ -24,10 +24,17 @@ class OutputOrder(NamedTuple):
 def matched(
     traces: tuple[Trace, Trace], outputs: tuple[list[Array], list[Array]], tolerance: float
 ) -> OutputOrder | None:
-    """The order in which outputs agree in value; None where they need none, or have none.
+    """The order in which outputs agree in value.
 
-    Outputs that stand in containers of one form are compared as they stand: that one of them has no
-    equal is then a fault, not another way to return it.
+    Args:
+      traces: the two sides, which name the outputs.
+      outputs: what they gave on equal ground.
+      tolerance: outputs agree that differ by no more, relative to their size.
+
+    Returns:
+      None where the outputs agree as they stand, or in no order. So it is, too, where both sides
+      return containers of one form: that an output has no equal is then a fault of the model, not
+      another way to return it.
     """
     names = traces[0].outputs, traces[1].outputs
     if names[0] == names[1] or not all(outputs):
@@ -35,14 +42,17 @@ def matched(
     pairs: list[tuple[int, int]] = []
     free = list(range(len(outputs[1])))
     for ours, out in enumerate(outputs[0]):
+        # Two outputs may have one value (zeros, say): that of the same name goes first.
         near = sorted(free, key=lambda k: _last(names[1][k]) != _last(names[0][ours]))
-        equal = (k for k in near if _equal(out, outputs[1][k], tolerance))
-        if (theirs := next(equal, None)) is not None:
-            pairs.append((ours, theirs))
-            free.remove(theirs)
-    whole = len(pairs) == min(len(outputs[0]), len(outputs[1]))
-    as_they_stand = [(k, k) for k in range(max(len(outputs[0]), len(outputs[1])))]
-    if not whole or pairs == as_they_stand:
+        for theirs in near:
+            if _equal(out, outputs[1][theirs], tolerance):
+                pairs.append((ours, theirs))
+                free.remove(theirs)
+                break
+    # Each output of the side with fewer must have an equal; what the other has over is its alone.
+    counts = len(outputs[0]), len(outputs[1])
+    as_they_stand = [(k, k) for k in range(max(counts))]
+    if len(pairs) < min(counts) or pairs == as_they_stand:
         return None
     left, right = map(list, zip(*pairs, strict=True))
     return OutputOrder((left, right), _notes(names, pairs))
@@ -51,6 +61,7 @@ def matched(
 def _notes(
     names: tuple[Sequence[str], Sequence[str]], pairs: Sequence[tuple[int, int]]
 ) -> tuple[str, ...]:
+    """What was matched with what, and what has no equal."""
     shown = [f"{_shown(names[0][a])} = {_shown(names[1][b])}" for a, b in pairs]
     notes = [f"the outputs stand in different containers; by value, {', '.join(shown)}"]
     for side, word in enumerate(("Linen", "nnx")):
@@ -64,6 +75,7 @@ def _notes(
 def _equal(one: Array, two: Array, tolerance: float) -> bool:
     if one.shape != two.shape:
         return False
+    # Integers and booleans do not round.
     if not {one.dtype.kind, two.dtype.kind} <= {"f", "c"}:
         return np.array_equal(one, two)
     size = max(np.abs(one).max(initial=0), np.abs(two).max(initial=0), 1e-30)

@@ -22,7 +22,7 @@ from linen_nnx.book.grammar import Rule
 from linen_nnx.book.ops import Copy
 from linen_nnx.infer.assign import words
 from linen_nnx.infer.contrast import contrast
-from linen_nnx.infer.elements import EXACT, gap, orders, positions, table, turned_back, turns
+from linen_nnx.infer.elements import EQUAL, gap, orders, positions, table, turned_back, turns
 from linen_nnx.infer.fit_ops import Group, rule_for
 from linen_nnx.infer.found import FoundRule, rule_of
 from linen_nnx.infer.trial import Trial
@@ -33,7 +33,7 @@ OpenLeaves = tuple[set[str], set[str]]
 """The Linen and the nnx leaves that have no rule."""
 Alternatives = list[FoundRule]
 """Rules for the same leaves, the plainest first, of which one at most is right."""
-_COUNTS = 1e-4  # of the largest element of a sum, what a part of it has at least
+_COUNTS = 1e-4  # a part of a sum has at least this share of the sum's largest element
 _KEPT = 6  # alternatives for one pair of leaves
 _HOMES = 3  # of one leaf, at most
 _ALIKE = 4  # leaves that nothing tells apart and whose every order is tried: 24 orders
@@ -41,7 +41,7 @@ _MANY = 24  # leaves of one size among which copies are looked for: 2,300 choice
 
 
 class OpenGradients(NamedTuple):
-    """What is known of the leaves without a rule, by side.
+    """The gradients of the leaves without a rule, by side.
 
     Attributes:
       seen: the gradients, in the shapes of the leaves.
@@ -60,9 +60,11 @@ def equal_leaves(
 ) -> list[Alternatives]:
     """Leaves whose gradients are equal to one another's and to no other's."""
     fits = _fits(trial, known, gradients)
-    of_linen = Counter(linen for linen, _ in fits)
-    of_nnx = Counter(nnx for _, nnx in fits)
-    proposed = []
+    of_linen, of_nnx = Counter[str](), Counter[str]()
+    for linen, nnx in fits:
+        of_linen[linen] += 1
+        of_nnx[nnx] += 1
+    proposed: list[Alternatives] = []
     for (linen, nnx), alternatives in fits.items():
         if of_linen[linen] == of_nnx[nnx] == 1:
             proposed.append(alternatives)
@@ -79,7 +81,7 @@ def _fits(
         if not _comparable(trial, linen, nnx) or not _same_sums(before, after):
             continue
         alternatives: Alternatives = []
-        for ops in orders(before, after, EXACT).values():
+        for ops in orders(before, after, EQUAL).values():
             rule = rule_of([linen], [nnx], ops)
             why = "gradients equal element by element"
             alternatives.append(_found(trial, known, rule, ([linen], [nnx]), why))
@@ -111,7 +113,7 @@ def _same_sums(one: Array, two: Array) -> bool:
 def copies(
     trial: Trial, known: Sequence[FoundRule], gradients: OpenGradients, _open: OpenLeaves
 ) -> list[Alternatives]:
-    """Leaves whose gradient is the sum of those of several on the other side: its homes.
+    """Leaves whose gradient is a sum of gradients of several leaves on the other side, its homes.
 
     An embedding that is also the head is used twice, and its gradient is the sum over both uses. A
     port that unties them has two leaves with one term each.
@@ -126,6 +128,7 @@ def copies(
                 if _comparable(trial, linen, nnx):
                     homes[other] = slope
             for chosen, perms in _sums_to(whole, homes):
+                # One proposal a leaf: all proposals of a round are tried together.
                 if not taken.isdisjoint({path, *chosen}):
                     continue
                 taken |= {path, *chosen}
@@ -140,7 +143,7 @@ def _sums_to(
     whole: Array, parts: Leaves
 ) -> Iterator[tuple[list[str], tuple[tuple[int, ...] | None, ...]]]:
     """Ways to add some arrays, as they are or turned, to a whole one."""
-    # Each part must count: one that is next to nothing would be a home of whatever the others are.
+    # Each part must count: next to nothing could be added to any sum.
     least = _COUNTS * float(np.abs(whole).max())
     parts = {path: part for path, part in parts.items() if np.abs(part).max() >= least}
     if len(parts) > _MANY:
@@ -149,13 +152,13 @@ def _sums_to(
     for count in range(2, _HOMES + 1):
         for chosen in itertools.combinations(parts, count):
             # Sums over all elements do not depend on turns: they rule most choices out.
-            sum_of_parts = sum(parts[path].sum() for path in chosen)
-            if abs(whole.sum() - sum_of_parts) > 1e-6 * size:
+            arrays = [parts[path] for path in chosen]
+            if abs(whole.sum() - sum(array.sum() for array in arrays)) > 1e-6 * size:
                 continue
-            ways = [turns(parts[path].shape, whole.shape) for path in chosen]
+            ways = [turns(array.shape, whole.shape) for array in arrays]
             for perms in itertools.product(*ways):
-                turned = map(turned_back, (parts[path] for path in chosen), perms)
-                if gap(np.asarray(sum(turned)), whole) <= EXACT:
+                total = sum(map(turned_back, arrays, perms))
+                if gap(np.asarray(total), whole) <= EQUAL:
                     yield list(chosen), perms
                     break
 
@@ -169,6 +172,7 @@ def parts(
     for one, many in ((0, 1), (1, 0)):
         for path, whole in gradients.seen[one].items():
             at = _positions_in(whole, gradients.seen[many])
+            # The parts must be all of the whole, or some element would have no source.
             filled = sum(places.size for places in at.values()) == whole.size
             if not filled or not taken.isdisjoint({path, *at}):
                 continue
@@ -188,7 +192,7 @@ def parts(
 
 
 def _positions_in(whole: Array, others: Leaves) -> Leaves:
-    """The leaves all of whose gradients are among those of a whole, and where they are in it."""
+    """The leaves whose elements are all in a whole, by their gradients, and where each is."""
     known = table(whole)
     found: Leaves = {}
     for path, slope in others.items():
@@ -203,6 +207,7 @@ def _numbered(path: str, numbers: Array, parts: Leaves) -> Group:
     mine: Leaves = {}
     mapped = np.full(numbers.size, -1)
     start = 0
+    # Element number 5 of a part is element `places[5]` of the whole, which so gets its number.
     for part, places in parts.items():
         mine[part] = np.arange(start, start + places.size).reshape(places.shape)
         is_known = places >= 0
@@ -229,16 +234,22 @@ def siblings(
         homes: set[str] = set()
         for other, nnx_leaves in homes_of.items():
             if _module(other) == module:
-                homes |= {_module(leaf) for leaf in nnx_leaves}
+                homes.update(map(_module, nnx_leaves))
+        # Where the siblings went to several modules, or none has a rule, place tells nothing.
         if len(homes) != 1:
             continue
         (home,) = homes
-        beside = [other for other in open_[0] if _module(other) == module]
-        there = [other for other in open_[1] if _module(other) == home]
-        fit = [other for other in there if _place_fits(trial, gradients, path, other)]
+        fit: list[str] = []
+        for other in open_[1]:
+            if _module(other) == home and _place_fits(trial, gradients, path, other):
+                fit.append(other)
         if len(fit) != 1:
             continue
-        rivals = [other for other in beside if _place_fits(trial, gradients, other, fit[0])]
+        # And the other way round: no sibling may fit where this leaf fits.
+        rivals: list[str] = []
+        for other in open_[0]:
+            if _module(other) == module and _place_fits(trial, gradients, other, fit[0]):
+                rivals.append(other)
         if rivals != [path]:
             continue
         why = "the last leaf of its shape beside leaves that are settled (elimination)"
@@ -273,17 +284,27 @@ def interchangeable(
     """
     fits = _fits(trial, known, gradients)
     linen, nnx = trial.ground.sides
-    for first in sorted({a for a, _ in fits}, key=lambda path: linen.slots_of[path]):
-        rights = sorted((b for a, b in fits if a == first), key=lambda path: nnx.slots_of[path])
-        lefts = sorted({a for a, b in fits if b in rights}, key=lambda path: linen.slots_of[path])
+    rights_of: dict[str, list[str]] = {}
+    lefts_of: dict[str, list[str]] = {}
+    for left, right in fits:
+        rights_of.setdefault(left, []).append(right)
+        lefts_of.setdefault(right, []).append(left)
+    for first in sorted(rights_of, key=linen.slots_of.__getitem__):
+        # The leaves that fit the same ones as the first, on both sides, by first use.
+        rights = sorted(rights_of[first], key=nnx.slots_of.__getitem__)
+        connected = set(itertools.chain.from_iterable(lefts_of[right] for right in rights))
+        lefts = sorted(connected, key=linen.slots_of.__getitem__)
         is_whole = all(pair in fits for pair in itertools.product(lefts, rights))
         if not (is_whole and 1 < len(lefts) == len(rights) <= _ALIKE):
             continue
-        # In the order of first use first, as the leaves are sorted by it.
         holding: list[tuple[Sequence[str], list[Alternatives]]] = []
-        for order in itertools.permutations(rights):
-            chosen = [fits[pair] for pair in zip(lefts, order, strict=True)]
-            if trial.holds([*known, *(alternatives[0] for alternatives in chosen)]):
+        for order in itertools.permutations(rights):  # the order of first use comes first
+            chosen: list[Alternatives] = []
+            plainest: list[FoundRule] = []
+            for pair in zip(lefts, order, strict=True):
+                chosen.append(fits[pair])
+                plainest.append(fits[pair][0])
+            if trial.holds([*known, *plainest]):
                 holding.append((order, chosen))
         if not holding or _named_otherwise(lefts, [order for order, _ in holding]):
             continue
@@ -302,10 +323,12 @@ def _with_reason(alternatives: Alternatives, why: str) -> Alternatives:
 
 def _named_otherwise(lefts: Sequence[str], holding: Sequence[Sequence[str]]) -> bool:
     """Whether the names speak for another order than the first."""
-    scores = []
+    scores: list[int] = []
     for order in holding:
-        shared = [words(a) & words(b) for a, b in zip(lefts, order, strict=True)]
-        scores.append(sum(map(len, shared)))
+        score = 0
+        for linen, nnx in zip(lefts, order, strict=True):
+            score += len(words(linen) & words(nnx))
+        scores.append(score)
     return max(scores) > scores[0]
 
 

@@ -39,8 +39,8 @@ def run(side: SlottedSide, inputs: Sequence[Any], values: Array, gradient: bool 
       side: what to run.
       inputs: in the place of the example inputs.
       values: (elements,), the leaves one after the other.
-      gradient: whether to compute that of a fixed random projection of the outputs, as if the
-        model had no `stop_gradient`.
+      gradient: whether to compute the gradient of a fixed random projection of the outputs, as if
+        the model had no `stop_gradient`.
 
     Example:
         >>> from linen_nnx.infer.example import two_layers
@@ -52,6 +52,7 @@ def run(side: SlottedSide, inputs: Sequence[Any], values: Array, gradient: bool 
     """
     trace = side.trace
     with jax.enable_x64(True):
+        # Leaves that are no floats (counts, keys) keep their dtype.
         kinds = [aval.dtype for aval in trace.wide.in_avals]
         leaves = []
         for numbers, kind in zip(trace.numbers.values(), kinds, strict=False):
@@ -144,6 +145,7 @@ def distinct(side: SlottedSide, values: Array, paths: Container[str]) -> Array:
         first = side.first[number]
         if first in paths and first not in side.held:
             columns, summed = slot.ids.shape
+            # Seed 0 is kept for common ground, where slots of one form are alike on purpose.
             values[slot.ids] = pattern(columns, summed, number + 1)
     return values
 
@@ -154,6 +156,7 @@ def pattern(columns: int, summed: int, seed: int = 0) -> Array:
     Positive ones from 0.5 to 1.5 for scales, biases and variances (K = 1); else of variance 1/K, so
     that activations neither vanish nor explode in a deep model.
     """
+    # Small ones are asked for most and kept. 64 large ones would take more memory than the model.
     small = columns * summed <= _KEPT
     return (_pattern if small else _pattern.__wrapped__)(columns, summed, seed)
 

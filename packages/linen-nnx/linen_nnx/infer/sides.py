@@ -83,6 +83,10 @@ class SlottedSide:
         numbers = [first] if first == last else np.unique(owners)
         return [self.paths[number] for number in numbers]
 
+    def slots_of_form(self, form: SlotForm) -> list[int]:
+        """The slots of a form."""
+        return [slot for slot, other in enumerate(self.forms) if other == form]
+
     def holding(self, held: Mapping[str, Array]) -> "SlottedSide":
         """The side with some more leaves held at values: their slots have the form `HELD`."""
         forms = list(self.forms)
@@ -103,8 +107,7 @@ def sides(linen: Trace, nnx: Trace, alone: Mapping[str, float]) -> Both:
       linen, nnx: the traced sides.
       alone: Linen leaves that have no twin, with the value to keep them at.
     """
-    collections = [{leaf.collection for leaf in trace.leaves.values()} for trace in (linen, nnx)]
-    are_named_alike = collections[0] == collections[1]
+    are_named_alike = _collections(linen) == _collections(nnx)
     both: list[SlottedSide] = []
     for trace in (linen, nnx):
         side = SlottedSide(trace, flow(trace), [])
@@ -118,6 +121,11 @@ def sides(linen: Trace, nnx: Trace, alone: Mapping[str, float]) -> Both:
     held = {path: np.full(linen.leaves[path].shape, value) for path, value in alone.items()}
     both[0] = both[0].holding(held)
     return _parted(_cut(both[0], both[1])), _parted(_cut(both[1], both[0]))
+
+
+def _collections(trace: Trace) -> set[str]:
+    """The collections of a side's leaves."""
+    return {leaf.collection for leaf in trace.leaves.values()}
 
 
 def even(both: Both) -> bool:
@@ -141,9 +149,11 @@ def odd_vectors(linen: SlottedSide, nnx: SlottedSide) -> tuple[list[str], list[s
     for number, side in enumerate((linen, nnx)):
         paired = {pair[number] for pair in pairs}
         for form, count in surplus[number].items():
-            odd = [slot for slot, other in enumerate(side.forms) if other == form]
-            odd = [slot for slot in odd if slot not in paired]
-            if form != HELD and form[-1] == 1 and len(odd) == count:
+            if form == HELD or form[-1] != 1:
+                continue
+            odd = [slot for slot in side.slots_of_form(form) if slot not in paired]
+            # If more slots of the form have no pair, places do not tell which is the odd one.
+            if len(odd) == count:
                 found[number].extend(dict.fromkeys(side.first[slot] for slot in odd))
     return found
 
@@ -160,13 +170,13 @@ def in_order(one: Sequence[Any], two: Sequence[Any]) -> list[tuple[int, int]]:
     while start < min(ends) and one[start] == two[start]:
         start += 1
     while start < min(ends) and one[ends[0] - 1] == two[ends[1] - 1]:
-        ends = [end - 1 for end in ends]
+        ends = [ends[0] - 1, ends[1] - 1]
     most = Counter[tuple[int, int]]()  # of the rests from two places on, the number of pairs
     for a in range(ends[0] - 1, start - 1, -1):
         for b in range(ends[1] - 1, start - 1, -1):
             fewer = max(most[a + 1, b], most[a, b + 1])
             most[a, b] = 1 + most[a + 1, b + 1] if one[a] == two[b] else fewer
-    pairs = [(k, k) for k in range(start)]
+    pairs = list(zip(range(start), range(start), strict=True))
     a = b = start
     while a < ends[0] and b < ends[1]:
         if one[a] == two[b]:
@@ -224,14 +234,14 @@ def _cut(side: SlottedSide, other: SlottedSide) -> SlottedSide:
 def _cuts(side: SlottedSide, other: SlottedSide) -> dict[int, list[Array]]:
     """By slot, the parts that it is to be cut into.
 
-    Only forms none of whose slots has a twin are cut, and only into forms of which the other side
-    has enough over: three experts (3, 4, 8) in one leaf against three leaves (4, 8).
+    A form is cut if none of its slots has a twin, and into a form of which the other side has
+    enough left over: three experts (3, 4, 8) in one leaf against three leaves (4, 8).
     """
     mine, theirs = Counter(side.forms), Counter(other.forms)
     cuts: dict[int, list[Array]] = {}
     surplus = [form for form in mine if form != HELD and mine[form] > theirs[form]]
     for form in surplus:
-        slots = [slot for slot, known in enumerate(side.forms) if known == form]
+        slots = side.slots_of_form(form)
         if mine[form] - theirs[form] != len(slots):
             continue
         for number in slots:

@@ -1,7 +1,21 @@
-"""Either side of a twin as one pure function of named leaves and inputs, traced to a jaxpr."""
+"""Either side of a twin as one pure function of named leaves and inputs, traced to a jaxpr.
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+    Linen   module.apply(variables, *inputs)
+    nnx     model(*inputs)                      both: jaxpr(*leaves, *inputs) -> outputs, updates
+
+    >>> from linen_nnx.infer.example import two_layers
+    >>> trace = trace_nnx(two_layers())
+    >>> {path: (leaf.shape, leaf.collection) for path, leaf in trace.leaves.items()}
+    {'first/bias': ((2,), 'params'), 'first/kernel': ((2, 2), 'params'), 'last': ((2, 2), 'params')}
+    >>> trace.numbers["first/kernel"]
+    array([[2, 3],
+           [4, 5]], dtype=int32)
+
+From here on both sides are treated alike.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -14,10 +28,11 @@ from jax.extend.core import jaxpr_as_fun
 
 from linen_nnx.book.specs import Side
 from linen_nnx.infer import calls
+from linen_nnx.infer.arguments import arrays_of_inputs, arrays_of_outputs
 from linen_nnx.infer.float64 import is_small, outputs_and_slopes, widen, with_little_compiling
 from linen_nnx.infer.jaxprs import holds, some_outputs
 from linen_nnx.infer.keys import Stream, adopt, set_mode
-from linen_nnx.infer.twin import Twin, TwinError, attempt
+from linen_nnx.infer.twin import Twin, attempt
 
 
 @dataclass(frozen=True)
@@ -33,13 +48,19 @@ class LeafSpec:
 class Trace:
     """One side as a pure function: `jaxpr(*leaves, *inputs) -> (*outputs, *updates)`.
 
-    `updates` names the leaves whose new values follow the outputs (batch statistics, say).
-    `layers` maps the path of each submodule to its class. `bare` names the arrays of an nnx module
-    that are no Variables, and `random` its RNG state: they are constants of the function, not
-    leaves. `outputs` names the outputs by their place in what the call returns. `construct(seed)`
-    gives the values with which the model's own constructor fills all its leaves. `chosen` says how
-    the model is called where the twin leaves that open. `kinds` names the class of each nnx
-    Variable.
+    Attributes:
+      side: "linen" or "nnx", for messages.
+      leaves: the leaves by path, in the order of the function's arguments.
+      inputs: the arrays among the twin's inputs.
+      updates: the leaves whose new values follow the outputs (batch statistics, say).
+      layers: the class of each submodule, by path.
+      bare: the arrays of an nnx module that are no Variables. They are constants of the function.
+      random: the RNG state of an nnx module, constant likewise.
+      outputs: the names of the outputs: their places in what the call returns.
+      construct: gives the values with which the model's own constructor fills all leaves, for a
+        seed.
+      chosen: how the model is called where the twin leaves that open, a sentence each.
+      kinds: the class of each nnx Variable.
     """
 
     side: Side
@@ -86,7 +107,7 @@ class Trace:
 
     @cached_property
     def pull_plain(self) -> Callable[..., tuple[list[jax.Array], list[jax.Array]]]:
-        """`pull_wide` with the derivative of what is computed, whatever `stop_gradient` decrees."""
+        """`pull_wide` without any `stop_gradient`."""
         if not holds(self.jaxpr, "stop_gradient"):
             return self.pull_wide
         plain = widen(self.jaxpr, plain=True)
@@ -105,11 +126,12 @@ class Trace:
         return not np.array_equal(self.constructed(path), self.constructed(path, 1))
 
     def _of_program(self, path: str, seed: int) -> np.ndarray:
-        """A leaf's value by as much of the constructor as it needs: drawing others takes long."""
+        """A leaf's value by as much of the constructor as it needs."""
         place = list(self.leaves).index(path)
         try:
             if seed not in self._programs:
                 self._programs[seed] = jax.make_jaxpr(lambda: list(self.construct(seed).values()))()
+            # Drawing the other leaves, too, would take long in a large model.
             return np.asarray(some_outputs(self._programs[seed], [place])[0])
         except Exception:  # a constructor that needs its own values cannot be a program
             return np.asarray(self.construct(seed)[path])
@@ -119,25 +141,35 @@ class Trace:
         order = [*places, *range(self.count, len(self.jaxpr.out_avals))]
         run = jaxpr_as_fun(self.jaxpr)
         specs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in self.jaxpr.in_avals]
-        jaxpr = jax.make_jaxpr(lambda *args: [run(*args)[k] for k in order])(*specs)
+
+        def chosen(*args: Any) -> list[Any]:
+            results = run(*args)
+            return [results[k] for k in order]
+
         names = tuple(self.outputs[k] for k in order[: len(order) - len(self.updates)])
-        return replace(self, jaxpr=jaxpr, outputs=names)
+        return replace(self, jaxpr=jax.make_jaxpr(chosen)(*specs), outputs=names)
 
     @cached_property
     def numbers(self) -> dict[str, np.ndarray]:
         """For each leaf the numbers of its elements, counted through all leaves in their order."""
-        ends = np.cumsum([0, *(int(np.prod(leaf.shape)) for leaf in self.leaves.values())])
-        kind = np.int32 if ends[-1] < 2**31 else np.int64
-        return {
-            path: np.arange(start, end, dtype=kind).reshape(leaf.shape)
-            for (path, leaf), start, end in zip(self.leaves.items(), ends, ends[1:], strict=False)
-        }
+        sizes = [int(np.prod(leaf.shape)) for leaf in self.leaves.values()]
+        kind = np.int32 if sum(sizes) < 2**31 else np.int64
+        numbers: dict[str, np.ndarray] = {}
+        start = 0
+        for (path, leaf), size in zip(self.leaves.items(), sizes, strict=True):
+            numbers[path] = np.arange(start, start + size, dtype=kind).reshape(leaf.shape)
+            start += size
+        return numbers
 
 
 def trace_linen(twin: Twin) -> Trace:
-    """Traces the Linen side. Raises `TwinError` naming the part of the twin that failed."""
+    """Traces the Linen side.
+
+    Raises:
+      TwinError: naming the part of the twin that failed.
+    """
     module = attempt("linen() of the twin", twin.linen)
-    arrays, rebuild = _inputs(twin)
+    arrays, rebuild = arrays_of_inputs(twin)
     whole = calls.complete(twin)
     assert whole.init_linen is not None and whole.call_linen is not None
     init, call = whole.init_linen, whole.call_linen
@@ -148,22 +180,25 @@ def trace_linen(twin: Twin) -> Trace:
         return call_next(*args, **kwargs)
 
     def create(*given: jax.Array, seed: int = 0) -> Any:
+        # Partitioned parameters come in boxes: the leaves are what is in them.
         with nn.intercept_methods(note):
             return nn.unbox(init(module, jax.random.key(seed), *rebuild(given)))
 
     def construct(seed: int) -> dict[str, Any]:
         return named(attempt("the Linen init of the twin", partial(create, seed=seed), *arrays))
 
+    # Shapes alone: nothing is drawn, however large the model.
     variables = attempt("the Linen init of the twin", jax.eval_shape, create, *arrays)
     structure = jax.tree.structure(variables)
-    leaves = {
-        path: LeafSpec(leaf.shape, leaf.dtype, path.split("/")[0])
-        for path, leaf in named(variables).items()
-    }
+    leaves: dict[str, LeafSpec] = {}
+    for path, leaf in named(variables).items():
+        collection, _, _ = path.partition("/")
+        leaves[path] = LeafSpec(leaf.shape, leaf.dtype, collection)
 
     def forward(values: list[jax.Array], *given: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
         out = call(module, structure.unflatten(values), *rebuild(given))
         if isinstance(out, tuple) and len(out) == 2 and _collections(out[1], variables):
+            # `mutable` may make new collections (`intermediates`), which are no leaves.
             after = named(nn.unbox(out[1]))
             return out[0], {path: value for path, value in after.items() if path in leaves}
         return out, {}
@@ -174,40 +209,47 @@ def trace_linen(twin: Twin) -> Trace:
 
 
 def trace_nnx(twin: Twin) -> Trace:
-    """Traces the nnx side. Raises `TwinError` naming the part of the twin that failed."""
-    arrays, rebuild = _inputs(twin)
+    """Traces the nnx side.
+
+    Raises:
+      TwinError: naming the part of the twin that failed.
+    """
+    arrays, rebuild = arrays_of_inputs(twin)
     in_training = trains(twin)
     call: Any = calls.complete(twin, in_training).call_nnx
     model = attempt("nnx(rngs) of the twin", _built, twin)
+    # If the model draws in evaluation, each draw of both sides is given one key (see `calls.py`).
     adopt(model)
     set_mode(model, "same")
     layers = {joined(path): type(module) for path, module in nnx.iter_modules(model)}
     graphdef, random, variables, bare = nnx.split(model, nnx.RngState, nnx.Variable, ...)
     structure = jax.tree.structure(variables)
-    leaves, kinds = {}, {}
+    leaves: dict[str, LeafSpec] = {}
+    kinds: dict[str, str] = {}
     for path, variable in nnx.to_flat_state(variables):
         kinds[joined(path)] = type(variable).__name__
         leaves[joined(path)] = LeafSpec(variable.shape, variable.dtype, _collection(type(variable)))
 
     def construct(seed: int) -> dict[str, Any]:
+        # A model of its own: the traced one may have no values, and its streams do not count.
         model = attempt("nnx(rngs) of the twin", twin.nnx, nnx.Rngs(seed))
-        state = nnx.to_flat_state(nnx.state(model, nnx.Variable))
-        found = {joined(path): leaf.get_value() for path, leaf in state}
+        found = _values(model)
         return {path: found[path] for path in leaves}
 
     def forward(values: list[jax.Array], *given: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
-        fixed = jax.tree.map(_fixed, random)  # new Variables, which this trace may change
+        # New Variables each time, which this trace may change.
+        fixed = jax.tree.map(_fixed, random)
         model = nnx.merge(graphdef, fixed, structure.unflatten(values), bare)
         out = call(model, *rebuild(given))
-        state = nnx.to_flat_state(nnx.state(model, nnx.Variable))
-        after = {joined(path): leaf.get_value() for path, leaf in state}
-        before = zip(leaves, values, strict=True)
-        return out, {path: after[path] for path, value in before if after[path] is not value}
+        after = _values(model)
+        # Whoever updates a Variable puts another tracer in its place.
+        updates: dict[str, jax.Array] = {}
+        for path, value in zip(leaves, values, strict=True):
+            if after[path] is not value:
+                updates[path] = after[path]
+        return out, updates
 
-    constants = [
-        tuple(joined(path) for path, _ in nnx.to_flat_state(state)) for state in (bare, random)
-    ]
-    traced = _trace("nnx", forward, leaves, arrays, layers, *constants)
+    traced = _trace("nnx", forward, leaves, arrays, layers, _paths(bare), _paths(random))
     chosen = calls.of_nnx(twin, model, rebuild(arrays), in_training)
     return replace(traced, construct=construct, chosen=chosen, kinds=kinds)
 
@@ -219,8 +261,20 @@ def trains(twin: Twin) -> bool:
     return bool(trace_linen(twin).updates)
 
 
+def _values(model: nnx.Module) -> dict[str, jax.Array]:
+    """The values of a model's Variables by path."""
+    state = nnx.to_flat_state(nnx.state(model, nnx.Variable))
+    return {joined(path): variable.get_value() for path, variable in state}
+
+
+def _paths(state: Any) -> tuple[str, ...]:
+    """The paths in a state."""
+    return tuple(joined(path) for path, _ in nnx.to_flat_state(state))
+
+
 def _collection(kind: type[Any]) -> str:
     """The name of a Variable's type as Flax has it; of one's own, unregistered, its class name."""
+    # Flax gives a subclass of Param a collection of its own, but it holds parameters all the same.
     kind = nnx.Param if issubclass(kind, nnx.Param) else kind
     try:
         return nnx.variable_name_from_type(kind)
@@ -229,7 +283,12 @@ def _collection(kind: type[Any]) -> str:
 
 
 def named(tree: Any) -> dict[str, Any]:
-    """The leaves of any pytree by their paths."""
+    """The leaves of any pytree by their paths.
+
+    Example:
+        >>> named({"params": {"up": [1, 2]}})
+        {'params/up/0': 1, 'params/up/1': 2}
+    """
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(at, simple=True, separator="/"): leaf for at, leaf in leaves}
 
@@ -253,56 +312,26 @@ def _trace(
     bare: tuple[str, ...] = (),
     random: tuple[str, ...] = (),
 ) -> Trace:
+    """Traces `forward(leaves, *inputs) -> (outputs, updates)`, and names what it returns."""
+    # Filled while tracing: what the function returns by name, besides the arrays.
     updated: list[str] = []
     places: list[str] = []
 
     def flat(values: list[jax.Array], *given: jax.Array) -> tuple[list[Any], list[Any]]:
         out, updates = forward(values, *given)
-        found = list(_arrays(out))
-        updated[:], places[:] = updates, [name for name, _ in found]
-        return [array for _, array in found], list(updates.values())
+        # Cleared, as jax may trace more than once.
+        updated[:] = updates
+        places.clear()
+        outputs: list[Any] = []
+        for name, array in arrays_of_outputs(out):
+            places.append(name)
+            outputs.append(array)
+        return outputs, list(updates.values())
 
     specs = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves.values()]
     jaxpr = attempt(f"the {side} call of the twin", jax.make_jaxpr(flat), specs, *arrays)
     names = tuple(places)
     return Trace(side, jaxpr, leaves, arrays, tuple(updated), layers, bare, random, names)
-
-
-def _arrays(out: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    """The arrays in what a call returns, by their places.
-
-    In plain dataclasses and mappings, too, which are no pytrees (the `ModelOutput`s of old).
-    """
-    for at, leaf in jax.tree_util.tree_flatten_with_path(out)[0]:
-        name = jax.tree_util.keystr(at, simple=True, separator="/")
-        here = "/".join(filter(None, (place, name)))
-        inner: Mapping[Any, Any] = {}
-        if hasattr(leaf, "dtype"):
-            yield here, leaf
-        elif is_dataclass(leaf):
-            inner = {each.name: getattr(leaf, each.name) for each in fields(leaf)}
-        elif isinstance(leaf, Mapping):
-            inner = leaf
-        for key, value in inner.items():
-            yield from _arrays(value, "/".join(filter(None, (here, str(key)))))
-
-
-def _inputs(twin: Twin) -> tuple[tuple[jax.Array, ...], Callable[..., tuple[Any, ...]]]:
-    """The arrays among the inputs, and the function that puts arrays back among the rest."""
-    inputs = attempt("inputs() of the twin", twin.inputs)
-    if not isinstance(inputs, tuple):
-        raise TwinError(
-            f"inputs() must return the tuple of a call's arguments, got a {type(inputs).__name__}; "
-            "write `inputs=lambda: (x,)`, with the comma"
-        )
-    leaves, structure = jax.tree.flatten(inputs)
-    places = [k for k, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | np.ndarray)]
-
-    def rebuild(arrays: tuple[jax.Array, ...]) -> tuple[Any, ...]:
-        given = dict(zip(places, arrays, strict=True))
-        return structure.unflatten([given.get(k, leaf) for k, leaf in enumerate(leaves)])
-
-    return tuple(jnp.asarray(leaves[k]) for k in places), rebuild
 
 
 def _collections(updates: Any, variables: Mapping[str, Any]) -> bool:
@@ -317,15 +346,17 @@ def _collections(updates: Any, variables: Mapping[str, Any]) -> bool:
 def _built(twin: Twin) -> nnx.Module:
     """The nnx model without values; with them if it holds arrays that are no Variables.
 
-    Such arrays count by their values, and under abstract evaluation they make trouble.
+    Such arrays count by their values, and under abstract evaluation they have none.
     """
     rngs = nnx.Rngs(0)
     try:
         model = nnx.eval_shape(lambda: twin.nnx(_rngs()))
     except Exception:  # if it is the twin's own fault, it shows again
         return twin.nnx(rngs)
-    bare = jax.Array | jax.ShapeDtypeStruct
-    return twin.nnx(rngs) if any(isinstance(x, bare) for _, x in nnx.iter_graph(model)) else model
+    for _, node in nnx.iter_graph(model):
+        if isinstance(node, jax.Array | jax.ShapeDtypeStruct):
+            return twin.nnx(rngs)
+    return model
 
 
 def _rngs() -> nnx.Rngs:

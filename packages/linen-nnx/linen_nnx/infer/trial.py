@@ -7,7 +7,7 @@ What has no rule yet keeps the values of the common ground (`ground.py`), which 
 paired. A wrong rule moves the outputs apart, unless no output sees its leaves.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from linen_nnx.book.rules import RuleBook
 from linen_nnx.infer.found import FoundRule
 from linen_nnx.infer.ground import Ground
 from linen_nnx.infer.run import Run, difference, distinct, run
+from linen_nnx.infer.trace import Trace
 
 Array = np.ndarray
 
@@ -29,14 +30,10 @@ class Point(NamedTuple):
     runs: tuple[Run, Run]
     gap: float
 
-    def gradients(self, side: int, numbers: Mapping[str, Array]) -> dict[str, Array]:
-        """The gradient by each leaf, in its shape.
-
-        Args:
-          side: 0 for Linen, 1 for nnx.
-          numbers: the element numbers of each leaf.
-        """
-        return {path: self.runs[side].gradient[ids] for path, ids in numbers.items()}
+    def gradients(self, trace: Trace, paths: Iterable[str]) -> dict[str, Array]:
+        """The gradient by some leaves of one side, each in its shape."""
+        gradient = self.runs[0 if trace.side == "linen" else 1].gradient
+        return {path: gradient[trace.numbers[path]] for path in paths}
 
 
 class Trial:
@@ -82,12 +79,12 @@ class Trial:
             after = book.to_nnx(equalised(book, {**before, **one.updates}), partial=True)
         del ours, before, new  # each is as large as the model
         two = run(nnx, self.ground.inputs, theirs, gradient)
-        shared = [path for path in two.updates if path in after]
-        gap = difference(
-            [*one.outputs, *(after[path] for path in shared)],
-            [*two.outputs, *(two.updates[path] for path in shared)],
-        )
-        return Point((one, two), gap)
+        expected, got = list(one.outputs), list(two.outputs)
+        for path, value in two.updates.items():
+            if path in after:
+                expected.append(after[path])
+                got.append(value)
+        return Point((one, two), difference(expected, got))
 
     def sound(self, rules: Sequence[FoundRule]) -> list[FoundRule]:
         """The rules that hold together.
@@ -115,7 +112,7 @@ class Trial:
 
 
 def equalised(book: RuleBook, leaves: Mapping[str, Array]) -> dict[str, Array]:
-    """Linen leaves, with equal values in those that a rule makes one leaf of nnx.
+    """The Linen leaves, with equal values in leaves that a rule joins into one leaf of nnx.
 
     Example:
         >>> from linen_nnx.infer.found import rule_of
@@ -140,7 +137,12 @@ def equalised(book: RuleBook, leaves: Mapping[str, Array]) -> dict[str, Array]:
 
 def joins(rule: Rule) -> bool:
     """Whether a rule makes several equal Linen leaves one of nnx."""
-    return len(rule.linen) > 1 and any(isinstance(op, Copy) for op in rule.ops)
+    return len(rule.linen) > 1 and has_copies(rule)
+
+
+def has_copies(rule: Rule) -> bool:
+    """Whether a rule says that several leaves of one side are one leaf of the other."""
+    return any(isinstance(op, Copy) for op in rule.ops)
 
 
 def _turned(array: Array, perm: tuple[int, ...] | None) -> Array:

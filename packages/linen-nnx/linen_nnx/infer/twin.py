@@ -3,7 +3,8 @@
     twin = Twin(linen=lambda: MyLinen(cfg), nnx=lambda rngs: MyNnx(cfg, rngs=rngs),
                 inputs=lambda: (x,))
 
-A twin is code alone: no weights. What is done with it starts from its traces (`trace.py`).
+A twin is code alone: no weights. What is done with it starts from its traces (`trace.py`). The
+twin that the pages of this package draw is in `example.py`.
 """
 
 import difflib
@@ -28,6 +29,14 @@ class TwinError(Refusal):
 @dataclass(frozen=True)
 class Twin:
     """Both sides of one model. Only `linen`, `nnx` and `inputs` are needed.
+
+    Example:
+        >>> import flax.linen as nn, jax.numpy as jnp
+        >>> twin = Twin(
+        ...     linen=lambda: nn.Dense(3),
+        ...     nnx=lambda rngs: nnx.Linear(2, 3, rngs=rngs),
+        ...     inputs=lambda: (jnp.ones((1, 2)),),
+        ... )
 
     Attributes:
       linen: `() -> nn.Module`.
@@ -55,6 +64,7 @@ class Twin:
         Raises:
           TwinError: when the text, the file, the module or the name is wrong, or it is no `Twin`.
         """
+        # From the right: a path may have a colon of its own (`C:/models.py:TWIN`).
         source, colon, name = where.rpartition(":")
         if not colon or not source or not name:
             raise TwinError(
@@ -76,21 +86,33 @@ class Twin:
 
 
 def attempt(part: str, function: Callable[..., Any], *args: Any) -> Any:
-    """What `function` returns; raises `TwinError` naming the part of the twin if it raises."""
+    """What `function` returns.
+
+    Raises:
+      TwinError: if it raises; the message names the part of the twin, and says what was raised.
+
+    Example:
+        >>> try:
+        ...     attempt("inputs() of the twin", lambda: 1 / 0)
+        ... except TwinError as error:
+        ...     print(error)
+        inputs() of the twin failed: ZeroDivisionError: division by zero
+    """
     try:
         return function(*args)
-    except TwinError:
+    except TwinError:  # it names the part already, more exactly
         raise
     except Exception as error:  # the user's own code: whatever it raises, say where
         raise TwinError(f"{part} failed: {type(error).__name__}: {error}") from error
 
 
 def _module(source: str) -> ModuleType:
+    """The module of a path or a dotted name, imported."""
     path = Path(source)
     is_file = path.suffix == ".py"
     if is_file and not path.is_file():
         raise TwinError(f"there is no file {source}")
-    # It finds what it imports as under `python -m module` and, from a file, `python file.py`.
+    # The code can import its neighbours, as under `python -m module` and `python file.py`.
     folders = [str(path.resolve().parent)] * is_file + [str(Path.cwd())]
     sys.path[:0] = folders
     try:
