@@ -116,7 +116,7 @@ def _add_modules(_app: Any, shown: str, source: list[str]) -> None:
 
 
 def _read_docstring(
-    _app: Any, _kind: str, _name: str, _thing: Any, _: Any, lines: list[str]
+    _app: Any, kind: str, _name: str, _thing: Any, _: Any, lines: list[str]
 ) -> None:
     """Turns what our docstrings share with Markdown into what Sphinx reads; changes `lines`.
 
@@ -132,6 +132,8 @@ def _read_docstring(
         for paragraph in text[:start].split("\n\n")
     ]
     lines[:] = ("\n\n".join(paragraphs) + _mark_code(text[start:])).split("\n")
+    if kind in ("attribute", "property"):
+        lines[:0] = ["..", ""]  # a comment; else what precedes a colon is taken for a type
 
 
 def _mark_code(text: str) -> str:
