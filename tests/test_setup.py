@@ -164,6 +164,16 @@ def test_what_is_pinned_is_pinned_exactly(file):
     assert all(str(one.specifier).startswith("==") and not one.url for one in pins(file).values())
 
 
+@pytest.mark.parametrize("file", VERSIONS.values())
+def test_whatever_an_extra_asks_for_is_pinned(file):
+    pinned = pins(file)
+    for path in [ROOT / "pyproject.toml", *ROOT.glob("packages/*/pyproject.toml")]:
+        for wanted in tomllib.loads(path.read_text())["project"]["optional-dependencies"].values():
+            for one in map(Requirement, wanted):
+                own = one.name in ("linen-nnx", "migration-template")
+                assert own or canonicalize_name(one.name) in pinned
+
+
 def test_whatever_is_installed_is_pinned():
     """For the interpreter that runs the tests; the other has a file of its own."""
     pinned = pins(VERSIONS["3.11" if sys.version_info < (3, 12) else "3.12"])
@@ -195,6 +205,12 @@ def test_the_page_on_installing_names_the_versions_that_are_pinned():
     for _, jax, flax, file in rows:
         assert str(pins(file)["jax"].specifier) == f"=={jax}"
         assert str(pins(file)["flax"].specifier) == f"=={flax}"
+
+
+def test_the_page_on_installing_names_every_accelerator():
+    page = (ROOT / "docs" / "install.md").read_text()
+    (line,) = re.findall("^ACCELERATORS := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == line.split()
 
 
 def test_the_addresses_that_are_left_to_fill_in_read_as_they_should():
