@@ -14,6 +14,7 @@ from typing import Any
 NAVIGATION = {
     "Start": {
         "docs/install": "Installing",
+        "docs/compared": "What it has, what it lacks",
         "CONTRIBUTING": "Contributing",
         "CHANGELOG": "Changelog",
     },
@@ -31,6 +32,7 @@ NAVIGATION = {
         "packages/linen-nnx/docs/rules": "Rule books",
         "packages/linen-nnx/docs/ladder": "The ladder",
         "packages/linen-nnx/docs/formats": "Formats",
+        "packages/linen-nnx/docs/buckets": "Buckets",
         "packages/linen-nnx/docs/optax": "Optimizers' states",
         "packages/linen-nnx/docs/pitfalls": "Pitfalls",
         "packages/linen-nnx/examples/train_state/README": "Example: a TrainState",
