@@ -106,11 +106,13 @@ class BucketPlacer(Placer):
             one.result()
 
     def _create(self, file: Path) -> None:
-        goal = self.goal(file)
+        goal, content = self.goal(file), file.read_bytes()
         try:
-            goal.bucket.create(goal.key, file.read_bytes())
+            goal.bucket.create(goal.key, content)
         except FileExistsError:
-            raise TargetError(f"{goal} was made by another process meanwhile") from None
+            # The answer to a first try may have been lost, and obstore has asked once more.
+            if goal.bucket.read(goal.key) != content:
+                raise TargetError(f"{goal} was made by another process meanwhile") from None
 
     def _upload(self, file: Path) -> None:
         upload(file, self.goal(file), self._has_stopped)
