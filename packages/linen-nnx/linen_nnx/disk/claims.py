@@ -65,21 +65,23 @@ class Claim:
     def take(self) -> None:
         """Gets the target, or raises `TargetError`: it is another's, or something is there."""
         self._get()
+        # Before anything else: clearing away what another has left may take minutes.
+        self._beating.start()
         try:
             if self._state == "writing":
                 self._progress("clearing away what a killed conversion left")
                 self._bucket.remove_below(self.out.key)
             elif not self._bucket.is_empty(self.out.key):
                 raise TargetError(f"{self.out} was made by another process meanwhile")
+            # Only from here on is whatever lies below the target this conversion's own.
+            self._state = "writing"
+            self.confirm()
         except BaseException:
+            self._stop()
             # One that says `writing` stays: what could not be cleared is still to be.
-            if self._state == "claimed":
+            if self._state == "claimed" and not self._lost:
                 self._bucket.remove([self._key])
             raise
-        # Only from here on is whatever lies below the target this conversion's own.
-        self._state = "writing"
-        self.confirm()
-        self._beating.start()
 
     def _get(self) -> None:
         """Makes the claim, or takes over that of a process which has died."""
@@ -169,11 +171,14 @@ class Claim:
             with suppress(TargetError, StoreError, OSError):
                 self.confirm()
 
+    def _stop(self) -> None:
+        """Ends the renewals: none may come behind the removal of the claim."""
+        self._ended.set()
+        self._beating.join()
+
     def end(self, clear: bool) -> None:
         """Gives the target free; `clear` deletes first what lies there, as it is not complete."""
-        self._ended.set()
-        if self._beating.is_alive():
-            self._beating.join()
+        self._stop()
         if self._lost:
             return  # both the claim and what lies there are another's
         if clear:
