@@ -141,9 +141,17 @@ def test_nothing_is_ever_overwritten_or_left_behind(tmp_path, store, monkeypatch
 
     assert refused(capsys, ["run", "s3://mem/a/root", "s3://mem/b/theirs", *words]) == "exists and"
     assert refused(capsys, ["run", "s3://mem/a/root", "s3://mem/a/root/x", *words]) == "lies inside"
-    monkeypatch.setattr(in_bucket.BucketPlacer, "put", broken)
-    assert refused(capsys, ["run", "s3://mem/a/root", "s3://mem/b/new", *words]) == "no network"
+    words = ["run", "s3://mem/a/root", "s3://mem/b/new", *words]
+    with monkeypatch.context() as patch:
+        patch.setattr(in_bucket.BucketPlacer, "put", broken)
+        assert refused(capsys, words) == "no network"
     assert keys(store) == before
+    with monkeypatch.context() as patch:
+        patch.setattr(in_bucket.BucketPlacer, "put", broken)
+        patch.setattr(bucket.Bucket, "remove", broken)  # nor can it be cleared away now
+        assert refused(capsys, words) == "no network"
+    assert len(keys(store)) > len(before)
+    assert main(words) == 0, "by the next one it is"
 
 
 @pytest.mark.parametrize("state", ["claimed", "writing"])

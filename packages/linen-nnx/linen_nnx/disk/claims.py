@@ -36,6 +36,8 @@ _BEAT = 10.0  # seconds between renewals
 _LEASE = 60.0  # seconds without one, after which a process of another machine is taken for dead
 _POLL = 2.0  # seconds between two looks at another's claim
 _TRIES = 10  # at a claim that others make and remove: each try needs another one that ended
+_LIVE: set[str] = set()
+"""The claims of this process whose conversions have not ended."""
 
 
 class Claim:
@@ -45,7 +47,7 @@ class Claim:
         self.out, self._progress = out, progress
         self._bucket, self._key = out.bucket, claim_of(out).key
         # For the person who finds it, and for the process that asks whether this one still runs.
-        self._said = {
+        self._said: dict[str, Any] = {
             "made_by": _MADE_BY,
             "what": "A conversion is being written here, or was and did not end.",
             "target": str(out),
@@ -65,12 +67,15 @@ class Claim:
     def take(self) -> None:
         """Gets the target, or raises `TargetError`: it is another's, or something is there."""
         self._get()
+        _LIVE.add(self._said["id"])
         # Before anything else: clearing away what another has left may take minutes.
         self._beating.start()
+        is_left = self._state == "writing"
         try:
-            if self._state == "writing":
+            if is_left:
                 self._progress("clearing away what a killed conversion left")
                 self._bucket.remove_below(self.out.key)
+                is_left = False
             elif not self._bucket.is_empty(self.out.key):
                 raise TargetError(f"{self.out} was made by another process meanwhile")
             # Only from here on is whatever lies below the target this conversion's own.
@@ -78,9 +83,10 @@ class Claim:
             self.confirm()
         except BaseException:
             self._stop()
-            # One that says `writing` stays: what could not be cleared is still to be.
-            if self._state == "claimed" and not self._lost:
-                self._bucket.remove([self._key])
+            # What could not be cleared away is still to be: that claim stays.
+            if not (is_left or self._lost):
+                with suppress(StoreError, OSError):
+                    self._bucket.remove([self._key])
             raise
 
     def _get(self) -> None:
@@ -127,6 +133,9 @@ class Claim:
     def _is_alive(self, found: dict[str, Any], version: dict[str, str]) -> bool:
         """Whether the process that holds a claim still runs."""
         if found.get("machine") == _machine():
+            if found.get("process") == os.getpid():
+                # One that ended while the bucket could not be reached is still named there.
+                return found.get("id") in _LIVE
             return found.get("started") == _started(found.get("process"))
         # Clocks of two machines differ; whether a version changes, both see alike.
         until = time.monotonic() + _LEASE
@@ -175,6 +184,7 @@ class Claim:
         """Ends the renewals: none may come behind the removal of the claim."""
         self._ended.set()
         self._beating.join()
+        _LIVE.discard(self._said["id"])
 
     def end(self, clear: bool) -> None:
         """Gives the target free; `clear` deletes first what lies there, as it is not complete."""
