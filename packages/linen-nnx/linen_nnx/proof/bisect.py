@@ -275,7 +275,7 @@ class _Comparison:
 
     def _line(self, linen: str, nnx: str, members: list[Point], fault: Point | None) -> Layer:
         """One layer: the first of its points that fails, else the worst of them."""
-        # The last of the worst: the bias of a Dense, whose value is what the layer gives.
+        # Where none fails, the last of the worst: of a Dense the bias, with which it is done.
         shown = _first_failed(members) or max(reversed(members), key=_rank)
         flowing_in: set[Point] = set()
         for point in members:
@@ -309,7 +309,7 @@ class _Comparison:
                 if use in known:
                     old.add(known[use])
             for known, use in zip(names, point.uses, strict=True):
-                # The names met so far become one: of (q, qkv) and (k, qkv) both uses are `k`'s.
+                # Names that meet become one: (q, qkv) and (k, qkv) leave one for all three.
                 renamed = [other for other, each in known.items() if each in old]
                 known.update(dict.fromkeys(renamed, name))
                 known[use] = name

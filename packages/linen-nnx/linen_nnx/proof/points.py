@@ -67,7 +67,7 @@ def feeds(known: Sequence[Point], above: dict[int, set[int]]) -> dict[Point, lis
     for point in known:
         numbers: set[int] = set()
         for use in above[point.uses[0]]:
-            # A use that could not be compared stands for no point: what is above it counts itself.
+            # A use that was not compared is no point; what is above it is above this, too.
             numbers |= number_of.get(use, set())
         all_above.append(numbers)
 
