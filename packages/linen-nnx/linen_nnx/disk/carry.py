@@ -59,7 +59,7 @@ _SHOWN = 5  # leaves named in a note
 
 
 class Carried(NamedTuple):
-    """What becomes of a state."""
+    """What becomes of a state, leaf for leaf, and what a person should know of it."""
 
     moves: list[Move[Leaf, Place]]
     as_they_are: list[str]
@@ -99,9 +99,10 @@ def carry(
     carrying.drop_empty_nodes()
     if not state.form.flat:
         carrying.drop_unruled(book)
+    # Rules about single leaves beside the model. They match none of the model's, and its plan must
+    # not report them for that. At a stage the rest is the same on both sides, and needs no rule.
     idle: frozenset[int] = frozenset()
     if not (state.form.stage or to.stage):
-        # At a stage the fields beside the model are the same on both sides.
         idle = carrying.settle_by_rule(book)
     # The shapes that are due let the book say what is missing, and fill what only the target has.
     if like is not None:
@@ -294,7 +295,8 @@ def _has_level(
 def _mirrorable(of_model: Sequence[Move[Id, Id]], form: Form) -> dict[str, ModelPaths]:
     """What a subtree of the rest may mirror: one collection, or the model as a whole (`""`).
 
-    The parameters come first, since nearly all that mirrors anything mirrors them.
+    Moments mirror the collection `params`, and so it comes first. An average of parameters and
+    statistics together, `ema/params/...` and `ema/batch_stats/...`, mirrors the whole.
     """
     trees: dict[str, dict[str, Id]] = {"params": {}}
     everything = {}

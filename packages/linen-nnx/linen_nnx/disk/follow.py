@@ -91,6 +91,7 @@ class Mirror:
     def moves(self, of_model: Sequence[Move[Id, Id]]) -> Iterator[Move[Leaf, Place]]:
         """The moves of this subtree, by those of the model."""
         self._note_choice(of_model)
+        # A masked branch first: it is one leaf here, and many moves of the model are about it.
         yield from self._branches(of_model)
         for rule_move in of_model:
             if rule_move.sources:
@@ -149,6 +150,8 @@ class Mirror:
         found = [held[path] for path in paths if path in held]
         if not found:
             return  # the sources are of another collection, or masked away
+        # Two leaves become one only if each is here in the same way: an array, an empty node, or a
+        # list of as many.
         tails = found[0].keys()
         same = all(leaves.keys() == tails for leaves in found)
         empty = {leaf.empty for leaves in found for leaf in leaves.values()}
@@ -214,9 +217,11 @@ class Mirror:
         tail: str,
     ) -> tuple[tuple[Action, ...], list[Shape]]:
         """The actions on what is kept of parameters of the shapes `params`, and the new shapes."""
-        after = [spec.shape for spec in rule_move.specs]
+        # Adafactor's come first, since an array of theirs may have its parameter's shape by chance:
+        # a bias (1,) and its placeholder (1,).
         if self.factoring is not None:
             return self._refactored(rule_move, leaves, params)
+        after = [spec.shape for spec in rule_move.specs]
         if [leaf.spec.shape for leaf in leaves] == params and not tail:
             return rule_move.actions, after
         if self._lead is not None:
@@ -275,7 +280,8 @@ class Mirror:
             return
         try:
             spec = self._spec_of_new(rule_move.specs[0], id.path)
-            # An average, or a copy of the parameters, starts as they do.
+            # An average, or a copy of the parameters, starts as they do. What an optimizer keeps
+            # has a start of its own.
             one = first_value(self.field, fill, spec) if self.in_optimizer else fill
         except Unknown as unknown:
             self._refuse(f"`{path}` {unknown}")
@@ -327,7 +333,8 @@ class Mirror:
 
     def _target(self, id: Id) -> str:
         """The path of a target below the prefix."""
-        # What mirrors the whole of a Linen state has the collections below it, as that one has.
+        # What mirrors the whole of a Linen state has the collections below it, as that one has:
+        # `ema/params/d/kernel` and `ema/batch_stats/n/mean`.
         below = self.to.flat and not self.subtree.tree
         return f"{id.collection}/{id.path}" if self.level or below else id.path
 

@@ -90,6 +90,8 @@ def _planned(
     idle: frozenset[int],
 ) -> Iterator[Move[Id, Id]]:
     """The moves of one plan, with `Id`s in place of the book's paths."""
+    # Parts of one form on both sides never come here. A whole model does, if its side was said
+    # wrongly.
     if side == to:
         problems.append(f"the checkpoint is in {to} form already")
         return
