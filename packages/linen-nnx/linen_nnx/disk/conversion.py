@@ -162,7 +162,7 @@ class Conversion:
         described = []
         for move in self.moves:
             stored = [(leaf.item, leaf.stored) for leaf in move.sources]
-            described.append((stored, [leaf.form for leaf in move.targets], move.actions))
+            described.append((stored, [leaf.entry for leaf in move.targets], move.actions))
         state.update(f"{described}{self.to} {self.source.kind}".encode())
         for name, one in self.beside.items():
             state.update(f"{name} {one and one.fingerprint}".encode())
@@ -204,7 +204,7 @@ class Conversion:
             # The dtype of a scalar alone is kept: a step is int32 in one layout and int64 or uint32
             # in another, while arrays keep theirs on both ways.
             dtype = str(leaf.spec.dtype) if _is_scalar(leaf) else None
-            leaves.append((*leaf.form, dtype))
+            leaves.append((*leaf.entry, dtype))
         beside = {}
         for name, one in self.beside.items():
             if one is not None:

@@ -138,11 +138,11 @@ def _planned(
     file to be written, if it is one.
     """
     conversions = {}
-    folders = (None,) if suffix else step_folders(path, runs)
-    for number, folder in enumerate(folders):
+    roots = (None,) if suffix else step_folders(path, runs)
+    for number, root in enumerate(roots):
         # A step is asked for among the latest. The best is at a step of its own.
         chosen: dict[str, Any] = {**options, "step": None} if number else options
-        one = plan_conversion(path, to, part=folder, suffix=suffix, runs=runs, **chosen)
+        one = plan_conversion(path, to, root=root, suffix=suffix, runs=runs, **chosen)
         if not suffix:
             _check_beside(one.source, runs)
         conversions[_relative(one)] = one

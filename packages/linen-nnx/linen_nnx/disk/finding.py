@@ -46,7 +46,7 @@ def find(
     path: str | Path,
     step: float | None = None,
     item: str | None = None,
-    part: str | None = None,
+    root: str | None = None,
     prefix: Sequence[str] = (),
     runs: Runs = NO_RUNS,
 ) -> Source:
@@ -56,7 +56,7 @@ def find(
       path: what was named.
       step: which step of a folder of steps.
       item: the training state's item, where a step has several that may be it.
-      part: the folder of a run directory to look in; the first of its folders if None.
+      root: the folder of steps in a run directory to look in; the first of them if None.
       prefix: which group of steps is meant, where a folder has several (`model-100` beside
         `model_ema-100`); more than one make up one state together.
       runs: which directories are runs, and what their checkpoints say.
@@ -90,7 +90,7 @@ def find(
     folder = path
     roots = runs.roots(path)
     if roots:
-        folder = path / (part or roots[0])
+        folder = path / (root or roots[0])
     elif (path / "checkpoints").is_dir():
         # The folder of somebody's own run, which is meant by its name.
         if choose(path, None, (), _is_checkpoint_file) is not None:
@@ -121,7 +121,7 @@ def step_folders(path: Path, runs: Runs) -> tuple[str | None, ...]:
     The first is taken whether it holds steps or not, so that `find` says what is missing.
     """
     first, *more = runs.roots(path) or (None,)
-    return (first, *[part for part in more if _holds_steps(path / part)])
+    return (first, *[root for root in more if _holds_steps(path / root)])
 
 
 def _holds_steps(folder: Path) -> bool:

@@ -19,7 +19,7 @@ from linen_nnx.book.actions import Action, Fill, Multiply
 from linen_nnx.book.moves import Move
 from linen_nnx.book.specs import Spec
 from linen_nnx.book.tree import branches_of
-from linen_nnx.disk.leaves import Key, Leaf
+from linen_nnx.disk.leaves import Keys, Leaf
 from linen_nnx.disk.mirrors import Subtree, prefix_keys
 from linen_nnx.disk.moments import (
     Factoring,
@@ -338,12 +338,12 @@ class Mirror:
         below = self.to.flat and not self.subtree.tree
         return f"{id.collection}/{id.path}" if self.level or below else id.path
 
-    def _place(self, path: str, branch: bool = False, tail: tuple[Key, ...] = ()) -> Place:
+    def _place(self, path: str, branch: bool = False, tail: Keys = ()) -> Place:
         full = "/".join([self.prefix, path, *(key.name for key in tail)])
         return Place(path=full, prefix=self._keys, branch=branch, tail=tail)
 
     @cached_property
-    def _keys(self) -> tuple[Key, ...]:
+    def _keys(self) -> Keys:
         """The keys of the prefix, as any one of the leaves has them."""
         below, leaf = self._any_leaf()
         return prefix_keys(f"{self.prefix}/{below}", leaf)[: len(names_of(self.prefix))]

@@ -25,7 +25,7 @@ from linen_nnx.book.specs import Spec
 from linen_nnx.disk.leaves import (
     DICT,
     SEQUENCE,
-    Key,
+    Keys,
     Leaf,
     common_sharding,
     dict_keys,
@@ -175,13 +175,13 @@ class _Layout:
             return None
         return kind if "int" in own and kind[1] != own else None
 
-    def _scalar(self, keys: tuple[Key, ...], value_type: str) -> Leaf:
+    def _scalar(self, keys: Keys, value_type: str) -> Leaf:
         """A number as Orbax saves one of some type: a Python number has no sharding."""
         if value_type == "jax.Array":
             return _array(keys, (), self._sharding)
         return Leaf(keys, value_type)
 
-    def _keys(self, place: Place) -> tuple[Key, ...]:
+    def _keys(self, place: Place) -> Keys:
         """The key path of a leaf that no given tree settles."""
         if place.id is not None:
             return self._keys_in_model(place.id)
@@ -200,7 +200,7 @@ class _Layout:
         box = () if place.branch else ("value",)
         return (*dict_keys(*names, *mirrored, *box), *place.tail)
 
-    def _keys_in_model(self, id: Id) -> tuple[Key, ...]:
+    def _keys_in_model(self, id: Id) -> Keys:
         collection, path = id
         if self.to.flat:
             return dict_keys(collection, *path.split("/"))
@@ -223,7 +223,7 @@ def _is_of_optimizer(key: Id | str) -> bool:
     return isinstance(key, str) and key.split("/")[0] == OPTIMIZER
 
 
-def _array(keys: tuple[Key, ...], shape: tuple[int, ...], sharding: str | None) -> Leaf:
+def _array(keys: Keys, shape: tuple[int, ...], sharding: str | None) -> Leaf:
     """An array with new bytes.
 
     In a tree of numpy arrays it is one of those: Orbax restores no `jax.Array` that has no
@@ -234,11 +234,11 @@ def _array(keys: tuple[Key, ...], shape: tuple[int, ...], sharding: str | None) 
     return Leaf(keys, "jax.Array", sharding=sharding, write_shape=shape)
 
 
-def _with_sequences(keys: tuple[Key, ...]) -> tuple[Key, ...]:
+def _with_sequences(keys: Keys) -> Keys:
     """The keys of a chain of optax, with digits as indices: chains are tuples, and nnx has names.
 
     Example:
-      >>> _with_sequences((Key("opt_state", DICT), Key("0", DICT)))
+      >>> _with_sequences(dict_keys("opt_state", "0"))
       (Key(name='opt_state', kind=2), Key(name='0', kind=1))
     """
     return tuple(make_key(key.name, SEQUENCE if key.name.isdigit() else DICT) for key in keys)

@@ -112,7 +112,7 @@ class Leaf(NamedTuple):
         return name_of(self.keys)
 
     @property
-    def form(self) -> tuple[str, tuple[int, ...], str]:
+    def entry(self) -> tuple[str, tuple[int, ...], str]:
         """The part of a tree's metadata that describes this leaf: path, kinds of the keys, type."""
         names, kinds = zip(*self.keys, strict=True)
         return "/".join(names), kinds, self.value_type

@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 from linen_nnx.book.specs import Spec
 from linen_nnx.book.tree import branches_of
-from linen_nnx.disk.leaves import Key, Leaf
+from linen_nnx.disk.leaves import Key, Keys, Leaf
 from linen_nnx.disk.moments import FACTORED, Factoring
 from linen_nnx.disk.state import Id, State, names_of
 
@@ -231,7 +231,7 @@ def factorings(subtrees: Sequence[Subtree], state: State) -> dict[str, Factoring
     return found
 
 
-def prefix_keys(path: str, leaf: Leaf) -> tuple[Key, ...]:
+def prefix_keys(path: str, leaf: Leaf) -> Keys:
     """The keys of a leaf of the rest that make up its neutral path: all but those of boxes.
 
     From nnx, `opt_state/0/count` has the keys `optimizer, opt_state, 0, count, value`: the level

@@ -5,7 +5,7 @@ No files here: what moves to a place may be a leaf of a checkpoint or an array i
 
 from typing import NamedTuple
 
-from linen_nnx.disk.leaves import Key
+from linen_nnx.disk.leaves import Keys
 from linen_nnx.disk.state import OPTIMIZER, Id, names_of
 
 
@@ -19,11 +19,11 @@ class Place(NamedTuple):
 
     id: Id | None = None
     path: str = ""
-    prefix: tuple[Key, ...] = ()
+    prefix: Keys = ()
     """The keys of the rest's own structure, of the types that the source gives them."""
     branch: bool = False
     """Whether it is an empty node in place of a branch of the model."""
-    tail: tuple[Key, ...] = ()
+    tail: Keys = ()
     """The keys behind the mirrored part."""
 
     def __str__(self) -> str:

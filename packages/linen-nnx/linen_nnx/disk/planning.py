@@ -35,7 +35,7 @@ from linen_nnx.disk.conversion import RULES, Conversion, Options
 from linen_nnx.disk.engines import settled
 from linen_nnx.disk.finding import find
 from linen_nnx.disk.layouts import lay_out
-from linen_nnx.disk.leaves import Key, Leaf
+from linen_nnx.disk.leaves import Keys, Leaf
 from linen_nnx.disk.origin import Origin, origin_of
 from linen_nnx.disk.remote import as_path
 from linen_nnx.disk.runs import NO_RUNS, Runs
@@ -57,7 +57,7 @@ def plan_conversion(
     like: str | Path | Source | None = None,
     reset_optimizer: bool = False,
     suffix: str = "",
-    part: str | None = None,
+    root: str | None = None,
     prefix: Sequence[str] = (),
     model_only: bool = False,
     side: Side | None = None,
@@ -77,7 +77,7 @@ def plan_conversion(
       like: a checkpoint that the result must equal in all but values.
       reset_optimizer: leave the optimizer's state out.
       suffix: of the file to be written, if it is one.
-      part: the folder of a run directory, if not that of the latest steps.
+      root: the folder of steps in a run directory, if not that of the latest.
       prefix: which group of steps, where a folder has several: see `finding.find`.
       model_only: leave out all but the model.
       side: which side the checkpoint is of, where neither it nor the rule book tells.
@@ -101,7 +101,7 @@ def plan_conversion(
       >>> folder.cleanup()
     """
     options = Options(reset_optimizer, model_only, side, item, step, tuple(prefix))
-    source = path if isinstance(path, Source) else find(path, step, item, part, prefix, runs)
+    source = path if isinstance(path, Source) else find(path, step, item, root, prefix, runs)
     form, target = _forms(source, to)
     book = _rule_book(source, rules)
     if form is None:
@@ -191,7 +191,7 @@ def _item(
     conversion: Conversion,
     source: Source,
     carried: Carried,
-    head: tuple[Key, ...],
+    head: Keys,
     like: Source | None,
     origin: Sequence[Leaf] | None,
 ) -> Conversion | None:

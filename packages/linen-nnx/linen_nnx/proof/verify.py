@@ -95,16 +95,16 @@ def verify(
     build = None if build is None else _once(build)
     checks: list[Check] = []
     roots = (None,) if out.suffix in SUFFIXES else step_folders(path, runs)
-    for number, part in enumerate(roots):
-        label = f"{part}: " if len(roots) > 1 else ""
-        # A step is of the first part; the others (a run's best checkpoint) have steps of their own.
+    for number, root in enumerate(roots):
+        label = f"{root}: " if len(roots) > 1 else ""
+        # A step is of the first root; the others (a run's best checkpoint) have steps of their own.
         chosen = {**options, "step": None} if number else options
         step = chosen.get("step") if out.is_dir() and not (out / "_METADATA").exists() else None
-        result = find(out, step, part=part, runs=runs)
+        result = find(out, step, root=root, runs=runs)
         # What is asked here goes before what the report says; what neither says, `like` settles.
         target, asked = _asked(result, to)
         said = {name: value for name, value in chosen.items() if value}
-        chosen = {**asked, **said, "like": result, "part": part, "runs": runs}
+        chosen = {**asked, **said, "like": result, "root": root, "runs": runs}
         for check in _verify_one(path, result, target, chosen, progress, twin, build):
             checks.append(replace(check, name=label + check.name))
             report(checks[-1])
@@ -162,7 +162,7 @@ def _verify_one(
     """The checks of one checkpoint of the result, each as soon as it is known."""
     progress("digests")
     which = {}
-    for name in ("step", "item", "part", "prefix", "runs"):
+    for name in ("step", "item", "root", "prefix", "runs"):
         if name in options:
             which[name] = options[name]
     source = find(path, **which)
