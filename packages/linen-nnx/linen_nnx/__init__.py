@@ -7,7 +7,15 @@
     ladder   one model at four stages, behind Linen's `init` and `apply`
     proof    conversions verified, and the first layer at which two models part
 
-Each imports only what stands above it.
+Each imports only what stands above it. `cli` is the command line over all of them.
+
+Example:
+  >>> import numpy as np
+  >>> from linen_nnx import RuleBook
+  >>> book = RuleBook.from_dict({"version": 1, "rules": [
+  ...     {"linen": "params/Dense_{i}/{leaf}", "nnx": "layers/{i}/{leaf}"}]})
+  >>> list(book.to_nnx({"params/Dense_0/kernel": np.ones((2, 3))}))
+  ['layers/0/kernel']
 """
 
 from importlib import import_module
@@ -57,6 +65,7 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     """Imports a public name when it is used: `convert.py --help` needs none, few need jax."""
     if name == "__version__":
+        # What pip has installed: `pyproject.toml` is the one place where the version stands.
         from importlib.metadata import version
 
         return version("linen-nnx")

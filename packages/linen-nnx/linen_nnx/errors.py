@@ -6,10 +6,15 @@ from collections.abc import Iterable
 class Refusal(ValueError):
     """Something that this library will not do: the message says what, where, and what to do.
 
-    Its kinds: `RuleError` and `Mismatch` (a rule book that does not fit), `StoreError` (a
-    checkpoint that cannot be read), `DigestError` (files that differ from their digests),
-    `TargetError` (a target that cannot be written), `TwinError` (models that cannot be run). On a
-    command line each is one message and exit code 1.
+    On a command line each is one message and exit code 1. Its kinds:
+
+        RuleError, Mismatch   a rule book that does not fit
+        StoreError            a checkpoint that cannot be read
+        DigestError           files that differ from their digests
+        TargetError           a target that cannot be written
+        TwinError             models that cannot be built or run
+        VariablesError        variables that do not fit a stage of a ladder
+        DrawError             random keys that cannot be given as Linen would give them
 
     Example:
       >>> from linen_nnx import Refusal, RuleBook

@@ -51,10 +51,10 @@ def test_a_signal_while_files_are_copied_leaves_nothing(source, tmp_path, number
     assert os.listdir(tmp_path) == []
 
 
-# Signals that come where Python has no use for an exception: as an object is deleted, and as a
-# module that is being imported makes an error of its own of whatever it meets.
+# Signals that come where an exception does not get far: as an object is deleted, as a module that
+# is being imported makes an error of its own of whatever it meets, and while a thread compiles.
 HIDDEN = """
-import os, signal, sys, time
+import os, signal, sys, threading, time
 from linen_nnx.disk import finding
 class Deleted:
     def __del__(self):
@@ -67,16 +67,20 @@ def importing(*_, **__):
         os.kill(os.getpid(), signal.SIGINT)
     except KeyboardInterrupt as error:
         raise ImportError("initialization failed") from error
-finding.find = {"deleted": deleted, "importing": importing}[sys.argv.pop()]
+def compiling(*_, **__):
+    from linen_nnx.infer.keys import aside
+    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    aside(lambda: time.sleep(3600))
+finding.find = globals()[sys.argv.pop()]
 from linen_nnx.cli import program
 raise SystemExit(program())
 """
 
 
-@pytest.mark.parametrize("moment", ["deleted", "importing"])
+@pytest.mark.parametrize("moment", ["deleted", "importing", "compiling"])
 def test_a_signal_that_is_hidden_from_the_command_still_ends_it(moment):
     command = [sys.executable, "-c", HIDDEN, "inspect", "x", moment]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (130, "interrupted: nothing was left behind\n")
 
 

@@ -40,6 +40,7 @@ def main(
       >>> main(["inspect", "no/such/place"])
       1
     """
+    # The import is inside: it takes longer than all that is above it, so a Ctrl-C often meets it.
     try:
         from linen_nnx.cli.parser import parsed
 
@@ -63,6 +64,7 @@ def _refused(error: BaseException) -> int:
     from linen_nnx.cli.output import complain
     from linen_nnx.errors import Refusal
 
+    # `inspect X | head` is no mistake: nothing is said.
     if isinstance(error, BrokenPipeError):
         return stopping.without_reader()
     if isinstance(error, OSError):
@@ -72,12 +74,14 @@ def _refused(error: BaseException) -> int:
     elif isinstance(error, Refusal):
         complain(str(error))
     else:
+        # A bug of this library, which keeps its traceback; or the end of the parser.
         raise error
     return 1
 
 
 def program(name: str = "linen-nnx", *, runs: str | None = None, build: str | None = None) -> int:
     """`main` in a process of its own, whose signals, memory and time it may tune."""
+    # Before anything is imported that takes time.
     stopping.listen()
     import contextlib
     import ctypes
@@ -92,7 +96,10 @@ def program(name: str = "linen-nnx", *, runs: str | None = None, build: str | No
         # M_ARENA_MAX: else glibc keeps the freed buffers of streamed leaves once for each thread.
         ctypes.CDLL(None).mallopt(-8, 1)
     try:
-        return main(name=name, runs=runs, build=build)
+        code = main(name=name, runs=runs, build=build)
+        if code > 128:
+            stopping.end(code)
+        return code
     finally:
         gc.freeze()  # nor look for cycles at the end
         stopping.leave()

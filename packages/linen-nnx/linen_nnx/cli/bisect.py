@@ -18,6 +18,7 @@ def bisect(
     from linen_nnx.proof import show
     from linen_nnx.proof.bisect import bisect
 
+    # Both models are traced, compiled and run in float64 as well, which takes minutes.
     with progress() as tell:
         tell(f"importing {twin}")
         found = bisect(loaded(twin), rules, checkpoints, runs_named(runs), training, tell)
@@ -28,6 +29,7 @@ def bisect(
         print_json(show.content(found))
     else:
         rows: list[tuple[str, ...]] = []
+        # Mark and Linen name in one column: the two names then stand on one line of 80 columns.
         for mark, linen, nnx, *others in show.table(found):
             rows.append((f"{mark:3}  {linen}", nnx, *others))
         table(rows, long=2)

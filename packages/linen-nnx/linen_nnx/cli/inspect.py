@@ -27,6 +27,7 @@ def inspect(
         form = Form(guess_side(leaves, book) or "nnx")
     else:
         described, form = None, Form("linen", source.said.stage, source.said.forms)
+    # A tree that says nothing of itself is called by what it looks like.
     layout = described or read_state(leaves, form, book).layout
     beside: dict[str, int] = {}
     for name, path in items_beside(source).items():

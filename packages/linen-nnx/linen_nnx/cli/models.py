@@ -22,6 +22,7 @@ def suggested(twin: str) -> Any:
     from linen_nnx.ladder.suggest import suggest
 
     with progress() as tell:
+        # The models' own code imports jax, which alone takes seconds.
         tell(f"importing {twin}")
         return suggest(loaded(twin), lambda text: print(text, file=sys.stderr), tell)
 

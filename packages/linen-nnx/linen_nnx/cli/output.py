@@ -27,6 +27,7 @@ def complain(reason: str) -> None:
 
 
 def _print_wrapped(text: str, stream: TextIO) -> None:
+    # Not the width of the terminal: on a wide one long lines are hard to read.
     if not stream.isatty():
         print(text, file=stream)
         return
@@ -111,6 +112,7 @@ def amount(count: float) -> str:
       >>> amount(999), amount(123456)
       ('999 B', '123 KB')
     """
+    # Powers of 1,000, as `ls --si` and the makers of disks count.
     for unit in ("B", "KB", "MB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -133,6 +135,7 @@ def first(texts: Sequence[str]) -> str:
     """The first of some texts, and how many there are if they differ."""
     if not texts:
         return "-"
+    # Forty layers of one shape are one text.
     count = len(set(texts))
     return f"{texts[0]}, ... ({count})" if count > 1 else texts[0]
 
@@ -187,6 +190,7 @@ def rule_lines(rule: Any, width: int = 0) -> list[str]:
     whole = "  ".join([f"{linen:{width}}", "->", nnx, *ops])
     if len(whole) <= WIDTH:
         return [whole]
+    # The arrow begins the second line, where it is found at a glance among many rules.
     right = "  ".join([f"    ->  {nnx}", *ops])
     if len(right) <= WIDTH:
         return [linen, right]
@@ -216,6 +220,7 @@ def rule_texts(rule: Any) -> tuple[str, str, list[str]]:
 def progress() -> Iterator[Callable[[str], None]]:
     """A function that shows what is being done: on a terminal a line that is rewritten and is gone
     at the end, elsewhere nothing."""
+    # In a log, a line that is rewritten would be a thousand lines.
     if not sys.stderr.isatty():
         yield lambda text: None
         return

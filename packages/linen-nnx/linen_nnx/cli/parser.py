@@ -21,8 +21,8 @@ _OTHER_COMMANDS = {
     "show": "inspect", "translate": "run", "validate": "verify",
 }  # fmt: skip
 _OTHER_OPTIONS = {
-    "--book": "--rules", "--checkpoint": "--step", "--dry-run": "plan", "--form": "--to",
-    "--mapping": "--rules", "--model": "--twin", "--plot": "--png", "--reference": "--like",
+    "--book": "--rules", "--dry-run": "plan", "--form": "--to", "--mapping": "--rules",
+    "--model": "--twin", "--output": "-o", "--plot": "--png", "--reference": "--like",
     "--source": "--from", "--stage": "--to", "--symlink": "--link", "--target": "--to",
     "--verbose": "--leaves", "--weights-only": "--model-only",
 }  # fmt: skip
@@ -104,6 +104,7 @@ def add_checkpoint(sub: Any) -> None:
     sub.add_argument("--step", type=step_number, help=text)
     sub.add_argument("--item", help="which item of a step holds the state, if several may")
     text = "which series of steps, as `model-` of `model-100`; repeated: together one state"
+    # Several, as some scripts save the optimizer beside the model: `model-100`, `optimizer-100`.
     sub.add_argument("--prefix", action="append", default=[], help=text)
 
 
@@ -139,6 +140,7 @@ def step_number(text: str) -> float:
 
 def twin_name(text: str) -> str:
     """The text of TWIN, which `Twin.load` reads."""
+    # Checked here and not when the twin is loaded: a name without a colon is a mistake of usage.
     if not all(text.rpartition(":")):
         raise argparse.ArgumentTypeError(f"expected {TWIN}, got {text!r}")
     return text
@@ -163,6 +165,8 @@ def _check_spelling(
     words: Sequence[str],
 ) -> None:
     """Refuses an unknown command or option, as argparse does, and says what it may have been."""
+    # argparse itself says `invalid choice` with the list of all, and the word that was meant is not
+    # seen among them.
     command = next(iter(words), "-")
     if command.startswith("-"):
         return  # `--help`, say
@@ -172,6 +176,7 @@ def _check_spelling(
     known: list[str] = []
     for action in commands[command]._actions:
         known += action.option_strings
+    # Behind a bare `--` everything is a name, as that of a checkpoint called `--old`.
     for word in itertools.takewhile("--".__ne__, words):
         option = word.partition("=")[0]
         # argparse takes the beginning of an option for the whole of it.

@@ -117,6 +117,8 @@ def _account(moves: "Sequence[LeafMove]", named: bool) -> str:
 
     named: whether to name the leaves, where no pattern of a rule says which they are.
     """
+    # Engines are counted by targets, as in the line `leaves` below; places by sources, which are
+    # what a person knows of the checkpoint.
     engines, places = Counter[str](), Counter[str]()
     paths: list[str] = []
     for move in moves:
@@ -145,6 +147,7 @@ def _show_leaves(moves: "Sequence[LeafMove]") -> None:
     for move in moves:
         old = [leaf.path for leaf in move.sources]
         new = [leaf.path for leaf in move.targets]
+        # Of a stack of forty layers one is enough to see what happens.
         specs = [spec_of(leaf) for leaf in move.targets]
         rows.append((f"{_engine(move):6}  {first(old)}", f"->  {first(new)}", first(specs)))
         several = several or len(old) > 1 or len(new) > 1

@@ -12,6 +12,7 @@ _COLUMN = 40  # the widest column of Linen sides behind which the arrows are ali
 
 def suggest(twin: str, out: str | None, as_json: bool) -> int:
     """Proposes a rule book, writes it to `out`, and shows it. Returns 1 if leaves are open."""
+    # Before the search, which may take minutes.
     if out is not None and os.path.exists(out):
         raise FileExistsError(f"{out} exists: choose another file")
     book = suggested(twin)

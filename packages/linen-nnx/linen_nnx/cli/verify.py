@@ -53,6 +53,7 @@ def verify(
     if as_json:
         print_json({"passed": not failed, "checks": [vars(check) for check in checks]})
         return int(failed)
+    # The bytes prove that the rules were followed, and not that the rules are right.
     if not any(check.name.endswith("by an output") for check in checks):
         why = "the checks above come first" if twin else "--twin TWIN"
         say(f"The models were not run, and so the rule book is taken at its word: {why}")

@@ -158,12 +158,12 @@ def holds(jaxpr: Any, name: str) -> bool:
     for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         if eqn.primitive.name == name:
             return True
-        if any(holds(inner, name) for inner in _inside(eqn)):
+        if any(holds(inner, name) for inner in inside(eqn)):
             return True
     return False
 
 
-def _inside(eqn: Any) -> list[Any]:
+def inside(eqn: Any) -> list[Any]:
     """The jaxprs among the parameters of an equation."""
     found: list[Any] = []
     # A scan has its body as it is, a cond its branches in a tuple.

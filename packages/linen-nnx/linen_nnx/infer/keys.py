@@ -5,8 +5,9 @@ they act. Each has a row in `make parity`, which fails when an installed version
 """
 
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
+from threading import Thread
 from typing import Any, TypeVar
 
 import flax.linen as nn
@@ -156,8 +157,17 @@ def aside(compute: Callable[[], Value]) -> Value:
     In a thread of its own, as the state of tracing is a thread's. `jax.ensure_compile_time_eval`
     would do too, but runs each constant of the inner traces by itself: 49 s instead of 5.
     """
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(compute).result()
+    outcome: Future[Value] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(compute())
+        except BaseException as error:  # raised again by `result`, in the thread that asked
+            outcome.set_exception(error)
+
+    # A daemon, which no executor's threads are: Ctrl-C need not wait for a compilation to end.
+    Thread(target=run, daemon=True).start()
+    return outcome.result()
 
 
 def typed(key: Array) -> Array:

@@ -6,8 +6,12 @@
     linen_in_nnx  nnx     Linen, through bridge.ToNNX   nnx
     nnx           nnx     nnx                           nnx
 
-A model is one part, or several named ones that one function puts together. A model of one part is
-bridged whole: ported at `nnx_in_linen`, not yet at `linen_in_nnx`.
+A model is one part, or several named ones that one function puts together. A model of one part has
+no part that is ported and another that is not, so it is bridged whole: it is nnx at `nnx_in_linen`
+and Linen at `linen_in_nnx`.
+
+This module knows what a ladder is made of and computes it when it is needed. `stage` checks and
+runs a call, `forms` translates variables, `search` and `feed` deal with random draws.
 """
 
 import inspect
@@ -31,12 +35,12 @@ from linen_nnx.book.tree import flatten, unflatten
 from linen_nnx.infer.calls import complete, init
 from linen_nnx.infer.keys import DrawError, aside, tag, watching
 from linen_nnx.infer.twin import Twin, TwinError, attempt
-from linen_nnx.ladder.calls import Call
+from linen_nnx.ladder.call import Call
 from linen_nnx.ladder.feed import feed
-from linen_nnx.ladder.forms import Book, Leaves
+from linen_nnx.ladder.forms import FittedBook
 from linen_nnx.ladder.modes import in_mode
 from linen_nnx.ladder.move import move
-from linen_nnx.ladder.port import Port
+from linen_nnx.ladder.port import Leaves, Port
 from linen_nnx.ladder.program import Program, trace
 from linen_nnx.ladder.roots import Bound, LinenPart, LinenRoot, NnxRoot
 from linen_nnx.ladder.search import Findings, search
@@ -50,6 +54,21 @@ class Part:
     Attributes:
       linen: `() -> nn.Module`, or the module.
       nnx: `(rngs) -> nnx.Module`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import linen as nn, nnx
+      >>> from linen_nnx import Ladder, Part, RuleBook
+      >>> parts = {
+      ...     "body": Part(nn.Dense(3), lambda rngs: nnx.Linear(2, 3, rngs=rngs)),
+      ...     "head": Part(nn.Dense(1), lambda rngs: nnx.Linear(3, 1, rngs=rngs)),
+      ... }
+      >>> rules = [{"linen": "params/{part}/{leaf}", "nnx": "{part}/{leaf}"}]
+      >>> ladder = Ladder(parts=parts, forward=lambda parts, x: parts.head(parts.body(x)),
+      ...                 inputs=lambda: (jnp.ones((1, 2)),),
+      ...                 rules=RuleBook.from_dict({"version": 1, "rules": rules}))
+      >>> dict(ladder.at("nnx_in_linen").forms)
+      {'body': 'nnx', 'head': 'linen'}
     """
 
     linen: Callable[[], nn.Module] | nn.Module
@@ -101,13 +120,15 @@ class Ladder:
         inputs: Callable[[], tuple[Any, ...]] | None = None,
         methods: Mapping[str, Callable[..., Any]] | None = None,
         ported: Sequence[str] | None = None,
+        # On stderr, as stdout may be the result of the program.
         say: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
     ) -> None:
         """A ladder over a twin, or over parts. Nothing is computed before it is needed.
 
         Args:
-          twin: the model, if it is one part. Its `call_nnx` is used for calls whose arguments it
-            takes; the other calls are those of the Linen model, in its train or evaluation mode.
+          twin: the model, if it is one part. Its `call_nnx` runs the calls whose arguments it
+            takes. In any other call the nnx model gets the arguments of the Linen call, and its
+            mode: training or evaluation.
           rules: a rule book or its file; None: what `suggest` finds for the models.
           parts: the parts by name, if there are several.
           forward: `(parts, *args, **kwargs) -> outputs`, the model put together; it runs under both
@@ -126,6 +147,7 @@ class Ladder:
         if parts is not None and (forward is None or inputs is None):
             raise TwinError("parts need `forward` and `inputs`: Ladder(parts=..., forward=...)")
         if twin is not None:
+            # From here on a twin is a model of one part, whose name is empty.
             parts, inputs = {WHOLE: Part(twin.linen, twin.nnx)}, twin.inputs
         assert parts is not None and inputs is not None
         for name in ported or ():
@@ -144,6 +166,7 @@ class Ladder:
         """The model at a stage: `linen`, `nnx_in_linen`, `linen_in_nnx` or `nnx`."""
         if stage not in STAGES:
             raise TwinError(f"there is no stage {stage!r}; the stages are {', '.join(STAGES)}")
+        # One object for each stage: `jax.jit(stage.apply)` finds its compiled program by it.
         if stage not in self._stages:
             self._stages[stage] = Stage(self, stage, self.forms(stage))
         return self._stages[stage]
@@ -159,6 +182,8 @@ class Ladder:
             return self._given_rules
         if self._given_rules is not None:
             return RuleBook.load(self._given_rules)
+        # Not the `suggest` of this package, which needs a ladder to pair draws: here, draws are
+        # paired when a call first needs them.
         from linen_nnx.infer.suggest import suggest
 
         return suggest(self.twin)
@@ -183,6 +208,7 @@ class Ladder:
         if self._twin is not None:
             return self._twin
 
+        # Under the names that the parts have in Linen, so that all paths begin with a part's name.
         def build(rngs: nnx.Rngs) -> nnx.Module:
             return NnxRoot({name: part.nnx(rngs) for name, part in self.parts.items()})
 
@@ -215,12 +241,13 @@ class Ladder:
     @cached_property
     def inputs(self) -> tuple[Any, ...]:
         """The arguments of the example call."""
+        # What needs them first may be under `jax.jit`, where the arrays would be tracers.
         return aside(lambda: attempt("inputs() of the twin", self._inputs))
 
     @cached_property
-    def book(self) -> Book:
+    def book(self) -> FittedBook:
         """The rule book, fitted to both models."""
-        return Book(self.rules, self.linen_specs, self.ports)
+        return FittedBook(self.rules, self.linen_specs, self.ports)
 
     @cached_property
     def linen_specs(self) -> Leaves:
@@ -237,13 +264,15 @@ class Ladder:
         if twin.init_linen is None:
             try:
                 return init(self.linen, rngs, *self.inputs)
-            except (TypeError, ValueError):  # it wants to be told whether it trains
+            except (TypeError, ValueError):
+                # It wants to be told whether it trains, as by a flag `train` without a default.
                 twin = complete(twin)
         assert twin.init_linen is not None
         return twin.init_linen(self.linen, rngs, *self.inputs)
 
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
         """`Module.init` of the Linen model."""
+        # A root of several parts has no `__call__`: it runs whatever it is given as `method`.
         if self.forward is not None and kwargs.get("method") is None:
             kwargs["method"] = self.forward
         return init(self.linen, rngs, *args, **kwargs)
@@ -328,6 +357,7 @@ class Ladder:
           >>> ladder.load(file, "nnx", ladder.at("nnx").abstract())["params"]["out"]["kernel"].shape
           (2, 3)
         """
+        # Imported here, as most scripts read no checkpoint but their own.
         from linen_nnx.ladder.load import Checkpoint
 
         book = RuleBook.load(rules) if isinstance(rules, str | Path) else rules
@@ -335,10 +365,15 @@ class Ladder:
         return found.load(stage, self.at(stage).forms, like, fresh, self.say)
 
     def entry(self, method: Any) -> Callable[..., Any]:
-        """The function `(module or parts, *args, **kwargs)` that a method is.
+        """The function `(module or parts, *args, **kwargs)` that a method stands for.
 
-        Raises `TwinError` for a name that is none.
+        Args:
+          method: as `Module.apply` takes it: None, a name, or a function.
+
+        Raises:
+          TwinError: for a name that is none of the ladder's `methods`.
         """
+        # As `Module.apply(method=Net.encode)` takes it, where `Net` is the Linen class.
         if callable(method):
             return method
         if self.forward is None:
@@ -349,14 +384,14 @@ class Ladder:
         return self._methods[method] if method else self.forward
 
     def part(self, name: str) -> str:
-        """The part of a leaf."""
+        """The part of a leaf `collection/part/path`."""
         return WHOLE if WHOLE in self.parts else name.split("/")[1]
 
     def leaves_of(self, part: str, leaves: Leaves) -> Leaves:
         """The leaves `{"collection/path": leaf}` of one part, without its name."""
         if part == WHOLE:
             return leaves
-        own = {}
+        own: Leaves = {}
         for name, leaf in leaves.items():
             collection, of, path = name.split("/", 2)
             if of == part:
@@ -368,7 +403,7 @@ class Ladder:
         return type(self.parts[part].module())
 
     def run_linen(self, variables: Any, call: Call, **options: Any) -> Any:
-        """The call in Linen, as it would be without a ladder."""
+        """Runs the call in Linen, as it would be without a ladder."""
         method = call.method if self.forward is None else self.entry(call.method)
         rngs = call.rngs or None
         return self.linen.apply(
@@ -379,20 +414,32 @@ class Ladder:
     def run_bridged(
         self, bridged: Mapping[str, nn.Module], variables: Any, call: Call, mutable: Any
     ) -> Any:
-        """The call under a Linen root some parts of which are `bridged`."""
+        """Runs the call under a Linen root.
+
+        Args:
+          bridged: the parts in nnx form, as Linen modules.
+          variables: of all parts, as the bridge wants them.
+          call: the call; `mutable`: its filter, widened by the names that the bridge has.
+        """
         if self.forward is None:
 
             def method(model: Any, *args: Any, **kwargs: Any) -> Any:
                 return self._on_nnx(model, call, args, kwargs)
 
+            # A whole model that is bridged has a keyword of its own for the method.
             options: dict[str, Any] = {"nnx_method": method}
             root = bridged[WHOLE]
         else:
+
+            def make() -> dict[str, nn.Module]:
+                modules: dict[str, nn.Module] = {}
+                for name, part in self.parts.items():
+                    if name not in bridged:
+                        modules[name] = part.module()
+                return {**modules, **bridged}
+
             options = {"method": self.entry(call.method)}
-            modules = {name: part for name, part in self.parts.items() if name not in bridged}
-            root = LinenRoot(
-                lambda: {**{n: part.module() for n, part in modules.items()}, **bridged}
-            )
+            root = LinenRoot(make)
         return root.apply(
             variables, *call.args, rngs=call.rngs or None, mutable=mutable, **options, **call.kwargs
         )
@@ -400,7 +447,14 @@ class Ladder:
     def nnx_root(
         self, forms: Forms, leaves: Leaves, call: Call, keys: Any, mode: str = "plain"
     ) -> nnx.Module:
-        """The nnx root, each part filled with its leaves; a part that has none is left out."""
+        """The nnx root, each part filled with its leaves.
+
+        Args:
+          forms: the form of each part.
+          leaves: `{"collection/part/path": array}` of all parts.
+          call: the call that the root is for.
+          keys: `{part: {stream: keys}}` of the parts in nnx form; `mode`: see `Port.fill`.
+        """
         parts: dict[str, nnx.Module] = {}
         for part, form in forms.items():
             own = self.leaves_of(part, leaves)
@@ -408,12 +462,14 @@ class Ladder:
                 bound = Bound(self.linen, part or None, call.rngs, call.mutable)
                 parts[part] = LinenPart(bound, self.linen_type(part), unflatten(own))
             elif own or not self.ports[part].leaves:
+                # A part that has leaves and got none is one that the example never calls: it is
+                # left out.
                 inner = {name.split("/", 1)[1]: leaf for name, leaf in own.items()}
                 parts[part] = self.ports[part].fill(inner, keys[part], mode)
         return parts[WHOLE] if WHOLE in parts else NnxRoot(parts)
 
     def run_nnx(self, root: Any, call: Call) -> Any:
-        """The call of an nnx root."""
+        """Runs the call on an nnx root."""
         if self.forward is not None:
             return self.entry(call.method)(root, *call.args, **call.kwargs)
         if isinstance(root, LinenPart):
@@ -421,20 +477,28 @@ class Ladder:
         return self._on_nnx(root, call, call.args, call.kwargs)
 
     def _on_nnx(self, model: Any, call: Call, args: Any, kwargs: Any) -> Any:
-        """The call of a whole nnx model: of the method with the name of the Linen method."""
+        """Runs the call on a whole nnx model: its method with the name of the Linen method."""
         own = self.twin.call_nnx
+        # The twin says how its port is called for the arguments of its example. A call with others,
+        # say `train=True`, may be one that it does not take.
         if own is not None and call.method is None and _takes(own, model, *args, **kwargs):
             return own(model, *args, **kwargs)
         method = model if call.method is None else getattr(model, call.name)
         return in_mode(model, method, self.entry(call.method), args, kwargs)
 
     def program(self, call: Call) -> Program:
-        """The keys that the Linen model draws in a call; Linen's own error where it has one."""
+        """The keys that the Linen model draws in a call.
+
+        Raises:
+          Whatever Linen raises for the call.
+        """
         key = (call.signature(), tuple(sorted(call.rngs)))
+        # Calls of one signature are traced alike, and tracing a large model takes seconds.
         if key not in self._programs:
 
             def traced(rngs: Any, given: Any) -> Any:
                 variables, arrays = given
+                # The tag stays in the jaxpr, where `trace` finds it; it computes nothing.
                 with watching(lambda name, key: tag(key, name)):
                     return self.run_linen(variables, call.joined(arrays, rngs))
 
@@ -444,18 +508,20 @@ class Ladder:
 
     @cached_property
     def pairings(self) -> dict[str, Pairing]:
-        """What is known of the draws of each kind of call."""
+        """What is known of the draws of each kind of call, `{kind: pairing}`."""
         return {pairing.kind: pairing for pairing in self.rules.draws}
 
     def pair(self, *args: Any, rngs: Any = None, method: Any = None, **kwargs: Any) -> RuleBook:
         """The rule book, with the draws of this kind of call paired.
 
         `apply` does the same when a kind of call first needs it. There, a draw without a partner
-        gets a stream of its own; here, it is an error. Save the book, and there is no search later.
+        gets a stream of its own. Here, it is an error. Once the book is saved, no run searches.
 
         Args:
-          args, kwargs, method: those of a call, as for `Stage.apply`; of arrays only shape counts.
+          args: positional arguments of a call, as for `Stage.apply`; `kwargs`: its named ones. Of
+            arrays only shape and dtype count.
           rngs: the streams that the call is given, if the model looks whether it has them.
+          method: as for `Stage.apply`.
 
         Raises:
           DrawError: with each draw of the nnx model that has no partner, and why.
@@ -480,6 +546,8 @@ class Ladder:
 
     def find_draws(self, call: Call) -> Findings:
         """Finds the draws of a kind of call, and says what it found in a line."""
+        # The time is said, as a run that stands still wants a reason: each draw takes two runs or
+        # more of a model that has been compiled once.
         start = time.monotonic()
         found = search(self, call)
         pairing = found.pairing
@@ -494,12 +562,15 @@ class Ladder:
     def keys(self, forms: Forms, call: Call) -> dict[str, dict[str, Array]]:
         """`{part: {stream: keys}}` of the streams of parts in nnx form of which something is known.
 
-        Of an unknown kind of call nothing is.
+        Of a kind of call that was never paired, nothing is known.
         """
+        # A port without streams draws nothing: then even the kind of the call need not be known.
         pairing = None
         if any(forms[part] == "nnx" and self.ports[part].streams for part in forms):
             pairing = self.pairings.get(call.kind(self.entry(call.method)).kind)
-        return {part: {} for part in forms} if pairing is None else feed(self, forms, call, pairing)
+        if pairing is None:
+            return {part: {} for part in forms}
+        return feed(self, forms, call, pairing)
 
 
 def _takes(function: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:

@@ -6,6 +6,15 @@ def __call__(self, x, train)              the same:          model(x, train=True
 def __call__(self, x, deterministic)      another word:      model(x, deterministic=False)
 def __call__(self, x)                     none, as nnx has   model.train(); model(x)
                                           modes of its own:
+
+    >>> from flax import nnx
+    >>> class Port(nnx.Module):
+    ...     def __call__(self, x, deterministic):
+    ...         return "evaluates" if deterministic else "trains"
+    >>> def linen(self, x, train=False): ...
+    >>> port = Port()
+    >>> in_mode(port, port, linen, (1.0,), {"train": True})
+    'trains'
 """
 
 import inspect
@@ -24,23 +33,26 @@ def in_mode(
       model: the nnx model, which this call may switch: it is thrown away afterwards.
       method: its method, bound.
       linen: the Linen method, unbound.
-      args, kwargs: the arguments of the Linen call.
+      args: positional arguments of the Linen call; `kwargs`: its named ones.
     """
     trains = _trains(linen, args, kwargs)
     if trains is None:
         return method(*args, **kwargs)
     known = _parameters(method)
-    bound = inspect.signature(linen).bind(None, *args, **kwargs)
-    if not known & EVALUATION.keys():
+    flags = known & EVALUATION.keys()
+    if not flags:
         model.train() if trains else model.eval()
+    bound = inspect.signature(linen).bind(None, *args, **kwargs)
     foreign = [name for name in bound.arguments if name in EVALUATION and name not in known]
-    if not foreign and known & EVALUATION.keys() <= _parameters(linen):
+    others = flags - _parameters(linen)
+    # Both methods have the same words: the call is passed on as it was written.
+    if not foreign and not others:
         return method(*args, **kwargs)
     for name in foreign:
         del bound.arguments[name]
-    others = known & EVALUATION.keys() - _parameters(linen)
-    flags = {name: EVALUATION[name] is not trains for name in others}
-    return method(*bound.args[1:], **bound.kwargs, **flags)
+    # `train=True` in the port's own word: `deterministic=False`.
+    translated = {name: EVALUATION[name] is not trains for name in others}
+    return method(*bound.args[1:], **bound.kwargs, **translated)
 
 
 def _trains(linen: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> bool | None:
@@ -50,8 +62,11 @@ def _trains(linen: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> 
     except (TypeError, ValueError):  # the model will say what is wrong
         return None
     bound.apply_defaults()
-    flags = {name: value for name, value in bound.arguments.items() if name in EVALUATION}
-    told = [value is not EVALUATION[name] for name, value in flags.items() if value is not None]
+    told: list[bool] = []
+    for name, value in bound.arguments.items():
+        # A flag that is None says nothing, as in `deterministic: bool | None = None`.
+        if name in EVALUATION and value is not None:
+            told.append(value is not EVALUATION[name])
     return any(told) if told else None
 
 

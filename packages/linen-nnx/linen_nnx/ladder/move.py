@@ -1,16 +1,42 @@
 """Moves a whole training state in memory from stage to stage: the code that converts one on disk.
 
-Of a `TrainState` for a model of one `Dense`, to a stage where the port calls it `out`:
+A `TrainState` of a model with two layers, which the port calls `up` and `down`:
 
     step                            goes along as it is
-    params/Dense_0/kernel           params/out/kernel
+    params/Dense_0/kernel           params/up/kernel
+    params/Dense_1/kernel           params/down/kernel
     opt_state/0/count               goes along as it is
-    opt_state/0/mu/Dense_0/kernel   opt_state/0/mu/out/kernel
-    opt_state/0/nu/Dense_0/kernel   opt_state/0/nu/out/kernel
+    opt_state/0/mu/Dense_0/kernel   opt_state/0/mu/up/kernel
+    opt_state/0/mu/Dense_1/kernel   opt_state/0/mu/down/kernel
+    opt_state/0/nu/...              the same
 
-`params`, `opt_state/0/mu` and `opt_state/0/nu` mirror the model; `disk.carry` finds such subtrees
-by what is in them and says what becomes of each leaf. Here they are taken out of their containers
-(dataclasses, tuples, optax's states) and put back, whatever these are.
+`params`, `opt_state/0/mu` and `opt_state/0/nu` mirror the model: the paths below them are those of
+parameters. `disk.carry` finds such subtrees by what is in them, and says what becomes of each leaf.
+Here the arrays are taken out of their containers (dataclasses, tuples, states of optax) and put
+back into containers of the same types:
+
+    >>> import jax.numpy as jnp, optax
+    >>> from flax import linen as nn, nnx
+    >>> from linen_nnx import Ladder, RuleBook, Twin
+    >>> class Linen(nn.Module):
+    ...     @nn.compact
+    ...     def __call__(self, x):
+    ...         h = nn.Dense(3, use_bias=False)(x)
+    ...         return nn.Dense(2, use_bias=False)(h)
+    >>> class Port(nnx.Module):
+    ...     def __init__(self, rngs):
+    ...         self.up = nnx.Linear(2, 3, use_bias=False, rngs=rngs)
+    ...         self.down = nnx.Linear(3, 2, use_bias=False, rngs=rngs)
+    ...     def __call__(self, x):
+    ...         return self.down(self.up(x))
+    >>> rules = [{"linen": "params/Dense_0/kernel", "nnx": "up/kernel"},
+    ...          {"linen": "params/Dense_1/kernel", "nnx": "down/kernel"}]
+    >>> ladder = Ladder(Twin(Linen, Port, lambda: (jnp.ones((1, 2)),)),
+    ...                 RuleBook.from_dict({"version": 1, "rules": rules}))
+    >>> params = {"Dense_0": {"kernel": jnp.ones((2, 3))}, "Dense_1": {"kernel": jnp.ones((3, 2))}}
+    >>> moved = ladder.move(optax.adam(0.1).init(params), "linen", "nnx")
+    >>> type(moved[0]).__name__, sorted(moved[0].mu), moved[0].mu["down"]["kernel"].shape
+    ('ScaleByAdamState', ['down', 'up'], (3, 2))
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,10 +50,10 @@ from linen_nnx.book.moves import Move
 from linen_nnx.book.plan import RuleError
 from linen_nnx.book.specs import Spec
 from linen_nnx.book.stages import Forms
-from linen_nnx.disk.carry import carry_beside
+from linen_nnx.disk.carry import Carried, carry_beside
 from linen_nnx.disk.leaves import DICT, SEQUENCE, Key, Leaf
 from linen_nnx.disk.state import Form, Id, State
-from linen_nnx.ladder.forms import Book, part_of
+from linen_nnx.ladder.forms import FittedBook, part_of
 
 _ROOT = "tree"  # the name of a tree that itself mirrors the model
 
@@ -40,41 +66,54 @@ class _Node(NamedTuple):
 
     @property
     def path(self) -> str:
-        return "/".join(key.name for key in self.keys)
+        return _path(self.keys)
 
     @property
     def leaf(self) -> Leaf:
-        """It as `disk` knows leaves."""
+        """The node as `disk` knows leaves."""
         if not _is_leaf(self.value):
             return Leaf(self.keys, "Dict")
         return _described(self.keys, Spec.of(_array(self.value)))
 
+    @property
+    def is_array(self) -> bool:
+        """Whether it is an array with axes, and not a count or an empty node."""
+        return _is_leaf(self.value) and bool(_array(self.value).shape)
+
 
 def move(
-    book: Book, tree: Any, before: Forms, after: Forms, name: str, say: Callable[[str], None]
+    book: FittedBook, tree: Any, before: Forms, after: Forms, name: str, say: Callable[[str], None]
 ) -> Any:
-    """The tree with each subtree that mirrors the model in the forms `after`.
+    """The tree with each subtree that mirrors the model in other forms.
 
     Args:
       book: the rules, fitted to the model.
       tree: any pytree; containers keep their types.
-      name: the stage that it goes to, for messages.
+      before: the form of each part in the tree; `after`: the form that each part gets.
+      name: the stage that the tree goes to, for messages.
       say: is told what was assumed, and which arrays go along as they are.
 
     Raises:
       RuleError: with everything that has no home, or may not go along as it is.
     """
+    model: dict[Id, Leaf] = {}
+    for leaf, spec in book.abstract(before).items():
+        model[_id(leaf)] = _described((), spec)
+    # A mirror is known by the path of its root. Where the tree itself is one, as `params` handed in
+    # alone is, its root has no path: then it gets one level more.
     inside = {_ROOT: tree}
-    nodes = {node.path: node for node in _nodes(inside, ())}
-    model = {Id(*n.split("/", 1)): _described((), s) for n, s in book.abstract(before).items()}
-    if {f"{_ROOT}/{id.path}" for id in model} & nodes.keys():
+    nodes = _by_path(inside)
+    if any(f"{_ROOT}/{id.path}" in nodes for id in model):
         return _moved(book, inside, nodes, model, before, after, name, say)[_ROOT]
-    nodes = {node.path: node for node in _nodes(tree, ())}
-    return _moved(book, tree, nodes, model, before, after, name, say)
+    return _moved(book, tree, _by_path(tree), model, before, after, name, say)
+
+
+def _by_path(tree: Any) -> dict[str, _Node]:
+    return {node.path: node for node in _nodes(tree, ())}
 
 
 def _moved(
-    book: Book,
+    book: FittedBook,
     tree: Any,
     nodes: Mapping[str, _Node],
     model: dict[Id, Leaf],
@@ -83,48 +122,66 @@ def _moved(
     name: str,
     say: Callable[[str], None],
 ) -> Any:
+    # The moves say what becomes of each leaf; the side only shows in advice, as in which side of a
+    # rule to write.
     side = "nnx" if "nnx" in before.values() else "linen"
-    item = State(Form(side, "memory"), "memory", rest={p: node.leaf for p, node in nodes.items()})
+    rest = {path: node.leaf for path, node in nodes.items()}
+    item = State(Form(side, "memory"), "memory", rest=rest)
     whole = State(item.form, item.layout, model)
     of_model = list(_of_model(book, before, after))
     carried = carry_beside(item, whole, Form(side, name), of_model, None)
     if carried is None:
-        lost = [f"`{p}` mirrors nothing of the model" for p, n in nodes.items() if _solid(n)]
+        lost = [f"`{path}` mirrors nothing of the model" for path in nodes if nodes[path].is_array]
         if lost:
             raise RuleError(f"The tree cannot go to stage {name}", lost)
-        return tree
+        return tree  # counts and empty states alone, as plain SGD has
     for note in carried.notes:
         say(note)
     if carried.as_they_are:
         say(f"arrays that mirror nothing go along as they are: {', '.join(carried.as_they_are)}")
+    return _rebuilt(tree, (), _mirrors(tree, nodes, carried))
+
+
+def _mirrors(tree: Any, nodes: Mapping[str, _Node], carried: Carried) -> dict[str, dict[str, Any]]:
+    """`{path of a mirror: its new subtree}`."""
     mirrors: dict[str, dict[str, Any]] = {}
     for one in carried.moves:
         arrays = one.run([nodes[leaf.path].value for leaf in one.sources])
         for place, array in zip(one.targets, arrays, strict=True):
-            if place.mirrored:
-                prefix = "/".join(key.name for key in place.prefix)
-                mirror = mirrors.setdefault(prefix, {})
-                if place.tail:
-                    node = _at(tree, one.sources[0].keys[: -len(place.tail)])
-                    _put_in(mirror, place.mirrored, node, place.tail, array)
-                else:
-                    _put(mirror, place.mirrored, array)
-    return _rebuilt(tree, (), mirrors)
+            if not place.mirrored:
+                continue
+            mirror = mirrors.setdefault(_path(place.prefix), {})
+            *above, last = place.mirrored
+            node = _branch(mirror, above)
+            if place.tail:
+                # SM3 keeps a list for each parameter: the container is one like the old one, into
+                # which the values come one after another.
+                old = _at(tree, one.sources[0].keys[: -len(place.tail)])
+                container = node.get(last, old)
+                node[last] = _rebuilt(container, (), {_path(place.tail): array})
+            else:
+                node[last] = array
+    return mirrors
 
 
-def _of_model(book: Book, before: Forms, after: Forms) -> Iterator[Move[Id, Id]]:
-    """What becomes of the model, leaf for leaf."""
+def _of_model(book: FittedBook, before: Forms, after: Forms) -> Iterator[Move[Id, Id]]:
+    """What becomes of the model, leaf by leaf."""
     for name in book.abstract(before):
         part = part_of(name, before)
         if before[part] == after[part]:
-            id = Id(*name.split("/", 1))
-            yield Move((id,), (id,))
+            yield Move((_id(name),), (_id(name),))
     for side in ("linen", "nnx"):
         for way in book.ways[side]:
             if before[way.part] != after[way.part] == side:
-                sources = tuple(Id(*name.split("/", 1)) for name in way.move.sources)
-                targets = tuple(Id(*name.split("/", 1)) for name in way.move.targets)
+                sources = tuple(map(_id, way.move.sources))
+                targets = tuple(map(_id, way.move.targets))
                 yield Move(sources, targets, way.move.actions, way.move.specs, way.move.rule)
+
+
+def _id(name: str) -> Id:
+    """The leaf `collection/path` as `disk` knows it."""
+    collection, _, path = name.partition("/")
+    return Id(collection, path)
 
 
 def _nodes(tree: Any, keys: tuple[Key, ...]) -> Iterator[_Node]:
@@ -137,21 +194,23 @@ def _nodes(tree: Any, keys: tuple[Key, ...]) -> Iterator[_Node]:
         yield from _nodes(child, (*keys, key))
 
 
-def _rebuilt(tree: Any, keys: tuple[Key, ...], mirrors: Mapping[str, Any]) -> Any:
+def _rebuilt(tree: Any, keys: tuple[Key, ...], replaced: Mapping[str, Any]) -> Any:
     """The tree with the nodes at some paths replaced."""
-    path = "/".join(key.name for key in keys)
-    if path in mirrors:
-        new = mirrors[path]
+    path = _path(keys)
+    if path in replaced:
+        new = replaced[path]
         return FrozenDict(new) if isinstance(tree, FrozenDict) else new
     children = _children(tree)
     if _is_leaf(tree) or not children:
         return tree
     _, structure = jax.tree.flatten(tree, is_leaf=lambda node: node is not tree)
-    return structure.unflatten([_rebuilt(child, (*keys, key), mirrors) for key, child in children])
+    built = [_rebuilt(child, (*keys, key), replaced) for key, child in children]
+    return structure.unflatten(built)
 
 
 def _children(tree: Any) -> list[tuple[Key, Any]]:
     """The children of a container, with their keys."""
+    # Everything below the root counts as a leaf, so that jax opens one level and no more.
     found, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: node is not tree)
     return [(_key(path[0]), child) for path, child in found if path]
 
@@ -161,21 +220,15 @@ def _key(entry: Any) -> Key:
     return Key(name, SEQUENCE if isinstance(entry, jax.tree_util.SequenceKey) else DICT)
 
 
-def _put(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
-    for name in path[:-1]:
-        tree = tree.setdefault(name, {})
-    tree[path[-1]] = value
+def _path(keys: Sequence[Key]) -> str:
+    return "/".join([key.name for key in keys])
 
 
-def _put_in(
-    tree: dict[str, Any], path: Sequence[str], old: Any, tail: tuple[Key, ...], value: Any
-) -> None:
-    """Puts one of several values that are kept for a parameter, in a container like the old one."""
-    for name in path[:-1]:
+def _branch(tree: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
+    """The node of nested dicts at a path, made if need be."""
+    for name in path:
         tree = tree.setdefault(name, {})
-    name = "/".join(key.name for key in tail)
-    node = tree.get(path[-1], old)
-    tree[path[-1]] = _rebuilt(node, (), {name: value})
+    return tree
 
 
 def _at(tree: Any, keys: tuple[Key, ...]) -> Any:
@@ -191,10 +244,6 @@ def _is_leaf(value: Any) -> bool:
 
 def _array(value: Any) -> Any:
     return value if hasattr(value, "shape") else np.asarray(value)
-
-
-def _solid(node: _Node) -> bool:
-    return _is_leaf(node.value) and bool(_array(node.value).shape)
 
 
 def _described(keys: tuple[Key, ...], spec: Spec) -> Leaf:

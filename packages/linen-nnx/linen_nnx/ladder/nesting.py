@@ -6,8 +6,20 @@ The states of `optax.chain(clip, adamw(schedule))`, and of a chain of the parts 
     1/0/count, 1/0/mu/..., 1/0/nu/...           1/count, 1/mu/..., 1/nu/...
     1/2/count                                   3/count
 
-A chain in a chain does what one long chain does, and empty states hold nothing. So what holds
-something is numbered in its order, `0/count`, `0/mu`, `0/nu`, `1/count`, and then both are alike.
+A chain in a chain does what one long chain does, and empty states hold nothing. So both are
+straightened: the states that hold something are numbered in their order. Both then have `0/count`,
+`0/mu`, `0/nu` and `1/count`, and each field of the one is known in the other:
+
+    >>> import numpy as np
+    >>> scalar, kernel = np.zeros(()), np.zeros((2, 3))
+    >>> chain = {"1/0/count": scalar, "1/0/mu/up": kernel, "1/0/nu/up": kernel, "1/2/count": scalar}
+    >>> parts = {"1/count": scalar, "1/mu/up": kernel, "1/nu/up": kernel, "3/count": scalar}
+    >>> for old, new in sorted(renamed(chain, parts, ["up"], ["up"]).items()):
+    ...     print(old, "->", new)
+    1/0/count -> 1/count
+    1/0/mu -> 1/mu
+    1/0/nu -> 1/nu
+    1/2/count -> 3/count
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -30,8 +42,9 @@ def renamed(
     """Where each field of an optimizer's state is in one that is nested otherwise.
 
     Args:
-      there, due: what has shape and dtype, by the path of each leaf of the two states.
-      params_there, params_due: the paths of the parameters that each of them is for.
+      there: the leaves of the one state by path, each with shape and dtype; `due`: those of the
+        other.
+      params_there: the paths of the parameters that the one is for; `params_due`: of the other.
 
     Returns:
       `{"1/2/count": "3/count", "1/0/mu": "1/mu"}`: a field may be a tree like the parameters.
@@ -60,8 +73,10 @@ def renamed(
 def _straightened(leaves: Mapping[str, Any], params: Collection[str]) -> dict[str, str]:
     """`{path of a field in one long chain: its path}`, in the chain's order."""
     specs = {path: Spec.of(leaf) for path, leaf in leaves.items()}
-    mirrors, fields = find_mirrors(specs, {"params": {path: Id("params", path) for path in params}})
-    fields = [*(path for path, _ in mirrors), *fields]
+    known = {path: Id("params", path) for path in params}
+    mirrors, others = find_mirrors(specs, {"params": known})
+    # A moment is one field, however many parameters there are.
+    fields = [path for path, _ in mirrors] + list(others)
     trie: _Trie = {}
     for field in fields:
         node = trie
@@ -71,6 +86,7 @@ def _straightened(leaves: Mapping[str, Any], params: Collection[str]) -> dict[st
 
 
 def _numbered(node: _Trie, path: str, new: str) -> Iterator[tuple[str, str]]:
+    """The fields below a node at `path`: each one's path in one long chain, and its path."""
     if not node:
         yield new, path
     elif _is_chain(node):
@@ -94,6 +110,7 @@ def _members(node: _Trie, path: str) -> Iterator[tuple[str, _Trie]]:
 
 
 def _is_chain(node: _Trie) -> bool:
+    # The state of a transformation has named fields; only a tuple has numbers alone.
     return bool(node) and all(name.isdigit() for name in node)
 
 
@@ -107,5 +124,7 @@ def _shown(straight: dict[str, str]) -> str:
     for path in straight.values():
         place, _, name = path.rpartition("/")
         states.setdefault(place, []).append(name)
-    texts = [f"{place or '.'} ({', '.join(sorted(names))})" for place, names in states.items()]
+    texts: list[str] = []
+    for place, names in states.items():
+        texts.append(f"{place or '.'} ({', '.join(sorted(names))})")
     return ", ".join(texts) or "nothing"

@@ -1,7 +1,22 @@
 """An nnx module as a form to be filled: its structure, the leaves that it needs, and its streams.
 
-The constructor runs once, abstractly. Then each call fills the form: with the variables, and with
-keys for the streams. What the caller keeps between calls is a plain tree of arrays.
+The constructor runs once, abstractly. Then each call fills the form with the variables, and with
+keys for the streams. Between calls the caller keeps a plain tree of arrays:
+
+    >>> class Net(nnx.Module):
+    ...     def __init__(self, rngs):
+    ...         self.up = nnx.Linear(2, 3, use_bias=False, rngs=rngs)
+    ...         self.drop = nnx.Dropout(0.5, rngs=rngs)
+    ...     def __call__(self, x):
+    ...         return self.drop(self.up(x))
+    >>> port = Port(Net)
+    >>> port.leaves
+    {'up/kernel': ShapeDtypeStruct(shape=(2, 3), dtype=float32)}
+    >>> port.streams
+    {'drop/rngs': ()}
+    >>> model = port.fill({"up/kernel": jnp.ones((2, 3))}, {"drop/rngs": jax.random.key(0)})
+    >>> model(jnp.ones((1, 2))).shape
+    (1, 3)
 """
 
 from collections.abc import Callable, Mapping
@@ -23,17 +38,25 @@ class Port:
     """The structure of one nnx module.
 
     Attributes:
+      kind: the class of the module.
       leaves: `{path: jax.ShapeDtypeStruct}` of its Variables, random state left out.
       types: `{path: name of the Variable's type}`, which the bridge takes for the collection.
       streams: `{path: lanes}` of its streams; lanes are `()` save where layers are stacked.
+      keys: `{path: keys}` of its Variables; of lists the keys are integers.
     """
 
     def __init__(self, create: Callable[[nnx.Rngs], nnx.Module], name: str = "") -> None:
-        """`name` is that of the part, if it is one of several.
+        """Builds the module abstractly.
 
-        Raises `TwinError` when the module cannot be built.
+        Args:
+          create: `(rngs) -> module`.
+          name: the name of the part, if it is one of several.
+
+        Raises:
+          TwinError: when the module cannot be built.
         """
         model = attempt("nnx(rngs)", _abstract, create)
+        # Before it is split, so that every module that is filled has these streams.
         adopt(model, name)
         self.kind = type(model)
         self._structures: dict[tuple[str, tuple[str, ...]], Any] = {}
@@ -50,6 +73,7 @@ class Port:
             name = joined(path)
             if isinstance(leaf, nnx.RngKey):
                 self.streams[joined(path[:-1])] = tuple(leaf.shape)
+            # Counts are no leaves, as Linen keeps none: they would have no home on the way back.
             elif isinstance(leaf, nnx.Variable) and not isinstance(leaf, nnx.RngState):
                 self.leaves[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
                 self.types[name] = type_name(leaf)
@@ -71,13 +95,17 @@ class Port:
           mode: `plain`, or `tag`, see `keys.Stream`.
           counts: `{stream: count}` of streams that have been drawn from before.
         """
-        state = []
+        state: list[tuple[Any, Any]] = []
         for path, leaf in self._flat:
             stream = joined(path[:-1])
             if isinstance(leaf, nnx.RngKey):
+                # A stream without keys is muted, and needs one of the right shape all the same:
+                # `nnx.scan` takes it apart whether it is drawn from or not.
                 key = keys.get(stream)
                 leaf = leaf.replace(_placeholder(leaf.shape) if key is None else typed(key))
             elif isinstance(leaf, nnx.RngCount):
+                # Each call counts from 0, as Linen does; a part that is called twice in it counts
+                # on.
                 count = (counts or {}).get(stream)
                 leaf = leaf.replace(jnp.zeros(leaf.shape, leaf.dtype) if count is None else count)
             elif not isinstance(leaf, nnx.Variable):
@@ -85,11 +113,15 @@ class Port:
             elif leaves is not None:
                 leaf = leaf.replace(leaves[joined(path)])
             state.append((path, leaf))
-        muted = tuple(stream for stream in self.streams if stream not in keys)
+        muted = tuple([stream for stream in self.streams if stream not in keys])
+        # A copy, so that the call does not update the Variables of the form itself.
         return nnx.merge(self._structure(mode, muted), nnx.from_flat_state(state), copy=True)
 
     def _structure(self, mode: str, muted: tuple[str, ...]) -> Any:
-        """The graphdef of a mode, with some streams muted."""
+        """The graphdef of a mode, with some streams muted.
+
+        Each is kept, as making one puts the whole module together.
+        """
         if (mode, muted) not in self._structures:
             whole = self._structures[mode, ()]
             model = nnx.merge(whole, nnx.from_flat_state(self._flat), copy=True)
@@ -100,7 +132,8 @@ class Port:
 
 def values(model: nnx.Module) -> tuple[Leaves, dict[str, str]]:
     """The Variables of a module that has run, by path, and the names of their types."""
-    leaves, types = {}, {}
+    leaves: Leaves = {}
+    types: dict[str, str] = {}
     for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.RngState))):
         if isinstance(leaf, nnx.Variable):
             leaves[joined(path)] = leaf.get_value()
@@ -117,7 +150,12 @@ def counts(model: nnx.Module) -> dict[str, Array]:
 def type_name(leaf: Any) -> str:
     """The name that the bridge gives to the type of a Variable.
 
-    Raises `TwinError` for a name that another type has.
+    Raises:
+      TwinError: for a name that another type has.
+
+    Example:
+      >>> type_name(nnx.BatchStat(jnp.zeros(3)))
+      'batch_stats'
     """
     try:
         return nnx.variable_name_from_type(type(leaf), allow_register=True)
@@ -130,12 +168,14 @@ def type_name(leaf: Any) -> str:
 
 
 def _abstract(create: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
+    # Any seed will do: the streams get other keys before anything is drawn from them.
     return nnx.eval_shape(lambda: create(nnx.Rngs(0)))
 
 
 def _constants(create: Callable[[nnx.Rngs], nnx.Module], flat: Any) -> Leaves:
     """The arrays of a module that are no Variables (a mask, a table): they are part of its code."""
     names = [joined(path) for path, leaf in flat if not isinstance(leaf, nnx.Variable)]
+    # Most modules have none; then the constructor, which draws all parameters, need not run.
     if not names:
         return {}
 
@@ -143,6 +183,7 @@ def _constants(create: Callable[[nnx.Rngs], nnx.Module], flat: Any) -> Leaves:
         state = nnx.to_flat_state(nnx.state(create(nnx.Rngs(0))))
         return {joined(path): leaf for path, leaf in state if joined(path) in names}
 
+    # Compiled, so that XLA drops the parameters, which may be larger than memory.
     return aside(jax.jit(build))
 
 

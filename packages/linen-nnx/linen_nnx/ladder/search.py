@@ -1,6 +1,41 @@
-"""Looks for the pairs of a kind of call: both models run on an example, `pairing` compares.
+"""Looks for the pairs of a kind of call: both models are run on an example, and compared.
 
-The example is the twin's own where it fits the call, and small; the variables are random.
+`pairing` compares two models that are functions of the keys of their draws. Here the two functions
+are made. For a twin of two layers of dropout, which Linen draws as `a` and `b`:
+
+    Linen   program.keys({"dropout": k})   gives the keys [ka, kb] that it draws from k
+            the call is run with k, and each key that is drawn is looked up among [ka, kb]:
+            it is the second one, so the second new key takes its place
+
+    nnx     the port is traced with its draws tagged; each stream is drawn from so and so often:
+            u/rngs twice, say, in three layers: 6 draws, numbers 0 to 5
+            the port is filled with the new keys as the keys of its streams, `(*lanes, draws)`:
+            [[0, 1], [2, 3], [4, 5]] says which draw of which layer gets which of the new keys
+
+A Linen key is known by its value and not by its name, as inside a loop one place in the code draws
+the keys of all layers.
+
+The example is the twin's own where it fits the call, and small; the variables are random:
+
+    >>> from linen_nnx import Ladder, RuleBook, Twin
+    >>> from flax import nnx
+    >>> class Linen(nn.Module):
+    ...     @nn.compact
+    ...     def __call__(self, x):
+    ...         a = nn.Dropout(0.5, deterministic=False, name="a")(x)
+    ...         return a - 2 * nn.Dropout(0.5, deterministic=False, name="b")(x)
+    >>> class Nnx(nnx.Module):
+    ...     def __init__(self, rngs):
+    ...         self.u = nnx.Dropout(0.5, deterministic=False, rngs=rngs.fork())
+    ...         self.v = nnx.Dropout(0.5, deterministic=False, rngs=rngs.fork())
+    ...     def __call__(self, x):
+    ...         return self.v(x) - 2 * self.u(x)
+    >>> ladder = Ladder(Twin(Linen, Nnx, lambda: (jnp.ones((4, 8)),)), RuleBook([]))
+    >>> found = search(ladder, Call(args=(jnp.ones((4, 8)),)))
+    >>> for pair in found.pairing.pairs:
+    ...     print(pair.linen, "is", pair.nnx)
+    dropout/b is u/rngs
+    dropout/a is v/rngs
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,11 +53,10 @@ from linen_nnx.book.draws import Draw, Pairing
 from linen_nnx.book.tree import flatten, unflatten
 from linen_nnx.infer.float64 import UNOPTIMISED
 from linen_nnx.infer.keys import DrawError, aside, is_mutable, probing, typed, watching
-from linen_nnx.ladder.calls import Call
+from linen_nnx.ladder.call import Call
 from linen_nnx.ladder.feed import Streams, by_part, own_key, streams_of
-from linen_nnx.ladder.forms import Leaves
-from linen_nnx.ladder.pairing import Match, Side, match
-from linen_nnx.ladder.port import values
+from linen_nnx.ladder.pairing import KeyedModel, Match, match
+from linen_nnx.ladder.port import Leaves, values
 from linen_nnx.ladder.program import totals
 
 if TYPE_CHECKING:
@@ -32,7 +66,8 @@ if TYPE_CHECKING:
 class Findings(NamedTuple):
     """The draws of a kind of call.
 
-    problem: why the draws in `pairing.own` have no partner, or empty. linen: all draws of Linen's.
+    problem: why the draws in `pairing.own` have no partner, or empty. linen: every draw of the
+    Linen model.
     """
 
     pairing: Pairing
@@ -48,6 +83,10 @@ class Findings(NamedTuple):
 def search(ladder: "Ladder", call: Call) -> Findings:
     """The draws of a kind of call.
 
+    Args:
+      ladder: whose rules are known, so that both models can be run on the same variables.
+      call: one call of that kind; of its arrays shape and dtype count.
+
     Raises:
       DrawError: when a model cannot be run.
     """
@@ -59,6 +98,7 @@ def search(ladder: "Ladder", call: Call) -> Findings:
             return _match(ladder, _with_keys(ladder, call.example(function, ladder.inputs)))
 
     try:
+        # The call that asks may itself be under `jax.jit`; these runs must not be.
         found, linen = aside(compare)
     except Exception as error:  # the user's own models: whatever they raise, say when
         raise DrawError(
@@ -71,7 +111,8 @@ def search(ladder: "Ladder", call: Call) -> Findings:
 
 def _with_keys(ladder: "Ladder", call: Call) -> Call:
     """The call with a key for each stream that it names; else for each that Linen asks for."""
-    # With the streams that a call is given, so that its own trace serves both.
+    # A call that names its streams keeps them: it has been traced with these, and the trace is
+    # looked up by their names.
     asked = set(call.rngs) or {"params", *asked_for(ladder, call)}
     return replace(call, rngs=dict.fromkeys(sorted(asked), _a_key()))
 
@@ -88,32 +129,42 @@ def asked_for(ladder: "Ladder", call: Call) -> set[str]:
         with watching(note):
             return ladder.run_linen(variables, call.joined(arrays, rngs))
 
+    # Linen falls back to the stream `params` where it is given no other, so this one will do.
     start = dict.fromkeys({"params", *call.rngs}, _a_key())
     jax.eval_shape(traced, unflatten(ladder.linen_specs), call.arrays, start)
     return asked
 
 
 def _a_key() -> Any:
+    """A typed key as `jax.ShapeDtypeStruct`."""
     return jax.eval_shape(lambda: jax.random.key(0))
 
 
 def _match(ladder: "Ladder", call: Call) -> tuple[Match, Sequence[Draw]]:
     """What corresponds, and all draws of the Linen model."""
     variables = sample_variables(ladder)
-    one, lost = _linen_side(ladder, call, variables)
-    two, uncounted = _nnx_side(ladder, call, ladder.translate(variables, "linen", "nnx"))
-    found = match(one, two)
-    problem = "; ".join(filter(None, [found.problem, lost if found.own or uncounted else ""]))
-    own = (*found.own, *(Draw(path) for path in uncounted))
-    problem = problem or "drawn inside a loop of unknown length"
-    return found._replace(own=own, problem=problem), one.draws
+    linen, unknown = _linen_model(ladder, call, variables)
+    nnx, uncounted = _nnx_model(ladder, call, ladder.translate(variables, "linen", "nnx"))
+    found = match(linen, nnx)
+    # A Linen draw whose key is not known explains why a draw of the port finds no partner.
+    reasons = [found.problem]
+    if found.own or uncounted:
+        reasons.append(unknown)
+    problem = "; ".join(filter(None, reasons)) or "drawn inside a loop of unknown length"
+    own = (*found.own, *map(Draw, uncounted))
+    return found._replace(own=own, problem=problem), linen.draws
 
 
-def _linen_side(ladder: "Ladder", call: Call, variables: Leaves) -> tuple[Side, str]:
-    """The Linen model with its draws replaced; and which draws are not to be had, and why."""
+def _linen_model(ladder: "Ladder", call: Call, variables: Leaves) -> tuple[KeyedModel, str]:
+    """The Linen model as a function of its draws' keys; and which keys are not known, and why."""
     program = ladder.program(call)
-    fine = [draw for draw in program.draws if not draw.problem]
-    draws = [Draw(d.path, d.count, lane) for d in fine for lane in np.ndindex(*d.lanes)]
+    draws: list[Draw] = []
+    problems: list[str] = []
+    for draw in program.draws:
+        if draw.problem:
+            problems.append(f"{draw.path}: {draw.problem}")
+        else:
+            draws += [Draw(draw.path, draw.count, lane) for lane in np.ndindex(*draw.lanes)]
     words = _words()
     seeds = np.random.default_rng(0).integers(0, 2**32, (len(call.rngs), words), np.uint32)
 
@@ -127,47 +178,54 @@ def _linen_side(ladder: "Ladder", call: Call, variables: Leaves) -> tuple[Side, 
             out = ladder.run_linen(variables, call.joined(arrays, _named_keys(call, seeds)))
         if call.mutable is False:
             return out
+        outputs, updates = out
         specs = ladder.book.specs["linen"]
-        after = {n: leaf for n, leaf in flatten(nn.unbox(out[1])).items() if n in specs}
-        return out[0], _in_order(ladder.translate(after, "linen", "nnx"))
+        after = {n: leaf for n, leaf in flatten(nn.unbox(updates)).items() if n in specs}
+        return outputs, _in_order(ladder.translate(after, "linen", "nnx"))
 
-    def own(seeds: Any) -> Array:
+    def own_keys(seeds: Any) -> Array:
+        """The keys that the model draws from these seeds, `(len(draws), words)`."""
         keys = program.keys(_named_keys(call, seeds))
         flat = [jax.random.key_data(key).reshape(-1, words) for key in keys.values()]
         return jnp.concatenate(flat)
 
     compiled = _quick(run)
-    known = _quick(own)(seeds) if draws else np.zeros((1, words), np.uint32)
+    # Of a model that draws nothing one row stands for all, since an argmax of none is an error.
+    no_keys = np.zeros((1, words), np.uint32)
+    known = _quick(own_keys)(seeds) if draws else no_keys
     tree = unflatten(variables)
 
     def outputs(new: Any) -> list[Any]:
-        new = new if draws else np.zeros((1, words), np.uint32)
-        return jax.tree.leaves(compiled(new, tree, call.arrays, seeds, known))
+        given = new if draws else no_keys
+        return jax.tree.leaves(compiled(given, tree, call.arrays, seeds, known))
 
-    lost = "; ".join(f"{draw.path}: {draw.problem}" for draw in program.draws if draw.problem)
-    return Side(draws, outputs, words), lost
+    return KeyedModel(draws, outputs, words), "; ".join(problems)
 
 
-def _nnx_side(ladder: "Ladder", call: Call, leaves: Leaves) -> tuple[Side, list[str]]:
-    """The nnx model with its draws replaced; and the streams whose draws no trace counts."""
-    streams = streams_of(ladder, ladder.forms("nnx"))
+def _nnx_model(ladder: "Ladder", call: Call, leaves: Leaves) -> tuple[KeyedModel, list[str]]:
+    """The nnx model as a function of its draws' keys; and the streams that no trace can count."""
+    forms = ladder.forms("nnx")
+    streams = streams_of(ladder, forms)
 
     def run(keys: Mapping[str, Array], leaves: Any, arrays: Any, mode: str) -> Any:
-        feed = by_part(ladder.parts, keys)
-        root = ladder.nnx_root(ladder.forms("nnx"), leaves, call, feed, mode)
-        out = ladder.run_nnx(root, call.joined(arrays, {}))
+        root = ladder.nnx_root(forms, leaves, call, by_part(ladder.parts, keys), mode)
+        outputs = ladder.run_nnx(root, call.joined(arrays, {}))
         found, types = values(root)
-        after = {ladder.book.name(types[path], path): leaf for path, leaf in found.items()}
-        kept = {n: leaf for n, leaf in after.items() if is_mutable(n.split("/")[0], call.mutable)}
-        return jax.tree.leaves((out, _in_order(kept)))
+        updates: Leaves = {}
+        for path, leaf in found.items():
+            name = ladder.book.name(types[path], path)
+            if is_mutable(name.split("/")[0], call.mutable):
+                updates[name] = leaf
+        return jax.tree.leaves((outputs, _in_order(updates)))
 
     def tagged(leaves: Any, arrays: Any) -> Any:
-        return run(_plain_keys({}, streams), leaves, arrays, "tag")
+        return run(_plain_keys(streams), leaves, arrays, "tag")
 
     sizes, uncounted = totals(jax.make_jaxpr(tagged)(leaves, call.arrays))
     draws: list[Draw] = []
-    places: dict[str, np.ndarray] = {}
+    places: dict[str, np.ndarray] = {}  # of the keys of each stream, among all
     for path, lanes in streams.items():
+        # The tag counts the keys of all lanes together; each lane draws equally often.
         count = sizes[path] // max(prod(lanes), 1)
         if count and path not in uncounted:
             numbers = np.arange(len(draws), len(draws) + prod(lanes) * count)
@@ -175,17 +233,22 @@ def _nnx_side(ladder: "Ladder", call: Call, leaves: Leaves) -> tuple[Side, list[
             draws += [Draw(path, at[-1], at[:-1]) for at in np.ndindex(*lanes, count)]
 
     def given(new: Array, leaves: Any, arrays: Any) -> Any:
-        keys = jax.random.wrap_key_data(new)
-        feed = {path: keys[numbers] for path, numbers in places.items()}
-        return run({**_plain_keys({}, streams), **feed}, leaves, arrays, "plain")
+        own = jax.random.wrap_key_data(new)
+        keys = _plain_keys(streams)
+        for path, numbers in places.items():
+            keys[path] = own[numbers]
+        return run(keys, leaves, arrays, "plain")
 
     compiled = _quick(given)
-    side = Side(draws, lambda new: compiled(new, leaves, call.arrays), _words())
-    return side, sorted(uncounted & set(streams))
+    model = KeyedModel(draws, lambda new: compiled(new, leaves, call.arrays), _words())
+    return model, sorted(uncounted & set(streams))
 
 
 def _in_order(updates: Leaves) -> list[Array]:
-    """What a call has updated, beside its outputs: a mask that statistics alone see shows there."""
+    """What a call has updated, to be compared beside its outputs.
+
+    A mask on an output that nobody uses shows in the statistics of the norm behind it alone.
+    """
     return [updates[name] for name in sorted(updates)]
 
 
@@ -193,8 +256,9 @@ def _named_keys(call: Call, seeds: Array) -> dict[str, Array]:
     return {name: jax.random.wrap_key_data(seeds[k]) for k, name in enumerate(call.rngs)}
 
 
-def _plain_keys(rngs: Mapping[str, Any], streams: Streams) -> dict[str, Array]:
-    return {path: own_key(rngs, path, lanes) for path, lanes in streams.items()}
+def _plain_keys(streams: Streams) -> dict[str, Array]:
+    """For each stream keys of its own, of the shape `lanes`."""
+    return {path: own_key({}, path, lanes) for path, lanes in streams.items()}
 
 
 def _words() -> int:
@@ -226,9 +290,11 @@ def sample_variables(ladder: "Ladder") -> Leaves:
     for name, spec in specs.items():
         if name in result:
             continue
-        if len(spec.shape) < 2 or not name.startswith("params/"):  # scales, biases, variances
-            values = random.uniform(0.5, 1.5, spec.shape)
+        if len(spec.shape) < 2 or not name.startswith("params/"):
+            # Scales, biases, variances: near 1, as a negative variance has no root.
+            numbers = random.uniform(0.5, 1.5, spec.shape)
         else:
-            values = random.normal(size=spec.shape) / np.sqrt(prod(spec.shape[:-1]))
-        result[name] = np.asarray(values, spec.dtype)
+            # Kernels: as large as keeps the size of what goes through them.
+            numbers = random.normal(size=spec.shape) / np.sqrt(prod(spec.shape[:-1]))
+        result[name] = np.asarray(numbers, spec.dtype)
     return result

@@ -3,17 +3,17 @@
     book = suggest(twin)
     book.save("rules.yaml")      # each rule with its evidence; what is open, with its candidates
 
-The rules are those of `infer.suggest`. With them known, both models are run with dropout on, and
-their draws paired (`pairing.py`): for the twin's own call in training, and in evaluation where a
-model draws there, too.
+The rules are those of `infer.suggest`. With them both models can be run on the same variables with
+dropout on, and their draws be paired (`search`): for the twin's own call in training, and for the
+one in evaluation where a model draws there, too.
 """
 
 from linen_nnx.book.rules import RuleBook
 from linen_nnx.errors import Refusal
 from linen_nnx.infer import suggest as rules
 from linen_nnx.infer.twin import Twin
-from linen_nnx.ladder.alike import in_families
-from linen_nnx.ladder.calls import Call
+from linen_nnx.ladder.call import Call
+from linen_nnx.ladder.draw_families import in_families
 from linen_nnx.ladder.ladder import Ladder
 from linen_nnx.ladder.training import (
     draws_in,
@@ -37,12 +37,22 @@ def suggest(
 
     Raises:
       TwinError: when a part of the twin cannot be built or called.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import linen as nn, nnx
+      >>> from linen_nnx import Twin
+      >>> twin = Twin(lambda: nn.Dense(3), lambda rngs: nnx.Linear(2, 3, rngs=rngs),
+      ...             lambda: (jnp.ones((1, 2)),))
+      >>> [str(rule) for rule in suggest(twin).rules]
+      ['`params/kernel` <-> `kernel`', '`params/bias` <-> `bias`']
     """
     book = rules.suggest(twin, say, progress)
     if book.unassigned:
         book = _seen_in_training(twin, book)
     if book.unassigned:
-        return book  # the port cannot be filled yet
+        # Without a rule for each leaf the port has no weights, and cannot be run beside Linen.
+        return book
     notes: list[str] = []
     ladder = ladder_of(twin).with_rules(book, notes.append)
     for trains in (True, False):
@@ -51,7 +61,9 @@ def suggest(
             call = own_call(ladder, trains)
             if not _known(ladder, call) and draws_in(ladder, call):
                 found = ladder.find_draws(call)
+                # Short, so that the book fits a model of another depth as well.
                 ladder.pairings[found.pairing.kind] = in_families(found.pairing, found.linen)
+        # The rules hold whatever becomes of the draws, so nothing here ends the search.
         except Refusal as refusal:
             notes.append(f"no draws are paired: {refusal}")
         except Exception as error:  # the user's own model: whatever it raises is the reason
@@ -61,9 +73,10 @@ def suggest(
 
 
 def _seen_in_training(twin: Twin, book: RuleBook) -> RuleBook:
-    """The rules that training proves, where evaluation leaves more of them open.
+    """The rules that training proves, where evaluation leaves more leaves open.
 
-    A head whose output nobody uses still updates the statistics of its norms, but in training only.
+    A head whose output nobody uses updates the statistics of its norms all the same, and these are
+    compared; but it does so in training alone.
     """
     if says_its_calls(twin):
         return book
@@ -74,6 +87,7 @@ def _seen_in_training(twin: Twin, book: RuleBook) -> RuleBook:
     except Exception as error:  # the user's own model: whatever it raises is the reason
         note = f"in training nothing more is proven: {type(error).__name__}: {error}"
         return RuleBook(book.rules, book.unassigned, (), [*book.notes, note])
+    # Rules come from one call or the other, never from both: their evidence must fit together.
     if len(found.unassigned) >= len(book.unassigned):
         return book
     count = len(book.unassigned) - len(found.unassigned)

@@ -2,8 +2,9 @@
 
     twin.inputs: (x,)      def __call__(self, x, train=False)      the call is (x, train=True)
 
-In evaluation most models draw nothing. So what they draw is compared in training: which draw is
-which (`check_draws`), and layer by layer with one key for all of them (`in_training`).
+In evaluation most models draw nothing. So draws are compared in training. `check_draws` says
+whether a rule book pairs the right ones. `in_training` makes a twin whose draws all have one key:
+then even layers behind a dropout can be compared one by one, whichever draw is whose.
 """
 
 import inspect
@@ -19,7 +20,7 @@ from linen_nnx.errors import Refusal
 from linen_nnx.infer.calls import EVALUATION
 from linen_nnx.infer.keys import Undrawn, probing, watching
 from linen_nnx.infer.twin import Twin, TwinError
-from linen_nnx.ladder.calls import Call, is_array
+from linen_nnx.ladder.call import Call, is_array
 from linen_nnx.ladder.forms import collections_of
 from linen_nnx.ladder.ladder import Ladder, WholeTwin
 from linen_nnx.ladder.search import Findings, asked_for, search
@@ -28,7 +29,7 @@ from linen_nnx.ladder.search import Findings, asked_for, search
 class DrawCheck(NamedTuple):
     """Whether the draws of a kind of call are those that a rule book pairs.
 
-    passed: None where it was not tried.
+    passed: None where that was not tried; `notes` say why, or what is wrong.
     """
 
     kind: str
@@ -37,22 +38,33 @@ class DrawCheck(NamedTuple):
 
 
 def ladder_of(twin: Twin) -> Ladder:
-    """The ladder that a twin was made of, or one over the twin."""
+    """The ladder that a twin of several parts was made of; else a new one over the twin."""
     given = twin.ladder if isinstance(twin, WholeTwin) else None
     return given or Ladder(twin)
 
 
 def says_its_calls(twin: Twin) -> bool:
-    """Whether a twin of one's own says how its models are called, and so in which mode."""
+    """Whether a twin says itself how its models are called, and so in which mode they are."""
+    # `Ladder.twin` gives calls, too, but these leave the mode open.
     return not isinstance(twin, WholeTwin) and bool(twin.call_linen or twin.call_nnx)
 
 
 def check_draws(twin: Twin, book: RuleBook) -> Iterator[DrawCheck]:
-    """Finds the draws of the twin's own call anew, and compares them with the pairs of a book."""
+    """Finds the draws of the twin's own call anew, and compares them with the pairs of a book.
+
+    Args:
+      twin: both models; they are called in training, and in evaluation where that is another call.
+      book: a rule book with `draws`.
+
+    Yields:
+      A check for each of these kinds of call in which a model draws. Other kinds that the book
+      pairs are yielded as not tried.
+    """
     ladder = ladder_of(twin).with_rules(book, lambda text: None)
-    tried = set()
+    tried: set[str] = set()
+    # A model without flags has one call for both: the second is not tried again.
     for trains in (True, False):
-        kind = "the twin's own call"
+        kind = "the twin's own call"  # until its arguments are known
         try:
             call = own_call(ladder, trains)
             kind = call.kind(ladder.entry(None)).kind
@@ -75,10 +87,10 @@ def _compared(ladder: Ladder, kind: str, found: Findings) -> DrawCheck:
         return DrawCheck(kind, None, (text,))
     said = {pair.nnx: pair.linen for pair in written.among(found.linen)}
     right = {pair.nnx: pair.linen for pair in found.pairing.pairs}
-    idle = {*found.pairing.idle}
-    wrong = []
+    wrong: list[str] = []
     for draw in sorted({*said, *right}):
-        if said.get(draw) != right.get(draw) and draw not in idle:
+        # A draw that changes nothing may be paired with any.
+        if said.get(draw) != right.get(draw) and draw not in found.pairing.idle:
             is_, was = right.get(draw, "no draw of Linen's"), said.get(draw, "nothing")
             wrong.append(f"{draw} is {is_}; the rule book says {was}")
     return DrawCheck(kind, not wrong, tuple(wrong) or (f"{len(right)} draws",))
@@ -97,7 +109,8 @@ def in_training(twin: Twin) -> Twin:
         )
     ladder = ladder_of(twin)
     call = own_call(ladder, True)
-    key = jax.random.key(0)  # that of the streams of `infer.trace`
+    key = jax.random.key(0)  # the one that `infer.trace` gives to each stream of nnx
+    # One key for every draw: it gives masks of one shape the same bits on both sides.
     rngs = dict.fromkeys({"params", *asked_for(ladder, call)}, key)
 
     def call_linen(module: Any, variables: Any, *inputs: Any) -> Any:
@@ -115,11 +128,24 @@ def _arrays(inputs: Any) -> list[Any]:
 
 
 def own_call(ladder: Ladder, trains: bool) -> Call:
-    """The twin's own call with dropout on or off."""
+    """The twin's own call in training or in evaluation.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import linen as nn, nnx
+      >>> from linen_nnx import Ladder, RuleBook, Twin
+      >>> twin = Twin(lambda: nn.Dropout(0.5), lambda rngs: nnx.Dropout(0.5, rngs=rngs),
+      ...             lambda: (jnp.ones((4, 2)),))
+      >>> own_call(Ladder(twin, RuleBook([])), trains=True).kwargs
+      {}
+      >>> own_call(Ladder(twin, RuleBook([])), trains=True).args[1:]
+      (False,)
+    """
     function = ladder.entry(None)
     bound = inspect.signature(function).bind_partial(None, *ladder.inputs)
     for name in _flags(function):
         bound.arguments[name] = EVALUATION[name] is not trains
+    # A model in training updates its statistics, which Linen refuses where they are not mutable.
     mutable: Any = statistics(ladder) or False
     return Call(None, bound.args[1:], dict(bound.kwargs), {}, mutable)
 
@@ -130,13 +156,15 @@ def statistics(ladder: Ladder) -> list[str]:
 
 
 def draws_in(ladder: Ladder, call: Call) -> bool:
-    """Whether one of the models draws in a call."""
+    """Whether one of the models draws in a call; both are traced, neither is run."""
+    # Either side may draw alone: a port may have a dropout that Linen lacks.
     if asked_for(ladder, call) - {"params"}:
         return True
     forms = ladder.forms("nnx")
     leaves = flatten(ladder.at("nnx").abstract())
 
     def run(leaves: Any, arrays: Any) -> Any:
+        # Without keys: to draw is an error.
         root = ladder.nnx_root(forms, leaves, call, {part: {} for part in forms})
         return jax.tree.leaves(ladder.run_nnx(root, call.joined(arrays, {})))
 

@@ -1,9 +1,10 @@
 """The parameters of a stage, seen as those of the all-nnx model: for all that reduces over leaves.
 
-A sum over leaves in the tree's own order rounds differently wherever names sort differently: with
-clipping by `optax.global_norm` the four stages of a convnet part at step 22. A mask by rank changes
-where layers are stacked. So both work on the leaves in nnx form, whatever the stage, and sums are
-sorted before they are added. Then neither names nor stacking have an effect.
+The stages name and stack the same parameters in different ways, and a floating-point sum depends on
+the order of its terms. With clipping by `optax.global_norm` the four stages of a convnet have
+different losses from step 22 on. And a mask that decides by the number of axes decides otherwise
+where layers are stacked. So norms and masks work on the leaves in nnx form, whatever the stage, and
+a norm sorts its terms before it adds them. Then every stage gets the same bits.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from linen_nnx.book.tree import flatten
-from linen_nnx.ladder.forms import Leaves
+from linen_nnx.ladder.port import Leaves
 
 if TYPE_CHECKING:
     from linen_nnx.ladder.stage import Stage
@@ -39,7 +40,8 @@ class View:
     def __init__(self, stage: "Stage") -> None:
         self._ladder, self._stage = stage.ladder, stage
         self._all = stage.ladder.forms("nnx")
-        # "part/path" of each parameter -> (path, rank) of the nnx leaves that it holds.
+        # "part/path" of each parameter -> (path, rank) of the nnx leaves that it holds. A stack of
+        # three layers in Linen form holds three of them.
         self._held: dict[str, list[tuple[str, int]]] = {}
         own = stage.ladder.book.abstract(stage.forms)
         for name, spec in own.items():
@@ -48,7 +50,7 @@ class View:
                 self._held[path] = [(path, len(spec.shape))]
         for way in stage.ladder.book.ways["nnx"]:
             if stage.forms[way.part] == "linen":
-                held = []
+                held: list[tuple[str, int]] = []
                 for name, spec in zip(way.move.targets, way.move.specs, strict=True):
                     held.append((name.split("/", 1)[1], len(spec.shape)))
                 for source in way.move.sources:
@@ -56,7 +58,7 @@ class View:
                         self._held[source.removeprefix("params/")] = held
 
     def leaves(self, params: Mapping[str, Any], parts: Collection[str] | None = None) -> Leaves:
-        """`{nnx path: array}` of a tree shaped like the parameters: gradients, moments, tracers.
+        """`{nnx path: array}` of a tree shaped like the parameters, such as gradients or moments.
 
         Args:
           params: nested dicts, as in `variables["params"]`; some parts alone will do.
@@ -68,20 +70,25 @@ class View:
         return {name.split("/", 1)[1]: leaf for name, leaf in found.items()}
 
     def norm(self, params: Mapping[str, Any], parts: Collection[str] | None = None) -> Array:
-        """The Euclidean norm over all leaves: a float32 scalar, the same bits at each stage."""
-        squares = [
-            jnp.sum(jnp.square(leaf.astype(jnp.float32)))
-            for leaf in self.leaves(params, parts).values()
-        ]
+        """The Euclidean norm over all leaves: a float32 scalar, the same bits at each stage.
+
+        The arguments are those of `leaves`.
+        """
+        squares: list[Array] = []
+        for leaf in self.leaves(params, parts).values():
+            # In float32, as a sum of squares in bfloat16 stops growing after 256 equal terms.
+            squares.append(jnp.sum(jnp.square(leaf.astype(jnp.float32))))
         return jnp.sqrt(jnp.sum(jnp.sort(jnp.stack(squares))))
 
     def ranks(self) -> dict[str, int]:
-        """`{path at this stage: rank}` of the parameters in nnx form."""
+        """`{path at this stage: the rank of the parameter in nnx form}`."""
         return {path: max(rank for _, rank in held) for path, held in self._held.items() if held}
 
     def mask(self, test: Callable[[str, int], bool]) -> dict[str, bool]:
-        """`{path at this stage: bool}`: whether `test(nnx path, rank)` holds for the parameter.
+        """`{path at this stage: bool}`, as a mask for `optax.masked`.
 
-        Where a parameter stacks several nnx leaves, it holds if it does for all of them.
+        Args:
+          test: `(nnx path, rank) -> bool`. For a parameter that holds several nnx leaves, it must
+            hold for all of them.
         """
         return {path: all(test(*one) for one in held) for path, held in self._held.items()}

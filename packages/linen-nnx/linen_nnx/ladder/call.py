@@ -1,7 +1,14 @@
-"""One call of a model as data: what is an array in it, and what makes it the kind of call it is.
+"""One call of a model as data: which arguments are arrays, and which make it the kind that it is.
 
-`apply(variables, x, train=True)` and `apply(variables, x, True)` are calls of one kind, whatever
-`x` is; `train=False` makes another, in which other keys are drawn or none.
+Which draws a model makes depends on the kind of call and not on the numbers in it. So draws are
+paired once for each kind. `apply(variables, x, train=True)` and `apply(variables, x, True)` are of
+one kind, whatever `x` is; `train=False` makes another, in which other keys are drawn or none:
+
+    >>> def method(self, x, train=False): ...
+    >>> Call(args=(np.ones(3), True)).kind(method).kind
+    '__call__(train=True)'
+    >>> Call(args=(np.zeros(5),)).kind(method).kind
+    '__call__(train=False)'
 """
 
 import inspect
@@ -16,7 +23,7 @@ import numpy as np
 from linen_nnx.book.draws import Pairing
 from linen_nnx.infer.run import with_noise
 
-_PLAIN = (bool, int, float, str, type(None))
+_PLAIN = (bool, int, float, str, type(None))  # values that a rule book can hold
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,7 @@ class Call:
 
     Attributes:
       method: as `Module.apply` takes it: None, a name, or a function of the module.
-      args, kwargs: those of the method.
+      args: positional arguments of the method; `kwargs`: its named ones.
       rngs: `{stream: key}`.
       mutable: the filter of collections.
     """
@@ -49,7 +56,7 @@ class Call:
         return [leaf for leaf in jax.tree.leaves((self.args, self.kwargs)) if is_array(leaf)]
 
     def joined(self, arrays: list[Any], rngs: dict[str, Any]) -> "Call":
-        """The call with other arrays and keys."""
+        """The call with other arrays, in the order of `arrays`, and other keys."""
         rest = iter(arrays)
 
         def other(leaf: Any) -> Any:
@@ -61,78 +68,92 @@ class Call:
     def signature(self) -> tuple[Any, ...]:
         """A hashable summary: equal calls are traced alike."""
         leaves, structure = jax.tree.flatten((self.args, self.kwargs, dict(self.rngs)))
-        summary = (
-            (leaf.shape, str(leaf.dtype)) if is_array(leaf) else repr(leaf) for leaf in leaves
-        )
+        summary: list[Any] = []
+        for leaf in leaves:
+            summary.append((leaf.shape, str(leaf.dtype)) if is_array(leaf) else repr(leaf))
+        # The keys' dtypes are among them: raw keys and typed ones lead to other equations.
         return self.name, structure, tuple(summary), repr(self.mutable)
 
     def kind(self, function: Callable[..., Any]) -> Pairing:
-        """The kind of call, as an entry of `draws:` without draws; `function` is the method."""
+        """The kind of call, as a pairing without pairs; `function` is the method."""
         given: dict[str, Any] = {}
         for name, value in _arguments(function, self.args, self.kwargs).items():
+            # For jax None is a tree without leaves; here it is a value like any other.
             leaves = jax.tree_util.tree_leaves_with_path(value, is_leaf=lambda x: x is None)
             for path, leaf in leaves:
-                if not is_array(leaf):
-                    inner = jax.tree_util.keystr(path, simple=True, separator="/")
-                    plain = leaf if isinstance(leaf, _PLAIN) else repr(leaf)
-                    given["/".join(filter(None, [name, inner]))] = plain
+                if is_array(leaf):
+                    continue
+                inner = jax.tree_util.keystr(path, simple=True, separator="/")
+                full = f"{name}/{inner}" if inner else name
+                given[full] = leaf if isinstance(leaf, _PLAIN) else repr(leaf)
         return Pairing(self.name, given)
 
     def example(self, function: Callable[..., Any], inputs: tuple[Any, ...]) -> "Call":
-        """A call of this kind with concrete arrays: those of `inputs` where they fit.
+        """A call of this kind with concrete arrays.
 
-        They are the twin's own example, with numbers that the model is made for (token ids, say),
-        and mostly small. Other arrays get random numbers; integers 0 and 1.
+        Args:
+          function: the method.
+          inputs: the twin's own example. Its arrays are taken where they fit the call: they hold
+            numbers that the model is made for, such as token ids, and are mostly small. Where they
+            do not fit, floats are drawn from a normal distribution, and integers are 0 or 1.
         """
         known = _arguments(function, inputs, {})
         mine = _arguments(function, self.args, self.kwargs)
         fits = all(_fits(value, known.get(name)) for name, value in mine.items())
         random = np.random.default_rng(0)
 
-        def array(leaf: Any, own: Any) -> Any:
+        def concrete(leaf: Any, own: Any) -> Any:
             if not is_array(leaf):
                 return leaf
+            # An example of all ones hides which elements a mask keeps: it gets noise.
             return with_noise(own, 0) if fits else _random(leaf, random)
 
-        def concrete(name: str, value: Any) -> Any:
-            own = known[name] if fits and name in known and jax.tree.leaves(value) else value
-            return jax.tree.map(array, value, own)
-
-        made = {name: concrete(name, value) for name, value in mine.items()}
+        made: dict[str, Any] = {}
+        for name, value in mine.items():
+            from_example = fits and name in known and jax.tree.leaves(value)
+            made[name] = jax.tree.map(concrete, value, known[name] if from_example else value)
         bound = inspect.signature(function).bind(None, *self.args, **self.kwargs)
-        bound.arguments.update({name: made[name] for name in bound.arguments if name in made})
+        for name in bound.arguments:
+            if name in made:
+                bound.arguments[name] = made[name]
         return Call(self.method, bound.args[1:], bound.kwargs, self.rngs, self.mutable)
 
 
 def is_array(leaf: Any) -> bool:
-    """Whether a value is an array, a tracer or stands for one; Python's own numbers are not."""
+    """Whether a value is an array, a tracer or a shape; Python's own numbers are not."""
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
 def _arguments(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    """The arguments by name, with defaults, without the module; by place if they do not bind."""
+    """The arguments by name, with defaults, without the module.
+
+    Where they do not fit the function, those without a name get their number for one.
+    """
     try:
         bound = inspect.signature(function).bind(None, *args, **kwargs)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError):  # the model will say what is wrong, when it is called
         return {**{str(k): value for k, value in enumerate(args)}, **kwargs}
     bound.apply_defaults()
-    return dict(list(bound.arguments.items())[1:])
+    named = list(bound.arguments.items())
+    return dict(named[1:])
 
 
 def _fits(value: Any, own: Any) -> bool:
     """Whether each array of `value` has one of its type and rank at its place in `own`."""
-    arrays = [leaf for leaf in jax.tree.leaves(value) if is_array(leaf)]
-    if not arrays:
+    leaves = jax.tree.leaves(value)
+    if not any(map(is_array, leaves)):
         return True
     if jax.tree.structure(value) != jax.tree.structure(own):
         return False
-    pairs = zip(jax.tree.leaves(value), jax.tree.leaves(own), strict=True)
-    return all(
-        not is_array(a) or (is_array(b) and (a.ndim, a.dtype) == (np.ndim(b), b.dtype))
-        for a, b in pairs
-    )
+    for leaf, mine in zip(leaves, jax.tree.leaves(own), strict=True):
+        if not is_array(leaf):
+            continue
+        # Not the shape: a batch of another size is a call of the same kind.
+        if not is_array(mine) or (leaf.ndim, leaf.dtype) != (np.ndim(mine), mine.dtype):
+            return False
+    return True
 
 
 def _random(leaf: Any, random: np.random.Generator) -> Any:

@@ -4,9 +4,9 @@
     dropout/Block_1/Dropout_0   blocks/1/drop/rngs     ->  dropout/Block_{i}/Dropout_0
     dropout/Block_2/Dropout_0   blocks/2/drop/rngs         blocks/{i}/drop/rngs
 
-A number of the Linen draw's text is captured together with an equal number of the nnx draw's. What
-the pairs of two draws or more have in common is a family, if it stands for those pairs and for no
-other draw that the Linen model makes.
+A number in the text of the Linen draw is captured together with an equal number in the text of the
+nnx draw. Two pairs or more that become the same text are a family, unless the text would also stand
+for a draw that is paired otherwise or not at all.
 """
 
 import re
@@ -16,6 +16,7 @@ from dataclasses import replace
 from linen_nnx.book.draws import Draw, Family, Pair, Pairing
 from linen_nnx.book.patterns import Pattern
 
+# Without leading zeros, which a number loses when it is captured.
 _NUMBER = re.compile(r"(?<!\d)(?:0|[1-9]\d*)(?!\d)")
 _CAPTURE = "{i}"
 
@@ -37,6 +38,7 @@ def in_families(pairing: Pairing, linen: Collection[Draw]) -> Pairing:
     left = dict.fromkeys(pairing.pairs)
     families = list(pairing.families)
     known = set(pairing.pairs)
+    # `blocks/{i}/drop[0]` of twelve blocks goes before `blocks/0/drop[{i}]` of two lanes.
     for family, members in _largest_first(pairing.pairs):
         covered = [pair for pair in map(family.pair, linen) if pair is not None]
         if set(covered) <= known and all(pair in left for pair in members):
@@ -47,16 +49,15 @@ def in_families(pairing: Pairing, linen: Collection[Draw]) -> Pairing:
 
 
 def _largest_first(pairs: Collection[Pair]) -> list[tuple[Family, list[Pair]]]:
-    """The families of two pairs or more, with their pairs."""
+    """The families of two pairs or more, with their pairs, the one with most pairs first."""
     groups: dict[tuple[str, str], list[Pair]] = {}
     for pair in pairs:
         for texts in _captured(str(pair.linen), str(pair.nnx)):
             groups.setdefault(texts, []).append(pair)
-    found = [
-        (Family(Pattern(linen), Pattern(nnx)), members)
-        for (linen, nnx), members in groups.items()
-        if len(members) > 1
-    ]
+    found: list[tuple[Family, list[Pair]]] = []
+    for (linen, nnx), members in groups.items():
+        if len(members) > 1:
+            found.append((Family(Pattern(linen), Pattern(nnx)), members))
     return sorted(found, key=lambda entry: -len(entry[1]))
 
 
