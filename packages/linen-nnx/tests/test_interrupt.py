@@ -12,7 +12,7 @@ from convert_helpers import save_small
 
 from linen_nnx import cli
 from linen_nnx.cli import stopping
-from linen_nnx.disk import convert, finding, planning
+from linen_nnx.disk import convert, finding, planning, targets
 
 ROOT = Path(__file__).parent.parent
 # The converter in a process of its own, whose copies take for ever and say when they begin.
@@ -90,7 +90,7 @@ def test_a_signal_that_is_hidden_from_the_command_still_ends_it(moment):
         (["inspect", "SOURCE"], finding, "find"),
         (["plan", "SOURCE", "--to", "nnx"], planning, "plan_conversion"),
         (["run", "SOURCE", "OUT", "--to", "nnx"], convert, "write_store"),
-        (["run", "SOURCE", "OUT", "--to", "nnx"], convert, "publish"),
+        (["run", "SOURCE", "OUT", "--to", "nnx"], targets, "publish"),
     ],
 )
 def test_every_command_ends_with_one_line(
