@@ -5,6 +5,16 @@ Where gradients of whole leaves have shown a rule, its note adds how the dataflo
     Linen    (h @ c/kernel + c/bias) * t2
     nnx      (h * scales/1) @ c/kernel + scales/1 * c/bias
     note     Linen applies `params/c/bias` + `params/c/kernel` before `params/t2`, nnx not
+
+In the twin of `example.py`, a wrong pair of kernels would get this one:
+
+    >>> from linen_nnx.infer.example import two_layers
+    >>> from linen_nnx.infer.sides import sides
+    >>> from linen_nnx.infer.trace import trace_linen, trace_nnx
+    >>> both = sides(trace_linen(two_layers()), trace_nnx(two_layers()), {})
+    >>> biases = {"params/up/bias": frozenset({"first/bias"})}
+    >>> contrast(both, ["params/up/kernel"], ["last"], biases)
+    'nnx applies `first/bias` before `last`, Linen not'
 """
 
 from collections.abc import Iterable, Mapping

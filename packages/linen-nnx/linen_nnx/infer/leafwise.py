@@ -19,6 +19,21 @@ Each round goes through three steps, and ends when one finds rules:
 Then the leaves that are settled keep their own numbers, and the next round sees more. Beside leaves
 that are all one constant, a matrix and its transpose have one gradient; beside leaves with numbers
 of their own they have not.
+
+The twin of `example.py` would not need this, but it can be paired so, too:
+
+    >>> from linen_nnx.infer.example import two_layers
+    >>> from linen_nnx.infer.ground import common_ground
+    >>> from linen_nnx.infer.sides import sides
+    >>> from linen_nnx.infer.trace import trace_linen, trace_nnx
+    >>> both = sides(trace_linen(two_layers()), trace_nnx(two_layers()), {})
+    >>> trial = Trial(common_ground(both), tolerance=1e-8)
+    >>> found, _ = pair_leaves(trial, [], (set(both[0].paths), set(both[1].paths)))
+    >>> for each in found:
+    ...     print(each.rule, each.rule.ops)
+    `params/down/kernel` <-> `last` (Transpose(perm=(1, 0)),)
+    `params/up/bias` <-> `first/bias` ()
+    `params/up/kernel` <-> `first/kernel` ()
 """
 
 import itertools
