@@ -98,7 +98,7 @@ class Assignment(NamedTuple):
 
 def assign(linen: SlottedSide, nnx: SlottedSide, prints: Prints) -> Assignment:
     """Pairs the slots of both sides; the steps are those at the head of this file."""
-    fits, gaps = _candidates(linen, nnx, prints)
+    fits, gaps = _compare_fingerprints(linen, nnx, prints)
     seen = prints.seen if len(prints.seen) else np.zeros(len(linen.forms), bool)
     candidates = _Candidates((linen.flow.above, nnx.flow.above), fits)
     # What the evidence alone settles. Pairs beyond these rest on a choice, and say so.
@@ -148,7 +148,9 @@ def shown(values: Array) -> str:
 # Step 1
 
 
-def _candidates(linen: SlottedSide, nnx: SlottedSide, prints: Prints) -> tuple[Array, Array]:
+def _compare_fingerprints(
+    linen: SlottedSide, nnx: SlottedSide, prints: Prints
+) -> tuple[Array, Array]:
     """(Linen slots, nnx slots): which may be pairs, and the gaps of their fingerprints."""
     gaps = np.full((len(linen.forms), len(nnx.forms)), np.inf)
     for form in set(linen.forms) - {HELD}:
