@@ -8,7 +8,10 @@ from typing import Any, NoReturn
 from linen_nnx.cli import bisect, inspect, plan, run, suggest, verify
 
 TWIN = "path/to/file.py:NAME or package.module:NAME"
-CKPT = "a run directory, a CheckpointManager's root or step, an Orbax directory, or a file"
+CKPT = (
+    "a run directory, a CheckpointManager's root or step, an Orbax directory, or a file; on a "
+    "disk, or in a bucket as gs://BUCKET/PATH or s3://BUCKET/PATH"
+)
 OUT = "what to create, or what was created; *.msgpack, *.safetensors: a file"
 TARGET = (
     "linen or nnx: the layout that stock Flax restores; or, of a checkpoint that says the form of "

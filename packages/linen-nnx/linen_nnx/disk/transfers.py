@@ -47,6 +47,7 @@ def upload(source: Path, target: Remote, stopped: Stopped) -> Digest:
     Raises:
       StoreError, OSError: where it cannot be read or written.
     """
+    # Both are asked for their size first, by which parts are cut, and what came is checked.
     if isinstance(source, Remote):
         size, blocks = source.stat().st_size, source.blocks()
     else:
@@ -89,6 +90,7 @@ class _Passed:
 
     def check(self, size: int) -> None:
         """Refuses a file that has become another one on the way."""
+        # A digest of what was read would vouch for the half of a file.
         if self._size != size:
             raise StoreError(f"{self._source} has {size} bytes, and {self._size} were read of it")
 
