@@ -21,7 +21,10 @@ from benchmarks.rounds import Curves, report
 
 ROOT = Path(__file__).parent.parent
 
-BASE = ["experiment=lm", "model.width=64", "model.depth=4", "data.batch=16", "compile_cache=null"]
+BASE = [
+    "experiment=lm", "model.width=64", "model.depth=4", "data.length=128", "data.batch=16",
+    "compile_cache=null",
+]  # fmt: skip
 STEPS = {
     "depth": [1, 2, 4, 8, 16],
     "width": [32, 64, 128, 256, 512],

@@ -25,15 +25,14 @@ from unittest import mock
 import jax
 
 from benchmarks.rounds import save, table
-from benchmarks.steps import prepared, stage_step
+from benchmarks.steps import LM, prepared, stage_step
 from training import compose, data, loop
 from training.evaluation import evaluate
 from training.runtime.program import Program
 
 ROOT = Path(__file__).parent.parent
 WARM = 10  # steps before the clock starts
-LM = "experiment=lm"
-START = (LM, "stop_at=1", "log_every=1", "log.progress=false")
+START = (*LM, "stop_at=1", "log_every=1", "log.progress=false")
 
 
 @contextmanager
@@ -70,7 +69,7 @@ def watched() -> Iterator[tuple[list[float], list[float]]]:
 def whole_loop(folder: Path, steps: int) -> tuple[float, list[float]]:
     """Seconds a step in the loop, and the waits for batches after the first."""
     cfg = compose(
-        LM,
+        *LM,
         f"run_dir={folder}",
         "steps=100000",  # so that the end of the run, with its evaluation, is not reached
         f"stop_at={WARM + steps + 1}",
@@ -84,7 +83,7 @@ def whole_loop(folder: Path, steps: int) -> tuple[float, list[float]]:
 
 def bare_steps(stage: str, steps: int) -> float:
     """Seconds a step on one batch, one after another."""
-    step = stage_step(*prepared([LM], stage))
+    step = stage_step(*prepared(LM, stage))
     for _ in range(WARM):
         jax.block_until_ready(step())
     begin = time.perf_counter()
@@ -96,7 +95,7 @@ def bare_steps(stage: str, steps: int) -> float:
 
 def evaluation() -> float:
     """Seconds of one reading of the validation set, as the default does it."""
-    setup, _ = prepared([LM], "nnx_in_linen")
+    setup, _ = prepared(LM, "nnx_in_linen")
     state = setup.program.init()
     evaluate(setup, state)
     begin = time.perf_counter()

@@ -35,10 +35,12 @@ from training.assemble import Setup, prepare
 from training.runtime.program import Program
 from training.step import Step
 
+# The windows and batches that the tables of the pages were made with.
+LM = ["experiment=lm", "data.length=128", "data.batch=32"]
 SIZES = {  # name: (overrides, steps in one measurement)
     "small": (["experiment=diabetes"], 300),
-    "lm": (["experiment=lm"], 1),
-    "large": (["experiment=lm", "model.width=256", "model.depth=6"], 1),
+    "lm": (LM, 1),
+    "large": ([*LM, "model.width=256", "model.depth=6"], 1),
 }
 FLOOR = "floor"
 DEEP = ["experiment=lm", "model.width=32", "model.depth=12", "data.length=32", "data.batch=4"]

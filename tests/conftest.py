@@ -39,6 +39,7 @@ STAGES = ("linen", "nnx_in_linen", "linen_in_nnx", "nnx")
 SMALL = {
     "lm": (
         "experiment=lm", "model.width=32", "model.depth=2", "data.length=32", "data.batch=8",
+        "optimizer.lr=2e-3",
         "eval.batches=2", "log.samples=0",
     ),
     "digits": ("experiment=digits", "model.width=8", "data.batch=16", "log.samples=0"),
