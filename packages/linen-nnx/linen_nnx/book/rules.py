@@ -49,6 +49,13 @@ class RuleBook:
     it is not empty, translating raises unless `partial=True`. `draws` pairs the random keys of
     both models, for each kind of call (`draws.py`); translating needs none of it. `notes` are
     for the reader: `suggest` writes there what it found out about the two models as wholes.
+
+    Example:
+      >>> import numpy as np
+      >>> rule = {"linen": "params/up/{leaf}", "nnx": "first/{leaf}"}
+      >>> book = RuleBook.from_dict({"version": 1, "rules": [rule]})
+      >>> list(book.to_nnx({"params/up/kernel": np.ones((2, 3))}))
+      ['first/kernel']
     """
 
     def __init__(
