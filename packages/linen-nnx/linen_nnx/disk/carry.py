@@ -15,16 +15,16 @@ A training state of four leaves, and a book whose one rule is about the kernel: 
 4. What mirrors nothing is plain: it goes along as it is, where that is right (`unmirrored.py`).
 
 Each leaf so gets a move, from itself to a place. Whatever has no home on the other side is a
-problem, and all problems are raised together: nothing is left out unless a rule drops it.
+problem, and all problems are raised together. Nothing is left out unless a rule drops it, or a
+note says so, as of the random streams of nnx.
 
     >>> from linen_nnx.book.specs import Spec
     >>> from linen_nnx.disk.state import read_state
-    >>> from linen_nnx.disk.leaves import DICT, Key
+    >>> from linen_nnx.disk.leaves import dict_keys
     >>> from linen_nnx.disk.zarr_metadata import fresh_metadata
     >>> def saved(path, *shape):
-    ...     keys = tuple(Key(name, DICT) for name in path.split("/"))
     ...     zarr = fresh_metadata(Spec(shape, "float32"), zarr3=False)
-    ...     return Leaf(keys, "np.ndarray", zarr=zarr)
+    ...     return Leaf(dict_keys(*path.split("/")), "np.ndarray", zarr=zarr)
     >>> tree = [saved("params/d/kernel", 6, 3), saved("opt_state/0/mu/d/kernel", 6, 3)]
     >>> tree += [saved("step"), saved("opt_state/0/count")]
     >>> turned = {"op": "transpose", "perm": [1, 0]}
