@@ -20,7 +20,7 @@ from training.runtime import numerics
 from training.runtime.checkpoints import Saved
 from training.runtime.cli import CONFIGS, command
 from training.runtime.metrics import Metrics
-from training.runtime.terminal import clock, labelled
+from training.runtime.terminal import clock, folded, labelled
 from training.runtime.view import WHOLE
 
 FAR = 5  # a learning rate so many times another is worth a word
@@ -164,17 +164,18 @@ def commands(setup: Setup, *, finished: bool) -> str:
     here = ["stop_at=", *([f"run_dir={run}"] if "run_dir=" in command() else [])]
     lines = [f"in {run}; from here:"]
     if not finished:
-        lines.append(f"  go on      {command(*here)}")
+        lines.append(folded("  go on      ", command(*here)))
     for stage in later[:1]:
         moved = run.with_name(f"{run.name.removesuffix(f'-{cfg.stage}')}-{stage}")
         if finished:  # and has nothing left to train: it is translated as it is
             words = ["python", "convert.py", "run", str(run), str(moved), "--to", stage]
-            lines.append(f"  convert    {shlex.join(words)}")
+            lines.append(folded("  convert    ", shlex.join(words)))
         else:
             there = [key.replace(str(run), str(moved)) for key in here]
-            lines.append(f"  new stage  {command(f'stage={stage}', f'init_from={run}', *there)}")
+            moving = command(f"stage={stage}", f"init_from={run}", *there)
+            lines.append(folded("  new stage  ", moving))
     if finished:
-        lines.append(f"  export     {command('mode=export', *here)}")
+        lines.append(folded("  export     ", command("mode=export", *here)))
     lines.append(f"  curves     python -m training.plot {shlex.quote(str(run))}")
     if cfg.log.tensorboard:
         lines.append(f"             tensorboard --logdir {shlex.quote(str(run))}")

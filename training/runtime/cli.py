@@ -7,12 +7,13 @@ alone; any other exception is a bug and keeps its traceback. Nothing here import
 """
 
 import os
+import re
 import shlex
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from textwrap import indent
 from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
 
@@ -29,22 +30,26 @@ VERSIONS = ("linen-nnx", "jax", "flax", "optax", "orbax-checkpoint")  # that --v
 Checks = Mapping[str, Callable[[Mapping[str, Any]], object]]
 
 USAGE = """\
-usage: python train.py [experiment=NAME] [stage=STAGE] [run_dir=DIR] [steps=N] [stop_at=K] [seed=N]
-                       [log_every=N] [resume=HOW] [init_from=PATH] [key=value ...]
+usage: python train.py [experiment=NAME] [stage=STAGE] [run_dir=DIR] [steps=N]
+                       [stop_at=K] [seed=N] [log_every=N] [resume=HOW]
+                       [init_from=PATH] [key=value ...]
 
-Trains the model of an experiment at one stage of the migration from Linen to NNX. The same command
-again resumes the run. run_dir holds config.yaml, metrics.jsonl, TensorBoard events, checkpoints/.
+Trains the model of an experiment at one stage of the migration from Linen to
+NNX. The same command again resumes the run. run_dir holds config.yaml,
+metrics.jsonl, TensorBoard events, checkpoints/.
 
-  python train.py                                    the default experiment
-  python train.py experiment=digits stage=nnx        another one, at another stage
-  python train.py stop_at=300                        stop early, to be continued; same schedules
-  python train.py stage=nnx init_from=runs/lm-linen  go on at another stage
-  python train.py debug=one_step                     the whole path once
-  python train.py experiment=digits --cfg job        show the configuration, train nothing
-  python train.py --config-dir DIR experiment=NAME   one of another folder with such a tree
-  python train.py --multirun stage=linen,nnx         several runs, one after another
-  python train.py --version                          of the library, and of those below it
-  python train.py --hydra-help                       the flags of Hydra, which composes all this
+  python train.py                              the default experiment
+  python train.py experiment=digits stage=nnx  another one, at another stage
+  python train.py stop_at=300                  stop early; same schedules
+  python train.py stage=nnx init_from=RUN      go on from RUN at another stage
+  python train.py mode=eval                    how good the checkpoints are
+  python train.py mode=export                  the model alone
+  python train.py debug=one_step               the whole path once
+  python train.py --cfg job                    show the configuration, no more
+  python train.py --config-dir DIR ...         with a tree like configs/ in DIR
+  python train.py --multirun stage=linen,nnx   several runs, one after another
+  python train.py --version                    of the library, jax and others
+  python train.py --hydra-help                 the flags of Hydra
 """
 
 
@@ -79,6 +84,7 @@ def run(
     from training.runtime import sweeps
 
     entered = False
+    ran: list[Path] = []
 
     def job(composed: Any) -> float | None:
         nonlocal entered
@@ -87,6 +93,7 @@ def run(
         try:
             config = check(composed, schema, checks)
             sweeps.announce(config.run_dir)
+            ran.append(Path(config.run_dir))
             return main(config)
         except ConfigError as error:
             _exit(error, 2)
@@ -97,8 +104,9 @@ def run(
     try:
         runs = sweeps.plan(_compose)
         hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")(job)()
-        if runs:
-            results(runs)
+        # What a sweeper has chosen is known only now; jobs in other processes are not among them.
+        if len(runs or ran) > 1:
+            results(runs or ran)
     except ConfigError as error:
         _exit(error, 2)
     except Refusal as error:
@@ -167,12 +175,21 @@ def help_page() -> str:
     # A block of config.yaml that opens with a comment speaks of the file or of Hydra itself.
     blocks = (CONFIGS / "config.yaml").read_text().split("\n\n")
     keys = [block for block in blocks if not block.startswith(("#", "defaults:"))]
-    text += ["\nKeys, as in configs/config.yaml:", indent("\n".join(keys), "  ")]
+    text += ["\nKeys, as in configs/config.yaml:", textwrap.indent("\n".join(keys), "  ")]
     for group, option in _defaults().items():
         if group not in ("experiment", "debug"):
             lines = (CONFIGS / group / f"{option}.yaml").read_text().splitlines()[1:]
             text += [f"\nKeys of {group}={option}:", *(f"  {group}.{line}" for line in lines)]
-    return "\n".join(text)
+    return "\n".join(_narrow(line) for line in "\n".join(text).split("\n"))
+
+
+def _narrow(line: str) -> str:
+    """A line of the help page in 80 columns: what does not fit goes on, further to the right."""
+    aligned = re.match(r"\s*\S+\s{2,}", line)
+    margin = " " * (aligned.end() if aligned else len(line) - len(line.lstrip()) + 6)
+    return textwrap.fill(
+        line, 80, subsequent_indent=margin, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def command(*changes: str) -> str:

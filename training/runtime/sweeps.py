@@ -61,6 +61,8 @@ def plan(compose: Callable[[Sequence[str], str | None], Any]) -> list[Path]:
         return []
     _refuse_shared(places, [x.get_key_element() for x in swept])
     if not is_basic:
+        if "n_trials" in sweeper:
+            os.environ[JOBS] = str(sweeper["n_trials"])
         return []
     # Hydra tells a job its own number and not how many there are.
     os.environ[JOBS] = str(len(jobs))

@@ -36,6 +36,21 @@ def labelled(pairs: Iterable[tuple[str, str]]) -> str:
     return "\n".join(fill(f"{label}: {text}") for label, text in pairs)
 
 
+def folded(label: str, command: str) -> str:
+    """A command in at most 80 columns, continued as a shell continues lines.
+
+    Example:
+      >>> print(folded("go on  ", "python train.py " + "seed=1 " * 9))
+      go on  python train.py seed=1 seed=1 seed=1 seed=1 seed=1 seed=1 seed=1 seed=1 \\
+             seed=1
+    """
+    if "'" in command:  # within quotes a backslash would be one
+        return label + command
+    room = WIDTH - len(label) - len(" \\")
+    lines = textwrap.wrap(command, room, break_long_words=False, break_on_hyphens=False)
+    return label + f" \\\n{' ' * len(label)}".join(lines)
+
+
 class Terminal:
     """The progress of one run; use as a context manager."""
 
