@@ -6,6 +6,7 @@ what is not installed. Without a server both keep what they get in the run direc
 
 import csv
 import hashlib
+import html
 import os
 import time
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ import numpy as np
 from training.runtime.vouching import flat
 
 HEADING = ("step", "name", "value")
-MOST = 1000  # metrics that MLflow takes at once
+MOST = 100  # metrics or settings that MLflow takes at once
 
 
 class Csv:
@@ -82,7 +83,7 @@ class WandB:
         self._run.log({"step": step, **made})
 
     def text(self, step: int, name: str, value: str) -> None:
-        self._run.log({"step": step, name: self._wandb.Html(f"<pre>{value}</pre>")})
+        self._run.log({"step": step, name: self._wandb.Html(f"<pre>{html.escape(value)}</pre>")})
 
     def image(self, step: int, name: str, value: np.ndarray) -> None:
         self._run.log({"step": step, name: self._wandb.Image(value)})
@@ -113,7 +114,8 @@ class MLflow:
         self._client.update_run(self._id, status="RUNNING")
         if self.is_new:
             settings = [entities.Param(key, str(value)) for key, value in flat(config).items()]
-            self._client.log_batch(self._id, params=settings)
+            for begin in range(0, len(settings), MOST):
+                self._client.log_batch(self._id, params=settings[begin : begin + MOST])
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         now = int(time.time() * 1000)
