@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 import yaml
 from flax import nnx
 from linen_nnx.book.tree import flatten
+from linen_nnx.disk.remote import as_path
 from safetensors.flax import save_file
 
 from configs.schema import Config
@@ -41,7 +42,7 @@ def export(cfg: Config) -> None:
     Raises:
         Refusal: when there is no checkpoint, or one is damaged.
     """
-    saved = checkpoints.find(Path(cfg.init_from or cfg.run_dir))
+    saved = checkpoints.find(as_path(cfg.init_from or cfg.run_dir))
     if cfg.checkpoint.verify:
         saved.intact()
     setup = setup_of(cfg, saved, stage="nnx")
