@@ -95,14 +95,15 @@ $(READY): $(PROJECTS)
 	  echo "Making $(VENV) with $$($$found --version); this takes about a minute, once."; \
 	  rm -rf $(VENV) && $$found -m venv $(VENV) || exit 1; \
 	fi
-	rm -f $@ $(TOOLS) $(SITE) $(VENV)/.extra-*
-	$(INSTALL) $(if $(LIBRARY),-e $(LIBRARY)) -e . && touch $@
+	@rm -f $@ $(TOOLS) $(SITE) $(VENV)/.extra-*
+	@$(INSTALL) $(if $(LIBRARY),-e $(LIBRARY)) -e . && touch $@
 
 $(TOOLS): $(READY)
-	$(INSTALL) $(if $(LIBRARY),-e "$(LIBRARY)[dev]") -e ".[dev]" && touch $@
+	@echo "Adding what tests and linters need, once."
+	@$(INSTALL) $(if $(LIBRARY),-e "$(LIBRARY)[dev]") -e ".[dev]" && touch $@
 
 $(SITE): $(READY)
-	$(INSTALL) $(if $(LIBRARY),-e $(LIBRARY)) -e ".[docs]" && touch $@
+	@$(INSTALL) $(if $(LIBRARY),-e $(LIBRARY)) -e ".[docs]" && touch $@
 
 $(ACCELERATORS:%=$(VENV)/.extra-%): $(VENV)/.extra-%: $(READY)
-	$(INSTALL) $(if $(LIBRARY),-e $(LIBRARY)) -e ".[$*]" && touch $@
+	@$(INSTALL) $(if $(LIBRARY),-e $(LIBRARY)) -e ".[$*]" && touch $@
