@@ -110,6 +110,8 @@ def _train(setup: Setup) -> int | None:
                         position, noted = drawn.get_state(), metrics.tally.noted()
                         checkpoints.save(state, position, noted, latest=is_due, best=is_best)
         except NonFiniteError as error:
+            # The last seconds before it are what one will want to see.
+            board.close(finished=False)
             raise Refused(_set_aside(error, run.run_dir, state)) from None
         finally:
             with ExitStack() as closing:  # all of them, in this order, whichever fails
