@@ -2,11 +2,14 @@
 
 import difflib
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from conftest import STAGES
 from flax.traverse_util import flatten_dict
 from pages import ROOT, Shell, blocks, follow
 
@@ -77,3 +80,22 @@ def test_stranded_weights_of_the_size_of_bert_base_reach_nnx(shell):
     printed = shell.run(f"python examples/bert/load.py {file} {out} --base")
     assert printed.count("every bit equal") == 2
     assert "DIFFERENT" not in printed
+
+
+@pytest.mark.slow
+def test_an_unmodified_linen_script_prints_the_same_losses_at_all_four_stages(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES / "train_state"))
+    monkeypatch.chdir(ROOT)
+
+    def lines(script: str, *arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        main = runpy.run_path(str(EXAMPLES / "train_state" / script))["main"]
+        main.__globals__["STEPS"] = 20
+        main()
+        return capsys.readouterr().out
+
+    printed = {lines("train_ladder.py", stage) for stage in STAGES}
+    assert printed == {lines("train_linen.py")}
+    assert printed.pop().count("loss") == 2
