@@ -343,6 +343,23 @@ def test_an_init_rule_that_cannot_be_placed_takes_its_places_from_a_tree_or_the_
     assert "optimizer/opt_state/0/mu/a/bias/value" in capsys.readouterr().out
 
 
+def test_a_given_tree_comes_before_the_twin_and_a_note_says_where_they_differ(tmp_path):
+    save(tmp_path / "linen", train_state(optax.adam(0.1)))
+    save(tmp_path / "fresh", _fresh_nnx(optax.adam(0.1)))
+    specs = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in PARAMS["d"].items()}
+    halves = {name: jax.ShapeDtypeStruct(x.shape, "bfloat16") for name, x in PARAMS["d"].items()}
+
+    def notes(specs):
+        at_home = {f"a/{name}": spec for name, spec in specs.items()}
+        options = {"like": tmp_path / "fresh", "specs": at_home}
+        return " ".join(plan_conversion(tmp_path / "linen", "nnx", RENAME, **options).notes)
+
+    assert "given by --like" not in notes(specs)
+    assert "given by --like, where the model's code has others: `a/" in notes(halves)
+    assert "`a/kernel`" in notes({**specs, "kernel": halves["kernel"]})
+    assert "`a/bias`" not in notes({**specs, "kernel": halves["kernel"]})
+
+
 # `TrainState.params` that holds the whole dict of variables
 
 

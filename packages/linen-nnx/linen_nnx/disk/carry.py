@@ -1,22 +1,30 @@
-"""Carries a rule book over from the model to everything that was saved with it.
+"""Plans where each leaf of a training state goes, by a rule book that speaks of the model alone.
 
-A training state of four leaves, and a book whose one rule is about the kernel: it moves
-`params/d/kernel` to `a/w` and transposes it.
+A leaf is an array of a checkpoint, or an empty node. A form is Linen's, nnx's, or that of a stage:
+a state on the way, of which some parts have one form and some the other (`state.py`). How a form is
+laid out on disk, `layouts.py` says later. A training state of four leaves, and a book whose one
+rule is about the kernel: it moves `params/d/kernel` to `a/w` and transposes it.
 
+    leaf                       shape     what it is    its place in nnx       shape
     params/d/kernel            (6, 3)    the model     a/w                    (3, 6)
     opt_state/0/mu/d/kernel    (6, 3)    a mirror      opt_state/0/mu/a/w     (3, 6)
     step                       ()        plain         step                   ()
     opt_state/0/count          ()        plain         opt_state/0/count      ()
 
-1. The rules say what becomes of the model (`model_moves.py`).
-2. A subtree below which lie only paths of the model is a mirror of it (`mirrors.py`). Nobody says
-   that `mu` is a moment: that it holds `d/kernel`, and nothing else, shows it.
-3. What a rule does to a leaf of the model it does to that leaf of every mirror (`follow.py`).
-4. What mirrors nothing is plain: it goes along as it is, where that is right (`unmirrored.py`).
+1. What nothing needs is dropped: see below.
+2. A rule may name one leaf of the *rest*, which is all but the model (`unmirrored.py`).
+3. The other rules say what becomes of the model (`model_moves.py`).
+4. A subtree of the rest whose leaves all have the path of a parameter, or lie below one, mirrors
+   the model (`mirrors.py`). Nobody says that `mu` is a moment: that it holds `d/kernel`, and
+   nothing else, shows it. What a rule does to a parameter it does to its leaf in every mirror
+   (`follow.py`).
+5. What mirrors nothing is plain. It goes along as it is. An array of the optimizer that may depend
+   on the order or the shapes of the parameters is refused (`unmirrored.py`).
 
-Each leaf so gets a move, from itself to a place. Whatever has no home on the other side is a
-problem, and all problems are raised together. Nothing is left out unless a rule drops it, or a
-note says so, as of the random streams of nnx.
+So each leaf gets a move: its path, the actions on it, and its place (`places.py`), or none if it is
+dropped. What does not fit is a problem, and all problems are raised together. A leaf is left out
+only if a rule drops it, if it is an empty node of the model, if `reset_optimizer` asks for it, or
+if it exists only in nnx (random streams, for instance). Only the last gets a note.
 
     >>> from linen_nnx.book.specs import Spec
     >>> from linen_nnx.disk.state import read_state
@@ -44,6 +52,7 @@ from typing import Any, NamedTuple
 from linen_nnx.book.moves import Move, targets_of
 from linen_nnx.book.plan import RuleError
 from linen_nnx.book.rules import RuleBook
+from linen_nnx.book.specs import Spec
 from linen_nnx.book.tree import branches_of
 from linen_nnx.disk.follow import Mirror
 from linen_nnx.disk.leaves import Leaf
@@ -59,14 +68,21 @@ _SHOWN = 5  # leaves named in a note
 
 
 class Carried(NamedTuple):
-    """What becomes of a state, leaf for leaf, and what a person should know of it."""
+    """What becomes of a state, leaf for leaf, and what a person should know of it.
+
+    The order of the moves is that of the leaves in the result, unless a given tree has one.
+    """
 
     moves: list[Move[Leaf, Place]]
     as_they_are: list[str]
-    """The arrays that mirror nothing, by path: they go along as they are."""
+    """The paths of arrays that mirror nothing and may matter: a person should look at them.
+
+    All that mirrors nothing goes along unchanged. Scalars are not listed, nor is anything where the
+    model keeps all names and shapes.
+    """
     notes: list[str]
     of_model: list[Move[Id, Id]]
-    """What becomes of the model alone."""
+    """What becomes of the model alone: from its `Id`s to those of the target."""
 
 
 def carry(
@@ -81,12 +97,16 @@ def carry(
     """Every move that takes a whole training state to another form.
 
     Args:
-      state: what is there. `to`: the form that it gets.
+      state: what is there.
+      to: the form that it gets.
       book: the rules, for the model.
-      like: a tree of that form whose shapes and dtypes the model must get.
+      like: a tree of the target's form which the result must be like. The model gets its shapes
+        and dtypes; its rest settles what the source does not tell, see `_Carrying.carry_rest`.
       reset_optimizer: leave the optimizer's state out.
-      origin: a tree of that form which `state` came from, if there is one and no `like`.
-      specs: the target's shapes and dtypes by path, where they are known without a tree.
+      origin: a tree of the target's form that `state` was once made from. It settles the same of
+        the rest where there is no `like`, and says nothing of shapes.
+      specs: the shapes and dtypes of the target's model by path, as its code has them. Those of
+        `like` come first: a note names the leaves that differ.
 
     Raises:
       RuleError: with everything that does not fit.
@@ -94,38 +114,43 @@ def carry(
     carrying = _Carrying(state.model, state.rest, state, to)
     if reset_optimizer:
         carrying.drop_optimizer()
-    # What has no home in any Linen model goes first: left in, no rule would match it, and the book
-    # would be said not to fit.
     carrying.drop_empty_nodes()
+    # An nnx state has leaves for which no Linen model has a place. Left in, they would match no
+    # rule, and the book would be said not to fit.
     if not state.form.flat:
         carrying.drop_unruled(book)
-    # Rules about single leaves beside the model. They match none of the model's, and its plan must
-    # not report them for that. At a stage the rest is the same on both sides, and needs no rule.
-    idle: frozenset[int] = frozenset()
+    # A rule may name a leaf of the rest. It matches none of the model, which must not be reported
+    # as a fault. From or to a stage the rest keeps its names, and needs no rule.
+    rules_of_rest: frozenset[int] = frozenset()
     if not (state.form.stage or to.stage):
-        idle = carrying.settle_by_rule(book)
-    # The shapes that are due let the book say what is missing, and fill what only the target has.
+        rules_of_rest = carrying.carry_by_rule(book)
+    # With the target's shapes the book can say what is missing, and fill what only the target has.
     if like is not None:
-        specs = {path_in_book(id, like.form.flat): leaf.spec for id, leaf in like.model.items()}
-    of_model = carrying.carry_model(book, specs, idle)
-    carrying.carry_rest(of_model, like or origin)
+        due = {path_in_book(id, like.form.flat): leaf.spec for id, leaf in like.model.items()}
+        carrying.note_differences(due, specs or {})
+        specs = due
+    of_model = carrying.carry_model(book, specs, rules_of_rest)
+    carrying.carry_rest(of_model, like if like is not None else origin)
     return carrying.done(of_model, f"The checkpoint cannot go to {to}")
 
 
 def carry_beside(
     item: State, model: State, to: Form, of_model: Sequence[Move[Id, Id]], given: State | None
 ) -> Carried | None:
-    """Every move of what lies beside a model, by what becomes of the model (`Carried.of_model`).
+    """Every move of an item that a checkpoint has beside the training state: an average, say.
 
     Args:
-      item: what lies beside it, a state without a model; `model`: the state with it.
-      given: a tree that the result must equal, or came from, if there is one.
+      item: that item, a state without a model.
+      model: the training state, with the model that the item may mirror.
+      to: the form that the item gets.
+      of_model: what becomes of the model (`Carried.of_model`).
+      given: the item of the target's form, see `_Carrying.carry_rest`.
 
     Returns:
       None if nothing of it mirrors the model, so that it may stay as it is.
 
     Raises:
-      RuleError: with everything that does not fit.
+      RuleError: with everything that does not fit, even if nothing mirrors the model.
     """
     carrying = _Carrying(model.model, item.rest, item, to)
     carrying.carry_rest(of_model, given)
@@ -135,16 +160,16 @@ def carry_beside(
 
 
 class _Carrying:
-    """One state on its way: what is left of it to be carried, and what has been found so far.
+    """One state on its way, and what has been found so far: moves, notes and problems.
 
-    Each method takes some leaves and adds their moves. The order of the calls is that of the moves,
-    and so the order of the leaves in the result, where no given tree has one.
+    A method that drops leaves, or carries them by rule, takes them out of `state`. Then the model
+    is carried, and last the rest.
     """
 
     def __init__(
         self, model: Mapping[Id, Leaf], rest: Mapping[str, Leaf], read: State, to: Form
     ) -> None:
-        # Copies, since leaves are taken out of them.
+        # The two dicts are copied, since leaves are taken out of them.
         self.state = State(read.form, read.layout, dict(model), dict(rest))
         self.to = to
         self.moves: list[Move[Leaf, Place]] = []
@@ -165,21 +190,32 @@ class _Carrying:
             self._drop(self.state.rest.pop(path))
 
     def drop_empty_nodes(self) -> None:
-        """Leaves out empty nodes of the model: a collection without leaves has nothing to carry."""
+        """Leaves out empty nodes of the model: collections and modules without a leaf."""
         empty = [id for id, leaf in self.state.model.items() if leaf.empty]
         for id in empty:
             self._drop(self.state.model.pop(id))
 
     def drop_unruled(self, book: RuleBook) -> None:
         """Leaves out what lies in an nnx state and in no Linen model, and says so in a note."""
-        # All is found before anything is taken away: what is random is told by its neighbours.
+        # All is found before anything is taken away: a key is known to be that of a random stream
+        # by the count beside it.
         for what, ids in list(unruled(self.state, book)):
             for id in ids:
                 self._drop(self.state.model.pop(id))
             self.notes.append(f"{what}: {_some([id.path for id in ids])}")
 
-    def settle_by_rule(self, book: RuleBook) -> frozenset[int]:
-        """Carries the single leaves of the rest that a rule names; returns these rules' numbers."""
+    def note_differences(self, due: Mapping[str, Spec], specs: Mapping[str, Any]) -> None:
+        """Notes where the model of the given tree differs from what the target's code says."""
+        common = [path for path in due if path in specs]
+        differing = [path for path in common if not Spec.of(specs[path]).same(due[path])]
+        if differing:
+            self.notes.append(
+                "shapes and dtypes are those of the checkpoint given by --like, where the model's "
+                f"code has others: {_some(differing)}"
+            )
+
+    def carry_by_rule(self, book: RuleBook) -> frozenset[int]:
+        """Carries or drops the leaves of the rest that rules name; returns these rules' numbers."""
         model = (path_in_book(id, self.state.form.flat) for id in self.state.model)
         settled = ruled(self.state, model, book, self.to.side, self.problems)
         self.moves += settled.moves
@@ -188,10 +224,13 @@ class _Carrying:
         return settled.rules
 
     def carry_model(
-        self, book: RuleBook, specs: Mapping[str, Any] | None, idle: frozenset[int]
+        self, book: RuleBook, specs: Mapping[str, Any] | None, rules_of_rest: frozenset[int]
     ) -> list[Move[Id, Id]]:
-        """Carries the model; returns what becomes of it, which the rest follows."""
-        of_model = model_moves(self.state, self.to, book, specs, self.problems, idle)
+        """Carries the model; returns what becomes of it, which the rest follows.
+
+        `rules_of_rest` need not match a leaf of the model.
+        """
+        of_model = model_moves(self.state, self.to, book, specs, self.problems, idle=rules_of_rest)
         for move in of_model:
             sources = tuple([self.state.model[id] for id in move.sources])
             places = tuple([Place(id) for id in move.targets])
@@ -199,28 +238,32 @@ class _Carrying:
         return of_model
 
     def carry_rest(self, of_model: Sequence[Move[Id, Id]], given: State | None) -> None:
-        """Carries everything beside the model: first what mirrors it, then what does not.
+        """Carries all that is left of the rest: first what mirrors the model, then what does not.
 
         Args:
           of_model: what becomes of the model.
-          given: a tree that the result must equal, or came from. It settles what the source alone
-            cannot: which parameters have moments there, and below which names.
+          given: a tree in the target's form, if there is one: the one to match (`like`), or the one
+            that the source was once made from (`origin`). Only the paths of its rest are used, and
+            whether each is an array: they show which parameters have optimizer state, and whether
+            the name of a collection stands in their paths.
         """
         trees = _mirrorable(of_model, self.state.form)
         subtrees, plain = find_subtrees(self.state.rest, trees)
-        # Adafactor's `v_row`, `v_col` and `v` show together what none of them shows alone.
+        # Adafactor keeps `v_row`, `v_col` and `v`. It takes all three to know which axes of a
+        # parameter it has factored.
         factoring = factorings(subtrees, self.state)
-        arrays = None
+        is_array = None
         if given is not None:
-            arrays = {path: leaf.zarr is not None for path, leaf in given.rest.items()}
+            is_array = {path: leaf.zarr is not None for path, leaf in given.rest.items()}
         for subtree in subtrees:
             mirror = Mirror(
                 subtree=subtree,
                 state=self.state,
                 to=self.to,
-                level=_has_level(subtree.prefix, of_model, arrays),
+                below_collections=_are_below_collections(subtree.prefix, of_model, is_array),
+                # `FACTORED` has these three names; the node is the one above them.
                 factoring=factoring.get(subtree.node) if subtree.field in FACTORED else None,
-                given=arrays,
+                given=is_array,
                 problems=self.problems,
                 notes=self.notes,
             )
@@ -235,30 +278,32 @@ class _Carrying:
         trees: Mapping[str, ModelPaths],
     ) -> None:
         """Carries what mirrors nothing, as it is; refuses what may depend on the model's form."""
-        # Where no name and no shape changes, nothing can depend on it: plain arrays are not asked
-        # about. So a state that only changes its layout is never refused for them.
+        # Where the model keeps all names and shapes, nothing can depend on a change: plain arrays
+        # are not asked about. So a state that only changes its layout is never refused for them.
         inert = all(move.sources == move.targets and not move.actions for move in of_model)
-        # An array of an optimizer may depend on the parameters that its neighbours mirror.
-        inside = {}
+        # An array of an optimizer may depend on the parameters in the mirrors next to it.
+        mirrored = {}
         for subtree in subtrees:
-            inside[subtree.prefix] = {subtree.paths[path] for path in subtree.held}
-        around = scopes(plain, inside, of_model, self.state)
+            mirrored[subtree.prefix] = {subtree.paths[path] for path in subtree.held}
+        scope_of = scopes(plain, mirrored, of_model, self.state)
         names = set[str]()
         for tree in trees.values():
             names.update(tree)
+        # `path` is the neutral one, equal in all forms; `leaf.path` is the one on disk.
         for path in plain:
             leaf = self.state.rest[path]
             place = Place(path=path, prefix=prefix_keys(path, leaf))
             self.moves.append(Move((leaf,), (place,)))
             if inert:
                 continue
+            # So begin paths outside of the training state's node.
             beside = path.startswith("../")
             side = self.state.form.side
-            problem = check_plain(path, leaf, names, around[path], side, beside)
+            problem = check_plain(path, leaf, names, scope_of[path], side, beside)
             if problem is not None:
                 self.problems.append(problem)
             elif leaf.zarr is not None and leaf.spec.shape:
-                # Named in the report: whoever knows the optimizer should see that nothing was done.
+                # Whoever knows the optimizer should see that nothing was done to it.
                 self.as_they_are.append(leaf.path)
 
     def _drop(self, leaf: Leaf) -> None:
@@ -271,25 +316,25 @@ def _some(texts: Sequence[str]) -> str:
     return quoted(texts[:_SHOWN]) + more
 
 
-def _has_level(
+def _are_below_collections(
     prefix: str, of_model: Sequence[Move[Id, Id]], given: Mapping[str, bool] | None
 ) -> bool:
     """Whether a mirror's targets lie below the names of their collections, by a given tree.
 
     They do where `TrainState.params` holds `{"params": ...}`. Then a moment of `d/kernel` is
-    `opt_state/0/mu/params/d/kernel`, and the level `params` means nothing.
+    `opt_state/0/mu/params/d/kernel`: the level `params` is part of no parameter's path.
     """
     if given is None:
         return False
-    # Nodes and leaves: a masked parameter is an empty node, and what SM3 keeps of one is a list.
+    # A parameter's path may be a node here, and no leaf: the optimizer SM3 keeps a list for each.
     nodes = branches_of(given) | given.keys()
-    with_level = without_level = False
+    with_name = without_name = False
     for move in of_model:
         for id in move.targets:
             if id.collection:
-                with_level |= f"{prefix}/{id.collection}/{id.path}" in nodes
-                without_level |= f"{prefix}/{id.path}" in nodes
-    return with_level and not without_level
+                with_name |= f"{prefix}/{id.collection}/{id.path}" in nodes
+                without_name |= f"{prefix}/{id.path}" in nodes
+    return with_name and not without_name
 
 
 def _mirrorable(of_model: Sequence[Move[Id, Id]], form: Form) -> dict[str, ModelPaths]:
@@ -302,8 +347,9 @@ def _mirrorable(of_model: Sequence[Move[Id, Id]], form: Form) -> dict[str, Model
     everything = {}
     for move in of_model:
         for id in move.sources:
-            # In stock nnx form a leaf has no collection: its target's is its own. One that is
-            # dropped may be a parameter, and then its moments are dropped with it.
+            # From stock nnx a leaf has no collection (`""`): it belongs to that of its target. One
+            # that is dropped has no target and counts as a parameter, so that its moments are
+            # dropped with it.
             collection = next((one.collection for one in (id, *move.targets) if one.collection), "")
             trees.setdefault(collection or "params", {})[id.path] = id
             everything[path_in_book(id, form.flat)] = id

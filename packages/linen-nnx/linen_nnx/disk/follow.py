@@ -72,17 +72,17 @@ class Mirror:
     Attributes:
       subtree: where it is, what it mirrors, and what it holds.
       state: the whole state that it is part of; `to`: the form that this one gets.
-      level: whether its targets lie below the names of their collections.
+      below_collections: whether its targets lie below the names of their collections.
       factoring: how the optimizer factors, if this is one of the moments of Adafactor.
-      given: the paths of a tree that the result must equal, if there is one, and whether each is an
-        array.
+      given: the paths of a given tree in the target's form, if there is one, and whether each is an
+        array; see `carry._Carrying.carry_rest`.
       problems, notes: where to put what does not fit, and what was assumed.
     """
 
     subtree: Subtree
     state: State
     to: Form
-    level: bool
+    below_collections: bool
     factoring: Factoring | None
     given: Mapping[str, bool] | None
     problems: list[str]
@@ -336,7 +336,7 @@ class Mirror:
         # What mirrors the whole of a Linen state has the collections below it, as that one has:
         # `ema/params/d/kernel` and `ema/batch_stats/n/mean`.
         below = self.to.flat and not self.subtree.tree
-        return f"{id.collection}/{id.path}" if self.level or below else id.path
+        return f"{id.collection}/{id.path}" if self.below_collections or below else id.path
 
     def _place(self, path: str, branch: bool = False, tail: Keys = ()) -> Place:
         full = "/".join([self.prefix, path, *(key.name for key in tail)])

@@ -119,7 +119,7 @@ def plan_conversion(
     laid_out = lay_out(carried.moves, state.form, target, wanted, origin)
     # Lost bytes are asked for now: reading them where they are missing would give zeros.
     notes = [*source.notes, *check_complete(source.items), *carried.notes]
-    notes += _notes(carried, state, target, settled=bool(wanted or origin))
+    notes += _notes(carried, state, target, settled=wanted is not None or origin is not None)
     conversion = Conversion(
         source,
         state,
@@ -207,7 +207,8 @@ def _item(
     new = head_in(head, target.side)
     wanted = None if like is None else read_beside(like.leaves, new, target)
     known = None if origin is None else read_beside(origin, new, target)
-    found = carry_beside(state, conversion.state, target, carried.of_model, wanted or known)
+    given = known if wanted is None else wanted
+    found = carry_beside(state, conversion.state, target, carried.of_model, given)
     if found is None:
         return None
     # The head was put in front for the sake of the rules alone.

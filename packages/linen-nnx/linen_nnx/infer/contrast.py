@@ -74,7 +74,7 @@ def _before(side: SlottedSide, paths: Iterable[str]) -> set[str]:
     for path in paths:
         for slot in side.slots_of[path]:
             for above in np.flatnonzero(side.flow.above[slot]):
-                found.add(side.first[above])
+                found.add(side.first_leaf[above])
     return found
 
 

@@ -58,7 +58,7 @@ def _note(found: FoundRule, linen: SlottedSide, ordered: set[Pair], tolerance: f
     blind: list[str] = []
     for pair in pairs:
         if not pair.seen:
-            blind.append(linen.first[pair.linen])
+            blind.append(linen.first_leaf[pair.linen])
             continue
         seen.append(pair)
         # Another slot had the same fingerprint, and no choice was made: the dataflow told.
@@ -75,7 +75,7 @@ def _note(found: FoundRule, linen: SlottedSide, ordered: set[Pair], tolerance: f
         texts.append(f"no output sees {_named_once(blind)}: placed by the dataflow alone")
     chosen = [pair for pair in pairs if pair.chosen]
     if chosen:
-        named = "and names" if all(pair.named for pair in chosen) else "alone"
+        named = "and names" if all(pair.names_agree for pair in chosen) else "alone"
         texts.append(f"{len(chosen)} interchangeable to all outputs: by order of first use {named}")
     return "; ".join([*texts, *found.reasons])
 

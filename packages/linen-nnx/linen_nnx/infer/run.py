@@ -142,7 +142,7 @@ def distinct(side: SlottedSide, values: Array, paths: Container[str]) -> Array:
     """The values with numbers of its own for every slot of the leaves `paths`."""
     values = values.copy()
     for number, slot in enumerate(side.flow.slots):
-        first = side.first[number]
+        first = side.first_leaf[number]
         if first in paths and first not in side.held:
             columns, summed = slot.ids.shape
             # Seed 0 is kept for common ground, where slots of one form are alike on purpose.

@@ -62,7 +62,7 @@ class SlottedSide:
         return np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
 
     @cached_property
-    def first(self) -> list[str]:
+    def first_leaf(self) -> list[str]:
         """For each slot the path of the leaf of its first element."""
         return [self.paths[self.owner[slot.ids[0, 0]]] for slot in self.flow.slots]
 
@@ -111,7 +111,7 @@ def sides(linen: Trace, nnx: Trace, alone: Mapping[str, float]) -> Both:
     both: list[SlottedSide] = []
     for trace in (linen, nnx):
         side = SlottedSide(trace, flow(trace), [])
-        for slot, path in zip(side.flow.slots, side.first, strict=True):
+        for slot, path in zip(side.flow.slots, side.first_leaf, strict=True):
             collection = trace.leaves[path].collection
             # `batch_stats` against a Variable type of one's own: that names differ proves nothing.
             if collection != "params" and not are_named_alike:
@@ -154,7 +154,7 @@ def odd_vectors(linen: SlottedSide, nnx: SlottedSide) -> tuple[list[str], list[s
             odd = [slot for slot in side.slots_of_form(form) if slot not in paired]
             # If more slots of the form have no pair, places do not tell which is the odd one.
             if len(odd) == count:
-                found[number].extend(dict.fromkeys(side.first[slot] for slot in odd))
+                found[number].extend(dict.fromkeys(side.first_leaf[slot] for slot in odd))
     return found
 
 

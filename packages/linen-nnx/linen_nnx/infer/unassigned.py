@@ -1,7 +1,7 @@
 """Says of each leaf without a rule why it has none, and which leaves it may go with.
 
     unassigned: params/down/bias
-      reason: 2 leaves fit equally well
+      reason: 2 uses of the other side fit it, and the evidence does not tell which
       candidates: [last/bias, first/bias]          the likeliest first
       likely: {linen: params/down/bias, nnx: last/bias}
 
@@ -110,7 +110,7 @@ def _from_slots(
             slots, reason = open_[slot]
         else:
             slots = [partners[slot]]
-        near += [other.first[k] for k in slots]
+        near += [other.first_leaf[k] for k in slots]
     return near, reason
 
 

@@ -35,7 +35,7 @@ def side_of(trace: Trace) -> SlottedSide:
     """A side by itself, its slots as the dataflow has them."""
     found = flow(trace)
     side = SlottedSide(trace, found, [])
-    for slot, path in zip(found.slots, side.first, strict=True):
+    for slot, path in zip(found.slots, side.first_leaf, strict=True):
         side.forms.append((trace.leaves[path].collection == "params", *slot.ids.shape))
     return side
 
@@ -96,7 +96,7 @@ def _guess(linen: SlottedSide, nnx: SlottedSide, mate: Array) -> list[str]:
     guessed = []
     for a, b in in_order(*forms):
         mate[nnx.flow.slots[right[b]].ids] = linen.flow.slots[left[a]].ids
-        guessed.append(f"{linen.first[left[a]]} = {nnx.first[right[b]]}")
+        guessed.append(f"{linen.first_leaf[left[a]]} = {nnx.first_leaf[right[b]]}")
     return guessed
 
 

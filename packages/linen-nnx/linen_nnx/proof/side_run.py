@@ -87,7 +87,7 @@ class SideRun:
     def leaf(self) -> dict[int, str]:
         """For each use the leaf, or the first of its leaves."""
         first: dict[int, str] = {}
-        for slot, path in zip(self.flow.slots, self.side.first, strict=True):
+        for slot, path in zip(self.flow.slots, self.side.first_leaf, strict=True):
             first.setdefault(self._use_of(slot), path)
         return first
 
