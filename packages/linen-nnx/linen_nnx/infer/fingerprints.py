@@ -47,7 +47,8 @@ class Prints(NamedTuple):
       noise: relative difference of the twins' outputs.
       seen: (Linen slots,) bool; whether any output, or its own new value, depends on the slot.
       rich: the forms that had numbers of their own.
-      partial: whether there are other forms; they had to be held at a constant.
+      partial: whether there are other forms; a constant or the numbers of their leaves' shape had
+        to do for them.
       problem: why there are no fingerprints, else None.
     """
 
