@@ -92,6 +92,7 @@ INLINE = {
     "make train": "make -n train",  # in a block, too
     "make test": "make -n test",
     "make test-long": "make -n test-long",
+    "python -m training.plot": "python -m training.plot --help",
     "make tools": "make -n tools",
     "make docs": "make -n docs",
     **{
@@ -226,7 +227,7 @@ def test_make_train_ends_as_the_readme_quotes(tmp_path: Path) -> None:
     follow(sections(README, *SHOWN), shell, {"make test": "make -n test"})
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @needs_setuptools
 def test_the_commands_of_installing(shell: Shell) -> None:
     follow(blocks(DOCS / "install.md"), shell, INSTALLING)

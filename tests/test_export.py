@@ -13,6 +13,7 @@ from training.assemble import prepare
 from training.runtime import checkpoints
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("experiment", ["digits", "lm"])
 def test_the_lines_that_it_prints_restore_the_model(
     train: Train, experiment: str, capsys: pytest.CaptureFixture[str]

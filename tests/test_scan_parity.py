@@ -19,12 +19,20 @@ def curve(run_dir: Path) -> bytes:
 
 
 def distance(one: Path, other: Path) -> float:
-    """The largest relative difference of two runs' losses at one step."""
-    losses = [[json.loads(row)["loss"] for row in curve(run).splitlines()] for run in (one, other)]
-    return float(np.max(np.abs(np.divide(*losses) - 1)))
+    """The largest relative difference of two runs' losses at one step, of those that both have.
+
+    A run that goes on from another has its rows, too, if no key that bends the curve differs.
+    """
+    losses = []
+    for run in (one, other):
+        rows = map(json.loads, curve(run).splitlines())
+        losses.append({(row["split"], row["step"]): row["loss"] for row in rows})
+    both = losses[0].keys() & losses[1].keys()
+    assert len(both) >= 50
+    return max(abs(losses[0][key] / losses[1][key] - 1) for key in both)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
 def test_scanned_blocks_draw_the_same_curve_at_all_stages(train: Train, dtype: str) -> None:
     settings = ("model.scan=true", "steps=50", f"model.dtype={dtype}")
@@ -79,6 +87,7 @@ def test_in_float32_a_loop_alters_only_gradients_from_the_last_attention_back() 
     assert not [name for name in altered if name.startswith(reached_before)]
 
 
+@pytest.mark.long
 def test_in_bfloat16_a_loop_alters_nothing_once_fusions_may_not_skip_rounding() -> None:
     assert forward_and_backward("bfloat16", scan=True, excess=False) == forward_and_backward(
         "bfloat16", scan=False, excess=False
@@ -117,7 +126,7 @@ def test_adafactor_on_a_stack_stays_close_to_adafactor_on_its_blocks(train: Trai
     assert 0 < distance(*runs) <= 8e-4
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_adafactor_on_a_stack_of_one_block_is_exact(train: Train) -> None:
     settings = ("model.scan=true", "optimizer=adafactor", "steps=50", "model.depth=1")
 

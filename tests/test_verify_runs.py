@@ -26,8 +26,8 @@ def proof(capsys, *arguments):
     ("experiment", "before", "after", "settings"),
     [
         pytest.param("lm", "linen", "nnx", LM, marks=pytest.mark.long),
-        ("digits", "nnx", "linen", ("optimizer=lion", "optimizer.lr=1e-3")),
         ("diabetes", "linen_in_nnx", "linen", ("optimizer.parts.encoder.freeze=true",)),
+        ("digits", "nnx", "linen", ("optimizer=lion", "optimizer.lr=1e-3")),
     ],
 )
 def test_a_runs_change_of_stage_is_proved_in_every_bit(
