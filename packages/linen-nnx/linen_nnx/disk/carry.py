@@ -18,8 +18,9 @@ rule is about the kernel: it moves `params/d/kernel` to `a/w` and transposes it.
    the model (`mirrors.py`). Nobody says that `mu` is a moment: that it holds `d/kernel`, and
    nothing else, shows it. What a rule does to a parameter it does to its leaf in every mirror
    (`follow.py`).
-5. What mirrors nothing is plain. It goes along as it is. An array of the optimizer that may depend
-   on the order or the shapes of the parameters is refused (`unmirrored.py`).
+5. What mirrors nothing is plain. It goes along as it is. Refused is an array of the optimizer that
+   may depend on the order or the shapes of the parameters, and any array that has a parameter's
+   name outside of a mirror (`unmirrored.py`).
 
 So each leaf gets a move: its path, the actions on it, and its place (`places.py`), or none if it is
 dropped. What does not fit is a problem, and all problems are raised together. A leaf is left out
