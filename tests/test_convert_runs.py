@@ -205,7 +205,7 @@ def rows(run):
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("experiment", "before", "after"),
-    [("lm", "linen", "nnx"), ("digits", "nnx_in_linen", "linen"), ("diabetes", "nnx", "linen")],
+    [("diabetes", "nnx", "linen"), ("lm", "linen", "nnx"), ("digits", "nnx_in_linen", "linen")],
 )
 def test_the_plain_train_command_goes_on_in_a_converted_run(
     train, tmp_path, experiment, before, after

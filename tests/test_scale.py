@@ -156,7 +156,7 @@ def test_a_mesh_that_does_not_fit_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.long
 @pytest.mark.parametrize("after", ["mesh.data=2 mesh.fsdp=2", "", "mesh.data=4", "mesh.fsdp=8"])
 def test_a_run_saved_on_eight_devices_goes_on_with_others(train: Train, after: str) -> None:
     options = (*OPTIONS, "optimizer.ema=0.9")

@@ -119,6 +119,7 @@ def test_the_same_attention_in_another_form_is_rounding():
 # Planted faults
 
 
+@pytest.mark.long
 def test_a_wrong_epsilon_is_named():
     found = bisect(net(at=7, epsilon=1e-5), book())
 
@@ -137,6 +138,7 @@ def test_a_wrong_epsilon_is_named_without_a_rule_book_and_under_scan():
     assert (found.first.linen, found.first.nnx) == ("blocks/LayerNorm_0[7]", "blocks/7/norm")
 
 
+@pytest.mark.long
 def test_a_dropped_bias_is_named():
     found = bisect(net(at=5, bias=False))
 

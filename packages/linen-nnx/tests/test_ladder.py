@@ -43,7 +43,7 @@ def run(model: Any, case: Case, variables: Any, train: bool) -> tuple[list[bytes
     return bits(outputs), updates
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", NAMES)
 def test_four_stages_give_the_same_bits_with_dropout_on_and_off(name: str) -> None:
     case, key = CASES[name], {"params": jax.random.key(0)}
