@@ -246,6 +246,7 @@ def test_the_remedy_for_lbfgs_works(train):
           "optimizer.weight_decay=0")  # fmt: skip
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "chain",
     [

@@ -265,7 +265,7 @@ def test_the_commands_of_the_migration_page(shell: Shell) -> None:
     follow(blocks(DOCS / "migrate.md"), shell)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_commands_in_the_text_do_what_they_say(shell: Shell) -> None:
     known = in_blocks() - set(INLINE)
     for command in inline():

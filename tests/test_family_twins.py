@@ -80,6 +80,7 @@ def test_the_rule_books_of_this_template_are_found_without_being_read(
     assert len(found.rules) <= len(written.rules)  # as short as a person wrote it
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("stage", ["linen", "nnx_in_linen", "nnx"])
 def test_bisect_takes_a_run_of_this_template_at_any_stage(train: Train, stage: str) -> None:
     run = train("diabetes", f"stage={stage}", "steps=2")

@@ -62,6 +62,7 @@ def test_one_kernel_and_bias_give_the_same_bits_in_both_frameworks(seed, x, feat
     assert same_bits(result, np.array([expected, expected, 0], np.float32))
 
 
+@pytest.mark.long
 @many
 @given(SEEDS, VECTORS, FEATURES)
 def test_two_modules_with_one_kernel_add_up_to_twice_either(seed, x, features):

@@ -57,7 +57,7 @@ def host(state: dict[str, Any]) -> list[bytes]:
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("experiment", "grid", "options"),
     [

@@ -63,7 +63,7 @@ def test_scanned_blocks_draw_the_same_curve_in_linen_and_nnx(
 
 # Between runs with and without a loop; between stages there is no difference to bound. The figures
 # measured are 1.9e-7 and 4.0e-4.
-@pytest.mark.sampled(1)
+@pytest.mark.long
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 8e-7), ("bfloat16", 1.6e-3)])
 def test_a_loop_stays_close_to_the_blocks_written_out(
     train: Train, dtype: str, bound: float
@@ -77,6 +77,7 @@ def test_a_loop_stays_close_to_the_blocks_written_out(
     assert 0 < distance(loop, written_out) <= bound
 
 
+@pytest.mark.long
 def test_in_float32_a_loop_alters_only_gradients_from_the_last_attention_back() -> None:
     loop = forward_and_backward("float32", scan=True, excess=True)
     written_out = forward_and_backward("float32", scan=False, excess=True)
