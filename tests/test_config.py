@@ -203,7 +203,7 @@ def test_every_mismatch_is_in_one_error(wrong):
         ("optimizer.parts.head.freeze", 1, "got 1; expected true or false"),
         ("optimizer.parts.head", 1, "got 1; expected a group of keys"),
         ("model", None, "got null; expected a group of keys"),
-        ("stop_at", 801, "got 801; expected at most steps, 800"),
+        ("stop_at", 561, "got 561; expected at most steps, 560"),
         ("run_dir", "gs://a/b", "got 'gs://a/b'; expected a folder on a disk, as a run locks it"),
         ("optimizer.chain", "adamw", "got 'adamw'; expected a list, or null"),
     ],
