@@ -98,8 +98,9 @@ class Shell:
 
     def __init__(self, folder: Path, *path: Path) -> None:
         """`path`: folders of programs that come before all others."""
-        # Simulated devices would share out the threads; a test under `make` is no reader's shell.
-        foreign = ("XLA_FLAGS", "MAKE", "MFLAGS", "PYTEST_")
+        # Simulated devices would share out the threads; a strict test, or one under `make`, is no
+        # reader's shell.
+        foreign = ("XLA_FLAGS", "JAX_NUMPY", "MAKE", "MFLAGS", "PYTEST_")
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
         folders = [*path, Path(sys.executable).parent, os.environ["PATH"]]
         self.env["PATH"] = os.pathsep.join(map(str, folders))

@@ -193,9 +193,10 @@ def shell(tmp_path: Path) -> Shell:
             text, count = re.subn(rf"(?m)^( *{key}): \d+", rf"\1: {value}", text)
             assert count == 1
         path.write_text(text)
-    for path in (folder / "tests").glob("test_*.py"):
-        if path.name != "test_modules.py":
-            path.unlink()
+    for tests in (folder / "tests", folder / "packages" / "linen-nnx" / "tests"):
+        for path in tests.glob("test_*.py"):
+            if path.name != "test_modules.py":
+                path.unlink()
     programs = tmp_path / "bin"
     programs.mkdir()
     (programs / "srun").write_text(SRUN)
