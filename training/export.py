@@ -71,11 +71,11 @@ def _write(path: Path, setup: Setup, arrays: dict[str, Any]) -> None:
     places = {"/".join(map(str, place)): leaf for place, leaf in nnx.to_flat_state(state)}
     if lacking := sorted(arrays.keys() - places.keys()):
         raise Refused(f"The nnx model has no {', '.join(lacking)}, which the stage has.")
-    for name, array in arrays.items():
-        places[name].set_value(jax.numpy.asarray(array))
+    placed = {name: jax.numpy.asarray(array) for name, array in arrays.items()}
+    for name, array in placed.items():
+        places[name].set_value(array)
     with ocp.StandardCheckpointer() as writer:
         writer.save(part / "nnx", state)
-    save_file({name: jax.numpy.asarray(array) for name, array in arrays.items()},
-              part / "model.safetensors", {"format": "nnx", "step": path.name})  # fmt: skip
+    save_file(placed, part / "model.safetensors", {"format": "nnx", "step": path.name})
     (part / "model.yaml").write_text(yaml.safe_dump(setup.cfg.model, sort_keys=False))
     part.replace(path)

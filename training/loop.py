@@ -96,10 +96,8 @@ def _train(setup: Setup) -> int | None:
                         is_best = recorder.eval(step, evaluate(setup, state))
                         # By everyone: drawing is computed together, and the first one shows it.
                         sample = samples.show(setup, state, board) if wanted else None
-                    if _due(step, cfg.log.histograms_every):
-                        board.histograms(step, program.fetch(setup.view.leaves(state["params"])))
-                    if _due(step, cfg.log.norms_every):
-                        board.norms(step, program.fetch(setup.view.leaves(state["params"])))
+                    if wanted:
+                        _show_parameters(setup, step, state, board)
                     stopped_by = stop(step)
                     ended = step == run.last or stopped_by is not None
                     ended = ended or _patience_lost(cfg, metrics)
@@ -139,6 +137,24 @@ def _compile(setup: Setup) -> None:
     """Compiles the train step, which its first call then finds."""
     with debug.checks(setup.cfg):
         setup.program.train_step.lower(setup.program.abstract, setup.traced).compile()
+
+
+def _show_parameters(setup: Setup, step: int, state: State, board: Board) -> None:
+    """Histograms and norms of the parameters, where they are due."""
+    log = setup.cfg.log
+    shown = [
+        show
+        for show, every in (
+            (board.histograms, log.histograms_every),
+            (board.norms, log.norms_every),
+        )
+        if _due(step, every)
+    ]
+    if shown:
+        # Fetched once for both, and by every process: the parameters may lie in parts.
+        leaves = setup.program.fetch(setup.view.leaves(state["params"]))
+        for show in shown:
+            show(step, leaves)
 
 
 def _due(step: int, every: int | None) -> bool:

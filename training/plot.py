@@ -46,10 +46,7 @@ def curves(paths: list[Path], metric: str) -> list[Curve]:
     Raises:
         Refused: when there is none, one has no such metric, or a file cannot be read.
     """
-    runs = sorted({file.parent for path in paths for file in path.rglob(vouching.CONFIG)})
-    if not runs:
-        raise Refused(f"There is no run (config.yaml) below {', '.join(map(str, paths))}.")
-    return [_curve(run, metric) for run in runs]
+    return [_curve(run, metric) for run in vouching.runs_below(paths)]
 
 
 def _curve(run: Path, metric: str) -> Curve:

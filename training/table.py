@@ -31,9 +31,7 @@ def results(paths: list[Path]) -> list[Row]:
     Raises:
         Refused: when there is none, or a file of one cannot be read.
     """
-    runs = sorted({file.parent for path in paths for file in path.rglob(vouching.CONFIG)})
-    if not runs:
-        raise Refused(f"There is no run (config.yaml) below {', '.join(map(str, paths))}.")
+    runs = vouching.runs_below(paths)
     configs = [_settings(run) for run in runs]
     # What one of them alone can set (the heads of a transformer) follows from the model's name.
     keys = [key for key in configs[0] if all(key in config for config in configs)]

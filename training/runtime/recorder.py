@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax import Array
 
-from training.runtime.board import Board
+from training.runtime.board import Board, scalars_of
 from training.runtime.metrics import Metrics
 from training.runtime.terminal import Terminal, say
 
@@ -67,8 +67,9 @@ class Recorder:
                     f"The validation {name} after step {step} is {value}; in training all was "
                     "finite up to there."
                 )
-        self._metrics.write({"step": step, "split": "eval", **values})
-        self._board.scalars(step, {f"eval/{name}": value for name, value in values.items()})
+        row = {"step": step, "split": "eval", **values}
+        self._metrics.write(row)
+        self._board.scalars(step, scalars_of(row))
         names = sorted(values, key=lambda name: name != "loss")  # the loss first
         text = "  ".join(f"{name} {values[name]:.4f}" for name in names)
         say(f"step {step}: validation {text}")
@@ -89,8 +90,9 @@ class Recorder:
                 self._row(step, row)
 
     def _row(self, step: int, values: dict[str, float]) -> None:
-        self._metrics.write({"step": step, "split": "train", **values})
-        scalars = {f"train/{name}": value for name, value in values.items()} | memory()
+        row = {"step": step, "split": "train", **values}
+        self._metrics.write(row)
+        scalars = scalars_of(row) | memory()
         seconds = self._terminal.step(step, values["loss"])
         if seconds is not None:
             scalars["train/seconds_per_step"] = seconds

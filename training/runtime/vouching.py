@@ -6,7 +6,7 @@ vouches for `config.yaml`, `rules.yaml` and `metrics.jsonl`, and a row lost or a
 found before a run goes on, is evaluated or converted. Nothing here imports jax.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,18 @@ FREE = (
     "eval", "checkpoint", "log", "mesh", "distributed", "compile_cache", "mode",
     "surroundings", "stages",
 )  # fmt: skip
+
+
+def runs_below(paths: Iterable[Path]) -> list[Path]:
+    """The run directories at or below the paths, sorted, each once.
+
+    Raises:
+        Refused: when there is none.
+    """
+    runs = sorted({file.parent for path in paths for file in path.rglob(CONFIG)})
+    if not runs:
+        raise Refused(f"There is no run ({CONFIG}) below {', '.join(map(str, paths))}.")
+    return runs
 
 
 def check(
