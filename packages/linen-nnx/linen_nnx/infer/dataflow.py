@@ -16,7 +16,7 @@ ten elements:
     >>> from linen_nnx.infer.example import two_layers
     >>> from linen_nnx.infer.trace import trace_linen
     >>> found = flow(trace_linen(two_layers()))
-    >>> [slot.ids.tolist() for slot in found.slots]
+    >>> [slot.numbers().tolist() for slot in found.slots]
     [[[6, 8], [7, 9]], [[4], [5]], [[0, 2], [1, 3]]]
     >>> found.above.astype(int).tolist()
     [[0, 0, 0], [1, 0, 0], [1, 1, 0]]
@@ -42,6 +42,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from linen_nnx.infer.counted import Counted
 from linen_nnx.infer.equations import (
     ELEMENTWISE,
     Axes,
@@ -71,13 +72,27 @@ class Slot(NamedTuple):
     """One first use of leaf elements.
 
     Attributes:
-      ids: (N, K) element numbers, counted through all leaves of the side in their order.
+      elements: (N, K) element numbers, counted through all leaves of the side in their order.
       lane: `(how many, which)`. A product under `nn.vmap` runs several layers as one batch; each
         entry of the batch is a lane. Lanes of one batch do not flow into each other.
     """
 
-    ids: Array
+    elements: Counted
     lane: tuple[int, int]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, K)."""
+        return self.elements.shape
+
+    @property
+    def first(self) -> int:
+        """The number of its first element."""
+        return self.elements.first
+
+    def numbers(self) -> Array:
+        """(N, K) element numbers, made anew: they are as large as what they number."""
+        return self.elements.array()
 
 
 class Use(NamedTuple):
@@ -105,8 +120,8 @@ class Flow(NamedTuple):
     Attributes:
       above: (slots, slots) bool; `above[a, b]` says that what slot b gives flows into the place
         where slot a is used.
-      uses: the equations of the slots, by number.
-      owner: (elements,) int32; the number of the use of each element, -1 if none.
+      uses: the equations of the slots, by number; none, unless they were asked for.
+      owner: (elements,) int32; the number of the use of each element, -1 if none. Likewise.
     """
 
     slots: list[Slot]
@@ -152,16 +167,20 @@ class _Value(NamedTuple):
     const: Array | None = None
 
 
-def flow(trace: Trace) -> Flow:
-    """Finds the slots of a traced side; the example above shows what they are."""
+def flow(trace: Trace, uses: bool = False) -> Flow:
+    """Finds the slots of a traced side; the example above shows what they are.
+
+    Args:
+      trace: the side.
+      uses: whether to keep the equations, too. They number elements one by one, and so take more
+        memory than the model.
+    """
     values: list[_Value] = []
-    count = 0
-    for numbers in trace.numbers.values():
-        values.append(_Value(views=(numbers,)))
-        count += numbers.size
+    for path in trace.leaves:
+        values.append(_Value(views=(trace.numbers(path),)))
     for _ in trace.inputs:
         values.append(_Value(active=True))
-    walk = _Walk(count)
+    walk = _Walk(trace.size, uses)
     outputs = walk.run(trace.jaxpr, values, ())
     walk.flush(outputs, ())
     return walk.finish()
@@ -170,8 +189,9 @@ def flow(trace: Trace) -> Flow:
 class _Walk:
     """One walk through the equations of a side: collects tags, and makes slots of them."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, keeps_uses: bool) -> None:
         self.tags: list[_Tag] = []
+        self.keeps_uses = keeps_uses
         self.uses: dict[int, Use] = {}
         self.slots: list[tuple[tuple[int, int], int, Slot]] = []  # with its order and `above`
         # By element: the tag of its first use, and its slot; -1 as long as it has none.
@@ -279,8 +299,9 @@ class _Walk:
             mask |= mask_of(np.unique(owner[owner >= 0]))
             fresh = owner == -1
             if fresh.any():
-                columns = np.broadcast_to(np.where(fresh, small, -1), view.shape)
-                tag = self.tag(columns, site, above)
+                # A large table is not copied for nothing: nearly always all of it is fresh.
+                seen_first = small if fresh.all() else np.where(fresh, small, -1)
+                tag = self.tag(np.broadcast_to(seen_first, view.shape), site, above)
                 self.owner[small[fresh]] = tag.bit
                 tags.append(tag)
         for tag in tags:
@@ -291,7 +312,8 @@ class _Walk:
         """A new tag, and the use that it stands for. `product`: the rows and lanes of one."""
         tag = _Tag(len(self.tags), columns, len(self.tags), above, *product)
         self.tags.append(tag)
-        self.uses[tag.bit] = Use(site, columns, tag.rows, self.inputs)
+        if self.keeps_uses:
+            self.uses[tag.bit] = Use(site, columns, tag.rows, self.inputs)
         return tag
 
     def elementwise(self, args: list[_Value], shape: tuple[int, ...], site: Site) -> _Value:
@@ -349,7 +371,8 @@ class _Walk:
             """One array in the shape of the result, with -1 where the others are."""
             whole = np.expand_dims(array, axis) if is_stack else array
             small = unbroadcast(whole, keep=axis)
-            out = np.full((*small.shape[:axis], shape[axis], *small.shape[axis + 1 :]), -1)
+            wide = *small.shape[:axis], shape[axis], *small.shape[axis + 1 :]
+            out = np.full(wide, -1, array.dtype)
             own_part = slice(end - small.shape[axis], end)
             out[(*[slice(None)] * axis, own_part)] = small
             return np.broadcast_to(out, shape)
@@ -421,18 +444,18 @@ class _Walk:
         """Makes a slot of the elements of a tag that have none: one for each lane."""
         # In the order in which they stand in the value: that is the same on both sides, in whatever
         # order the elements are stored.
-        numbers, first = np.unique(_varying(tag.columns), return_index=True)
-        numbers = numbers[np.argsort(first)]
+        numbers = _by_appearance(_varying(tag.columns))
         numbers = numbers[numbers >= 0]
-        rows = numbers[:, None] if tag.rows is None else tag.rows[numbers]
+        rows = numbers[:, None] if tag.rows is None else _taken(tag.rows, numbers)
         seen = self.slot_of[rows[:, 0]]
         covers = np.unique(seen[seen >= 0]).tolist()
         lanes = _lanes(tag, beside, numbers)
         for lane in np.unique(lanes[seen < 0]):
             part = (seen < 0) & (lanes == lane)
-            slot = Slot(rows[part], (len(np.unique(lanes)), int(lane)))
+            elements = rows if part.all() else rows[part]
+            slot = Slot(Counted.of(elements), (len(np.unique(lanes)), int(lane)))
             covers.append(len(self.slots))
-            self.slot_of[slot.ids] = len(self.slots)
+            self.slot_of[elements] = len(self.slots)
             # Parts of one use have one order: among them the first columns come first.
             order = tag.order, int(numbers[part].min())
             self.slots.append((order, tag.above, slot))
@@ -460,7 +483,7 @@ class _Walk:
             slots.append(slot)
             masks.append(above)
         flows_in = unpacked(masks, len(self.tags)) @ cover > 0
-        return Flow(slots, flows_in, self.uses, self.owner)
+        return Flow(slots, flows_in, self.uses, self.owner if self.keeps_uses else np.zeros(0))
 
 
 def _any_active(values: Iterable[_Value]) -> bool:
@@ -525,6 +548,28 @@ def _varying(array: Array) -> Array:
         if array.shape[axis] > 1 and (array == first).all():
             array = first
     return array
+
+
+def _by_appearance(array: Array) -> Array:
+    """The different numbers of an array, each where it first appears.
+
+    Example:
+        >>> _by_appearance(np.array([[5, 3], [3, 4]]))
+        array([5, 3, 4])
+    """
+    flat = array.reshape(-1)
+    # A table of embeddings counts up: sorting it would take several times its memory.
+    if (flat[1:] > flat[:-1]).all():
+        return flat
+    numbers, first = np.unique(flat, return_index=True)
+    return numbers[np.argsort(first)]
+
+
+def _taken(rows: Array, numbers: Array) -> Array:
+    """Some rows of an array; the array itself where they are all of its rows, in their order."""
+    if len(numbers) == len(rows) and (numbers == np.arange(len(rows))).all():
+        return rows
+    return rows[numbers]
 
 
 def _is_cut(before: Array, after: Array) -> bool:

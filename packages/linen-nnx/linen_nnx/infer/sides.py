@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from linen_nnx.infer.counted import Counted
 from linen_nnx.infer.dataflow import Flow, Slot, flow
 from linen_nnx.infer.trace import Trace
 
@@ -56,32 +57,32 @@ class SlottedSide:
         return list(self.trace.leaves)
 
     @cached_property
-    def owner(self) -> Array:
-        """(elements,): the number of the leaf that each element belongs to."""
-        sizes = [numbers.size for numbers in self.trace.numbers.values()]
-        return np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+    def _ends(self) -> Array:
+        """(leaves,): one more than the number of the last element of each."""
+        return np.array([span.stop for span in self.trace.spans.values()], int)
 
     @cached_property
     def first_leaf(self) -> list[str]:
         """For each slot the path of the leaf of its first element."""
-        return [self.paths[self.owner[slot.ids[0, 0]]] for slot in self.flow.slots]
+        first = [slot.first for slot in self.flow.slots]
+        return [self.paths[number] for number in np.searchsorted(self._ends, first, "right")]
 
     @cached_property
     def slots_of(self) -> dict[str, list[int]]:
         """For each leaf the slots that hold some of its elements; none for an unused leaf."""
         slots: dict[str, list[int]] = {path: [] for path in self.paths}
         for number, slot in enumerate(self.flow.slots):
-            for path in self.leaves_of(slot.ids):
+            for path in self.leaves_of(slot.numbers()):
                 slots[path].append(number)
         return slots
 
     def leaves_of(self, ids: Array) -> list[str]:
         """The paths of the leaves that elements belong to."""
-        owners = self.owner[ids]
-        first, last = int(owners.min()), int(owners.max())
-        # Nearly every slot is of one leaf, and sorting the owners of a large one takes long.
-        numbers = [first] if first == last else np.unique(owners)
-        return [self.paths[number] for number in numbers]
+        ends = np.searchsorted(self._ends, [ids.min(), ids.max()], "right")
+        # Nearly every slot is of one leaf, and looking up each element of a large one takes long.
+        if ends[0] != ends[1]:
+            ends = np.unique(np.searchsorted(self._ends, ids, "right"))
+        return [self.paths[number] for number in dict.fromkeys(ends.tolist())]
 
     def slots_of_form(self, form: SlotForm) -> list[int]:
         """The slots of a form."""
@@ -116,7 +117,7 @@ def sides(linen: Trace, nnx: Trace, alone: Mapping[str, float]) -> Both:
             # `batch_stats` against a Variable type of one's own: that names differ proves nothing.
             if collection != "params" and not are_named_alike:
                 collection = "other"
-            side.forms.append((collection, *slot.ids.shape))
+            side.forms.append((collection, *slot.shape))
         both.append(side)
     held = {path: np.full(linen.leaves[path].shape, value) for path, value in alone.items()}
     both[0] = both[0].holding(held)
@@ -224,7 +225,7 @@ def _cut(side: SlottedSide, other: SlottedSide) -> SlottedSide:
             continue
         for lane, ids in enumerate(parts):
             origin.append(number)
-            slots.append(Slot(ids, (len(parts), lane)))
+            slots.append(Slot(Counted.of(ids), (len(parts), lane)))
             forms.append((form[0], *ids.shape))
     # What flowed into the whole flows into each part.
     above = side.flow.above[np.ix_(origin, origin)]
@@ -256,20 +257,21 @@ def _cuts(side: SlottedSide, other: SlottedSide) -> dict[int, list[Array]]:
 
 def _ways_to_cut(side: SlottedSide, slot: Slot) -> list[list[Array]]:
     """The ways to cut a slot along an axis of its one leaf, by columns (N) or by rows (K)."""
-    path, *others = side.leaves_of(slot.ids)
+    ids = slot.numbers()
+    path, *others = side.leaves_of(ids)
     if others:
         return []
     ways: list[list[Array]] = []
     shape = side.trace.leaves[path].shape
-    first = side.trace.numbers[path].flat[0]
+    first = side.trace.spans[path].start
     for axis, count in enumerate(shape):
         # (N, K): the index along the axis of each element. It must be that of a whole row or
         # column, or the parts would be no rectangles.
-        places = np.unravel_index(slot.ids - first, shape)[axis]
+        places = np.unravel_index(ids - first, shape)[axis]
         if (places == places[:, :1]).all():
-            parts = [slot.ids[places[:, 0] == k] for k in range(count)]
+            parts = [ids[places[:, 0] == k] for k in range(count)]
         elif (places == places[:1]).all():
-            parts = [slot.ids[:, places[0] == k] for k in range(count)]
+            parts = [ids[:, places[0] == k] for k in range(count)]
         else:
             continue
         is_even = len({part.shape for part in parts}) == 1

@@ -7,13 +7,14 @@
     >>> trace = trace_nnx(two_layers())
     >>> {path: (leaf.shape, leaf.collection) for path, leaf in trace.leaves.items()}
     {'first/bias': ((2,), 'params'), 'first/kernel': ((2, 2), 'params'), 'last': ((2, 2), 'params')}
-    >>> trace.numbers["first/kernel"]
+    >>> trace.numbers("first/kernel")      # its elements, counted through all leaves
     array([[2, 3],
            [4, 5]], dtype=int32)
 
 From here on both sides are treated alike.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -149,17 +150,32 @@ class Trace:
         names = tuple(self.outputs[k] for k in order[: len(order) - len(self.updates)])
         return replace(self, jaxpr=jax.make_jaxpr(chosen)(*specs), outputs=names)
 
+    # Elements are counted through all leaves in their order, so those of a leaf stand in a row.
+
     @cached_property
-    def numbers(self) -> dict[str, np.ndarray]:
-        """For each leaf the numbers of its elements, counted through all leaves in their order."""
-        sizes = [int(np.prod(leaf.shape)) for leaf in self.leaves.values()]
-        kind = np.int32 if sum(sizes) < 2**31 else np.int64
-        numbers: dict[str, np.ndarray] = {}
+    def spans(self) -> dict[str, slice]:
+        """For each leaf the slice of the numbers of its elements."""
+        spans: dict[str, slice] = {}
         start = 0
-        for (path, leaf), size in zip(self.leaves.items(), sizes, strict=True):
-            numbers[path] = np.arange(start, start + size, dtype=kind).reshape(leaf.shape)
-            start += size
-        return numbers
+        for path, leaf in self.leaves.items():
+            spans[path] = slice(start, start + math.prod(leaf.shape))
+            start = spans[path].stop
+        return spans
+
+    @cached_property
+    def size(self) -> int:
+        """The number of elements of all leaves."""
+        return max((span.stop for span in self.spans.values()), default=0)
+
+    def numbers(self, path: str) -> np.ndarray:
+        """The numbers of a leaf's elements, in its shape; made anew, as they are as large as it."""
+        kind = np.int32 if self.size < 2**31 else np.int64
+        span = self.spans[path]
+        return np.arange(span.start, span.stop, dtype=kind).reshape(self.leaves[path].shape)
+
+    def part(self, values: np.ndarray, path: str) -> np.ndarray:
+        """What an array (elements,) has for one leaf, in its shape: a view."""
+        return values[self.spans[path]].reshape(self.leaves[path].shape)
 
 
 def trace_linen(twin: Twin) -> Trace:
