@@ -278,7 +278,9 @@ def slots_of(function, leaves, *inputs):
     )(specs, *inputs)
     found = flow(Trace("linen", jaxpr, shapes, inputs, (), {}))
     names = np.repeat(list(leaves), [int(np.prod(shape)) for shape in leaves.values()])
-    return found, [(*sorted(set(names[slot.ids.ravel()])), slot.ids.shape) for slot in found.slots]
+    return found, [
+        (*sorted(set(names[slot.numbers().ravel()])), slot.shape) for slot in found.slots
+    ]
 
 
 def test_first_uses_are_seen_in_order_through_every_transform():
@@ -322,7 +324,7 @@ def test_a_fused_leaf_is_seen_as_the_parts_that_are_used(forward):
 
     found, names = slots_of(pooled, {"w": (3, 4), "b": (4,)}, jnp.ones((5, 3)))
 
-    kernels = [slot.ids for slot in found.slots if slot.ids.shape[1] > 1]
+    kernels = [slot.numbers() for slot in found.slots if slot.shape[1] > 1]
     assert sorted(names) == [("b", (2, 1)), ("b", (2, 1)), ("w", (2, 3)), ("w", (2, 3))]
     assert sorted(ids[0, 0] for ids in kernels) == [0, 2]
     assert all((np.diff(ids, axis=1) == 4).all() for ids in kernels)

@@ -26,13 +26,15 @@ is sixteen weighted sums of each, so that slots of any size are compared at one 
 of their elements counts.
 """
 
-from functools import lru_cache
+import itertools
+import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from linen_nnx.infer.ground import Ground
-from linen_nnx.infer.run import EXACT, Run, difference, distinct, pattern, rounding, run
+from linen_nnx.infer.run import EXACT, difference, distinct, pattern, rounding, run
 from linen_nnx.infer.sides import SlotForm, SlottedSide
 
 Array = np.ndarray
@@ -73,12 +75,13 @@ class Prints(NamedTuple):
 
 def fingerprints(ground: Ground) -> Prints:
     """The fingerprints of both sides on common ground; none where there is no such ground."""
-    if ground.runs is None:
+    if ground.problem is not None:
         none = np.zeros(0)
         return Prints(none, none, 0.0, none, set(), False, ground.problem)
-    linen, sizes = _prints(ground.sides[0], ground.runs[0])
-    nnx, _ = _prints(ground.sides[1], ground.runs[1])
-    noise = difference(ground.runs[0].outputs, ground.runs[1].outputs)
+    # One side after the other: gradients take twice a model's memory, fingerprints nearly none.
+    linen, sizes = _prints(ground, 0)
+    nnx, _ = _prints(ground, 1)
+    noise = difference(*ground.outputs)
     seen = sizes > 0
     seen[_waking(ground, np.flatnonzero(~seen).tolist())] = True
     return Prints(linen, nnx, noise, seen, ground.rich, ground.partial, None)
@@ -93,13 +96,12 @@ def _waking(ground: Ground, slots: list[int]) -> list[int]:
     if not slots:
         return []
     side = ground.sides[0]
-    base = distinct(side, ground.values[0], side.paths)
-    moved = base.copy()
+    values = distinct(side, ground.values(0), side.paths)
+    before = run(side, ground.inputs, values)
     for number in slots:
-        ids = side.flow.slots[number].ids
-        moved[ids] *= pattern(*ids.shape)
-    before = run(side, ground.inputs, base)
-    after = run(side, ground.inputs, moved)
+        slot = side.flow.slots[number]
+        values[slot.numbers()] *= pattern(*slot.shape)
+    after = run(side, ground.inputs, values)
     if difference(before.outputs, after.outputs) <= EXACT:
         return []
     if len(slots) == 1:
@@ -109,42 +111,58 @@ def _waking(ground: Ground, slots: list[int]) -> list[int]:
     return _waking(ground, slots[:half]) + _waking(ground, slots[half:])
 
 
-def _prints(side: SlottedSide, result: Run) -> tuple[Array, Array]:
+def _prints(ground: Ground, number: int) -> tuple[Array, Array]:
     """(slots, 2, sums): of the gradient of each slot, 0 if blind, and of its new value.
 
     And (slots,): how strongly outputs, or its own new value, depend on each slot; 0 for those whose
     gradient is nothing but rounding.
     """
-    # New values by element, as gradients are; 0 where the call does not update.
-    updated = np.zeros(side.owner.size)
-    for path, value in result.updates.items():
-        updated[side.trace.numbers[path]] = value
+    side = ground.sides[number]
+    result = run(side, ground.inputs, ground.values(number), by=set(side.paths))
     slots = side.flow.slots
-    slopes = np.array([np.abs(result.gradient[slot.ids]).max() for slot in slots])
-    news = np.array([np.abs(updated[slot.ids]).max() for slot in slots])
+    rows = np.zeros((len(slots), 2, _SUMS))
+    largest = np.zeros((2, len(slots)))
+    # By size, so that the weights of each size are drawn once.
+    in_order = sorted(range(len(slots)), key=lambda slot: math.prod(slots[slot].shape))
+    for size, alike in itertools.groupby(in_order, lambda slot: math.prod(slots[slot].shape)):
+        weights = _weights(size)
+        for slot in alike:
+            for kind, arrays in enumerate((result.slopes, result.updates)):
+                # A slot that the call does not update has no new value: zeros.
+                if not arrays.keys().isdisjoint(side.leaves_of_slot[slot]):
+                    values = _gathered(side, arrays, slot)
+                    rows[slot, kind] = _sums(values, weights)
+                    largest[kind, slot] = np.abs(values).max()
+    slopes, news = largest
     sizes = np.where(slopes > rounding(slopes), slopes, 0) + news
-    rows: list[list[Array]] = []
-    for slot, size in zip(slots, sizes, strict=True):
-        # Rounding differs from side to side: as it stands it would be a fingerprint of nothing.
-        of_gradient = _sums(result.gradient[slot.ids]) if size > 0 else np.zeros(_SUMS)
-        rows.append([of_gradient, _sums(updated[slot.ids])])
-    return np.array(rows), sizes
+    # Rounding differs from side to side: as it stands it would be a fingerprint of nothing.
+    rows[~(sizes > 0), 0] = 0
+    return rows, sizes
 
 
-def _sums(values: Array) -> Array:
+def _gathered(side: SlottedSide, arrays: Mapping[str, Array], slot: int) -> Array:
+    """(N, K): what some leaves have for the elements of a slot; 0 of those that have nothing."""
+    whole = dict(arrays)
+    for path in side.leaves_of_slot[slot]:
+        if path not in whole:
+            whole[path] = np.zeros(side.trace.leaves[path].shape)
+    return side.gather(whole, side.flow.slots[slot].elements)
+
+
+def _sums(values: Array, weights: Array) -> Array:
     """(sums,): sixteen weighted sums over parts of an array, fewer and zeros where it is small.
 
     Example:
-        >>> bool(_sums(np.array([1.0, 2.0])).sum() == _sums(np.array([2.0, 1.0])).sum())
+        >>> one, two = np.array([1.0, 2.0]), np.array([2.0, 1.0])
+        >>> bool(_sums(one, _weights(2)).sum() == _sums(two, _weights(2)).sum())
         False
     """
-    weighted = values.ravel() * _weights(values.size)
+    weighted = values.ravel() * weights
     # A slot of fewer elements than sums has a sum for each element, and zeros behind them.
     starts = np.unique(np.linspace(0, values.size, _SUMS, endpoint=False).astype(int))
     return np.pad(np.add.reduceat(weighted, starts), (0, _SUMS - len(starts)))
 
 
-@lru_cache(maxsize=64)
 def _weights(size: int) -> Array:
     """(size,): the same random weights for all slots of a size, on both sides."""
     return np.random.default_rng(size).uniform(0.5, 1.5, size)

@@ -15,11 +15,12 @@ same four numbers, which one of them stores transposed:
     >>> from linen_nnx.infer.sides import sides
     >>> from linen_nnx.infer.trace import trace_linen, trace_nnx
     >>> ground = common_ground(sides(trace_linen(two_layers()), trace_nnx(two_layers()), {}))
-    >>> up, _, down = (ground.values[0][slot.ids] for slot in ground.sides[0].flow.slots)
-    >>> first, _, last = (ground.values[1][slot.ids] for slot in ground.sides[1].flow.slots)
+    >>> linen, nnx = ground.sides
+    >>> up, _, down = (ground.values(0)[slot.numbers()] for slot in linen.flow.slots)
+    >>> first, _, last = (ground.values(1)[slot.numbers()] for slot in nnx.flow.slots)
     >>> all((values == up).all() for values in (down, first, last))
     True
-    >>> difference(ground.runs[0].outputs, ground.runs[1].outputs) < 1e-12
+    >>> difference(*ground.outputs) < 1e-12
     True
 
 Forms with equal numbers in them are *rich*: their gradients tell much. Leaves in other forms get
@@ -36,10 +37,12 @@ import numpy as np
 
 from linen_nnx.infer.guesses import guesses
 from linen_nnx.infer.outputs import matched
-from linen_nnx.infer.run import Run, difference, pattern, run, with_noise
+from linen_nnx.infer.run import difference, pattern, run, with_noise
 from linen_nnx.infer.sides import HELD, Both, SlotForm, SlottedSide, even
 
 Array = np.ndarray
+Outputs = tuple[list[Array], list[Array]]
+"""What Linen and nnx gave."""
 COMPARABLE = 1e-3  # twins whose outputs differ by more compute something else
 _CLOSE = 1e-6  # where a constant stands for some leaves: it hides more than it should
 _POOR = 0.03  # the constant: small, as it adds up over all summed elements
@@ -51,37 +54,29 @@ class Ground(NamedTuple):
     Attributes:
       sides: both, with the leaves that only one of them has held, and outputs in one order.
       inputs: what they are run on.
-      values: (elements,) float32 for each side.
-      runs: what they gave, with gradients; None where there is no common ground.
+      outputs: what they gave.
       rich: the forms that have numbers of their own.
-      partial: whether there are other forms, too.
-      constant: whether these are held at a constant, which may hide that the models differ.
+      constant: whether the others are held at a constant, which may hide that the models differ.
       notes: what was found out about both models as a whole.
       problem: why there is no common ground, else None.
     """
 
     sides: Both
     inputs: Sequence[Any]
-    values: tuple[Array, Array]
-    runs: tuple[Run, Run] | None
+    outputs: Outputs
     rich: set[SlotForm]
-    partial: bool
     constant: bool
     notes: tuple[str, ...]
     problem: str | None
 
+    @property
+    def partial(self) -> bool:
+        """Whether there are forms that are not rich."""
+        return self.rich != {form for side in self.sides for form in side.forms} - {HELD}
 
-class _Attempt(NamedTuple):
-    """Both sides run on equal values, and why their outputs cannot be compared, if so."""
-
-    sides: Both
-    inputs: Sequence[Any]
-    values: tuple[Array, Array]
-    runs: tuple[Run, Run]
-    rich: set[SlotForm]
-    constant: bool
-    problem: str | None
-    notes: tuple[str, ...] = ()
+    def values(self, number: int) -> Array:
+        """(elements,) float32, what one side was run on; made anew, as it is as large as it."""
+        return _values(self.sides[number], self.rich, self.constant)
 
 
 def common_ground(both: Both) -> Ground:
@@ -100,47 +95,27 @@ def common_ground(both: Both) -> Ground:
                     sides = both[0].holding(held[0]), both[1].holding(held[1])
                     attempt = search(sides, inputs)
                     if attempt.problem is None:
-                        return _ground(attempt)
+                        return attempt
                     problem = problem or attempt.problem  # the plainest way's is the one to tell
         except Exception as error:  # the user's own model: whatever it raises is the reason
             problem = f"the twins could not be run in float64: {type(error).__name__}: {error}"
-    none = np.zeros(0)
-    return Ground(both, given, (none, none), None, set(), False, False, (), problem)
-
-
-def _ground(attempt: _Attempt) -> Ground:
-    """The ground that an attempt found, with its gradients."""
-    runs = attempt.runs
-    if not runs[0].gradient.size:
-        runs = _run(attempt.sides, attempt.inputs, attempt.values, gradient=True)
-    forms = {form for side in attempt.sides for form in side.forms} - {HELD}
-    return Ground(
-        sides=attempt.sides,
-        inputs=attempt.inputs,
-        values=attempt.values,
-        runs=runs,
-        rich=attempt.rich,
-        partial=attempt.rich != forms,
-        constant=attempt.constant,
-        notes=attempt.notes,
-        problem=None,
-    )
+    return Ground(both, given, ([], []), set(), False, (), problem)
 
 
 # How much of it can be rich: three ways, the one that tells most first
 
 
-def _by_shape(both: Both, inputs: Sequence[Any]) -> _Attempt:
+def _by_shape(both: Both, inputs: Sequence[Any]) -> Ground:
     """Numbers in forms that the sides have equally often, and by shape elsewhere."""
     return _attempt(both, inputs, _balanced(both), constant=False)
 
 
-def _all_rich(both: Both, inputs: Sequence[Any]) -> _Attempt:
+def _all_rich(both: Both, inputs: Sequence[Any]) -> Ground:
     """Numbers in forms that the sides have equally often, and a constant elsewhere."""
     return _attempt(both, inputs, _balanced(both), constant=True)
 
 
-def _some_rich(both: Both, inputs: Sequence[Any]) -> _Attempt:
+def _some_rich(both: Both, inputs: Sequence[Any]) -> Ground:
     """Numbers in those forms with which the outputs still agree, and a constant elsewhere.
 
     A form that both sides have equally often may still stand for different things: one side cuts
@@ -162,12 +137,13 @@ def _balanced(both: Both) -> set[SlotForm]:
     return {form for form in linen if linen[form] == nnx[form]} - {HELD}
 
 
-def _attempt(both: Both, inputs: Sequence[Any], rich: set[SlotForm], constant: bool) -> _Attempt:
+def _attempt(both: Both, inputs: Sequence[Any], rich: set[SlotForm], constant: bool) -> Ground:
     """Runs both sides on equal values, and sees whether their outputs agree."""
-    values = _values(both[0], rich, constant), _values(both[1], rich, constant)
-    runs = _run(both, inputs, values)
-    outputs = runs[0].outputs, runs[1].outputs
-    attempt = _Attempt(both, inputs, values, runs, rich, constant, problem=None)
+    # One after the other: the values of both at once would take twice the memory.
+    ours = run(both[0], inputs, _values(both[0], rich, constant)).outputs
+    theirs = run(both[1], inputs, _values(both[1], rich, constant)).outputs
+    outputs = ours, theirs
+    attempt = Ground(both, inputs, outputs, rich, constant, (), problem=None)
     if not all(np.isfinite(out).all() for out in (*outputs[0], *outputs[1])):
         return attempt._replace(problem="the outputs are not finite at the values tried")
     # A dict against a tuple: once outputs are in one order, all begins anew.
@@ -189,38 +165,35 @@ def _attempt(both: Both, inputs: Sequence[Any], rich: set[SlotForm], constant: b
     return attempt
 
 
-def _run(
-    both: Both, inputs: Sequence[Any], values: tuple[Array, Array], gradient: bool = False
-) -> tuple[Run, Run]:
-    linen = run(both[0], inputs, values[0], gradient)
-    return linen, run(both[1], inputs, values[1], gradient)
-
-
 def _values(side: SlottedSide, rich: set[SlotForm], constant: bool) -> Array:
     """(elements,) float32: equal values for slots of equal form.
 
     For forms that are not rich one constant, or the numbers of the leaf's shape. They are run in
     float64, and kept in half of that.
     """
-    values = np.full(side.owner.size, 0.5, np.float32)
-    shaped = values if constant else _shaped(side)
-    for slot, form in zip(side.flow.slots, side.forms, strict=True):
-        if form in rich:
-            values[slot.ids] = pattern(*slot.ids.shape)
-        else:
-            values[slot.ids] = _POOR if constant else shaped[slot.ids]
+    values = np.full(side.trace.size, 0.5, np.float32)
+    shaped = values if constant or set(side.forms) <= rich else _shaped(side)
+    for form in dict.fromkeys(side.forms):
+        # Drawn once for all slots of the form, however large they are.
+        equal = pattern(*form[1:]) if form in rich else None
+        for number in side.slots_of_form(form):
+            ids = side.flow.slots[number].numbers()
+            if equal is not None:
+                values[ids] = equal
+            else:
+                values[ids] = _POOR if constant else shaped[ids]
     for path, held in side.held.items():
-        values[side.trace.numbers[path]] = held
+        side.trace.part(values, path)[...] = held
     return values
 
 
 def _shaped(side: SlottedSide) -> Array:
     """(elements,) float32: equal values for leaves of equal shape."""
-    values = np.zeros(side.owner.size, np.float32)
+    values = np.zeros(side.trace.size, np.float32)
     for path, leaf in side.trace.leaves.items():
         # As if it were used whole: summed over all axes but the last, a vector over none.
         columns = leaf.shape[-1] if len(leaf.shape) > 1 else int(np.prod(leaf.shape))
         summed = int(np.prod(leaf.shape[:-1])) if len(leaf.shape) > 1 else 1
         if columns and summed:
-            values[side.trace.numbers[path]] = pattern(columns, summed).T.reshape(leaf.shape)
+            side.trace.part(values, path)[...] = pattern(columns, summed).T.reshape(leaf.shape)
     return values

@@ -22,7 +22,6 @@ from linen_nnx.infer.found import FoundRule, SidedPath
 from linen_nnx.infer.sides import Both
 from linen_nnx.infer.trace import LeafSpec
 
-Array = np.ndarray
 Reasons = dict[SidedPath, str]
 """Why a leaf has no rule."""
 
@@ -37,37 +36,46 @@ class _Connected:
 
 def rules_of_pairs(both: Both, assignment: Assignment, why: Reasons) -> list[FoundRule]:
     """Finds a rule for each group of leaves; where there is none, adds to `why` the reason."""
-    groups, numbers = _groups(both, assignment.pairs)
     rules: list[FoundRule] = []
-    for group in groups:
-        arrays = Group({}, {})
-        for side, path in group.leaves:
-            ids = both[side].trace.numbers[path]
-            if side == 0:
-                arrays.linen[path] = ids
-            else:
-                arrays.nnx[path] = numbers[ids]
+    for group in _groups(both, assignment.pairs):
         reason = _refusal(both, group.leaves, assignment, why)
-        rule = None if reason else rule_for(arrays)
+        rule = None if reason else rule_for(_numbered(both, group))
         if rule is None:
             reason = reason or "its elements correspond to the candidates', but no ops say how"
             why |= dict.fromkeys(group.leaves, reason)
             continue
-        linen, nnx = frozenset(arrays.linen), frozenset(arrays.nnx)
+        linen = frozenset(path for side, path in group.leaves if side == 0)
+        nnx = frozenset(path for side, path in group.leaves if side == 1)
         rules.append(FoundRule(rule, linen, nnx, tuple(group.pairs)))
     return rules
 
 
-def _groups(both: Both, pairs: Iterable[Pair]) -> tuple[list[_Connected], Array]:
-    """The groups by first use; and for each nnx element the Linen element that it is, or -1."""
+def _numbered(both: Both, connected: _Connected) -> Group:
+    """The leaves of a group, both sides with the numbers of Linen's elements."""
     linen, nnx = both
-    numbers = np.full(nnx.owner.size, -1)
+    group = Group({}, {})
+    for side, path in connected.leaves:
+        if side == 0:
+            group.linen[path] = linen.trace.numbers(path)
+        else:
+            group.nnx[path] = np.full_like(nnx.trace.numbers(path), -1)
+    for pair in connected.pairs:
+        ours = linen.flow.slots[pair.linen].numbers()
+        theirs = nnx.flow.slots[pair.nnx].numbers()
+        for path in nnx.leaves_of_slot[pair.nnx]:
+            span = nnx.trace.spans[path]
+            inside = (theirs >= span.start) & (theirs < span.stop)
+            group.nnx[path].reshape(-1)[theirs[inside] - span.start] = ours[inside]
+    return group
+
+
+def _groups(both: Both, pairs: Iterable[Pair]) -> list[_Connected]:
+    """The groups, by first use."""
+    linen, nnx = both
     group_of: dict[SidedPath, _Connected] = {}
     for pair in pairs:
-        ours, theirs = linen.flow.slots[pair.linen].ids, nnx.flow.slots[pair.nnx].ids
-        numbers[theirs.ravel()] = ours.ravel()
-        leaves: set[SidedPath] = {(0, path) for path in linen.leaves_of(ours)}
-        leaves |= {(1, path) for path in nnx.leaves_of(theirs)}
+        ours, theirs = linen.leaves_of_slot[pair.linen], nnx.leaves_of_slot[pair.nnx]
+        leaves: set[SidedPath] = {(0, path) for path in ours} | {(1, path) for path in theirs}
         # The groups of these leaves become one.
         connected = [pair]
         for group in {group_of[leaf] for leaf in leaves if leaf in group_of}:
@@ -75,7 +83,7 @@ def _groups(both: Both, pairs: Iterable[Pair]) -> tuple[list[_Connected], Array]
             leaves.update(group.leaves)
         group_of |= dict.fromkeys(sorted(leaves), _Connected(leaves, connected))
     # A leaf keeps its place in the dict when its group grows: so groups are in order of first use.
-    return list(dict.fromkeys(group_of.values())), numbers
+    return list(dict.fromkeys(group_of.values()))
 
 
 def _refusal(

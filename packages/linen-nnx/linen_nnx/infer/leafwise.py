@@ -46,7 +46,7 @@ from linen_nnx.infer.elements import gap, orders, positions, size, table
 from linen_nnx.infer.found import FoundRule
 from linen_nnx.infer.proposals import PROPOSALS, Alternatives, OpenGradients, OpenLeaves
 from linen_nnx.infer.run import rounding
-from linen_nnx.infer.sides import Both, SlottedSide
+from linen_nnx.infer.sides import Both
 from linen_nnx.infer.trial import Point, Trial, has_copies
 
 Array = np.ndarray
@@ -72,7 +72,7 @@ def pair_leaves(
     while open_[0] and open_[1]:
         known = [*rules, *found]
         # What confirmed the last rules has the gradients of this round, too.
-        point = point or trial.point(known, gradient=True)
+        point = point or trial.point(known, by=open_)
         gradients = _open_gradients(trial.ground.sides, point, open_)
         new, point = _first_that_holds(trial, known, gradients, open_)
         if not new:
@@ -90,7 +90,7 @@ def _first_that_holds(
     for propose in PROPOSALS:
         proposed = propose(trial, known, gradients, open_)
         if proposed:
-            new, point = _holding(trial, known, proposed)
+            new, point = _holding(trial, known, proposed, open_)
             if new:
                 return new, point
     return [], None
@@ -101,14 +101,14 @@ def _open_gradients(both: Both, point: Point, open_: OpenLeaves) -> OpenGradient
     seen: list[dict[str, Array]] = []
     blind: list[set[str]] = []
     for number, side in enumerate(both):
-        limit = _limit(point, number, side)
+        limit = _limit(point, number)
         seen.append({})
         blind.append(set())
-        for path, numbers in side.trace.numbers.items():
+        for path in side.paths:
             if path not in open_[number]:
                 continue
-            slope = point.runs[number].gradient[numbers]
-            largest = size(slope)
+            slope = point.runs[number].slopes[path]
+            largest = point.runs[number].sizes[path]
             if largest > limit:
                 seen[number][path] = slope
             # A gradient of NaN is neither: it tells nothing, not even that no output sees the leaf.
@@ -117,18 +117,19 @@ def _open_gradients(both: Both, point: Point, open_: OpenLeaves) -> OpenGradient
     return OpenGradients((seen[0], seen[1]), (blind[0], blind[1]))
 
 
-def _limit(point: Point, number: int, side: SlottedSide) -> float:
+def _limit(point: Point, number: int) -> float:
     """The largest gradient of a leaf of one side that is none but rounding."""
-    gradient = point.runs[number].gradient
-    sizes = [size(gradient[ids]) for ids in side.trace.numbers.values()]
-    return rounding(np.array(sizes))
+    return rounding(np.array(list(point.runs[number].sizes.values())))
 
 
 # Trying and confirming
 
 
 def _holding(
-    trial: Trial, known: Sequence[FoundRule], proposed: Sequence[Alternatives]
+    trial: Trial,
+    known: Sequence[FoundRule],
+    proposed: Sequence[Alternatives],
+    open_: OpenLeaves,
 ) -> tuple[list[FoundRule], Point | None]:
     """One rule for each leaf, so that all hold together and are confirmed by their gradients.
 
@@ -143,8 +144,8 @@ def _holding(
         chosen = _agreeing(trial, known, proposed)
         if not chosen:
             break
-        point = trial.point([*known, *chosen], gradient=True)
-        limit = _limit(point, 0, trial.ground.sides[0])
+        point = trial.point([*known, *chosen], by=open_)
+        limit = _limit(point, 0)
         left: list[Alternatives] = []
         is_clear = True
         for alternatives in proposed:
@@ -185,9 +186,9 @@ def _confirmed(trial: Trial, point: Point, limit: float, found: FoundRule) -> bo
     # Of copies only the sum of the gradients is known, and the proposal has seen to it.
     if has_copies(found.rule):
         return True
-    linen, nnx = (side.trace for side in trial.ground.sides)
-    ours = point.gradients(linen, found.linen)
-    theirs = point.gradients(nnx, found.nnx)
+    linen = trial.ground.sides[0].trace
+    ours = point.gradients(0, found.linen)
+    theirs = point.gradients(1, found.nnx)
     if max(map(size, ours.values())) <= limit:
         # No output sees the leaves. Then their shapes must fit in this way alone: two axes of equal
         # length could be swapped.

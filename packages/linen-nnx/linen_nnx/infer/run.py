@@ -1,6 +1,6 @@
 """Runs one side of a twin in float64 on given values, and compares what sides give."""
 
-from collections.abc import Container, Sequence
+from collections.abc import Collection, Container, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -23,24 +23,26 @@ class Run(NamedTuple):
     Attributes:
       outputs: the arrays that the call returned.
       updates: new values by path, of the leaves whose value the call changed.
-      gradient: (elements,) float64, or empty if it was not asked for. It is twice as large as a
-        model in float32, so a run is kept no longer than needed.
+      slopes: the gradients by the leaves that were asked for, in float64, in their shapes. All of
+        them are twice as large as a model in float32: a run is kept no longer than needed.
+      sizes: the largest gradient in each leaf, whichever were asked for; empty if none was.
     """
 
     outputs: list[Array]
     updates: dict[str, Array]
-    gradient: Array
+    slopes: dict[str, Array]
+    sizes: dict[str, float]
 
 
-def run(side: SlottedSide, inputs: Sequence[Any], values: Array, gradient: bool = False) -> Run:
+def run(side: SlottedSide, inputs: Sequence[Any], values: Array, by: Collection[str] = ()) -> Run:
     """Evaluates one side in float64.
 
     Args:
       side: what to run.
       inputs: in the place of the example inputs.
       values: (elements,), the leaves one after the other.
-      gradient: whether to compute the gradient of a fixed random projection of the outputs, as if
-        the model had no `stop_gradient`.
+      by: the leaves by which to derive a fixed random projection of the outputs, as if the model
+        had no `stop_gradient`.
 
     Example:
         >>> from linen_nnx.infer.example import two_layers
@@ -55,35 +57,30 @@ def run(side: SlottedSide, inputs: Sequence[Any], values: Array, gradient: bool 
         # Leaves that are no floats (counts, keys) keep their dtype.
         kinds = [aval.dtype for aval in trace.wide.in_avals]
         leaves = []
-        for numbers, kind in zip(trace.numbers.values(), kinds, strict=False):
-            leaves.append(jnp.asarray(values[numbers], kind))
+        for path, kind in zip(side.paths, kinds, strict=False):
+            leaves.append(jnp.asarray(trace.part(values, path), kind))
+        before = {path: leaves[side.paths.index(path)] for path in trace.updates}
         inputs = list(map(wide, inputs))
-        flat = np.zeros(0)
+        slopes: list[Any] = []
         # A small model is compiled once, with its gradient: compiling it twice would take longer.
-        if gradient or trace.small:
+        if by or trace.small:
             outs, slopes = trace.pull_plain(leaves, inputs, trace.count)
-            if gradient:
-                flat = _joined(slopes)
         else:
             outs = trace.run_wide(*leaves, *inputs)
+        del leaves  # with the gradients they are four times a model in float32
         outs = [np.asarray(out) for out in outs]
-    before = dict(zip(side.paths, leaves, strict=True))
     updates: dict[str, Array] = {}
     for path, value in zip(trace.updates, outs[trace.count :], strict=True):
         if not np.array_equal(value, before[path]):
             updates[path] = value
-    return Run(outs[: trace.count], updates, flat)
-
-
-def _joined(arrays: list[Any]) -> Array:
-    """All elements one after the other; the list is emptied on the way, to free its arrays."""
-    end = sum(array.size for array in arrays)
-    joined = np.empty(end)
-    while arrays:
-        part = np.ravel(arrays.pop())
-        joined[end - part.size : end] = part
-        end -= part.size
-    return joined
+    kept: dict[str, Array] = {}
+    sizes: dict[str, float] = {}
+    if by:
+        for path, slope in zip(side.paths, slopes, strict=True):
+            sizes[path] = float(np.abs(slope).max(initial=0))
+            if path in by:
+                kept[path] = np.asarray(slope)
+    return Run(outs[: trace.count], updates, kept, sizes)
 
 
 # Comparing
@@ -144,9 +141,9 @@ def distinct(side: SlottedSide, values: Array, paths: Container[str]) -> Array:
     for number, slot in enumerate(side.flow.slots):
         first = side.first_leaf[number]
         if first in paths and first not in side.held:
-            columns, summed = slot.ids.shape
+            columns, summed = slot.shape
             # Seed 0 is kept for common ground, where slots of one form are alike on purpose.
-            values[slot.ids] = pattern(columns, summed, number + 1)
+            values[slot.numbers()] = pattern(columns, summed, number + 1)
     return values
 
 

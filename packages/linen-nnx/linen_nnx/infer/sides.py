@@ -68,21 +68,40 @@ class SlottedSide:
         return [self.paths[number] for number in np.searchsorted(self._ends, first, "right")]
 
     @cached_property
+    def leaves_of_slot(self) -> list[list[str]]:
+        """For each slot the paths of the leaves of its elements."""
+        return [self.leaves_of(slot.elements) for slot in self.flow.slots]
+
+    @cached_property
     def slots_of(self) -> dict[str, list[int]]:
         """For each leaf the slots that hold some of its elements; none for an unused leaf."""
         slots: dict[str, list[int]] = {path: [] for path in self.paths}
-        for number, slot in enumerate(self.flow.slots):
-            for path in self.leaves_of(slot.numbers()):
+        for number, paths in enumerate(self.leaves_of_slot):
+            for path in paths:
                 slots[path].append(number)
         return slots
 
-    def leaves_of(self, ids: Array) -> list[str]:
+    def leaves_of(self, elements: Counted) -> list[str]:
         """The paths of the leaves that elements belong to."""
-        ends = np.searchsorted(self._ends, [ids.min(), ids.max()], "right")
+        numbers = np.searchsorted(self._ends, elements.bounds, "right")
         # Nearly every slot is of one leaf, and looking up each element of a large one takes long.
-        if ends[0] != ends[1]:
-            ends = np.unique(np.searchsorted(self._ends, ids, "right"))
-        return [self.paths[number] for number in dict.fromkeys(ends.tolist())]
+        if numbers[0] != numbers[1]:
+            numbers = np.searchsorted(self._ends, elements.array(), "right")
+        return [self.paths[number] for number in np.unique(numbers)]
+
+    def gather(self, leaves: Mapping[str, Any], elements: Counted) -> Array:
+        """The values of elements in the shape of their numbers, from the leaves that hold them."""
+        paths = self.leaves_of(elements)
+        numbers = elements.array()
+        flat = {path: np.asarray(leaves[path]).reshape(-1) for path in paths}
+        if len(paths) == 1:
+            return flat[paths[0]][numbers - self.trace.spans[paths[0]].start]
+        values = np.zeros(numbers.shape, np.result_type(*flat.values()))
+        for path, array in flat.items():
+            span = self.trace.spans[path]
+            inside = (numbers >= span.start) & (numbers < span.stop)
+            values[inside] = array[numbers[inside] - span.start]
+        return values
 
     def slots_of_form(self, form: SlotForm) -> list[int]:
         """The slots of a form."""
@@ -257,10 +276,10 @@ def _cuts(side: SlottedSide, other: SlottedSide) -> dict[int, list[Array]]:
 
 def _ways_to_cut(side: SlottedSide, slot: Slot) -> list[list[Array]]:
     """The ways to cut a slot along an axis of its one leaf, by columns (N) or by rows (K)."""
-    ids = slot.numbers()
-    path, *others = side.leaves_of(ids)
+    path, *others = side.leaves_of(slot.elements)
     if others:
         return []
+    ids = slot.numbers()
     ways: list[list[Array]] = []
     shape = side.trace.leaves[path].shape
     first = side.trace.spans[path].start

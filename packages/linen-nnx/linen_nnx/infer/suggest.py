@@ -90,8 +90,6 @@ def propose(linen: Trace, nnx: Trace, progress: Say = silent) -> RuleBook:
     both = ground.sides
     progress("comparing gradients, use by use")
     prints = fingerprints(ground)
-    # The gradients have told what they can. They take four times a model's size in float32.
-    ground = ground._replace(runs=None)
     # Pairs of slots on which dataflow and gradients agree, and rules for the leaves they make up.
     assignment = assign(*both, prints)
     why: Reasons = {}

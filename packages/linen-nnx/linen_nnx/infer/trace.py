@@ -173,6 +173,10 @@ class Trace:
         span = self.spans[path]
         return np.arange(span.start, span.stop, dtype=kind).reshape(self.leaves[path].shape)
 
+    def all_numbers(self) -> dict[str, np.ndarray]:
+        """`numbers` of all leaves."""
+        return {path: self.numbers(path) for path in self.leaves}
+
     def part(self, values: np.ndarray, path: str) -> np.ndarray:
         """What an array (elements,) has for one leaf, in its shape: a view."""
         return values[self.spans[path]].reshape(self.leaves[path].shape)

@@ -7,7 +7,7 @@ What has no rule yet keeps the values of the common ground (`ground.py`), which 
 paired. A wrong rule moves the outputs apart, unless no output sees its leaves.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +19,6 @@ from linen_nnx.book.rules import RuleBook
 from linen_nnx.infer.found import FoundRule
 from linen_nnx.infer.ground import Ground
 from linen_nnx.infer.run import Run, difference, distinct, run
-from linen_nnx.infer.trace import Trace
 
 Array = np.ndarray
 
@@ -30,10 +29,9 @@ class Point(NamedTuple):
     runs: tuple[Run, Run]
     gap: float
 
-    def gradients(self, trace: Trace, paths: Iterable[str]) -> dict[str, Array]:
-        """The gradient by some leaves of one side, each in its shape."""
-        gradient = self.runs[0 if trace.side == "linen" else 1].gradient
-        return {path: gradient[trace.numbers[path]] for path in paths}
+    def gradients(self, number: int, paths: Iterable[str]) -> dict[str, Array]:
+        """The gradients by some leaves of one side, of those that were asked for."""
+        return {path: self.runs[number].slopes[path] for path in paths}
 
 
 class Trial:
@@ -49,36 +47,36 @@ class Trial:
     def point(
         self,
         rules: Sequence[FoundRule],
-        gradient: bool = False,
+        by: tuple[Collection[str], Collection[str]] = ((), ()),
         fixed: Mapping[str, Array] | None = None,
     ) -> Point:
         """Runs both sides with numbers that differ from leaf to leaf.
 
         Args:
           rules: which leaves get numbers of their own, and what they become on the nnx side.
-          gradient: whether the gradients are wanted, too.
+          by: the Linen and the nnx leaves whose gradients are wanted, too.
           fixed: values for more leaves of nnx.
         """
         linen, nnx = self.ground.sides
         book = RuleBook([found.rule for found in rules])
         translated = {path for found in rules for path in found.linen}
-        ours = distinct(linen, self.ground.values[0], translated)  # the others are as they were
-        before = {path: ours[ids] for path, ids in linen.trace.numbers.items()}
+        ours = distinct(linen, self.ground.values(0), translated)  # the others are as they were
+        before = {path: linen.trace.part(ours, path) for path in linen.paths}
         # Leaves that become one leaf of nnx must be equal, or no rule could translate them.
         for path, array in equalised(book, before).items():
             if array is not before[path]:
-                ours[linen.trace.numbers[path]] = before[path] = array
-        one = run(linen, self.ground.inputs, ours, gradient)
-        theirs = self.ground.values[1].copy()
+                before[path][...] = array
+        one = run(linen, self.ground.inputs, ours, by[0])
+        theirs = self.ground.values(1)
         new = {**book.to_nnx(before, partial=True), **(fixed or {})}
         for path, array in new.items():
-            theirs[nnx.trace.numbers[path]] = array
+            nnx.trace.part(theirs, path)[...] = array
         # What the Linen call has updated (batch statistics), translated: nnx must update alike.
-        after = new
         if one.updates:
-            after = book.to_nnx(equalised(book, {**before, **one.updates}), partial=True)
+            new = book.to_nnx(equalised(book, {**before, **one.updates}), partial=True)
+        after = {path: np.array(new[path]) for path in nnx.trace.updates if path in new}
         del ours, before, new  # each is as large as the model
-        two = run(nnx, self.ground.inputs, theirs, gradient)
+        two = run(nnx, self.ground.inputs, theirs, by[1])
         expected, got = list(one.outputs), list(two.outputs)
         for path, value in two.updates.items():
             if path in after:

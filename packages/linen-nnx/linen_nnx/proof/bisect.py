@@ -27,6 +27,7 @@ import numpy as np
 
 from linen_nnx.book.rules import RuleBook
 from linen_nnx.disk.runs import NO_RUNS, Runs
+from linen_nnx.infer.counted import Counted
 from linen_nnx.infer.ground import COMPARABLE
 from linen_nnx.infer.outputs import matched
 from linen_nnx.infer.run import with_noise
@@ -39,7 +40,7 @@ from linen_nnx.proof.lint import lint, watch
 from linen_nnx.proof.mates import mates, side_of
 from linen_nnx.proof.points import Both, Point, feeds, points, shape_of
 from linen_nnx.proof.side_run import SideRun
-from linen_nnx.proof.weights import gather, weights
+from linen_nnx.proof.weights import weights
 
 Array = np.ndarray
 T = TypeVar("T")
@@ -332,17 +333,18 @@ class _Comparison:
         """The leaves that either call updates, batch statistics say."""
         one, two = self.both
         for path in two.side.paths:
-            ids = self.mate[two.side.trace.numbers[path]]
+            ids = two.side.trace.part(self.mate, path)
             if not ids.size or (ids < 0).any():
                 continue
-            sources = one.side.leaves_of(ids)
+            elements = Counted.of(ids)
+            sources = one.side.leaves_of(elements)
             if path not in two.updated and not one.updated & set(sources):
                 continue
             # A leaf of one side may be a stack of leaves of the other: so element by element.
             modes = []
             for mode in range(len(Value._fields)):
                 mine = {source: one.leaves[source][mode] for source in sources}
-                modes.append(gather(one.side, mine, ids))
+                modes.append(one.side.gather(mine, elements))
             values = Value(*modes), two.leaves[path]
             yield _end(f"update of {sources[0]}", f"update of {path}", values, before)
 

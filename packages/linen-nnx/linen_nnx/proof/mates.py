@@ -33,10 +33,10 @@ Array = np.ndarray
 
 def side_of(trace: Trace) -> SlottedSide:
     """A side by itself, its slots as the dataflow has them."""
-    found = flow(trace)
+    found = flow(trace, uses=True)
     side = SlottedSide(trace, found, [])
     for slot, path in zip(found.slots, side.first_leaf, strict=True):
-        side.forms.append((trace.leaves[path].collection == "params", *slot.ids.shape))
+        side.forms.append((trace.leaves[path].collection == "params", *slot.shape))
     return side
 
 
@@ -54,9 +54,9 @@ def mates(linen: SlottedSide, nnx: SlottedSide, book: RuleBook) -> tuple[Array, 
         linen.trace.leaves, "nnx", nnx.trace.leaves, partial=True
     )
     # Lossy rules change numbers, and an element number times two is another element.
-    mate = np.full(nnx.owner.size, -1)
-    for path, numbers in plan.run(linen.trace.numbers).items():
-        mate[nnx.trace.numbers[path]] = numbers
+    mate = np.full(nnx.trace.size, -1)
+    for path, numbers in plan.run(linen.trace.all_numbers()).items():
+        nnx.trace.part(mate, path)[...] = numbers
 
     notes = []
     if guessed := _guess(linen, nnx, mate):
@@ -90,12 +90,12 @@ def _guess(linen: SlottedSide, nnx: SlottedSide, mate: Array) -> list[str]:
     """Pairs slots without a rule by their order; writes to `mate`, returns the pairs in words."""
     # Only slots of which no element has a mate: the rest of a slot is no matter of order.
     taken = _taken(linen, mate)
-    left = [k for k, slot in enumerate(linen.flow.slots) if not taken[slot.ids].any()]
-    right = [k for k, slot in enumerate(nnx.flow.slots) if (mate[slot.ids] < 0).all()]
+    left = [k for k, slot in enumerate(linen.flow.slots) if not taken[slot.numbers()].any()]
+    right = [k for k, slot in enumerate(nnx.flow.slots) if (mate[slot.numbers()] < 0).all()]
     forms = [linen.forms[k] for k in left], [nnx.forms[k] for k in right]
     guessed = []
     for a, b in in_order(*forms):
-        mate[nnx.flow.slots[right[b]].ids] = linen.flow.slots[left[a]].ids
+        mate[nnx.flow.slots[right[b]].numbers()] = linen.flow.slots[left[a]].numbers()
         guessed.append(f"{linen.first_leaf[left[a]]} = {nnx.first_leaf[right[b]]}")
     return guessed
 
@@ -104,14 +104,15 @@ def _without_mate(linen: SlottedSide, mate: Array) -> list[str]:
     """The Linen leaves of which no element is the mate of another."""
     taken = _taken(linen, mate)
     alone = []
-    for path, numbers in linen.trace.numbers.items():
-        if numbers.size and not taken[numbers].any():
+    for path in linen.paths:
+        own = linen.trace.part(taken, path)
+        if own.size and not own.any():
             alone.append(path)
     return alone
 
 
 def _taken(linen: SlottedSide, mate: Array) -> Array:
     """(Linen elements,) bool: which of them are the mate of another."""
-    taken = np.zeros(linen.owner.size, bool)
+    taken = np.zeros(linen.trace.size, bool)
     taken[mate[mate >= 0]] = True
     return taken

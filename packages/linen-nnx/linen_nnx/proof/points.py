@@ -45,7 +45,7 @@ def points(both: Both, mate: Array) -> list[Point]:
 
     mate: (nnx elements,): the Linen element that each is, -1 for none.
     """
-    numbers = np.arange(both[0].side.owner.size), mate
+    numbers = np.arange(both[0].side.trace.size), mate
     pairs = _sharing(both, mate)
     found = [_point(both, pair, numbers) for pair in pairs]
     found += [_point(both, pair, None) for pair in _of_one_side(both, pairs)]

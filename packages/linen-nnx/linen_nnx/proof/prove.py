@@ -372,7 +372,7 @@ def _suspects(linen: Trace, nnx: Trace, book: RuleBook) -> Check:
     Linen's elements: where they put other numbers into an nnx leaf, the book is wrong.
     """
     name = "the rule book, against the models' code"
-    numbers = linen.numbers
+    numbers = linen.all_numbers()
     try:
         known = propose(linen, nnx)
         ours = RuleBook([r for r in book.rules if r.lossless]).to_nnx(numbers, partial=True)

@@ -92,7 +92,7 @@ class SideRun:
         return first
 
     def _use_of(self, slot: Slot) -> int:
-        return int(self.flow.owner[slot.ids[0, 0]])
+        return int(self.flow.owner[slot.first])
 
     def layer(self, use: int) -> str:
         """The path of the module that holds the leaf of a use, as `blocks/up[7]` in a scan."""

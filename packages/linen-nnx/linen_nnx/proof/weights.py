@@ -22,6 +22,7 @@ from linen_nnx.disk.finding import find
 from linen_nnx.disk.runs import Runs
 from linen_nnx.disk.sides import guess_side
 from linen_nnx.disk.state import Form, read_state
+from linen_nnx.infer.counted import Counted
 from linen_nnx.infer.run import distinct
 from linen_nnx.infer.sides import SlottedSide
 from linen_nnx.infer.trial import equalised
@@ -68,7 +69,7 @@ def weights(
     if "nnx" not in found:
         found["nnx"] = _carried(linen, nnx, found["linen"], book, mate, notes)
     elif "linen" not in found:
-        back = np.full(linen.owner.size, -1)
+        back = np.full(linen.trace.size, -1)
         back[mate[mate >= 0]] = np.flatnonzero(mate >= 0)
         found["linen"] = _carried(nnx, linen, found["nnx"], book, back, notes)
     elif others := _different(linen, nnx, found["linen"], found["nnx"], mate):
@@ -76,23 +77,14 @@ def weights(
     return found["linen"], found["nnx"], notes
 
 
-def gather(side: SlottedSide, leaves: Mapping[str, Any], ids: Array) -> Array:
-    """The values of elements, by number, in the shape of `ids`."""
-    # Of all leaves together only those that hold one of the elements.
-    paths = side.leaves_of(ids)
-    numbers = np.concatenate([side.trace.numbers[path].ravel() for path in paths])
-    values = np.concatenate([np.asarray(leaves[path]).ravel() for path in paths])
-    return values[np.searchsorted(numbers, ids)]
-
-
 def random_leaves(side: SlottedSide) -> Leaves:
     """Seeded values that differ from use to use; positive where a leaf acts element by element.
 
     Equal values would hide a swap of two leaves, and a scale or a variance below 0 means NaN.
     """
-    values = distinct(side, np.full(side.owner.size, 0.5), side.paths)
-    numbered = side.trace.numbers.items()
-    return {path: values[ids].astype(side.trace.leaves[path].dtype) for path, ids in numbered}
+    values = distinct(side, np.full(side.trace.size, 0.5), side.paths)
+    leaves = side.trace.leaves.items()
+    return {path: side.trace.part(values, path).astype(leaf.dtype) for path, leaf in leaves}
 
 
 def _carried(
@@ -111,10 +103,10 @@ def _carried(
     fresh = random_leaves(two) if without_rule else {}
     alone = []
     for path in without_rule:
-        ids = mate[two.trace.numbers[path]]
+        ids = two.trace.part(mate, path)
         found[path] = fresh[path]
         if (ids >= 0).any():
-            found[path][ids >= 0] = gather(one, leaves, ids[ids >= 0])
+            found[path][ids >= 0] = one.gather(leaves, Counted.of(ids[ids >= 0]))
         if (ids < 0).any():
             alone.append(path)
     if alone:
@@ -128,11 +120,11 @@ def _different(
     """The nnx leaves whose bits are not those of their mates."""
     different = []
     for path in nnx.paths:
-        ids = mate[nnx.trace.numbers[path]]
+        ids = nnx.trace.part(mate, path)
         # Elements without a mate have nothing to differ from.
         if not ids.size or (ids < 0).any():
             continue
-        if gather(linen, ours, ids).tobytes() != theirs[path].tobytes():
+        if linen.gather(ours, Counted.of(ids)).tobytes() != theirs[path].tobytes():
             different.append(path)
     return different
 
