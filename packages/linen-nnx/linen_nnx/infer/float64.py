@@ -17,6 +17,7 @@ that it computes, and not as a custom derivative says.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.dtypes import float0
-from jax.extend.core import ClosedJaxpr
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from linen_nnx.infer.jaxprs import bind, branches, called, interpret, scan_parts, while_parts
 
@@ -88,22 +89,56 @@ def outputs_and_slopes(
     return [*outs, *others], slopes
 
 
+Pull = Callable[[Sequence[Any], Sequence[Any], int], tuple[list[Any], list[Any]]]
+"""`(leaves, inputs, count)` to the outputs and the gradients, as of `outputs_and_slopes`."""
+
+
 def is_small(jaxpr: Any) -> bool:
-    """Whether a widened jaxpr is better compiled as a whole than run equation by equation."""
+    """Whether a widened jaxpr is better compiled as a whole than run equation by equation.
+
+    A small one becomes one program that is not optimised. A large one runs equation by equation:
+    equal equations are compiled once, as layers are alike. Either takes the least compiling.
+    """
     return len(jaxpr.eqns) <= _SMALL
 
 
-def with_little_compiling(
-    function: Callable[..., Any], jaxpr: Any, **options: Any
-) -> Callable[..., Any]:
-    """Makes a function that runs a widened jaxpr a few times with the least compiling.
+def pulling(jaxpr: Any) -> Pull:
+    """Makes `outputs_and_slopes` of a widened jaxpr a function that runs a few times.
 
-    A small one becomes one program that is not optimised. A large one runs equation by equation:
-    equal equations are compiled once, as layers are alike.
+    The function takes its leaves over: the gradients are written where the leaves were. So it needs
+    half the memory, and whoever has the leaves must not use them again.
+
+    Example:
+        >>> jaxpr = jax.make_jaxpr(lambda w, x: [w * x])(jnp.ones(2), jnp.ones(2))
+        >>> outs, slopes = pulling(jaxpr)([jnp.ones(2)], [jnp.full(2, 3.0)], 1)
+        >>> outs[0].tolist()
+        [3.0, 3.0]
     """
+    function = jaxpr_as_fun(jaxpr)
     if not is_small(jaxpr):
-        return function
-    return jax.jit(function, compiler_options=UNOPTIMISED, **options)
+        return partial(outputs_and_slopes, function)
+
+    def given(
+        floats: Sequence[Any], others: Sequence[Any], inputs: Sequence[Any], count: int
+    ) -> tuple[list[Any], list[Any]]:
+        leaves = [b if a is None else a for a, b in zip(floats, others, strict=True)]
+        return outputs_and_slopes(function, leaves, inputs, count)
+
+    run = jax.jit(given, static_argnums=3, donate_argnums=0, compiler_options=UNOPTIMISED)
+
+    def pull(
+        leaves: Sequence[Any], inputs: Sequence[Any], count: int
+    ) -> tuple[list[Any], list[Any]]:
+        # Only floats have a gradient of their own size, to be written in their place.
+        floats: list[Any] = []
+        others: list[Any] = []
+        for leaf in leaves:
+            is_float = jnp.issubdtype(leaf.dtype, jnp.inexact)
+            floats.append(leaf if is_float else None)
+            others.append(None if is_float else leaf)
+        return run(floats, others, inputs, count)
+
+    return pull
 
 
 def _evaluate(jaxpr: Any, args: Sequence[Any], plain: bool = False) -> list[Any]:

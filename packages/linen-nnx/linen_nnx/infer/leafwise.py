@@ -52,11 +52,13 @@ from linen_nnx.infer.trial import Point, Trial, has_copies
 Array = np.ndarray
 _AGREES = 1e-3  # gap of gradients where numbers differ from leaf to leaf: a wrong rule is 1 away
 _TRIED = 64  # combinations of alternatives
+Blind = tuple[set[str], set[str]]
+"""The Linen and the nnx leaves whose gradient is nothing but rounding."""
 
 
 def pair_leaves(
     trial: Trial, rules: Sequence[FoundRule], open_: OpenLeaves
-) -> tuple[list[FoundRule], OpenGradients | None]:
+) -> tuple[list[FoundRule], Blind | None]:
     """Finds rules for leaves that have none.
 
     Args:
@@ -65,35 +67,64 @@ def pair_leaves(
       open_: the leaves without one, of either side.
 
     Returns:
-      more rules, and the gradients of the leaves that were open in the last round.
+      more rules, and the open leaves that were blind in the last round.
     """
     found: list[FoundRule] = []
-    gradients = point = None
+    view = None
     while open_[0] and open_[1]:
-        known = [*rules, *found]
-        # What confirmed the last rules has the gradients of this round, too.
-        point = point or trial.point(known, by=open_)
-        gradients = _open_gradients(trial.ground.sides, point, open_)
-        new, point = _first_that_holds(trial, known, gradients, open_)
+        view = _View(trial, [*rules, *found], open_, view.point if view else None)
+        new = _first_that_holds(view)
         if not new:
             break
         found += new
         for rule in new:
             open_ = open_[0] - rule.linen, open_[1] - rule.nnx
-    return found, gradients
+    return found, view.blind if view else None
 
 
-def _first_that_holds(
-    trial: Trial, known: Sequence[FoundRule], gradients: OpenGradients, open_: OpenLeaves
-) -> tuple[list[FoundRule], Point | None]:
-    """The rules of the first kind of proposal some of which hold, and where that was seen."""
+class _View:
+    """The gradients of the open leaves, while some rules are known.
+
+    All gradients of both sides take four times the memory of a model in float32. So they are not
+    kept while rules are tried, and looked at anew where none of these held.
+
+    Attributes:
+      trial, known, open_: as for `pair_leaves`.
+      point: where the rules that hold were confirmed: it has the gradients of the next round, too.
+      blind: the leaves that were blind, once gradients were looked at.
+    """
+
+    def __init__(
+        self, trial: Trial, known: Sequence[FoundRule], open_: OpenLeaves, point: Point | None
+    ) -> None:
+        self.trial, self.known, self.open_ = trial, known, open_
+        self.point = point
+        self.blind: Blind | None = None
+        self._gradients: OpenGradients | None = None
+
+    def gradients(self) -> OpenGradients:
+        """The gradients, looked at if they are not known."""
+        if self._gradients is None:
+            point = self.point or self.trial.point(self.known, by=self.open_)
+            self._gradients = _open_gradients(self.trial.ground.sides, point, self.open_)
+            self.blind = self._gradients.blind
+        return self._gradients
+
+    def forget(self) -> None:
+        """Gives the gradients' memory back."""
+        self.point = self._gradients = None
+
+
+def _first_that_holds(view: _View) -> list[FoundRule]:
+    """The rules of the first kind of proposal some of which hold; the view keeps their point."""
     for propose in PROPOSALS:
-        proposed = propose(trial, known, gradients, open_)
+        proposed = propose(view.trial, view.known, view.gradients(), view.open_)
         if proposed:
-            new, point = _holding(trial, known, proposed, open_)
+            view.forget()
+            new, view.point = _holding(view.trial, view.known, proposed, view.open_)
             if new:
-                return new, point
-    return [], None
+                return new
+    return []
 
 
 def _open_gradients(both: Both, point: Point, open_: OpenLeaves) -> OpenGradients:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from linen_nnx.infer.float64 import wide
+from linen_nnx.infer.memory import give_back
 from linen_nnx.infer.sides import SlottedSide
 
 Array = np.ndarray
@@ -59,7 +60,8 @@ def run(side: SlottedSide, inputs: Sequence[Any], values: Array, by: Collection[
         leaves = []
         for path, kind in zip(side.paths, kinds, strict=False):
             leaves.append(jnp.asarray(trace.part(values, path), kind))
-        before = {path: leaves[side.paths.index(path)] for path in trace.updates}
+        # Copies: the leaves' memory is taken over by the gradients.
+        before = {path: np.array(leaves[side.paths.index(path)]) for path in trace.updates}
         inputs = list(map(wide, inputs))
         slopes: list[Any] = []
         # A small model is compiled once, with its gradient: compiling it twice would take longer.
@@ -67,7 +69,7 @@ def run(side: SlottedSide, inputs: Sequence[Any], values: Array, by: Collection[
             outs, slopes = trace.pull_plain(leaves, inputs, trace.count)
         else:
             outs = trace.run_wide(*leaves, *inputs)
-        del leaves  # with the gradients they are four times a model in float32
+        del leaves
         outs = [np.asarray(out) for out in outs]
     updates: dict[str, Array] = {}
     for path, value in zip(trace.updates, outs[trace.count :], strict=True):
@@ -80,6 +82,8 @@ def run(side: SlottedSide, inputs: Sequence[Any], values: Array, by: Collection[
             sizes[path] = float(np.abs(slope).max(initial=0))
             if path in by:
                 kept[path] = np.asarray(slope)
+    del slopes
+    give_back()
     return Run(outs[: trace.count], updates, kept, sizes)
 
 

@@ -27,6 +27,7 @@ import numpy as np
 
 from linen_nnx.infer.counted import Counted
 from linen_nnx.infer.dataflow import Flow, Slot, flow
+from linen_nnx.infer.memory import give_back
 from linen_nnx.infer.trace import Trace
 
 Array = np.ndarray
@@ -138,6 +139,7 @@ def sides(linen: Trace, nnx: Trace, alone: Mapping[str, float]) -> Both:
                 collection = "other"
             side.forms.append((collection, *slot.shape))
         both.append(side)
+        give_back()
     held = {path: np.full(linen.leaves[path].shape, value) for path, value in alone.items()}
     both[0] = both[0].holding(held)
     return _parted(_cut(both[0], both[1])), _parted(_cut(both[1], both[0]))

@@ -23,17 +23,17 @@ from linen_nnx.infer.fingerprints import fingerprints
 from linen_nnx.infer.found import FoundRule
 from linen_nnx.infer.ground import common_ground
 from linen_nnx.infer.grouped import Reasons, rules_by_name, rules_of_pairs
-from linen_nnx.infer.leafwise import pair_leaves
+from linen_nnx.infer.leafwise import Blind, pair_leaves
 from linen_nnx.infer.lossy import lossy
 from linen_nnx.infer.notes import notes_of_book, with_notes
-from linen_nnx.infer.proposals import OpenGradients, OpenLeaves
+from linen_nnx.infer.proposals import OpenLeaves
 from linen_nnx.infer.sides import Both, even, sides
 from linen_nnx.infer.trace import Trace, trace_linen, trace_nnx
 from linen_nnx.infer.trial import Trial
 from linen_nnx.infer.twin import Twin
 from linen_nnx.infer.unassigned import unassigned
 
-_TIMES = 24  # the leaves' bytes, at the peak: `make bench ARGS=proofs` measures it
+_TIMES = 8  # the leaves' bytes, at the peak: `make bench ARGS=proofs` measures it
 _APART = "with numbers that differ from leaf to leaf the twins' outputs differ"
 _HIDDEN = (
     "the sides use different leaves, and agree only where a constant in these hides all the others"
@@ -102,9 +102,9 @@ def propose(linen: Trace, nnx: Trace, progress: Say = silent) -> RuleBook:
         progress("testing the rules on random numbers")
         trial = Trial(ground, prints.tolerance)
         rules = _sound(trial, rules, why)
-        more, gradients = pair_leaves(trial, rules, _open_leaves(both, rules, losses.reasons))
+        more, blind = pair_leaves(trial, rules, _open_leaves(both, rules, losses.reasons))
         rules += more
-        if ground.constant and _is_hidden(both, gradients):
+        if ground.constant and _is_hidden(both, blind):
             ground = ground._replace(problem=_HIDDEN)
             for number, side in enumerate(both):
                 why |= {(number, path): SEE_NOTES for path in side.paths if side.slots_of[path]}
@@ -145,10 +145,10 @@ def _open_leaves(
     return open_
 
 
-def _is_hidden(both: Both, gradients: OpenGradients | None) -> bool:
+def _is_hidden(both: Both, blind: Blind | None) -> bool:
     """Whether both sides have an open leaf that no output sees, and they use different leaves.
 
     Then the twins may agree for no better reason than that a constant hides where they differ: a
     branch whose weights are all 0.03 adds next to nothing, whatever it computes.
     """
-    return gradients is not None and all(gradients.blind) and not even(both)
+    return blind is not None and all(blind) and not even(both)

@@ -30,7 +30,7 @@ from jax.extend.core import jaxpr_as_fun
 from linen_nnx.book.specs import Side
 from linen_nnx.infer import calls
 from linen_nnx.infer.arguments import arrays_of_inputs, arrays_of_outputs
-from linen_nnx.infer.float64 import is_small, outputs_and_slopes, widen, with_little_compiling
+from linen_nnx.infer.float64 import UNOPTIMISED, Pull, is_small, pulling, widen
 from linen_nnx.infer.jaxprs import holds, some_outputs
 from linen_nnx.infer.keys import Stream, adopt, set_mode
 from linen_nnx.infer.twin import Twin, attempt
@@ -97,24 +97,20 @@ class Trace:
     @cached_property
     def run_wide(self) -> Callable[..., list[jax.Array]]:
         """The function in float64, to be called with x64."""
-        return with_little_compiling(jaxpr_as_fun(self.wide), self.wide)
+        run = jaxpr_as_fun(self.wide)
+        return jax.jit(run, compiler_options=UNOPTIMISED) if self.small else run
 
     @cached_property
-    def pull_wide(self) -> Callable[..., tuple[list[jax.Array], list[jax.Array]]]:
-        """`outputs_and_slopes` of that function: `(leaves, inputs, count) -> (outputs, slopes)`."""
-        return with_little_compiling(
-            partial(outputs_and_slopes, jaxpr_as_fun(self.wide)), self.wide, static_argnums=2
-        )
+    def pull_wide(self) -> Pull:
+        """`outputs_and_slopes` of that function. It takes its leaves over, see `pulling`."""
+        return pulling(self.wide)
 
     @cached_property
-    def pull_plain(self) -> Callable[..., tuple[list[jax.Array], list[jax.Array]]]:
+    def pull_plain(self) -> Pull:
         """`pull_wide` without any `stop_gradient`."""
         if not holds(self.jaxpr, "stop_gradient"):
             return self.pull_wide
-        plain = widen(self.jaxpr, plain=True)
-        return with_little_compiling(
-            partial(outputs_and_slopes, jaxpr_as_fun(plain)), plain, static_argnums=2
-        )
+        return pulling(widen(self.jaxpr, plain=True))
 
     def constructed(self, path: str, seed: int = 0) -> np.ndarray:
         """What the model's own constructor fills a leaf with."""

@@ -18,6 +18,7 @@ from linen_nnx.book.ops import Copy
 from linen_nnx.book.rules import RuleBook
 from linen_nnx.infer.found import FoundRule
 from linen_nnx.infer.ground import Ground
+from linen_nnx.infer.memory import give_back
 from linen_nnx.infer.run import Run, difference, distinct, run
 
 Array = np.ndarray
@@ -76,6 +77,7 @@ class Trial:
             new = book.to_nnx(equalised(book, {**before, **one.updates}), partial=True)
         after = {path: np.array(new[path]) for path in nnx.trace.updates if path in new}
         del ours, before, new  # each is as large as the model
+        give_back()
         two = run(nnx, self.ground.inputs, theirs, by[1])
         expected, got = list(one.outputs), list(two.outputs)
         for path, value in two.updates.items():

@@ -137,7 +137,9 @@ class Subject:
         arguments = []
         for value, aval in zip(given, self.trace.jaxpr.in_avals, strict=True):
             if jnp.issubdtype(value.dtype, jnp.floating):
-                value = jnp.asarray(value, jnp.dtype("float64") if wide else aval.dtype)
+                # A copy: a program in float64 takes its leaves over, and the state is not its own.
+                to = jnp.dtype("float64") if wide else aval.dtype
+                value = jnp.array(value, to, copy=wide)
             arguments.append(value)
         return arguments
 
