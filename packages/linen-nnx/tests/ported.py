@@ -569,6 +569,45 @@ def scan_over_remat() -> Pair:
     return Pair(Twin(Linen, lambda rngs: Nnx(rngs), lambda: (X,)), rules)
 
 
+@ported
+def parts_without_a_gradient() -> Pair:
+    """Rows that no example looks up, biases that softmax cancels, pixels flattened by channels."""
+    places = jnp.sin(jnp.arange(4.0 * D)).reshape(4, D)
+
+    class Linen(nn.Module):
+        @nn.compact
+        def __call__(self, tokens):
+            first, second = nn.Embed(11, D, name="early"), nn.Embed(7, D, name="late")
+            x = jnp.concatenate([first(tokens[:, :2]), second(tokens[:, 2:])], 1) + places
+            q, k, v = (nn.Dense(D, name=name)(x) for name in "qkv")
+            y = x + nn.softmax(q @ k.swapaxes(1, 2)) @ v
+            return nn.Dense(3, name="out")(y.reshape(len(y), -1))
+
+    class Nnx(nnx.Module):
+        def __init__(self, rngs):
+            self.table = nnx.Embed(18, D, rngs=rngs)
+            self.qkv, self.out = linear(rngs, D, 3 * D), linear(rngs, 4 * D, 3)
+
+        def __call__(self, tokens):
+            x = self.table(tokens + jnp.array([0, 0, 11, 11])) + places
+            q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
+            y = jax.nn.softmax(q @ k.swapaxes(1, 2)) @ v + x
+            return self.out(y.swapaxes(1, 2).reshape(len(y), -1))
+
+    tables = ["params/early/embedding", "params/late/embedding"]
+    after = {"op": "concat", "axis": 0, "sizes": [11, 7]}
+    rules = [{"linen": tables, "nnx": "table/embedding", "ops": [after]}]
+    fused = [f"params/{name}/{{leaf}}" for name in "qkv"]
+    rules.append({"linen": fused, "nnx": "qkv/{leaf}", "ops": [{"op": "concat", "axis": -1}]})
+    cut = {"op": "reshape", "linen": [4 * D, 3], "nnx": [4, D, 3]}
+    merged = {"op": "reshape", "linen": [D, 4, 3], "nnx": [4 * D, 3]}
+    turned = {"op": "transpose", "perm": [1, 0, 2]}
+    rules.append(same("params/out/kernel", "out/kernel", cut, turned, merged))
+    rules.append(same("params/out/bias", "out/bias"))
+    tokens = jnp.array([[3, 1, 4, 1], [5, 9, 2, 6]])
+    return Pair(Twin(Linen, lambda rngs: Nnx(rngs), lambda: (tokens,)), rules)
+
+
 # One source, two homes
 
 

@@ -149,6 +149,45 @@ def test_models_that_compute_something_else_get_no_rules_but_candidates(twin, re
     assert any(known.candidates for known in book.unassigned.values())
 
 
+class OnePlus(nn.Module):
+    """A norm that starts with zeros; its port multiplies by the scale alone."""
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.zeros, (4,))
+        return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6) * (1 + scale)
+
+
+class Kept(nn.Module):
+    """Statistics that this call does not use, and its port holds in another form."""
+
+    @nn.compact
+    def __call__(self, x):
+        self.variable("ema", "sums", jnp.zeros, (4, 3))
+        return nn.Dense(3, name="out")(OnePlus(name="norm")(x))
+
+
+class KeptPort(nnx.Module):
+    def __init__(self, rngs):
+        self.norm, self.out = nnx.RMSNorm(4, rngs=rngs), nnx.Linear(4, 3, rngs=rngs)
+        self.totals = nnx.Variable(jnp.zeros((3, 4)))
+
+    def __call__(self, x):
+        return self.out(self.norm(x))
+
+
+def test_what_holds_the_same_in_another_form_stays_open_and_the_rest_is_assigned():
+    book = suggest(Twin(Kept, KeptPort, lambda: (jnp.ones((2, 4)),)))
+
+    assert [str(rule) for rule in book.rules] == ["`params/out/{leaf}` <-> `out/{leaf}`"]
+    why = {path: known.reason for path, known in book.unassigned.items()}
+    assert set(why) == {"params/norm/scale", "norm/scale", "ema/sums", "totals"}
+    assert "`norm/scale` holds the same in another form" in why["params/norm/scale"]
+    assert "where this is 0 and that is 1" in why["params/norm/scale"]
+    assert book.unassigned["params/norm/scale"].likely is None
+    assert str(book.unassigned["ema/sums"].likely) == "`ema/sums` <-> `totals`"
+
+
 def test_another_activation_leaves_open_what_it_hides():
     pair = stack_of(2, 2, act=nnx.sigmoid)
 

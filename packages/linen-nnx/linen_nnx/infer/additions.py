@@ -8,6 +8,7 @@ Each gets an `init` rule with the values that the model's own constructor gives 
 both models compute the same: that has been run.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -47,18 +48,26 @@ def additions(
     for path in linen.held:
         if linen.trace.leaves[path].collection != "params" and path not in lossy[0]:
             rules.append(addition(linen.trace, path, "only Linen has it"))
-    filled = [path for path in nnx.held if path not in lossy[1]]
+    # Where leaves of Linen are held, too, those of nnx of that shape are no additions: they hold
+    # the same in another form.
+    forms: set[tuple[int, ...]] = set()
+    for path in linen.held:
+        if linen.trace.leaves[path].collection == "params" and path not in lossy[0]:
+            forms.add(linen.trace.leaves[path].shape)
+    filled: list[str] = []
+    for path in nnx.held:
+        if path not in lossy[1] and nnx.trace.leaves[path].shape not in forms:
+            filled.append(path)
     # Once every Linen leaf has a rule, what nnx has over can only be its own.
     if not open_[0] and open_[1]:
         values = {path: nnx.trace.constructed(path) for path in open_[1]}
         if trial.point(found, fixed=values).gap <= trial.tolerance:
             filled += sorted(open_[1], key=nnx.paths.index)
     rules += [addition(nnx.trace, path, _KEPT) for path in filled]
-    # An unused leaf of nnx may be an unused one of Linen, if that has its shape: that is for a
-    # person to say.
-    shapes = {linen.trace.leaves[path].shape for path in _idle(trial, found, 0)}
+    # An unused leaf of nnx may be an unused one of Linen, if that has its size: a person must say.
+    sizes = {math.prod(linen.trace.leaves[path].shape) for path in _idle(trial, found, 0)}
     for path in _idle(trial, found, 1):
-        if nnx.trace.leaves[path].shape not in shapes:
+        if math.prod(nnx.trace.leaves[path].shape) not in sizes:
             rules.append(addition(nnx.trace, path, _UNUSED))
     return rules
 

@@ -390,8 +390,8 @@ def _open_slots(
         if prints.problem:
             why = SEE_NOTES
         elif form == HELD:
-            value = shown(side.held[side.first_leaf[slot]])
-            why = f"the other side has no leaf for it; both compute the same where it is {value}"
+            near = _in_another_form(side, other, slot)
+            why = _why_held(side, other, slot, near)
         elif not near:
             why = "the other side uses nothing of its collection and size"
         elif form not in prints.rich:
@@ -409,6 +409,35 @@ def _open_slots(
             why = "the dataflow contradicts every use of the other side that fits it"
         result[slot] = fitting or near, why
     return result
+
+
+def _in_another_form(side: SlottedSide, other: SlottedSide, slot: int) -> list[int]:
+    """The slots of the other side that may hold what a slot that is held does, likeliest first."""
+    shape = side.trace.leaves[side.first_leaf[slot]].shape
+    alike: list[int] = []
+    for number in other.slots_of_form(HELD):
+        leaf = other.trace.leaves[other.first_leaf[number]]
+        if leaf.shape == shape and leaf.collection == "params":
+            alike.append(number)
+    # The third of a shape by order of use is likely to be the third of that shape there.
+    rank = 0
+    for number in side.slots_of_form(HELD):
+        if number < slot and side.trace.leaves[side.first_leaf[number]].shape == shape:
+            rank += 1
+    return sorted(alike, key=lambda number: abs(alike.index(number) - rank))
+
+
+def _why_held(side: SlottedSide, other: SlottedSide, slot: int, near: list[int]) -> str:
+    """Why a slot that is held has no pair."""
+    value = shown(side.held[side.first_leaf[slot]])
+    if not near:
+        return f"the other side has no leaf for it; both compute the same where it is {value}"
+    mate = other.first_leaf[near[0]]
+    return (
+        f"`{mate}` holds the same in another form, it seems: both compute the same where this is "
+        f"{value} and that is {shown(other.held[mate])} (1 + scale against scale, say). No op "
+        "translates that: give the nnx model the form that Linen has"
+    )
 
 
 def _nearest(side: SlottedSide, other: SlottedSide, slot: int, gaps: Array) -> list[int]:

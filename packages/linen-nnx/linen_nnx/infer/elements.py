@@ -58,11 +58,20 @@ def orders(before: Array, after: Array, near: float) -> dict[bytes, Ops]:
       near: the largest `gap` of equal gradients.
 
     Returns:
-      the ops, by the order in bytes; the plainest ops for each.
+      the ops, by the order in bytes; the plainest ops for each. Orders that walk over factors of an
+      axis are listed only where no other one fits.
     """
+    plain = _fitting(before, after, near, _ways_to_move(before.shape, after.shape))
+    if plain or before.ndim > 2:
+        return plain
+    return _fitting(before, after, near, _ways_to_walk(before.shape, after.shape))
+
+
+def _fitting(before: Array, after: Array, near: float, ways: Iterator[Ops]) -> dict[bytes, Ops]:
+    """The ways that move one array into the other, by the order in bytes."""
     found: dict[bytes, Ops] = {}
     numbers = np.arange(before.size).reshape(before.shape)
-    for ops in _ways_to_move(before.shape, after.shape):
+    for ops in ways:
         book = RuleBook([rule_of(["linen"], ["nnx"], ops)])
         moved = book.to_nnx({"linen": before})["nnx"]
         if gap(moved, after) <= near:
@@ -99,6 +108,32 @@ def _ways_to_move(before: Shape, after: Shape) -> Iterator[Ops]:
         start = tuple(after[perm.index(axis)] for axis in as_they_stand)
         if perm != as_they_stand and start != before:
             yield (Reshape(before, start), Transpose(perm))
+
+
+def _ways_to_walk(before: Shape, after: Shape) -> Iterator[Ops]:
+    """Ways in which two factors of one axis change places, as a flattened image has them.
+
+    The input of a dense layer, 24 channels and pixels: 4 pixels of 6 channels each in Linen, 6
+    channels of 4 pixels each in the port of a model that had channels first.
+
+    Example:
+        >>> next(_ways_to_walk((4, 3), (4, 3)))[1]
+        Transpose(perm=(1, 0, 2))
+    """
+    axes = range(len(before))
+    for axis, perm in itertools.product(axes, itertools.permutations(axes)):
+        if tuple(before[each] for each in perm) != after:
+            continue
+        # (24, 3) as (4, 6, 3): the axis has two places, all behind it move on by one.
+        swapped: list[int] = []
+        for each in perm:
+            swapped += [axis + 1, axis] if each == axis else [each + (each > axis)]
+        for outer in range(2, before[axis]):
+            inner, rest = divmod(before[axis], outer)
+            if rest == 0:
+                split = (*before[:axis], outer, inner, *before[axis + 1 :])
+                turned = tuple(split[place] for place in swapped)
+                yield Reshape(before, split), Transpose(tuple(swapped)), Reshape(turned, after)
 
 
 def turns(home: Shape, whole: Shape) -> list[tuple[int, ...] | None]:

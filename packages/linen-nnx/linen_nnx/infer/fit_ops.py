@@ -174,12 +174,19 @@ def _chains(parts: Leaves, whole: Array) -> Iterator[tuple[list[str], Ops]]:
     owner = np.full(whole.shape, -1)
     for number, path in enumerate(names):
         owner[np.isin(whole, parts[path][parts[path] >= 0])] = number
+    # One part of which nothing is known: it is all that belongs to no other.
+    dark = [number for number in range(len(names)) if not (owner == number).any()]
+    if len(dark) == 1 and (owner < 0).sum() == parts[names[dark[0]]].size:
+        owner[owner < 0] = dark[0]
     # Parts along an axis: each slice across it belongs to one part.
     for axis in range(whole.ndim):
         slices = np.moveaxis(owner, axis, 0).reshape(whole.shape[axis], -1)
         most = slices.max(axis=1, keepdims=True)
-        if (most >= 0).all() and ((slices == most) | (slices < 0)).all():
-            yield from _joined(parts, names, whole, most[:, 0], axis)
+        if not ((slices == most) | (slices < 0)).all():
+            continue
+        owners = _completed(most[:, 0], [parts[path].size for path in names], whole.size)
+        if owners is not None:
+            yield from _joined(parts, names, whole, owners, axis)
     if (owner < 0).any():
         return
     # Parts that take turns within an axis: heads of queries, keys and values in one kernel stand
@@ -197,6 +204,32 @@ def _chains(parts: Leaves, whole: Array) -> Iterator[tuple[list[str], Ops]]:
         shaped = whole.reshape(*before, period)
         for order, ops in _joined(parts, names, shaped, flat[:period], len(before)):
             yield order, (*ops, *_reshape(shaped, whole))
+
+
+def _completed(owners: Array, sizes: Sequence[int], total: int) -> Array | None:
+    """The part that each slice belongs to, where that is known of some slices alone.
+
+    Args:
+      owners: for each slice the number of its part, -1 where that is not known.
+      sizes: the number of elements of each part.
+      total: the number of elements of all slices.
+
+    Returns:
+      The parts in the order of their first known slices, each as many slices as it has elements;
+      None where that contradicts what is known.
+
+    Example:
+        >>> _completed(np.array([0, -1, -1, 1, -1]), [3, 2], 5)
+        array([0, 0, 0, 1, 1])
+    """
+    order = list(dict.fromkeys(owners[owners >= 0].tolist()))
+    if len(order) != len(sizes) or sum(sizes) != total:
+        return None
+    counts = [sizes[number] * len(owners) // total for number in order]
+    completed = np.repeat(order, counts)
+    if completed.size != owners.size or (completed != owners)[owners >= 0].any():
+        return None
+    return completed
 
 
 def _joined(

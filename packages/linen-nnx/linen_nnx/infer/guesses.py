@@ -6,10 +6,11 @@
     -                   pe              a table that Linen computes in its call
     -                   up/lora_a       an adapter's
     stats/count         -               a variable that is no parameter
+    norm/scale          norm/scale      zeros there, ones here: 1 + scale against scale
 
 Such a leaf is held at the value that its model's constructor gives it. With the right guess the
 outputs of both sides agree, which `ground.py` tries out. So a guess may be wrong. The likeliest
-come first, and there are 36 at most.
+come first, and there are 40 at most.
 """
 
 import itertools
@@ -24,17 +25,16 @@ from linen_nnx.infer.sides import Both, SlottedSide, even, odd_vectors
 Array = np.ndarray
 Held = tuple[Mapping[str, Array], Mapping[str, Array]]
 """For Linen and nnx: the leaves that the other side has not, with their values."""
+_FORMS = 4  # pairs of names whose leaves may hold the same in two forms
 _GROUPS = 5  # kinds of leaves of which every subset is tried: 31 at most
 
 
 def guesses(both: Both) -> Iterator[Held]:
     """Yields guesses at the leaves that only one side has, the likeliest first, each once.
 
-    The first is that there are none; the only one, where both sides have the same forms.
+    The first is that there are none.
     """
     yield {}, {}
-    if even(both):
-        return
     seen: set[tuple[frozenset[str], ...]] = {(frozenset(), frozenset())}
     for linen, nnx in _likely(both):
         key = frozenset(linen), frozenset(nnx)
@@ -47,6 +47,10 @@ def guesses(both: Both) -> Iterator[Held]:
 
 def _likely(both: Both) -> Iterator[tuple[Sequence[str], Sequence[str]]]:
     """Linen and nnx leaves that the other side may lack, by path; some of them twice."""
+    yield from itertools.islice(_in_another_form(both), _FORMS)
+    # With the same forms on both sides none is lacking.
+    if even(both):
+        return
     # Variables that are no parameters, where the other side has none: tables, counts, masks.
     linen, nnx = _constants(both[0], both[1]), _constants(both[1], both[0])
     yield linen, nnx
@@ -70,6 +74,35 @@ def _likely(both: Both) -> Iterator[tuple[Sequence[str], Sequence[str]]]:
         for chosen in itertools.combinations(names, count):
             paths = itertools.chain.from_iterable(kinds[name] for name in chosen)
             yield linen, [*nnx, *added, *paths]
+
+
+def _in_another_form(both: Both) -> Iterator[tuple[list[str], list[str]]]:
+    """Vectors of one name on either side that may be one another, in another form.
+
+    A norm that multiplies by `1 + scale` starts with zeros, one that multiplies by `scale` with
+    ones. So there are as many of each shape on both sides, and their constructors' values differ.
+    """
+    linen, nnx = _flat_vectors(both[0]), _flat_vectors(both[1])
+    pairs = list(itertools.product(linen, nnx))
+    pairs.sort(key=lambda pair: pair[0][0] != pair[1][0])  # those of one name first
+    for one, two in pairs:
+        counts: list[Counter[tuple[int, ...]]] = []
+        for side, paths in ((both[0], linen[one]), (both[1], nnx[two])):
+            counts.append(Counter(side.trace.leaves[path].shape for path in paths))
+        if one[1] != two[1] and counts[0] == counts[1]:
+            yield linen[one], nnx[two]
+
+
+def _flat_vectors(side: SlottedSide) -> dict[tuple[str, float], list[str]]:
+    """The used vectors that their constructor fills with one number, by their name and it."""
+    found: dict[tuple[str, float], list[str]] = {}
+    for path, leaf in side.trace.leaves.items():
+        if leaf.collection == "params" and len(leaf.shape) == 1 and side.slots_of[path]:
+            values = side.trace.constructed(path)
+            if values.size and (values == values[0]).all():
+                key = path.rpartition("/")[2], float(values[0])
+                found.setdefault(key, []).append(path)
+    return found
 
 
 def _constants(side: SlottedSide, other: SlottedSide) -> list[str]:

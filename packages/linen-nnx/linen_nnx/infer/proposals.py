@@ -11,6 +11,7 @@ A proposal proves nothing yet: `leafwise.py` tries and confirms it. Where severa
 """
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -24,7 +25,7 @@ from linen_nnx.infer.assign import words
 from linen_nnx.infer.contrast import contrast
 from linen_nnx.infer.elements import EQUAL, gap, orders, positions, table, turned_back, turns
 from linen_nnx.infer.fit_ops import Group, rule_for
-from linen_nnx.infer.found import FoundRule, rule_of
+from linen_nnx.infer.found import FoundRule, SidedPath, rule_of
 from linen_nnx.infer.trial import Trial
 
 Array = np.ndarray
@@ -166,12 +167,23 @@ def _sums_to(
 def parts(
     trial: Trial, known: Sequence[FoundRule], gradients: OpenGradients, _open: OpenLeaves
 ) -> list[Alternatives]:
-    """Leaves that hold the elements of several leaves of the other side, or the reverse."""
+    """Leaves that hold the elements of several leaves of the other side, or the reverse.
+
+    One of the parts may have no gradient (softmax cancels the bias of keys), if it is the one leaf
+    beside the others that fills what they leave of the whole.
+    """
     proposed: list[Alternatives] = []
     taken: set[str] = set()
     for one, many in ((0, 1), (1, 0)):
         for path, whole in gradients.seen[one].items():
             at = _positions_in(whole, gradients.seen[many])
+            why = "gradients equal element by element, of the parts and of the whole"
+            left = whole.size - sum(places.size for places in at.values())
+            dark = _dark_part(trial, known, gradients, (one, path), (set(at), left))
+            if dark is not None:
+                shape = trial.ground.sides[many].trace.leaves[dark].shape
+                at[dark] = np.full(shape, -1)
+                why += f"; `{dark}` is what is left of it, and has no gradient, either"
             # The parts must be all of the whole, or some element would have no source.
             filled = sum(places.size for places in at.values()) == whole.size
             if not filled or not taken.isdisjoint({path, *at}):
@@ -186,9 +198,59 @@ def parts(
                 sides = list(at), [path]
             rule = rule_for(group)
             if rule is not None:
-                why = "gradients equal element by element, of the parts and of the whole"
                 proposed.append([_found(trial, known, rule, sides, why)])
     return proposed
+
+
+def _dark_part(
+    trial: Trial,
+    known: Sequence[FoundRule],
+    gradients: OpenGradients,
+    whole: SidedPath,
+    found: tuple[set[str], int],
+) -> str | None:
+    """The one leaf without a gradient that may fill a whole leaf beside its other parts.
+
+    Args:
+      trial, known, gradients: as of a proposal.
+      whole: the leaf of one side, whose parts are on the other.
+      found: the parts whose gradients are known, and how many elements these leave.
+    """
+    one, path = whole
+    parts_found, left = found
+    if not parts_found or not left:
+        return None
+    # Beside the others: in the modules whose leaves went to the module of the whole; where there
+    # are none, below the nearest module that holds all the other parts.
+    modules: set[str] = set()
+    for rule in known:
+        mine, theirs = (rule.linen, rule.nnx) if one == 0 else (rule.nnx, rule.linen)
+        if _module(path) in map(_module, mine):
+            modules.update(map(_module, theirs))
+    above = _common_module(parts_found)
+    leaves = trial.ground.sides[1 - one].trace.leaves
+    dtype = trial.ground.sides[one].trace.leaves[path].dtype
+    fit: list[str] = []
+    for other in gradients.blind[1 - one]:
+        is_beside = _module(other) in modules if modules else f"{other}/".startswith(above)
+        if is_beside and math.prod(leaves[other].shape) == left and leaves[other].dtype == dtype:
+            fit.append(other)
+    return fit[0] if len(fit) == 1 else None
+
+
+def _common_module(paths: Iterable[str]) -> str:
+    """The longest path of a module that holds all leaves, with a slash behind it.
+
+    Example:
+        >>> _common_module(["params/attn/query/bias", "params/attn/value/bias"])
+        'params/attn/'
+    """
+    common: list[str] = []
+    for names in zip(*(path.split("/")[:-1] for path in paths), strict=False):
+        if len(set(names)) > 1:
+            break
+        common.append(names[0])
+    return "".join(f"{name}/" for name in common)
 
 
 def _positions_in(whole: Array, others: Leaves) -> Leaves:

@@ -214,9 +214,7 @@ def trace_linen(twin: Twin) -> Trace:
     def forward(values: list[jax.Array], *given: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
         out = call(module, structure.unflatten(values), *rebuild(given))
         if isinstance(out, tuple) and len(out) == 2 and _collections(out[1], variables):
-            # `mutable` may make new collections (`intermediates`), which are no leaves.
-            after = named(nn.unbox(out[1]))
-            return out[0], {path: value for path, value in after.items() if path in leaves}
+            return out[0], _changed(named(nn.unbox(out[1])), dict(zip(leaves, values, strict=True)))
         return out, {}
 
     traced = _trace("linen", forward, leaves, arrays, layers)
@@ -257,13 +255,7 @@ def trace_nnx(twin: Twin) -> Trace:
         fixed = jax.tree.map(_fixed, random)
         model = nnx.merge(graphdef, fixed, structure.unflatten(values), bare)
         out = call(model, *rebuild(given))
-        after = _values(model)
-        # Whoever updates a Variable puts another tracer in its place.
-        updates: dict[str, jax.Array] = {}
-        for path, value in zip(leaves, values, strict=True):
-            if after[path] is not value:
-                updates[path] = after[path]
-        return out, updates
+        return out, _changed(_values(model), dict(zip(leaves, values, strict=True)))
 
     traced = _trace("nnx", forward, leaves, arrays, layers, _paths(bare), _paths(random))
     chosen = calls.of_nnx(twin, model, rebuild(arrays), in_training)
@@ -281,6 +273,17 @@ def _values(model: nnx.Module) -> dict[str, jax.Array]:
     """The values of a model's Variables by path."""
     state = nnx.to_flat_state(nnx.state(model, nnx.Variable))
     return {joined(path): variable.get_value() for path, variable in state}
+
+
+def _changed(after: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """The new values of the leaves that a call has changed.
+
+    Whoever updates a leaf puts another tracer in its place. What only `after` has is no leaf:
+    `mutable` may make new collections (`intermediates`).
+    """
+    return {
+        path: after[path] for path in before if path in after and after[path] is not before[path]
+    }
 
 
 def _paths(state: Any) -> tuple[str, ...]:

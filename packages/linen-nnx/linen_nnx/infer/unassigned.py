@@ -115,14 +115,17 @@ def _from_slots(
 
 
 def _idle_alike(both: Both, path: str) -> list[str]:
-    """The leaves of the other side that have the shape of a leaf, and are not used either."""
+    """The leaves of the other side with the axes of a leaf, in any order, that are not used either.
+
+    Those with the axes in the same order come first.
+    """
     side, other = both
+    shape = side.trace.leaves[path].shape
     found: list[str] = []
     for name in other.paths:
-        is_same_shape = other.trace.leaves[name].shape == side.trace.leaves[path].shape
-        if is_same_shape and not other.slots_of[name]:
+        if sorted(other.trace.leaves[name].shape) == sorted(shape) and not other.slots_of[name]:
             found.append(name)
-    return found
+    return sorted(found, key=lambda name: other.trace.leaves[name].shape != shape)
 
 
 # Which is likely
@@ -160,6 +163,9 @@ def _strangeness(leaf: SidedPath, home: str | None, other: str) -> tuple[bool, b
 def _likely(both: Both, path: str, candidates: Sequence[str], free: set[str]) -> Rule | None:
     """The rule that would close an open leaf of the first side: nothing proves it."""
     side, other = both
+    # What holds the same in another form is to stay as it is: a rule would change the model.
+    if path in side.held and candidates:
+        return None
     sizes = sorted(side.trace.leaves[path].shape)
     for name in candidates:
         if name in free and sorted(other.trace.leaves[name].shape) == sizes:
