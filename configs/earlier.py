@@ -31,6 +31,8 @@ def upgraded(mapping: Mapping[str, Any]) -> dict[str, Any]:
         # Keys that have come since. What they ask for was not there, so they ask for nothing.
         absent = dict.fromkeys(("csv", "wandb", "mlflow", "norms_every"))
         result["log"] = {**absent, "csv": False, **log}
+    if isinstance(checkpoint := mapping.get("checkpoint"), Mapping):
+        result["checkpoint"] = {"dir": None, **checkpoint}
     optimizer, data = mapping.get("optimizer"), mapping.get("data")
     # Told by the halves beside the optimizer's own keys: its name was the same then as now.
     if isinstance(optimizer, Mapping) and optimizer.keys() >= set(HALVES):

@@ -64,12 +64,25 @@ class Eval:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """When the state is saved, and what is kept of it."""
+    """When the state is saved, where, and what is kept of it."""
 
+    dir: str | None
     every: Count
     keep: Count
     best: bool
     verify: bool
+
+    def __post_init__(self) -> None:
+        scheme, is_url, _ = (self.dir or "").partition("://")
+        if is_url and scheme != "gs":
+            # For s3:// Orbax 0.12 refuses the path itself, when training has begun: "Checkpoint
+            # path should be absolute. Got s3:/..."
+            refuse(
+                {
+                    "dir": f"got {show(self.dir)}; expected a folder on a disk or gs://, as Orbax, "
+                    f"which saves, opens no {scheme}:// path (convert.py copies a checkpoint there)"
+                }
+            )
 
 
 @dataclass(frozen=True)
@@ -176,7 +189,7 @@ class Config:
             problems["run_dir"] = (
                 f"got {show(self.run_dir)}; expected a folder on a disk, as a run locks it, "
                 "appends to its metrics and links its best checkpoint, which no bucket can "
-                "(init_from takes gs:// and s3://)"
+                "(init_from takes gs:// and s3://, and checkpoint.dir takes gs://)"
             )
         # Left in a script from an earlier run, it would be passed over in silence.
         if self.init_from is None and self.init_rules is not None:

@@ -420,12 +420,14 @@ def test_a_multirun_runs_each_job(tmp_path):
         ("optimizer.lr=1e-3,1e-2",),
         ("experiment=sweep", "run_dir=runs/${seed}"),
         ("hydra/sweeper=optuna", "optimizer.lr=interval(1e-4, 1e-1)"),
+        ("optimizer.lr=1e-3,1e-2", "run_dir=runs/${optimizer.lr}", "checkpoint.dir=runs/kept"),
     ],
 )
 def test_a_multirun_into_one_folder_is_refused_before_its_first_job(tmp_path, args):
     outcome = Outcome(tmp_path, "--multirun", *args)
     assert outcome.is_one_message(code=2), outcome.err
-    assert "run_dir: got runs/" in outcome.err and "lr${optimizer.lr}" in outcome.err
+    key = "checkpoint.dir" if "checkpoint.dir=runs/kept" in args else "run_dir"
+    assert f"{key}: got runs/" in outcome.err and "lr${optimizer.lr}" in outcome.err
 
 
 def test_the_configuration_can_be_shown_without_a_run(tmp_path):

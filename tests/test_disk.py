@@ -104,3 +104,9 @@ def test_a_system_error_is_known_from_what_tensorstore_raises() -> None:
     assert system_error(ValueError(text)) == errno.ENOSPC
     assert system_error(ValueError("a bug")) is None
     assert system_error(OSError(errno.EIO, "Input/output error")) == errno.EIO
+
+
+def test_an_error_that_is_raised_once_more_by_what_came_of_it_has_an_end() -> None:
+    first, second = ValueError("of Orbax"), RuntimeError("in our words")
+    second.__cause__, first.__context__ = first, second
+    assert system_error(second) is None

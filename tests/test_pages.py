@@ -20,7 +20,7 @@ from training import compose, optimizer
 ELSEWHERE = {
     "hn/bias", "collection/a/b/kernel", "a/0/kernel", ".cache/jax", "runs/<experiment>-<stage>",
     "checkpoints/<step>/", "best/<step>/", "nonfinite/", "old/checkpoints", "inner/{leaf}",
-    "out/{leaf}",
+    "out/{leaf}", "checkpoints/", "best/",
 }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from configs.schema import Config
 from model import Metrics, Rngs
 from training import data, datasets, losses
 from training.datasets import Dataset
-from training.runtime import mesh, processes, start
+from training.runtime import homes, mesh, processes, start
 from training.runtime.errors import Refused
 from training.runtime.mesh import Layout, OneDevice
 from training.runtime.program import Program, State
@@ -116,6 +116,7 @@ class Setup:
         cfg = self.cfg
         return start.Run(
             run_dir=Path(cfg.run_dir),
+            home=homes.home(cfg.run_dir, cfg.checkpoint.dir),
             config=dataclasses.asdict(cfg),
             stage=cfg.stage,
             forms=self.stage.forms,

@@ -67,4 +67,22 @@ def _log(mapping: Mapping[str, Any]) -> None:
     refuse(problems)
 
 
-CHECKS: cli.Checks = {"model": _model, "optimizer": _optimizer, "data": _data, "log": _log}
+def _checkpoint(mapping: Mapping[str, Any]) -> None:
+    """Refuses a bucket without what reads and writes it, before anything is computed."""
+    place = mapping["checkpoint"].get("dir")
+    if not isinstance(place, str) or not place.startswith("gs://"):
+        return
+    # Orbax puts its side files through gcsfs; this template's own go through obstore.
+    absent = [name for name in ("gcsfs", "obstore") if find_spec(name) is None]
+    if absent:
+        words = f"{' and '.join(absent)} missing: pip install -e '.[buckets]'"
+        refuse({"checkpoint.dir": f"got {place}, with {words}"})
+
+
+CHECKS: cli.Checks = {
+    "model": _model,
+    "optimizer": _optimizer,
+    "data": _data,
+    "checkpoint": _checkpoint,
+    "log": _log,
+}

@@ -11,7 +11,7 @@ from configs.earlier import upgraded
 from configs.schema import Config
 from training import data, moving, samples, summary
 from training.assemble import Setup, prepare, share
-from training.runtime import checkpoints, numerics, reading, start
+from training.runtime import checkpoints, homes, numerics, reading, start
 from training.runtime.board import Board
 from training.runtime.program import State
 from training.runtime.terminal import say
@@ -35,13 +35,13 @@ def report(cfg: Config) -> None:
     Raises:
         Refused: when there is no checkpoint, or one is damaged.
     """
-    run_dir = Path(cfg.run_dir)
-    if cfg.init_from is not None and checkpoints.latest(run_dir / "checkpoints") is None:
+    run_dir, home = Path(cfg.run_dir), homes.home(cfg.run_dir, cfg.checkpoint.dir)
+    if cfg.init_from is not None and checkpoints.latest(home / "checkpoints") is None:
         setup = prepare(cfg)
         saved = start.given(setup.run, as_path(cfg.init_from))
         _show(f"{saved.path}, step {saved.step}", setup, moving.moved(setup, saved))
         return
-    found = [checkpoints.find(run_dir), checkpoints.latest(run_dir / "best")]
+    found = checkpoints.of_run(run_dir, home)
     setup = None
     # The best one first, so that what the last one does stands at the end, where one looks.
     for saved in filter(None, reversed(found)):

@@ -24,7 +24,7 @@ from configs.schema import Config
 from training import moving
 from training.assemble import Setup
 from training.evaluation import setup_of
-from training.runtime import checkpoints, processes
+from training.runtime import checkpoints, homes, processes
 from training.runtime.errors import Refused
 from training.runtime.terminal import say
 
@@ -42,7 +42,11 @@ def export(cfg: Config) -> None:
     Raises:
         Refusal: when there is no checkpoint, or one is damaged.
     """
-    saved = checkpoints.find(as_path(cfg.init_from or cfg.run_dir))
+    if cfg.init_from is None:
+        home = homes.home(cfg.run_dir, cfg.checkpoint.dir)
+        saved, _ = checkpoints.of_run(Path(cfg.run_dir), home)
+    else:
+        saved = checkpoints.find(as_path(cfg.init_from))
     if cfg.checkpoint.verify:
         saved.intact()
     setup = setup_of(cfg, saved, stage="nnx")

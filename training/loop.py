@@ -34,8 +34,8 @@ def train(cfg: Config) -> int | None:
     """
     # Set-up: processes, data, model, optimizer. Nothing of the run directory is read yet.
     setup = prepare(cfg)
-    run_dir = Path(cfg.run_dir)
-    with lock.held(run_dir), disk.needed(run_dir):
+    run_dir, home = setup.run.run_dir, setup.run.home
+    with lock.held(run_dir), lock.held_beside(home, run_dir), disk.needed(run_dir, home):
         return _train(setup)
 
 
@@ -65,9 +65,7 @@ def _train(setup: Setup) -> int | None:
         start.write_run(run, saved)
     writes = processes.first()
     metrics = Metrics(run.run_dir, first, write=writes)
-    checkpoints = Checkpoints(
-        run.run_dir, cfg.checkpoint.keep, cfg.checkpoint.best, run.item(saved)
-    )
+    checkpoints = Checkpoints(run.home, cfg.checkpoint.keep, cfg.checkpoint.best, run.item(saved))
     checkpoints.forget_after(first)
     wanted = loggers.create(cfg, first)
     board = Board(wanted if writes else {}, partial(read, run.run_dir))
@@ -110,7 +108,7 @@ def _train(setup: Setup) -> int | None:
         except NonFiniteError as error:
             # The last seconds before it are what one will want to see.
             board.close(finished=False)
-            raise Refused(_set_aside(error, run.run_dir, state)) from None
+            raise Refused(_set_aside(error, run.home, state)) from None
         finally:
             with ExitStack() as closing:  # all of them, in this order, whichever fails
                 closing.callback(drawn.close)
@@ -171,10 +169,10 @@ def _patience_lost(cfg: Config, metrics: Metrics) -> bool:
     )
 
 
-def _set_aside(error: NonFiniteError, run_dir: Path, state: State) -> str:
+def _set_aside(error: NonFiniteError, home: Path, state: State) -> str:
     """Keeps the state in which a metric went wrong, where no resume will find it."""
     step = int(state["step"])
-    path = run_dir / "nonfinite" / str(step)
+    path = home / "nonfinite" / str(step)
     save_aside(path, state)
     return (
         f"{error} The state after step {step} is in {path}, to be looked at; the checkpoints "

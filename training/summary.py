@@ -12,7 +12,7 @@ from linen_nnx.book.stages import STAGES
 from linen_nnx.book.tree import flatten
 from omegaconf import OmegaConf
 
-from configs.schema import Config, Optimizer
+from configs.schema import Optimizer
 from training import chains
 from training.assemble import Setup
 from training.optimizer import own_rate
@@ -46,7 +46,9 @@ def opening(setup: Setup, step: int, saved: Saved | None) -> str:
     ]
     if devices := setup.layout.describe(setup.program.abstract):
         lines.append(("mesh", devices))
-    lines.append(("run", f"{_origin(cfg, step, saved)}, in {Path(cfg.run_dir)}"))
+    lines.append(("run", f"{_origin(setup, step, saved)}, in {Path(cfg.run_dir)}"))
+    if cfg.checkpoint.dir is not None:
+        lines.append(("checkpoints", f"in {setup.run.home}"))
     text = labelled(lines)
     return text if step else f"{text}\n{parameters(setup)}"
 
@@ -62,12 +64,12 @@ def _device(setup: Setup) -> str:
     return f"{kind}, {precision}, jax {jax.__version__}, flax {flax.__version__}"
 
 
-def _origin(cfg: Config, step: int, saved: Saved | None) -> str:
+def _origin(setup: Setup, step: int, saved: Saved | None) -> str:
     """Where a run begins: `going on from step 300 of runs/old, stage linen -> nnx`."""
     if saved is None:
         return "from scratch"
-    text = f"going on from step {step}"
-    if saved.path.parent != Path(cfg.run_dir).absolute() / "checkpoints":
+    cfg, text = setup.cfg, f"going on from step {step}"
+    if not setup.run.owns(saved):
         text += f" of {cfg.init_from}"
     was = saved.run.get("stage", cfg.stage)
     return text if was == cfg.stage else f"{text}, stage {was} -> {cfg.stage}"
@@ -162,21 +164,29 @@ def commands(setup: Setup, *, finished: bool) -> str:
     later = stages[stages.index(cfg.stage) + 1 :]
     # As it is: a --multirun has put a name together that no shell would read as it stands there.
     here = ["stop_at=", *([f"run_dir={run}"] if "run_dir=" in command() else [])]
+    home = [] if cfg.checkpoint.dir is None else [f"checkpoint.dir={setup.run.home}"]
     lines = [f"in {run}; from here:"]
     if not finished:
-        lines.append(folded("  go on      ", command(*here)))
+        lines.append(folded("  go on      ", command(*here, *home)))
     for stage in later[:1]:
-        moved = run.with_name(f"{run.name.removesuffix(f'-{cfg.stage}')}-{stage}")
+        moved = _at_stage(run, cfg.stage, stage)
         if finished:  # and has nothing left to train: it is translated as it is
             words = ["python", "convert.py", "run", str(run), str(moved), "--to", stage]
             lines.append(folded("  convert    ", shlex.join(words)))
         else:
             there = [key.replace(str(run), str(moved)) for key in here]
+            if home:  # which holds the checkpoints of one run
+                there.append(f"checkpoint.dir={_at_stage(setup.run.home, cfg.stage, stage)}")
             moving = command(f"stage={stage}", f"init_from={run}", *there)
             lines.append(folded("  new stage  ", moving))
     if finished:
-        lines.append(folded("  export     ", command("mode=export", *here)))
+        lines.append(folded("  export     ", command("mode=export", *here, *home)))
     lines.append(f"  curves     python -m training.plot {shlex.quote(str(run))}")
     if cfg.log.tensorboard:
         lines.append(f"             tensorboard --logdir {shlex.quote(str(run))}")
     return "\n".join(lines)
+
+
+def _at_stage(path: Path, was: str, stage: str) -> Path:
+    """The name of a run at another stage: `runs/lm-linen` becomes `runs/lm-nnx`."""
+    return path.with_name(f"{path.name.removesuffix(f'-{was}')}-{stage}")

@@ -11,6 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from linen_nnx.disk.remote import Remote
+from linen_nnx.errors import Refusal
+
 from training.runtime import checkpoints, processes
 from training.runtime.errors import Refused
 
@@ -20,21 +23,24 @@ ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
-def needed(run_dir: Path) -> Iterator[None]:
+def needed(run_dir: Path, home: Path) -> Iterator[None]:
     """Within the block an error of the system, whoever meets it, is refused in the run's words.
 
     A bug keeps its traceback.
     """
     # Before anything fails, for the echoes come from threads of their own.
-    speak = _hush_echoes()
+    speak = _hush_echoes(_is_any if isinstance(home, Remote) else _is_of_system)
     try:
         yield
+    except Refusal:  # it may come from such an error, and has words of its own
+        speak()
+        raise
     except Exception as error:
         if (number := system_error(error)) is None:
             speak()
             raise
         # Echoes may still come, while the process ends.
-        refused = Refused(_words(run_dir, error, number))
+        refused = Refused(_words(run_dir, home, error, number))
         # The others would wait in the next step for a process that has ended in good order.
         processes.abandon(refused)
         raise refused from None
@@ -43,8 +49,11 @@ def needed(run_dir: Path) -> Iterator[None]:
 
 def system_error(error: BaseException | None) -> int | None:
     """The number of the system's error that an exception stands for or comes from, if any."""
-    # Libraries wrap the system's error in errors of their own.
-    while error is not None:
+    # Libraries wrap the system's error in errors of their own. One that is raised once more, while
+    # what was made of it is dealt with, comes from itself.
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
         if isinstance(error, OSError) and error.errno is not None:
             return error.errno
         if isinstance(error, ValueError) and (match := SYSTEM.search(str(error))):
@@ -53,11 +62,11 @@ def system_error(error: BaseException | None) -> int | None:
     return None
 
 
-def _words(run_dir: Path, error: Exception, number: int) -> str:
+def _words(run_dir: Path, home: Path, error: Exception, number: int) -> str:
     file = getattr(error, "filename", None)
     where = f" ({file})" if file else ""
-    steps = checkpoints.steps_of(run_dir / "checkpoints")
-    last = f"{run_dir / 'checkpoints' / str(steps[-1])}" if steps else None
+    steps = checkpoints.steps_of(home / "checkpoints")
+    last = f"{home / 'checkpoints' / str(steps[-1])}" if steps else None
     remedy = "Make room" if number in ROOM else "Put that right"
     return (
         f"{run_dir} cannot be written: {os.strerror(number)}{where}. "
@@ -67,7 +76,7 @@ def _words(run_dir: Path, error: Exception, number: int) -> str:
     )
 
 
-def _hush_echoes() -> Callable[[], None]:
+def _hush_echoes(is_echo: Callable[[logging.LogRecord], bool]) -> Callable[[], None]:
     """Of a save that fails Orbax tells who waits for it. Its threads, asyncio's tasks and
     tensorstore's callbacks print the same again, a traceback for each array: these are left out.
 
@@ -85,17 +94,25 @@ def _hush_echoes() -> Callable[[], None]:
         if str(unraised.exc_value) != "Event loop is closed":
             unraisable(unraised)
 
+    def is_news(record: logging.LogRecord) -> bool:
+        return not is_echo(record)
+
     def speak() -> None:
         sys.excepthook, sys.unraisablehook = before, unraisable
         for logger in loggers:
-            logger.removeFilter(_is_news)
+            logger.removeFilter(is_news)
 
     sys.excepthook, sys.unraisablehook = hook, ignored
     for logger in loggers:
-        logger.addFilter(_is_news)
+        logger.addFilter(is_news)
     return speak
 
 
-def _is_news(record: logging.LogRecord) -> bool:
+def _is_of_system(record: logging.LogRecord) -> bool:
     error = record.exc_info[1] if record.exc_info else None
-    return system_error(error) is None and not SYSTEM.search(record.getMessage())
+    return system_error(error) is not None or SYSTEM.search(record.getMessage()) is not None
+
+
+def _is_any(record: logging.LogRecord) -> bool:
+    """For buckets, whose libraries raise errors of many kinds: `checkpoints` refuses them all."""
+    return record.levelno >= logging.ERROR

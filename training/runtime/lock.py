@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from linen_nnx.disk.remote import Remote
+
 from training.runtime import processes
 from training.runtime.errors import Refused
 from training.runtime.terminal import say
@@ -42,6 +44,22 @@ def held(run_dir: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
+@contextmanager
+def held_beside(home: Path, run_dir: Path) -> Iterator[None]:
+    """Holds the home of a run as well, where that is another folder of a disk.
+
+    A bucket has no locks. There the second of two runs is told when it saves: no step is replaced.
+
+    Raises:
+        Refused: as `held` does.
+    """
+    if isinstance(home, Remote) or home.absolute() == run_dir.absolute():
+        yield
+        return
+    with held(home):
+        yield
+
+
 def _acquire(run_dir: Path) -> int:
     """A descriptor that holds the directory until it is closed."""
     while True:
@@ -53,7 +71,7 @@ def _acquire(run_dir: Path) -> int:
         except FileNotFoundError:  # another run, refused, has just removed what it had made
             continue
         except OSError as error:
-            raise Refused(f"run_dir {run_dir} cannot be created: {error.strerror}.") from None
+            raise Refused(f"The folder {run_dir} cannot be created: {error.strerror}.") from None
         try:
             # Without waiting: two runs of one command are a mistake, and the second would begin
             # hours later.
@@ -61,7 +79,7 @@ def _acquire(run_dir: Path) -> int:
         except BlockingIOError:
             os.close(descriptor)
             raise Refused(
-                f"Another process is training in {run_dir}. Wait for it, or choose another run_dir."
+                f"Another process is training in {run_dir}. Wait for it, or choose another folder."
             ) from None
         except OSError as error:
             if error.errno not in NO_LOCKS:

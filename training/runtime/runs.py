@@ -3,8 +3,11 @@
     RUN/config.yaml, rules.yaml      the configuration and the rule book, which a change of stage
                                      writes anew
     RUN/metrics.jsonl                the curve, which goes along as it is
-    RUN/checkpoints/<step>/          the latest steps, each with its item `run`
-    RUN/best/<step>/                 the best one
+    HOME/checkpoints/<step>/         the latest steps, each with its item `run`
+    HOME/best/<step>/                the best one
+
+`HOME` is the run directory, or what its `config.yaml` names as `checkpoint.dir`. A converted run
+has all of them in its run directory. A home alone, without the files of a run, is converted to one.
 
 Nothing here imports jax.
 """
@@ -21,7 +24,10 @@ from linen_nnx.disk import checked, runs
 from linen_nnx.disk.checked import StoreError
 
 from configs.earlier import HALVES
-from training.runtime import metrics, vouching
+from training.runtime import homes, metrics, vouching
+
+# In the section `checkpoint` of `config.yaml`; a long name is folded by the writer.
+HOME = re.compile(r"(?m)^(checkpoint:\n(?:  .*\n)*?  dir:).*(?:\n    .*)*$")
 
 
 class Runs(runs.Runs):
@@ -37,8 +43,12 @@ class Runs(runs.Runs):
 
     def roots(self, path: Path) -> tuple[str, ...]:
         """Those of a directory whose steps say of which run they are."""
-        said = (path / "checkpoints").glob(f"*/{runs.ITEM}/metadata")
-        return ("checkpoints", "best") if any(said) else ()
+        said = self.folder(path, homes.ROOTS[0]).glob(f"*/{runs.ITEM}/metadata")
+        return homes.ROOTS if any(said) else ()
+
+    def folder(self, path: Path, root: str) -> Path:
+        """In the run's home."""
+        return homes.known(path) / root
 
     def taken(self, path: Path) -> list[Path]:
         """The metrics."""
@@ -46,13 +56,15 @@ class Runs(runs.Runs):
         return [file] if file.is_file() else []
 
     def moved(self, content: Mapping[str, Any], stage: str) -> dict[str, Any]:
-        """The configuration has the stage, too."""
+        """The configuration has the stage, too, and says that the checkpoints lie with the run."""
         if "config" not in content:
             return dict(content)
-        return {**content, "config": {**content["config"], "stage": stage}}
+        return {**content, "config": homes.moved_in({**content["config"], "stage": stage})}
 
     def write(self, path: Path, out: Path, stage: str, book: RuleBook) -> None:
-        """Configuration and rule book."""
+        """Configuration and rule book; nothing of a home alone, where its checkpoints say both."""
+        if not vouching.has_files(path):
+            return
         file = path / vouching.CONFIG
         try:
             text = read_text(file)
@@ -63,12 +75,14 @@ class Runs(runs.Runs):
         config, count = re.subn(r"(?m)^stage:.*$", f"stage: {stage}", text)
         if count != 1:
             raise StoreError(f"{file} has {count} lines `stage: ...`, expected one")
-        (out / vouching.CONFIG).write_text(config)
+        (out / vouching.CONFIG).write_text(HOME.sub(r"\1 null", config))
         book.save(out / vouching.RULES)
 
     def check(self, path: Path, step: int, content: Mapping[str, Any]) -> bool:
         """See `vouching.check`."""
-        return "config" in content and vouching.check(path, step, content)
+        if "config" not in content or not vouching.has_files(path):
+            return False
+        return vouching.check(path, step, content)
 
 
 RUNS = Runs()

@@ -18,12 +18,22 @@ import yaml
 from linen_nnx import RuleBook
 from linen_nnx.disk.remote import as_path
 
-from training.runtime import checkpoints, metrics, numerics, past, processes, reading, vouching
+from training.runtime import (
+    checkpoints,
+    homes,
+    metrics,
+    numerics,
+    past,
+    processes,
+    reading,
+    vouching,
+)
 from training.runtime.errors import Refused
 from training.runtime.program import Program, State
 from training.runtime.terminal import say
 
 CONFIG_PART = "config.yaml.part"  # config.yaml while it is being written
+BEGUN = (CONFIG_PART, homes.OWNER, "home.part")  # what is written before it
 
 
 @dataclass(frozen=True)
@@ -32,6 +42,7 @@ class Run:
 
     Attributes:
         run_dir: its directory.
+        home: the folder that has its `checkpoints/` and `best/`, see `homes`.
         config: its configuration as plain values, which `config.yaml` holds.
         stage: the rung of the migration.
         forms: `{part: "linen" or "nnx"}` at that stage.
@@ -47,6 +58,7 @@ class Run:
     """
 
     run_dir: Path
+    home: Path
     config: Mapping[str, Any]
     stage: str
     forms: Mapping[str, str]
@@ -61,8 +73,8 @@ class Run:
     foreign: Callable[[Path], checkpoints.Saved]
 
     def owns(self, saved: checkpoints.Saved) -> bool:
-        """Whether it is a checkpoint of this run directory."""
-        return saved.path.parent == self.run_dir.absolute() / "checkpoints"
+        """Whether it is a checkpoint of this run."""
+        return saved.path.parent == self.home.absolute() / "checkpoints"
 
     def item(self, saved: checkpoints.Saved | None) -> dict[str, Any]:
         """What a checkpoint says of its run, in plain values.
@@ -130,6 +142,7 @@ def write_run(run: Run, saved: checkpoints.Saved | None) -> None:
     takes the rows along that lie behind it."""
     if not processes.first():
         return
+    homes.claim(run.run_dir, run.home)
     if saved is not None and not run.owns(saved):
         before = {} if saved.foreign is not None else run.upgraded(saved.run["config"])
         past.take(saved, run.config, before, run.run_dir)
@@ -143,8 +156,12 @@ def write_run(run: Run, saved: checkpoints.Saved | None) -> None:
 def _own(run: Run) -> checkpoints.Saved | None:
     """The newest checkpoint of the run directory, if the run may go on from it."""
     run_dir = run.run_dir
-    # A run that was killed while it wrote its first file has begun nothing.
-    if {entry.name for entry in run_dir.iterdir()} <= {CONFIG_PART}:
+    homes.check(run_dir, run.home)
+    saved = checkpoints.latest(run.home / "checkpoints", run_dir)
+    # A run that was killed while it wrote its first files has begun nothing.
+    if {entry.name for entry in run_dir.iterdir()} <= {*BEGUN, *_folders_of_home(run)}:
+        if saved is not None:
+            raise Refused(_without_run(run, saved))
         if run.resume == "must":
             raise Refused(f"resume=must, but there is no run in {run_dir}.")
         return None
@@ -153,7 +170,6 @@ def _own(run: Run) -> checkpoints.Saved | None:
             f"resume=never, but {run_dir} already holds a run. Nothing is overwritten here: choose "
             "another run_dir, or remove that folder yourself."
         )
-    saved = checkpoints.latest(run_dir / "checkpoints")
     if saved is not None:
         _verify(run, saved)
         before = vouching.config_of(saved.run)
@@ -167,6 +183,23 @@ def _own(run: Run) -> checkpoints.Saved | None:
         say(f"The run in {run_dir} is for debugging and has ended: it begins anew.")
         return None
     return saved
+
+
+def _folders_of_home(run: Run) -> set[str]:
+    """The name in the run directory that its home is, or lies below, if it lies in there."""
+    if not homes.is_inside(run.home, run.run_dir):
+        return set()
+    return {run.home.absolute().relative_to(run.run_dir.absolute()).parts[0]}
+
+
+def _without_run(run: Run, saved: checkpoints.Saved) -> str:
+    """Why checkpoints are not gone on from that lie in the home of a run that has begun nothing."""
+    return (
+        f"{run.home} holds checkpoints, up to step {saved.step}, and {run.run_dir} holds no run. "
+        "If they are another run's, choose another checkpoint.dir. If this run has lost its "
+        f"files, put them back from a copy; or go on from this state without its past, with "
+        f"init_from={run.home} and another checkpoint.dir."
+    )
 
 
 def _config_file(run_dir: Path) -> dict[str, Any]:

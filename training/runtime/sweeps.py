@@ -6,7 +6,8 @@
     job 2 of 2: runs/lr0.01
 
 A sweep whose jobs would share a run directory is refused before the first job: the second one would
-only be told that the directory belongs to another run, when the first has been paid for.
+only be told that the directory belongs to another run, when the first has been paid for. So is one
+whose jobs would share a `checkpoint.dir`.
 """
 
 import itertools
@@ -29,7 +30,7 @@ def plan(compose: Callable[[Sequence[str], str | None], Any]) -> list[Path]:
       compose: overrides and `--config-dir` -> the configuration.
 
     Raises:
-      ConfigError: when two jobs would share a run directory.
+      ConfigError: when two jobs would share a run directory, or a folder of checkpoints.
     """
     from hydra._internal.utils import get_args_parser
     from hydra.core.hydra_config import HydraConfig
@@ -55,11 +56,19 @@ def plan(compose: Callable[[Sequence[str], str | None], Any]) -> list[Path]:
         is_basic = sweeper["_target_"] == BASIC
         choices = [_values(x, is_basic) for x in swept]
         jobs = list(itertools.product(*choices))
-        places = [Path(compose([*fixed, *job], args.config_dir).run_dir) for job in jobs]
+        places: list[Path] = []
+        homes: list[str | None] = []
+        for job in jobs:
+            # Asked at once: what a path interpolates is that of the job composed last.
+            composed = compose([*fixed, *job], args.config_dir)
+            places.append(Path(composed.run_dir))
+            homes.append(composed.checkpoint.dir)
     except (HydraException, OmegaConfBaseException):
         # Hydra will meet the same and report it; or a folder is named after the job's number.
         return []
-    _refuse_shared(places, [x.get_key_element() for x in swept])
+    keys = [x.get_key_element() for x in swept]
+    _refuse_shared("run_dir", [str(place) for place in places], keys)
+    _refuse_shared("checkpoint.dir", homes, keys)
     if not is_basic:
         if "n_trials" in sweeper:
             os.environ[JOBS] = str(sweeper["n_trials"])
@@ -92,8 +101,8 @@ def _values(override: Any, is_basic: bool) -> list[str]:
     return values if is_basic else [values[0], values[-1]]
 
 
-def _refuse_shared(places: list[Path], keys: list[str]) -> None:
-    shared = sorted({place for place in places if places.count(place) > 1})
+def _refuse_shared(key: str, places: Sequence[str | None], keys: list[str]) -> None:
+    shared = sorted({place for place in places if place is not None and places.count(place) > 1})
     if not shared:
         return
     first = shared[0]
@@ -101,9 +110,9 @@ def _refuse_shared(places: list[Path], keys: list[str]) -> None:
     varying = "-".join(f"{key.rpartition('.')[2]}${{{key}}}" for key in keys)
     raise ConfigError(
         {
-            "run_dir": (
+            key: (
                 f"got {first} for jobs {', '.join(numbers)} of {len(places)}; expected a folder "
-                f"for each job: name what varies, as in 'run_dir=runs/sweep/{varying}'"
+                f"for each job: name what varies, as in '{key}=runs/sweep/{varying}'"
             )
         }
     )

@@ -39,6 +39,14 @@ def runs_below(paths: Iterable[Path]) -> list[Path]:
     return runs
 
 
+def has_files(path: Path) -> bool:
+    """Whether a folder has any of the files that checkpoints vouch for.
+
+    The home of a run has none, where it is not the run directory.
+    """
+    return any((path / name).is_file() for name in (CONFIG, RULES, metrics.FILE))
+
+
 def check(
     run_dir: Path, step: int, run: Mapping[str, Any], rules: Mapping[str, Any] | None = None
 ) -> bool:

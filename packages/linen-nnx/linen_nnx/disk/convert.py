@@ -145,7 +145,7 @@ def _planned(
         one = plan_conversion(path, to, root=root, suffix=suffix, runs=runs, **chosen)
         if not suffix:
             _check_beside(one.source, runs)
-        conversions[_relative(one)] = one
+        conversions[_relative(one, root)] = one
     return conversions
 
 
@@ -158,11 +158,12 @@ def _check_beside(source: Source, runs: Runs) -> None:
         raise StoreError(f"{error}\n{alone}") from None
 
 
-def _relative(conversion: Conversion) -> str:
-    """Where a converted checkpoint lies in the output."""
+def _relative(conversion: Conversion, root: str | None) -> str:
+    """Where a converted checkpoint lies in the output; `root` is a run's folder of steps."""
     source = conversion.source
     if source.kind == "run":
-        return str(source.folder.relative_to(source.path))
+        assert root is not None
+        return f"{root}/{source.folder.name}"
     return source.step_name
 
 

@@ -74,14 +74,21 @@ def write(directory: str | Path, known: Mapping[str, Digest] = MappingProxyType(
     """Writes the digest file of a finished checkpoint directory, atomically.
 
     Args:
-      directory: holds the files.
+      directory: holds the files, on a disk or in a bucket.
       known: digests that need not be computed, by the file's path in the directory.
+
+    Raises:
+      StoreError, OSError: where the files cannot be read, or the digests not written.
     """
-    directory = Path(directory)
+    directory = as_path(str(directory))  # a bucket is looked at afresh
     # What the server of a bucket copied lies there and not in the directory that is hashed here.
     names = sorted({*_files(directory), *known})
     files = {name: known[name] if name in known else hash_file(directory / name) for name in names}
     content = {"version": 1, "algorithm": _ALGORITHM, "files": files}
+    if isinstance(directory, Remote):
+        target = directory / NAME
+        target.bucket.create(target.key, json.dumps(content, indent=0).encode())
+        return
     partial = directory / f".{NAME}.partial"
     partial.unlink(missing_ok=True)  # of a killed process, or a link, which is not written through
     with partial.open("x") as file:

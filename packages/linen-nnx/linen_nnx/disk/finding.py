@@ -90,7 +90,7 @@ def find(
     folder = path
     roots = runs.roots(path)
     if roots:
-        folder = path / (root or roots[0])
+        folder = runs.folder(path, root or roots[0])
     elif (path / "checkpoints").is_dir():
         # The folder of somebody's own run, which is meant by its name.
         if choose(path, None, (), _is_checkpoint_file) is not None:
@@ -121,7 +121,7 @@ def step_folders(path: Path, runs: Runs) -> tuple[str | None, ...]:
     The first is taken whether it holds steps or not, so that `find` says what is missing.
     """
     first, *more = runs.roots(path) or (None,)
-    return (first, *[root for root in more if _holds_steps(path / root)])
+    return (first, *[root for root in more if _holds_steps(runs.folder(path, root))])
 
 
 def _holds_steps(folder: Path) -> bool:

@@ -95,6 +95,10 @@ class Runs:
         """
         return ()
 
+    def folder(self, path: Path, root: str) -> Path:
+        """Where the steps of one of these lie; a run may keep them elsewhere."""
+        return path / root
+
     def taken(self, path: Path) -> list[Path]:
         """The files of a run directory that go along as they are."""
         return []
