@@ -468,6 +468,28 @@ def test_plain_values_may_stand_among_the_inputs_and_arrays_outside_variables_ar
     assert [note for note in book.notes if "need no rule: ramp" in note]
 
 
+@pytest.mark.parametrize("small", [1000, 0])  # as one program, and equation by equation
+def test_a_model_that_has_no_gradient_is_a_reason_and_no_error(small, monkeypatch):
+    class Linen(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return jax.lax.while_loop(lambda y: y.sum() < 9, lambda y: y * 2, nn.Dense(2)(x) ** 2)
+
+    class Nnx(nnx.Module):
+        def __init__(self, rngs):
+            self.dense = nnx.Linear(3, 2, rngs=rngs)
+
+        def __call__(self, x):
+            return jax.lax.while_loop(lambda y: y.sum() < 9, lambda y: y * 2, self.dense(x) ** 2)
+
+    monkeypatch.setattr("linen_nnx.infer.float64._SMALL", small)
+    book = suggest(Twin(Linen, lambda rngs: Nnx(rngs), lambda: (jnp.ones((2, 3)),)))
+
+    assert not book.rules
+    assert {"params/Dense_0/kernel", "dense/kernel"} <= set(book.unassigned)
+    assert [note for note in book.notes if "could not be run in float64" in note]
+
+
 def test_complex_outputs_tell_equal_shapes_apart():
     class Linen(nn.Module):
         @nn.compact

@@ -33,7 +33,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from linen_nnx.infer.ground import Ground
+from linen_nnx.infer.ground import Ground, not_run
 from linen_nnx.infer.run import EXACT, difference, distinct, pattern, rounding, run
 from linen_nnx.infer.sides import SlotForm, SlottedSide
 
@@ -76,15 +76,23 @@ class Prints(NamedTuple):
 def fingerprints(ground: Ground) -> Prints:
     """The fingerprints of both sides on common ground; none where there is no such ground."""
     if ground.problem is not None:
-        none = np.zeros(0)
-        return Prints(none, none, 0.0, none, set(), False, ground.problem)
+        return _without(ground.problem)
     # One side after the other: gradients take twice a model's memory, fingerprints nearly none.
-    linen, sizes = _prints(ground, 0)
-    nnx, _ = _prints(ground, 1)
+    try:
+        linen, sizes = _prints(ground, 0)
+        nnx, _ = _prints(ground, 1)
+    except Exception as error:  # the user's own model: it may have no gradient, as a while loop has
+        return _without(not_run(error))
     noise = difference(*ground.outputs)
     seen = sizes > 0
     seen[_waking(ground, np.flatnonzero(~seen).tolist())] = True
     return Prints(linen, nnx, noise, seen, ground.rich, ground.partial, None)
+
+
+def _without(problem: str) -> Prints:
+    """No fingerprints, and why."""
+    none = np.zeros(0)
+    return Prints(none, none, 0.0, none, set(), False, problem)
 
 
 def _waking(ground: Ground, slots: list[int]) -> list[int]:

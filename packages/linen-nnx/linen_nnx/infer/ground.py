@@ -98,8 +98,18 @@ def common_ground(both: Both) -> Ground:
                         return attempt
                     problem = problem or attempt.problem  # the plainest way's is the one to tell
         except Exception as error:  # the user's own model: whatever it raises is the reason
-            problem = f"the twins could not be run in float64: {type(error).__name__}: {error}"
+            problem = not_run(error)
     return Ground(both, given, ([], []), set(), False, (), problem)
+
+
+def not_run(error: Exception) -> str:
+    """What is said where a model raises an error.
+
+    Example:
+        >>> not_run(ValueError("no gradient"))
+        'the twins could not be run in float64: ValueError: no gradient'
+    """
+    return f"the twins could not be run in float64: {type(error).__name__}: {error}"
 
 
 # How much of it can be rich: three ways, the one that tells most first

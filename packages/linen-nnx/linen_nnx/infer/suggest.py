@@ -90,6 +90,7 @@ def propose(linen: Trace, nnx: Trace, progress: Say = silent) -> RuleBook:
     both = ground.sides
     progress("comparing gradients, use by use")
     prints = fingerprints(ground)
+    ground = ground._replace(problem=prints.problem)
     # Pairs of slots on which dataflow and gradients agree, and rules for the leaves they make up.
     assignment = assign(*both, prints)
     why: Reasons = {}
