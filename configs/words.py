@@ -11,7 +11,10 @@ WORDS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("max_steps", "num_steps", "train_steps", "iterations", "iters"), ("steps",)),
     **dict.fromkeys(("batch_size", "bs", "train_batch_size"), ("data.batch",)),
     **dict.fromkeys(("dataset", "datasets", "datamodule"), ("data", "data.path")),
-    **dict.fromkeys(("logger", "loggers", "logging"), ("log.tensorboard", "log.csv")),
+    **dict.fromkeys(
+        ("logger", "loggers", "logging"),
+        ("log.tensorboard", "log.csv", "log.wandb", "log.mlflow"),
+    ),
     **dict.fromkeys(("wandb_project", "project", "entity"), ("log.wandb",)),
     **dict.fromkeys(("experiment_name", "exp_name", "exp"), ("experiment",)),
     **dict.fromkeys(("output_dir", "out_dir", "save_dir", "workdir", "log_dir"), ("run_dir",)),

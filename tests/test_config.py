@@ -287,7 +287,7 @@ def test_a_family_builds_its_own_options_with_paths_under_model():
         (["experiment=dgits"], ["experiment: got 'dgits'; did you mean 'digits'?"]),
         (["optimizer.learning_rate=1"], ["did you mean 'optimizer.lr'?"]),
         (["trainer.max_epochs=1"], ["trainer.max_epochs: unknown key; did you mean 'steps'?"]),
-        (["logger=csv"], ["did you mean 'log.tensorboard' or 'log.csv'?"]),
+        (["logger=csv"], ["did you mean 'log.tensorboard' or 'log.csv' or"]),
         (["experiment=x"], ["experiment: got 'x'; known: diabetes, digits, lm, sweep"]),
         (["experiment=null"], ["experiment: got null; known: diabetes, digits, lm, sweep"]),
         (["~experiment"], ["name: got null; expected text"]),

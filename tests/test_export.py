@@ -21,7 +21,9 @@ def test_the_lines_that_it_prints_restore_the_model(
     # Statistics of BatchNorm, an average of the parameters, a Linen stage: all of it counts.
     options = ("stage=linen", "steps=3", "optimizer.warmup=0", "optimizer.ema=0.5")
     run_dir = train(experiment, *options)
-    cfg = compose(f"experiment={experiment}", "mode=export", f"run_dir={run_dir}")
+    # A run that has changed stage names the one that it came from still.
+    other = f"init_from={run_dir / 'elsewhere'}"
+    cfg = compose(f"experiment={experiment}", "mode=export", f"run_dir={run_dir}", other)
     capsys.readouterr()
 
     export.export(cfg)

@@ -13,6 +13,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from training.runtime.environment import program
+
 ROOT = Path(__file__).resolve().parent.parent
 VERSIONS = {"3.11": "constraints-py311.txt", "3.12": "constraints-py312.txt"}
 
@@ -136,6 +138,17 @@ def test_uv_installs_into_the_same_environment(clone):
     assert clone.make("setup", f"PYTHON={clone.python}", "UV=./uv").returncode == 0
     assert clone.did("uv pip install -q --python .venv/bin/python -c constraints-py3")
     assert not clone.did("-m pip install")
+
+
+def test_a_run_names_programs_as_a_shell_finds_them(monkeypatch):
+    own = Path(sys.executable).parent
+    monkeypatch.setenv("PATH", str(own))
+    assert program("python") == "python" and program("tensorboard") == "tensorboard"
+    monkeypatch.setenv("PATH", "/usr/bin")  # no environment is activated
+    for folder in (own.parents[1], Path("/")):
+        monkeypatch.chdir(folder)
+        assert Path(program("python")).samefile(sys.executable)
+        assert Path(program("tensorboard")).samefile(own / "tensorboard")
 
 
 @pytest.mark.parametrize("extra", ["cuda12", "cuda13", "tpu"])

@@ -14,6 +14,7 @@ from typing import Any
 from configs.build import ConfigError, refuse
 from configs.schema import Config
 from training.runtime import cli
+from training.runtime.environment import installation
 
 
 def compose(*overrides: str, config_dir: str | Path | None = None) -> Config:
@@ -63,7 +64,8 @@ def _log(mapping: Mapping[str, Any]) -> None:
     problems: dict[str, str] = {}
     for name in ("wandb", "mlflow"):
         if mapping["log"].get(name) is not None and find_spec(name) is None:
-            problems[f"log.{name}"] = f"{name} is not installed: pip install -e '.[{name}]'"
+            command = installation(f"-e '.[{name}]'")
+            problems[f"log.{name}"] = f"{name} is not installed:\n    {command}"
     refuse(problems)
 
 

@@ -14,7 +14,7 @@ from training.assemble import Setup, prepare, share
 from training.runtime import checkpoints, homes, numerics, reading, start
 from training.runtime.board import Board
 from training.runtime.program import State
-from training.runtime.terminal import say
+from training.runtime.terminal import figures, say
 
 
 def evaluate(setup: Setup, state: State) -> dict[str, float]:
@@ -79,6 +79,5 @@ def setup_of(
 
 
 def _show(what: str, setup: Setup, state: State) -> None:
-    values = evaluate(setup, state)
-    text = "  ".join(f"{name} {value:.6f}" for name, value in values.items())
+    text = figures(evaluate(setup, state), digits=6)
     say(f"{what}, stage {setup.cfg.stage}: validation {text}")

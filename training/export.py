@@ -37,16 +37,17 @@ The model of step {step} is in {path}. To restore it:
 
 
 def export(cfg: Config) -> None:
-    """Writes the model of the newest checkpoint of `run_dir`, or of what `init_from` names.
+    """Writes the model of the newest checkpoint: of `run_dir`, or where that has none, `init_from`.
 
     Raises:
         Refusal: when there is no checkpoint, or one is damaged.
     """
-    if cfg.init_from is None:
-        home = homes.home(cfg.run_dir, cfg.checkpoint.dir)
-        saved, _ = checkpoints.of_run(Path(cfg.run_dir), home)
-    else:
+    home = homes.home(cfg.run_dir, cfg.checkpoint.dir)
+    # A run that has gone on from another one names that still, and is not the other one any more.
+    if cfg.init_from is not None and checkpoints.latest(home / "checkpoints") is None:
         saved = checkpoints.find(as_path(cfg.init_from))
+    else:
+        saved, _ = checkpoints.of_run(Path(cfg.run_dir), home)
     if cfg.checkpoint.verify:
         saved.intact()
     setup = setup_of(cfg, saved, stage="nnx")

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from training.runtime import reading, vouching
+from training.runtime.environment import installation
 from training.runtime.errors import Refused
 from training.runtime.metrics import read
 
@@ -146,7 +147,10 @@ def main() -> None:
     try:
         draw(found, options.metric, options.output, log=options.log)
     except ImportError:
-        raise Refused("matplotlib is not installed: pip install matplotlib, or --text.") from None
+        command = installation("-e '.[plot]'")
+        raise Refused(
+            f"matplotlib is not installed; --text does without it. To install it:\n  {command}"
+        ) from None
     print(f"{options.output}: {options.metric} of {len(found)} runs")
 
 

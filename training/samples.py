@@ -119,4 +119,12 @@ def misclassified(setup: Setup, state: State) -> tuple[np.ndarray | None, int]:
 
 
 def _decoded(values: np.ndarray) -> str:
-    return bytes(values.astype(np.uint8)).decode("utf-8", errors="replace")
+    r"""Bytes as text that may be printed: a model that has learnt little writes escape codes, too,
+    which a terminal would obey.
+
+    Example:
+      >>> _decoded(np.frombuffer(b"a\x1b[2J", np.uint8)).isprintable()
+      True
+    """
+    text = bytes(values.astype(np.uint8)).decode("utf-8", errors="replace")
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -3,6 +3,7 @@
 import math
 import shlex
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from training.optimizer import own_rate
 from training.runtime import numerics
 from training.runtime.checkpoints import Saved
 from training.runtime.cli import CONFIGS, command
+from training.runtime.environment import program
 from training.runtime.metrics import Metrics
-from training.runtime.terminal import clock, folded, labelled
+from training.runtime.terminal import clock, figures, folded, labelled
 from training.runtime.view import WHOLE
 
 FAR = 5  # a learning rate so many times another is worth a word
@@ -139,8 +141,7 @@ def closing(setup: Setup, metrics: Metrics, seconds: float) -> str:
         title = f"{title} {last[split]['step']}"
         # What everybody knows; norms and rates say little when all is over.
         values = {k: v for k, v in last[split].items() if k in ("loss", "accuracy")}
-        text = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-        lines.append(f"  {title:<22}{text}")
+        lines.append(f"  {title:<22}{figures(values)}")
     for name, value in setup.dataset.baselines.items():
         lines.append(f"  baseline {name:<13}{value:.4f}")
     lines.append(f"  time {'':<17}{clock(seconds)}")
@@ -159,7 +160,7 @@ def stopped(setup: Setup, step: int, seconds: float) -> str:
 
 def commands(setup: Setup, *, finished: bool) -> str:
     """What one would type next."""
-    cfg, run = setup.cfg, Path(setup.cfg.run_dir)
+    cfg, run, python = setup.cfg, Path(setup.cfg.run_dir), program("python")
     stages = list(STAGES)
     later = stages[stages.index(cfg.stage) + 1 :]
     # As it is: a --multirun has put a name together that no shell would read as it stands there.
@@ -171,8 +172,8 @@ def commands(setup: Setup, *, finished: bool) -> str:
     for stage in later[:1]:
         moved = _at_stage(run, cfg.stage, stage)
         if finished:  # and has nothing left to train: it is translated as it is
-            words = ["python", "convert.py", "run", str(run), str(moved), "--to", stage]
-            lines.append(folded("  convert    ", shlex.join(words)))
+            words = shlex.join(["convert.py", "run", str(run), str(moved), "--to", stage])
+            lines.append(folded("  convert    ", f"{python} {words}"))
         else:
             there = [key.replace(str(run), str(moved)) for key in here]
             if home:  # which holds the checkpoints of one run
@@ -181,9 +182,14 @@ def commands(setup: Setup, *, finished: bool) -> str:
             lines.append(folded("  new stage  ", moving))
     if finished:
         lines.append(folded("  export     ", command("mode=export", *here, *home)))
-    lines.append(f"  curves     python -m training.plot {shlex.quote(str(run))}")
+    in_terminal = "" if find_spec("matplotlib") else " --text"
+    plot = f"{python} -m training.plot {shlex.quote(str(run))}{in_terminal}"
+    lines.append(folded("  curves     ", plot))
     if cfg.log.tensorboard:
-        lines.append(f"             tensorboard --logdir {shlex.quote(str(run))}")
+        # TensorBoard names runs by their place below this folder, and calls a folder of its own `.`
+        shown = run if run.is_absolute() or run.parent == Path() else run.parent
+        board = f"{program('tensorboard')} --logdir {shlex.quote(str(shown))}"
+        lines.append(folded("             ", board))
     return "\n".join(lines)
 
 

@@ -21,6 +21,7 @@ import yaml
 from linen_nnx.errors import Refusal
 
 from configs.build import ConfigError, build, did_you_mean, paths, show
+from training.runtime.environment import program
 
 T = TypeVar("T")
 
@@ -200,7 +201,7 @@ def command(*changes: str) -> str:
     """
     from hydra.core.hydra_config import HydraConfig
 
-    words = ["python", "train.py"]
+    words = ["train.py"]
     changed: dict[str, str] = {}
     for change in changes:
         key, _, value = change.partition("=")
@@ -214,7 +215,7 @@ def command(*changes: str) -> str:
                 words += ["--config-dir", source.path.removeprefix("file://")]
     kept = [text for key, text in overrides.items() if key not in changed]
     words += [*kept, *(f"{key}={value}" for key, value in changed.items() if value)]
-    return shlex.join(words)
+    return f"{program('python')} {shlex.join(words)}"
 
 
 def _compose(overrides: Sequence[str], config_dir: str | Path | None) -> Any:
@@ -316,5 +317,5 @@ def _first_line(error: Exception) -> str:
 def _exit(error: Exception | str, code: int) -> NoReturn:
     print(error, file=sys.stderr)
     if code == 2:
-        print("Keys and what they mean: python train.py --help", file=sys.stderr)
+        print(f"Keys and what they mean: {program('python')} train.py --help", file=sys.stderr)
     raise SystemExit(code)

@@ -9,7 +9,7 @@ from jax import Array
 
 from training.runtime.board import Board, scalars_of
 from training.runtime.metrics import Metrics
-from training.runtime.terminal import Terminal, say
+from training.runtime.terminal import Terminal, figures, say
 
 
 class NonFiniteError(Exception):
@@ -70,9 +70,7 @@ class Recorder:
         row = {"step": step, "split": "eval", **values}
         self._metrics.write(row)
         self._board.scalars(step, scalars_of(row))
-        names = sorted(values, key=lambda name: name != "loss")  # the loss first
-        text = "  ".join(f"{name} {values[name]:.4f}" for name in names)
-        say(f"step {step}: validation {text}")
+        say(f"step {step}: validation {figures(values)}")
         return values["loss"] < best
 
     def _write(self, keep: int) -> None:

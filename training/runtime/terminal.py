@@ -2,7 +2,7 @@
 
 import textwrap
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 from rich.console import Console
@@ -49,6 +49,17 @@ def folded(label: str, command: str) -> str:
     room = WIDTH - len(label) - len(" \\")
     lines = textwrap.wrap(command, room, break_long_words=False, break_on_hyphens=False)
     return label + f" \\\n{' ' * len(label)}".join(lines)
+
+
+def figures(metrics: Mapping[str, float], digits: int = 4) -> str:
+    """Metrics for a person, the loss first.
+
+    Example:
+      >>> figures({"accuracy": 0.5, "loss": 1.25})
+      'loss 1.2500  accuracy 0.5000'
+    """
+    names = sorted(metrics, key=lambda name: name != "loss")
+    return "  ".join(f"{name} {metrics[name]:.{digits}f}" for name in names)
 
 
 class Terminal:
