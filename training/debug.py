@@ -21,7 +21,7 @@ from training.runtime import processes
 from training.runtime.environment import installation, program
 from training.runtime.errors import Refused
 from training.runtime.program import State
-from training.runtime.terminal import say
+from training.runtime.terminal import show
 
 PROFILED = range(5, 15)  # steps after the first that debug=profile records
 
@@ -75,7 +75,7 @@ class Profile:
             program = self._setup.program
             compiled = program.train_step.lower(state, self._setup.traced).compile()
             (run_dir / "train_step.hlo.txt").write_text(compiled.as_text() or "")
-            self._recording.callback(lambda: say(where(run_dir)))
+            self._recording.callback(lambda: show(where(run_dir)))
             self._recording.enter_context(jax.profiler.trace(run_dir))
         self._step.close()
         if done in PROFILED and processes.first():

@@ -14,7 +14,7 @@ from training.assemble import Setup, prepare, share
 from training.runtime import checkpoints, homes, numerics, reading, start
 from training.runtime.board import Board
 from training.runtime.program import State
-from training.runtime.terminal import figures, say
+from training.runtime.terminal import figures, say, show
 
 
 def evaluate(setup: Setup, state: State) -> dict[str, float]:
@@ -52,9 +52,9 @@ def report(cfg: Config) -> None:
             say("\n".join([f"{saved.path} was trained otherwise; this evaluation:", *changed]))
         state = saved.restore(setup.program.abstract)
         if saved is found[0]:  # the last one; its losses end the report
-            say(summary.parameters(setup))
+            show(summary.parameters(setup))
             if sample := samples.show(setup, state, Board({})):
-                say(sample)
+                show(sample)
         _show(f"{saved.path.parent.name}, step {saved.step}", setup, state)
 
 

@@ -26,7 +26,7 @@ from training.assemble import Setup
 from training.evaluation import setup_of
 from training.runtime import checkpoints, homes, processes
 from training.runtime.errors import Refused
-from training.runtime.terminal import say
+from training.runtime.terminal import show
 
 RESTORE = """\
 The model of step {step} is in {path}. To restore it:
@@ -60,7 +60,7 @@ def export(cfg: Config) -> None:
     if processes.first():
         path = Path(cfg.run_dir).absolute() / "export" / str(saved.step)
         _write(path, setup, arrays)
-        say(RESTORE.format(step=saved.step, path=path))
+        show(RESTORE.format(step=saved.step, path=path))
 
 
 def _write(path: Path, setup: Setup, arrays: dict[str, Any]) -> None:

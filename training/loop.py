@@ -19,7 +19,7 @@ from training.runtime.errors import Refused
 from training.runtime.metrics import Metrics, read
 from training.runtime.program import State
 from training.runtime.recorder import NonFiniteError, Recorder
-from training.runtime.terminal import Terminal, say
+from training.runtime.terminal import Terminal, say, show
 
 
 def train(cfg: Config) -> int | None:
@@ -55,7 +55,7 @@ def _train(setup: Setup) -> int | None:
     state = start.begin(run, program, saved, lambda other: moving.moved(setup, other))
     if saved is not None and cfg.debug.mode != "overfit":  # which stays at the first batch
         moving.set_position(drawn, saved)
-    say(summary.opening(setup, first, saved))
+    show(summary.opening(setup, first, saved))
     compiling.result()
     with debug.checks(cfg):  # what cannot be traced, from this very state, writes nothing
         jax.eval_shape(program.train_step, state, setup.traced)
@@ -119,14 +119,14 @@ def _train(setup: Setup) -> int | None:
     seconds = time.monotonic() - began
     finished = step == cfg.steps or _patience_lost(cfg, metrics)
     if finished:
-        say(summary.closing(setup, metrics, seconds))
+        show(summary.closing(setup, metrics, seconds))
         if sample is None:
             sample = samples.show(setup, state, board)
         if sample:
-            say(sample)
+            show(sample)
     else:
         say(summary.stopped(setup, step, seconds))
-    say(summary.commands(setup, finished=finished))
+    show(summary.commands(setup, finished=finished))
     board.close(finished=finished)
     return stopped_by
 

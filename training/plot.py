@@ -12,6 +12,7 @@ if __name__ == "__main__":
 import argparse
 import math
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from training.runtime import reading, vouching
 from training.runtime.environment import installation
 from training.runtime.errors import Refused
 from training.runtime.metrics import read
+from training.runtime.terminal import wrapped
 
 Points = list[tuple[int, float]]
 HEIGHT = 16  # lines of a picture in the terminal
@@ -77,12 +79,14 @@ def draw(found: list[Curve], metric: str, path: Path, *, log: bool) -> None:
     axes = figure.subplots()
     for number, curve in enumerate(found):
         color = f"C{number % 10}"
-        name = f"{curve.name}, {curve.stages[0][1]}"
+        name = f"{curve.name}, {' -> '.join(stage for _, stage in curve.stages)}"
+        # Equal curves lie on each other, as those of two stages do: the lower ones are wider.
+        wide = 1 + min(len(found) - 1 - number, 2)
         if curve.train:
-            axes.plot(*zip(*curve.train, strict=True), color=color, linewidth=1, label=name)
+            axes.plot(*zip(*curve.train, strict=True), color=color, linewidth=wide, label=name)
             name = ""
         if curve.evaluation:
-            style = {"marker": "o", "markersize": 4, "markeredgecolor": "black"}
+            style = {"marker": "o", "markersize": 4 + wide, "markeredgecolor": "black"}
             axes.plot(*zip(*curve.evaluation, strict=True), color=color, label=name, **style)
         for step, stage in curve.stages[1:]:
             # A mark and not another colour: it is one curve, and that it goes on is what is to be
@@ -158,4 +162,4 @@ if __name__ == "__main__":
     try:
         main()
     except Refused as error:
-        raise SystemExit(str(error)) from None
+        raise SystemExit(wrapped(str(error)) if sys.stderr.isatty() else str(error)) from None

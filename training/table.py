@@ -21,6 +21,7 @@ from typing import Any
 from training.runtime import reading, vouching
 from training.runtime.errors import Refused
 from training.runtime.metrics import read
+from training.runtime.terminal import wrapped
 
 Row = dict[str, Any]
 
@@ -112,4 +113,4 @@ if __name__ == "__main__":
     try:
         main()
     except Refused as error:
-        raise SystemExit(str(error)) from None
+        raise SystemExit(wrapped(str(error)) if sys.stderr.isatty() else str(error)) from None

@@ -10,11 +10,34 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 CONSOLE = Console(highlight=False, soft_wrap=True)
 WIDTH = 80  # columns of a message that is laid out
+# No word is broken, for it may be a path or a command that somebody copies.
+_fill = partial(textwrap.fill, width=WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 def say(text: str) -> None:
-    """Prints a message, above the progress bar while there is one."""
+    """Prints sentences, above the progress bar if there is one; on a terminal within 80 columns."""
+    # In a file each stays on one line, where `grep` finds the whole of it.
+    show(wrapped(text) if CONSOLE.is_terminal else text)
+
+
+def show(text: str) -> None:
+    """The same with what is laid out already: tables, commands, samples."""
     CONSOLE.print(text, markup=False)
+
+
+def wrapped(text: str) -> str:
+    """Lines broken at 80 columns, between words; what goes on is indented further than its line.
+
+    Example:
+      >>> print(wrapped("  steps: " + "a word and another, " * 4))
+        steps: a word and another, a word and another, a word and another, a word and
+          another,
+    """
+    lines: list[str] = []
+    for line in text.split("\n"):
+        margin = " " * (len(line) - len(line.lstrip()) + 2)
+        lines.append(_fill(line, subsequent_indent=margin) if len(line) > WIDTH else line)
+    return "\n".join(lines)
 
 
 def labelled(pairs: Iterable[tuple[str, str]]) -> str:
@@ -25,15 +48,7 @@ def labelled(pairs: Iterable[tuple[str, str]]) -> str:
       run: runs/lm
       device: cpu
     """
-    # No word is broken, for it may be a path or a command that somebody copies.
-    fill = partial(
-        textwrap.fill,
-        width=WIDTH,
-        subsequent_indent="  ",
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
-    return "\n".join(fill(f"{label}: {text}") for label, text in pairs)
+    return "\n".join(_fill(f"{label}: {text}", subsequent_indent="  ") for label, text in pairs)
 
 
 def folded(label: str, command: str) -> str:
