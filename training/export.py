@@ -29,11 +29,14 @@ from training.runtime.errors import Refused
 from training.runtime.terminal import show
 
 RESTORE = """\
-The model of step {step} is in {path}. To restore it:
-  from flax import nnx; import model, orbax.checkpoint as ocp, yaml
-  net = model.create(yaml.safe_load(open("{path}/model.yaml"))).in_nnx(nnx.Rngs(0))
+The model of step {step} is written. To restore it, here:
+  import model, orbax.checkpoint as ocp, yaml
+  from flax import nnx
+  path = "{path}"
+  options = yaml.safe_load(open(f"{{path}}/model.yaml"))
+  net = model.create(options).in_nnx(nnx.Rngs(0))
   state = nnx.state(net, nnx.Not(nnx.RngState))
-  nnx.update(net, ocp.StandardCheckpointer().restore("{path}/nnx", state))"""
+  nnx.update(net, ocp.StandardCheckpointer().restore(f"{{path}}/nnx", state))"""
 
 
 def export(cfg: Config) -> None:

@@ -69,10 +69,11 @@ def _explained(setup: Setup, saved: checkpoints.Saved, text: str) -> str:
     """What a checkpoint lacks, with what can be done about it."""
     if saved.foreign is not None:
         return f"{text}\n{ADVICE}"
-    # Of two models every leaf differs. That says less than their names.
+    # Of two models every leaf differs, which says less than their names: those stand at the end,
+    # where one looks.
     was, now = saved.run["config"]["model"]["family"], setup.cfg.model["family"]
     if was != now:
-        return f"{saved.path} is a run of the model `{was}`, and this run's is `{now}`.\n{text}"
+        return f"{text}\n{saved.path} is a run of the model `{was}`, and this run's is `{now}`."
     return text
 
 

@@ -38,7 +38,9 @@ def show(setup: Setup, state: State, board: Board) -> str:
         image, wrong = misclassified(setup, state)
         if image is not None:
             board.image(step, "misclassified", image)
-        where = ": see TensorBoard" if wrong and cfg.log.tensorboard else ""
+        # `mode=eval` writes to none.
+        is_shown = wrong and cfg.log.tensorboard and board.has_loggers
+        where = ": see TensorBoard" if is_shown else ""
         return f"{wrong} misclassified validation digits{where}"
     return ""
 

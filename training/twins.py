@@ -12,6 +12,7 @@ from pathlib import Path
 from linen_nnx import Twin
 
 import model
+from configs.build import did_you_mean
 from training import compose, data
 from training.runtime.cli import CONFIGS
 
@@ -28,6 +29,8 @@ def __getattr__(experiment: str) -> Twin:
     folder, slash, name = experiment.rpartition("/")
     path = Path(folder) if slash else CONFIGS
     if not (path / "experiment" / f"{name}.yaml").is_file():
-        raise AttributeError(f"there is no {path}/experiment/{name}.yaml")
+        known = [file.stem for file in path.glob("experiment/*.yaml")]
+        hint = did_you_mean(name, known) if known else ""
+        raise AttributeError(f"there is no {path}/experiment/{name}.yaml{hint}")
     cfg = compose(f"experiment={name}", config_dir=path)
     return model.create(cfg.model).ladder(data.example(cfg.data, ROWS), None).twin

@@ -63,6 +63,11 @@ class Board:
         for name, opened in loggers.items():
             self._guarded(name, lambda name=name, opened=opened: self._open(name, opened, rows))
 
+    @property
+    def has_loggers(self) -> bool:
+        """Whether anything is shown anywhere."""
+        return bool(self._loggers)
+
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self._each(lambda logger: logger.scalars(step, values))
 

@@ -175,7 +175,7 @@ def _no_checkpoint(folder: Path) -> StoreError:
     return StoreError(
         f"no checkpoint found in {folder}: expected a run, a CheckpointManager's root or step, an "
         f"Orbax item (with `_METADATA` or an index `{INDEX}`), or a file {', '.join(READABLE)}; "
-        f"saw {seen[:10]}{hint}"
+        f"saw {', '.join(seen[:10])}{hint}"
     )
 
 
