@@ -98,6 +98,14 @@ def bits(tree: Any) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     return found
 
 
+def restored(step: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """Every leaf of the state in a step directory, as stock Orbax restores it."""
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as reader:
+        return bits(reader.restore(str(step / "state")))
+
+
 @pytest.fixture
 def train(tmp_path: Path) -> Train:
     """Trains a small experiment in this process: `train("lm", "stage=nnx", "steps=5")`.

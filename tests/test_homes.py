@@ -8,11 +8,8 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-import orbax.checkpoint as ocp
 import pytest
-from conftest import QUIET, SMALL
+from conftest import QUIET, SMALL, restored
 from gcs_server import MISSING, GcsServer
 from linen_nnx.cli import main
 from linen_nnx.disk.remote import as_path
@@ -89,14 +86,6 @@ def steps(home: str) -> tuple[list[int], list[int]]:
     return found[0], found[1]
 
 
-def arrays(step: Path) -> dict[str, bytes]:
-    """What stock Orbax restores of a step's state."""
-    with ocp.StandardCheckpointer() as reader:
-        tree = reader.restore(folders.for_orbax(step / "state"))
-    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in flat}
-
-
 @pytest.mark.parametrize("kind", ["disk", pytest.param("gs", marks=pytest.mark.long)])
 def test_a_run_is_the_same_wherever_its_checkpoints_lie(
     tmp_path: Path, plain: Path, kind: str, request: pytest.FixtureRequest
@@ -111,7 +100,7 @@ def test_a_run_is_the_same_wherever_its_checkpoints_lie(
     assert rows == (plain / "metrics.jsonl").read_bytes()
     assert not (run_dir / "checkpoints").exists() and not (run_dir / "best").exists()
     assert steps(home) == steps(str(plain)) == ([4, 6], [6])
-    assert arrays(as_path(home) / "checkpoints" / "6") == arrays(plain / "checkpoints" / "6")
+    assert restored(as_path(home) / "checkpoints" / "6") == restored(plain / "checkpoints" / "6")
     # At another stage it went on with its curve, which lies in its run directory.
     assert (tmp_path / "nnx/metrics.jsonl").read_bytes().startswith(b"".join(up_to(rows, 4)))
     assert steps(f"{home}-nnx")[0] == [6]
@@ -170,7 +159,8 @@ def test_what_a_kill_leaves_in_a_bucket_is_no_checkpoint(tmp_path: Path, server:
     """A save and a best one that lack the mark which is written last: they are done once more."""
     home, run_dir = f"gs://team/{tmp_path.name}", tmp_path / "run"
     train(run_dir, f"checkpoint.dir={home}")
-    rows, whole = (run_dir / "metrics.jsonl").read_bytes(), arrays(as_path(home) / "checkpoints/6")
+    rows = (run_dir / "metrics.jsonl").read_bytes()
+    whole = restored(as_path(home) / "checkpoints/6")
     for step in ("checkpoints/6", "best/6"):
         mark = as_path(f"{home}/{step}/commit_success.txt")
         mark.bucket.remove([mark.key])
@@ -178,7 +168,7 @@ def test_what_a_kill_leaves_in_a_bucket_is_no_checkpoint(tmp_path: Path, server:
     train(run_dir, f"checkpoint.dir={home}")
     assert steps(home) == ([4, 6], [6])
     assert (run_dir / "metrics.jsonl").read_bytes() == rows
-    assert arrays(as_path(home) / "checkpoints/6") == whole
+    assert restored(as_path(home) / "checkpoints/6") == whole
 
     altered = next(
         key for key in server.objects() if f"{tmp_path.name}/checkpoints/6/state/d/" in key

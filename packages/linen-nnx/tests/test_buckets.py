@@ -220,6 +220,29 @@ def test_missing_credentials_are_a_message(monkeypatch, capsys, tmp_path, scheme
     assert refused(capsys, ["inspect", f"{scheme}://nobody/a"]) == "no credentials"
 
 
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"AWS_ENDPOINT_URL": "nonsense"}, "AWS_ENDPOINT_URL is 'nonsense': expected http://HOST"),
+        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "cannot be reached at http://127.0.0.1:9: "),
+        ({"AWS_SECRET_ACCESS_KEY": ""}, "Missing SecretAccessKey: set AWS_ACCESS_KEY_ID and"),
+    ],
+)
+def test_a_wrong_environment_is_a_message(monkeypatch, capsys, changed, why):
+    for name in os.environ:
+        if name.startswith("AWS_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(bucket, "_RETRIES", {"max_retries": 0})
+    monkeypatch.setattr(bucket, "_KNOWN", {})
+    said = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_REGION": "c", **changed}
+    for name, value in said.items():
+        if value:
+            monkeypatch.setenv(name, value)
+    capsys.readouterr()
+    assert main(["inspect", "s3://nobody/a"]) == 1
+    assert why in capsys.readouterr().err
+
+
 def test_a_missing_extra_is_a_message(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "obstore", None)
     assert refused(capsys, ["inspect", "s3://bucket/a"]) == "buckets need"

@@ -339,14 +339,24 @@ def _reason(text: str, scheme: str) -> str:
         return f"no credentials were found: {_HINTS[scheme]}"
     if re.search("PermanentRedirect|AuthorizationHeaderMalformed|configured region", text):
         return "the bucket lies in another region: set AWS_REGION to that"
+    # Of every kind of network trouble the library says no more than this, after its retries.
+    if "error sending request" in text:
+        where = re.search(r"https?://[^/\s]+", text)
+        named = "".join([f", or to {name}" for name in _ENDPOINTS[scheme] if os.environ.get(name)])
+        at = f" at {where[0]}" if where is not None else ""
+        return f"the store cannot be reached{at}: see to the network{named}"
     code = re.search(r"<Code>(\w+)</Code>", text)
+    if code is not None and code[1] == "NoSuchBucket":
+        return "there is no such bucket"
     status = re.search(r"status code: (\d+ [\w ]+)", text)
     if code is not None or status is not None:
         what = ", ".join(match[1].strip() for match in (status, code) if match is not None)
         denied = status is not None and status[1].startswith(("401", "403"))
         return f"the store says {what}" + (f". Check the credentials: {_HINTS[scheme]}" * denied)
     # Behind the sentence stands the error once more, as Rust shows its structure.
-    text = text.partition("Debug source:")[0].strip()
+    text = re.sub(r"^Generic \w+ error: ", "", text.partition("Debug source:")[0].strip())
+    if text.startswith("Missing "):
+        return f"{text}: {_HINTS[scheme]}"
     return text if len(text) <= _SHOWN else f"...{text[-_SHOWN:]}"
 
 
@@ -404,7 +414,7 @@ def _open(scheme: str, name: str) -> Any:
     store = _obstore().store
     if _has_no_key(scheme):
         raise StoreError(f"{scheme}://{name}: no credentials were found: {_HINTS[scheme]}")
-    endpoint = next((os.environ[one] for one in _ENDPOINTS[scheme] if os.environ.get(one)), "")
+    endpoint = _endpoint(scheme)
     # Who names an endpoint without TLS wants none; by itself obstore refuses it.
     client: Any = {"allow_http": endpoint.startswith("http://"), "timeout": _TIMEOUT}
     options: dict[str, Any] = {"client_options": client, "retry_config": _RETRIES}
@@ -416,6 +426,18 @@ def _open(scheme: str, name: str) -> Any:
         return store.GCSStore(name, config=config, **options)
     except Exception as error:  # of whatever the environment holds
         raise StoreError(f"{scheme}://{name}: {_reason(str(error), scheme)}") from None
+
+
+def _endpoint(scheme: str) -> str:
+    """The endpoint that the environment names; nothing where it names none."""
+    for name in _ENDPOINTS[scheme]:
+        found = os.environ.get(name, "")
+        # With anything else obstore ends the process, in the first request.
+        if found and not re.match(r"https?://[^/\s]", found):
+            raise StoreError(f"{name} is {found!r}: expected http://HOST:PORT or https://HOST")
+        if found:
+            return found
+    return ""
 
 
 def _has_no_key(scheme: str) -> bool:

@@ -20,10 +20,11 @@ change, so that their digests stay valid wherever the files are copied or linked
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import xxhash
 
@@ -35,7 +36,10 @@ from linen_nnx.errors import Refusal
 NAME = "digests.json"
 _ALGORITHM = "xxh3_128"
 _LARGEST = 1 << 62  # bytes of a file: what file systems can count to
+_AT_ONCE = 4  # files of a bucket, of each of which some megabytes are in memory
 _BLOCK = 1 << 20  # fits the processor's cache, which makes hashing faster than larger blocks
+
+_T = TypeVar("_T")
 
 Digest = tuple[int, str]
 """Size in bytes and hash of a file."""
@@ -83,7 +87,10 @@ def write(directory: str | Path, known: Mapping[str, Digest] = MappingProxyType(
     directory = as_path(str(directory))  # a bucket is looked at afresh
     # What the server of a bucket copied lies there and not in the directory that is hashed here.
     names = sorted({*_files(directory), *known})
-    files = {name: known[name] if name in known else hash_file(directory / name) for name in names}
+    unknown = [name for name in names if name not in known]
+    hashed = _each(directory, lambda name: hash_file(directory / name), unknown)
+    found = {**known, **dict(zip(unknown, hashed, strict=True))}
+    files = {name: found[name] for name in names}
     content = {"version": 1, "algorithm": _ALGORITHM, "files": files}
     if isinstance(directory, Remote):
         target = directory / NAME
@@ -145,13 +152,22 @@ def check(directory: str | Path) -> bool:
     present = set(_files(directory))
     problems = [f"{name} is missing" for name in digests if name not in present]
     problems += [f"{name} is foreign" for name in sorted(present - set(digests))]
-    for name in sorted(present & set(digests)):
-        problem = _altered(directory / name, digests[name])
+    both = sorted(present & set(digests))
+    found = _each(directory, lambda name: _altered(directory / name, digests[name]), both)
+    for name, problem in zip(both, found, strict=True):
         if problem is not None:
             problems.append(f"{name} {problem}")
     if problems:
         raise DigestError(f"{directory} is damaged: {'; '.join(problems)}")
     return True
+
+
+def _each(directory: Path, act: Callable[[str], _T], names: Sequence[str]) -> list[_T]:
+    """What `act` returns for each name; in a bucket several are asked for at once."""
+    if not isinstance(directory, Remote):
+        return [act(name) for name in names]
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return list(pool.map(act, names))
 
 
 def _altered(path: Path, digest: Digest) -> str | None:

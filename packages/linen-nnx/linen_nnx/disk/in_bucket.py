@@ -200,15 +200,15 @@ class InBucket:
         # The deepest first: a step is complete when all of its items are.
         for mark in sorted(last[COMMITTED], key=lambda file: -len(file.parts)):
             placer.put([mark])
-        self._say_how(placer)
+        self._say_how(placer, is_file=not partial.is_dir())
 
-    def _say_how(self, placer: BucketPlacer) -> None:
+    def _say_how(self, placer: BucketPlacer, is_file: bool) -> None:
         if placer.streamed:
             self.notes.append(
-                f"{len(placer.streamed)} data files went through this machine: the server copies "
-                "within one bucket"
+                f"through this machine went {len(placer.streamed)} of the data files: the server "
+                "copies within one bucket"
             )
-        if self._out.scheme == "s3":
+        if self._out.scheme == "s3" and not is_file:
             self.notes.append(
                 "Orbax opens no s3:// path: copy the result to a disk, or to gs://, to restore it"
             )
