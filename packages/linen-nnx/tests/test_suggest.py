@@ -188,6 +188,37 @@ def test_what_holds_the_same_in_another_form_stays_open_and_the_rest_is_assigned
     assert str(book.unassigned["ema/sums"].likely) == "`ema/sums` <-> `totals`"
 
 
+class Flattened(nn.Module):
+    """Two tables, and a product of features that are flattened place by place."""
+
+    @nn.compact
+    def __call__(self, i):
+        x = jnp.concatenate(
+            [nn.Embed(5, 3, name="a")(i[:, :2]), nn.Embed(4, 3, name="b")(i[:, 2:])], 1
+        )
+        return nn.Dense(2, name="out")(nn.Dense(3, name="mix")(x).reshape(len(i), -1))
+
+
+class FlattenedPort(nnx.Module):
+    """One table of both, and a product of features that are flattened channel by channel."""
+
+    def __init__(self, rngs):
+        self.table = nnx.Embed(9, 3, rngs=rngs)
+        self.mix, self.out = nnx.Linear(3, 3, rngs=rngs), nnx.Linear(12, 2, rngs=rngs)
+
+    def __call__(self, i):
+        x = self.mix(self.table(i + jnp.array([0, 0, 5, 5])))
+        return self.out(x.swapaxes(1, 2).reshape(len(i), -1))
+
+
+def test_an_order_that_the_constants_of_open_leaves_hide_stays_open():
+    tokens = jnp.array([[3, 1, 2, 1], [4, 0, 3, 0]])
+    book = suggest(Twin(Flattened, FlattenedPort, lambda: (tokens,)))
+
+    assert "params/out/kernel" not in [rule.linen[0].text for rule in book.rules]
+    assert "the order of its elements is not proven" in book.unassigned["params/out/kernel"].reason
+
+
 def test_another_activation_leaves_open_what_it_hides():
     pair = stack_of(2, 2, act=nnx.sigmoid)
 

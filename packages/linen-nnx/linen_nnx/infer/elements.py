@@ -44,6 +44,20 @@ def gap(one: Array, two: Array) -> float:
     return size(one - two) / max(size(one), size(two), 1e-300)
 
 
+def even_axes(slope: Array) -> frozenset[int]:
+    """The axes along which a gradient is one number.
+
+    Along these the order of the elements shows in no gradient.
+
+    Example:
+        >>> even_axes(np.array([[1.0, 2.0], [1.0, 2.0]]))
+        frozenset({0})
+    """
+    near = EQUAL * size(slope)
+    axes = range(slope.ndim)
+    return frozenset(a for a in axes if slope.shape[a] > 1 and np.ptp(slope, axis=a).max() <= near)
+
+
 # Whole arrays
 
 

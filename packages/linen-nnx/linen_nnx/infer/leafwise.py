@@ -16,6 +16,9 @@ Each round goes through three steps, and ends when one finds rules:
                 both sides must agree (`trial.py`)
     confirm     at these numbers the gradients must agree again, and in one way alone
 
+Where all inputs of a product are one number, as beside constants, no gradient shows the order of
+its rows. Such rules wait, whether they are new or come from slots, until more is known.
+
 Then the leaves that are settled keep their own numbers, and the next round sees more. Beside leaves
 that are all one constant, a matrix and its transpose have one gradient; beside leaves with numbers
 of their own they have not.
@@ -28,7 +31,7 @@ The twin of `example.py` would not need this, but it can be paired so, too:
     >>> from linen_nnx.infer.trace import trace_linen, trace_nnx
     >>> both = sides(trace_linen(two_layers()), trace_nnx(two_layers()), {})
     >>> trial = Trial(common_ground(both), tolerance=1e-8)
-    >>> found, _ = pair_leaves(trial, [], (set(both[0].paths), set(both[1].paths)))
+    >>> found, _, _ = pair_leaves(trial, [], (set(both[0].paths), set(both[1].paths)))
     >>> for each in found:
     ...     print(each.rule, each.rule.ops)
     `params/down/kernel` <-> `last` (Transpose(perm=(1, 0)),)
@@ -37,13 +40,13 @@ The twin of `example.py` would not need this, but it can be paired so, too:
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from linen_nnx.book.rules import RuleBook
 from linen_nnx.infer.elements import gap, orders, positions, size, table
-from linen_nnx.infer.found import FoundRule
+from linen_nnx.infer.found import FoundRule, SidedPath
 from linen_nnx.infer.proposals import PROPOSALS, Alternatives, OpenGradients, OpenLeaves
 from linen_nnx.infer.run import rounding
 from linen_nnx.infer.sides import Both
@@ -58,7 +61,7 @@ Blind = tuple[set[str], set[str]]
 
 def pair_leaves(
     trial: Trial, rules: Sequence[FoundRule], open_: OpenLeaves
-) -> tuple[list[FoundRule], Blind | None]:
+) -> tuple[list[FoundRule], list[FoundRule], Blind | None]:
     """Finds rules for leaves that have none.
 
     Args:
@@ -67,19 +70,50 @@ def pair_leaves(
       open_: the leaves without one, of either side.
 
     Returns:
-      more rules, and the open leaves that were blind in the last round.
+      the rules that hold, new ones included; rules that seem to hold, but whose order of elements
+      nothing shows; and the open leaves that were blind in the last round.
     """
-    found: list[FoundRule] = []
+    found = list(rules)
+    # Constants in the open leaves hide the order of some. They wait until more is known.
+    waiting: list[FoundRule] = []
+    if open_[0] and open_[1]:
+        waiting = trial.hidden(found, found)
+        found = [rule for rule in found if rule not in waiting]
+        for rule in waiting:
+            open_ = open_[0] | rule.linen, open_[1] | rule.nnx
+    assumed: list[FoundRule] = []
     view = None
     while open_[0] and open_[1]:
-        view = _View(trial, [*rules, *found], open_, view.point if view else None)
-        new = _first_that_holds(view)
+        view = _View(trial, found, open_, view.point if view else None)
+        new = _first_that_holds(view, waiting)
+        if not new and not assumed:
+            # What waits is taken as it seems to be, once: it may be what hides the rest.
+            new = assumed = trial.grown(found, _apart(_free(waiting, open_)))[len(found) :]
+            view.forget()
         if not new:
             break
         found += new
         for rule in new:
             open_ = open_[0] - rule.linen, open_[1] - rule.nnx
-    return found, view.blind if view else None
+    hidden = trial.hidden(found, assumed) if assumed else []
+    proven = [rule for rule in found if rule not in hidden]
+    return proven, [*hidden, *_free(waiting, open_)], view.blind if view else None
+
+
+def _free(rules: Iterable[FoundRule], open_: OpenLeaves) -> list[FoundRule]:
+    """The rules all of whose leaves are open."""
+    return [rule for rule in rules if rule.linen <= open_[0] and rule.nnx <= open_[1]]
+
+
+def _apart(rules: Iterable[FoundRule]) -> list[FoundRule]:
+    """Some of the rules, the first of any that have a leaf in common."""
+    chosen: list[FoundRule] = []
+    taken: set[SidedPath] = set()
+    for rule in rules:
+        if taken.isdisjoint(rule.leaves):
+            chosen.append(rule)
+            taken.update(rule.leaves)
+    return chosen
 
 
 class _View:
@@ -115,13 +149,13 @@ class _View:
         self.point = self._gradients = None
 
 
-def _first_that_holds(view: _View) -> list[FoundRule]:
+def _first_that_holds(view: _View, waiting: list[FoundRule]) -> list[FoundRule]:
     """The rules of the first kind of proposal some of which hold; the view keeps their point."""
     for propose in PROPOSALS:
         proposed = propose(view.trial, view.known, view.gradients(), view.open_)
         if proposed:
             view.forget()
-            new, view.point = _holding(view.trial, view.known, proposed, view.open_)
+            new, view.point = _holding(view, proposed, waiting)
             if new:
                 return new
     return []
@@ -157,32 +191,37 @@ def _limit(point: Point, number: int) -> float:
 
 
 def _holding(
-    trial: Trial,
-    known: Sequence[FoundRule],
-    proposed: Sequence[Alternatives],
-    open_: OpenLeaves,
+    view: _View, proposed: Sequence[Alternatives], waiting: list[FoundRule]
 ) -> tuple[list[FoundRule], Point | None]:
     """One rule for each leaf, so that all hold together and are confirmed by their gradients.
 
     The agreement of outputs is not enough: what outputs hardly see holds in any way. Where some
     leaf is not confirmed, it is given up or, if the gradients now speak for one of its other
-    alternatives, tried with that; then all begins anew.
+    alternatives, tried with that; then all begins anew. What is confirmed but for the order of its
+    elements, which nothing shows, is put to `waiting`.
 
     Returns:
       the rules, and the point where their gradients were seen.
     """
+    trial, known = view.trial, view.known
     while proposed:
         chosen = _agreeing(trial, known, proposed)
         if not chosen:
             break
-        point = trial.point([*known, *chosen], by=open_)
+        point = trial.point([*known, *chosen], by=view.open_)
         limit = _limit(point, 0)
         left: list[Alternatives] = []
         is_clear = True
         for alternatives in proposed:
             fitting = [rule for rule in alternatives if _confirmed(trial, point, limit, rule)]
             taken = [rule for rule in alternatives if rule in chosen]
-            if fitting == taken:
+            is_right = fitting == taken
+            if is_right and fitting and trial.hides(point.gradients(0, fitting[0].linen)):
+                if fitting[0].rule not in [rule.rule for rule in waiting]:
+                    waiting += fitting
+                is_clear = False
+                continue
+            if is_right:
                 # Confirmed; or neither chosen nor fitting, and then given up.
                 left += [alternatives] * len(taken)
                 continue

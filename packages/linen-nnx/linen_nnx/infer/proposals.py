@@ -220,22 +220,27 @@ def _dark_part(
     parts_found, left = found
     if not parts_found or not left:
         return None
-    # Beside the others: in the modules whose leaves went to the module of the whole; where there
-    # are none, below the nearest module that holds all the other parts.
+    leaves = trial.ground.sides[1 - one].trace.leaves
+    dtype = trial.ground.sides[one].trace.leaves[path].dtype
+    fit: list[str] = []
+    for other in gradients.blind[1 - one]:
+        if math.prod(leaves[other].shape) == left and leaves[other].dtype == dtype:
+            fit.append(other)
+    # Beside the others: in a module whose leaves went to the module of the whole, or below the
+    # nearest module that holds all the other parts.
     modules: set[str] = set()
     for rule in known:
         mine, theirs = (rule.linen, rule.nnx) if one == 0 else (rule.nnx, rule.linen)
         if _module(path) in map(_module, mine):
             modules.update(map(_module, theirs))
     above = _common_module(parts_found)
-    leaves = trial.ground.sides[1 - one].trace.leaves
-    dtype = trial.ground.sides[one].trace.leaves[path].dtype
-    fit: list[str] = []
-    for other in gradients.blind[1 - one]:
-        is_beside = _module(other) in modules if modules else f"{other}/".startswith(above)
-        if is_beside and math.prod(leaves[other].shape) == left and leaves[other].dtype == dtype:
-            fit.append(other)
-    return fit[0] if len(fit) == 1 else None
+    for beside in (
+        [other for other in fit if _module(other) in modules],
+        [other for other in fit if other.startswith(above)],
+    ):
+        if len(beside) == 1:
+            return beside[0]
+    return None
 
 
 def _common_module(paths: Iterable[str]) -> str:

@@ -40,6 +40,11 @@ _HIDDEN = (
 )
 
 
+_VEILED = (
+    "the order of its elements is not proven: beside leaves that are open, whose numbers are one "
+    "constant, no gradient shows it"
+)
+
 Say = Callable[[str], None]
 
 
@@ -103,8 +108,10 @@ def propose(linen: Trace, nnx: Trace, progress: Say = silent) -> RuleBook:
         progress("testing the rules on random numbers")
         trial = Trial(ground, prints.tolerance)
         rules = _sound(trial, rules, why)
-        more, blind = pair_leaves(trial, rules, _open_leaves(both, rules, losses.reasons))
-        rules += more
+        open_ = _open_leaves(both, rules, losses.reasons)
+        rules, veiled, blind = pair_leaves(trial, rules, open_)
+        for found in veiled:
+            why |= dict.fromkeys(found.leaves, _VEILED)
         if ground.constant and _is_hidden(both, blind):
             ground = ground._replace(problem=_HIDDEN)
             for number, side in enumerate(both):

@@ -8,6 +8,7 @@ paired. A wrong rule moves the outputs apart, unless no output sees its leaves.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from linen_nnx.book.actions import Agree
 from linen_nnx.book.grammar import Rule
 from linen_nnx.book.ops import Copy
 from linen_nnx.book.rules import RuleBook
+from linen_nnx.infer.elements import even_axes
 from linen_nnx.infer.found import FoundRule
 from linen_nnx.infer.ground import Ground
 from linen_nnx.infer.memory import give_back
@@ -40,6 +42,35 @@ class Trial:
 
     def __init__(self, ground: Ground, tolerance: float) -> None:
         self.ground, self.tolerance = ground, tolerance
+
+    def hidden(self, rules: Sequence[FoundRule], among: Sequence[FoundRule]) -> list[FoundRule]:
+        """The rules of `among` whose order of elements no gradient shows, while `rules` are known.
+
+        Beside leaves that are one constant the inputs of a product may be one number: the rows of
+        its kernel could stand in any order. Numbers of their own would tell them apart.
+        """
+        slopes = self._slopes({path for found in rules for path in found.linen})
+        hidden: list[FoundRule] = []
+        for found in among:
+            if self.hides({path: slopes[path] for path in found.linen}):
+                hidden.append(found)
+        return hidden
+
+    def hides(self, slopes: Mapping[str, Array]) -> bool:
+        """Whether gradients by Linen leaves hide an order that other numbers would show."""
+        return any(even_axes(slope) - self._even[path] for path, slope in slopes.items())
+
+    @cached_property
+    def _even(self) -> dict[str, frozenset[int]]:
+        """The `even_axes` of each Linen leaf where all leaves have numbers of their own."""
+        slopes = self._slopes(self.ground.sides[0].paths)
+        return {path: even_axes(slope) for path, slope in slopes.items()}
+
+    def _slopes(self, known: Collection[str]) -> dict[str, Array]:
+        """The gradients by all Linen leaves, where those that are known have their own numbers."""
+        linen = self.ground.sides[0]
+        values = distinct(linen, self.ground.values(0), known)
+        return run(linen, self.ground.inputs, values, by=linen.paths).slopes
 
     def holds(self, rules: Sequence[FoundRule]) -> bool:
         """Whether the outputs agree with some rules."""
@@ -96,9 +127,9 @@ class Trial:
         for found in rules:
             is_chosen = any(pair.chosen for pair in found.evidence)
             (chosen if is_chosen else firm).append(found)
-        return self._grown(self._grown([], firm), chosen)
+        return self.grown(self.grown([], firm), chosen)
 
-    def _grown(self, kept: list[FoundRule], more: Sequence[FoundRule]) -> list[FoundRule]:
+    def grown(self, kept: list[FoundRule], more: Sequence[FoundRule]) -> list[FoundRule]:
         """`kept` with as many more as hold: all, or what each half adds.
 
         Nearly always all hold: that takes one run. One wrong rule among 64 takes 13.
@@ -108,7 +139,7 @@ class Trial:
         if len(more) == 1:
             return kept
         half = len(more) // 2
-        return self._grown(self._grown(kept, more[:half]), more[half:])
+        return self.grown(self.grown(kept, more[:half]), more[half:])
 
 
 def equalised(book: RuleBook, leaves: Mapping[str, Array]) -> dict[str, Array]:
