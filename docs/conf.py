@@ -79,6 +79,7 @@ highlight_language = "none"  # a block without a mark is what a command prints
 
 html_theme = "furo"
 html_title = project
+html_css_files = html_static_path = ["site.css"]
 html_extra_path = ["index.html"]  # leads to README.html, the first page
 html_show_copyright = False
 html_copy_source = False
