@@ -2,7 +2,7 @@
 
     steps     a step of every stage against a floor and the usual idioms      8 minutes
     loop      the training loop against the bare step; start-up               5 minutes
-    growth    how a step's cost grows with depth, width and devices           3 minutes
+    growth    how the cost of a step and of suggest grows                     3 minutes
 
 Figures go to runs/benchmarks/NAME.json, plots to NAME.png beside it. The library has benchmarks of
 its own: packages/linen-nnx/benchmarks.
@@ -20,7 +20,9 @@ FOLDER = Path("runs/benchmarks")
 
 def main() -> int:
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks", description=__doc__, formatter_class=form
+    )
     parser.add_argument("names", nargs="*", metavar="NAME", help="which; default: all")
     names = parser.parse_args().names or NAMES
     if unknown := sorted(set(names) - set(NAMES)):

@@ -68,8 +68,8 @@ def plot(path: Path, curves: Curves) -> None:
     """Draws seconds and memory of every curve, on logarithmic axes."""
     import matplotlib.pyplot as plt
 
-    rows = -(-len(curves) // 3)
-    figure, grid = plt.subplots(rows, 3, figsize=(12, 3.2 * rows), squeeze=False)
+    rows = -(-len(curves) // 2)
+    figure, grid = plt.subplots(rows, 2, figsize=(8, 3.2 * rows), squeeze=False)
     axes = list(grid.flat)
     for spare in axes[len(curves) :]:
         spare.remove()

@@ -97,7 +97,7 @@ INLINE = {
     "make docs": "make -n docs",
     **{
         f"python -m benchmarks {name}": "cd packages/linen-nnx && python -m benchmarks --help"
-        for name in ("convert", "proofs")
+        for name in ("convert", "growth", "proofs")
     },
     "make lint": "make -n lint | sed 's/pyrefly check/& --help/; s/ruff .*/& --help/' | sh -e",
     "make bench": "make -n bench && python -m benchmarks --help",

@@ -20,7 +20,9 @@ FOLDER = Path("runs/benchmarks")
 
 def main() -> int:
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks", description=__doc__, formatter_class=form
+    )
     parser.add_argument("names", nargs="*", metavar="NAME", help="which; default: all")
     names = parser.parse_args().names or NAMES
     if unknown := sorted(set(names) - set(NAMES)):
