@@ -36,13 +36,20 @@ Train = Callable[..., Path]
 STAGES = ("linen", "nnx_in_linen", "linen_in_nnx", "nnx")
 
 # Each experiment as it is, only smaller: dropout, clipping, weight decay, warm-up all stay on.
+# To compile a step of the first two takes longer than a test's steps do, and `steps` and the rates
+# are part of the program. So a test that does not care about them ends its run by `stop_at=`
+# instead: then one compiled program serves many tests.
 SMALL = {
     "lm": (
         "experiment=lm", "model.width=32", "model.depth=2", "data.length=32", "data.batch=8",
-        "optimizer.lr=2e-3",
+        "steps=150", "optimizer.lr=2e-3",
         "eval.batches=2", "log.samples=0",
     ),
-    "digits": ("experiment=digits", "model.width=8", "data.batch=16", "log.samples=0"),
+    "digits": (
+        "experiment=digits", "model.width=8", "data.batch=16",
+        "steps=150", "optimizer.lr=5e-3",
+        "log.samples=0",
+    ),
     "diabetes": ("experiment=diabetes", "data.batch=16"),
 }  # fmt: skip
 # Older ones, which an environment not made by `make` may have, do not read pyproject.toml.

@@ -19,7 +19,7 @@ SMALL = {
     "sums": ("model.depth=1", "model.width=8", "data.sums=160", "data.digits=2", "data.batch=8"),
     "vae": ("model.hidden=8", "data.batch=8"),
 }
-LONG = ("classifier", "diffusion", "sums")  # to compile
+LONG = ("actor_critic", "classifier", "diffusion", "sums")  # to compile
 
 
 def train(name: str, run_dir: Path, *overrides: str) -> list[str]:

@@ -16,8 +16,8 @@ from training.assemble import prepare
 
 # The losses of the first four steps, and the validation loss after them.
 GOLDEN = {
-    "lm": ([6.058136, 6.067670, 5.949064, 5.671302], 5.307804),
-    "digits": ([2.333722, 2.376467, 2.452226, 2.564520], 2.352836),
+    "lm": ([6.058136, 6.067670, 6.108777, 6.136027], 5.943300),
+    "digits": ([2.333722, 2.376467, 2.455908, 2.583683], 2.358502),
     "diabetes": ([3.136357, 3.202138, 4.590585, 1.531802], 2.738352),
 }
 # Other machines and versions of XLA round otherwise; another seed moves the first digits.
@@ -28,7 +28,9 @@ CLOSE = 1e-4
 def test_the_first_losses_of_an_experiment_are_the_known_ones(
     train: Train, tmp_path: Path, experiment: str
 ) -> None:
-    settings = ["stage=nnx", "steps=4", "eval.every=4", "optimizer.warmup=2"]
+    settings = ["stop_at=4", "eval.every=4"]
+    if experiment == "diabetes":  # the others run programs that other tests run, too
+        settings += ["steps=4", "optimizer.warmup=2"]
     if experiment == "lm":  # the text of Python's reference differs from version to version
         text = "".join(f"The square of {n} is {n * n}.\n" for n in range(3000))
         (tmp_path / "squares.txt").write_text(text)

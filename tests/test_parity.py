@@ -22,10 +22,8 @@ def curve(run_dir: Path) -> bytes:
     ],
 )
 def test_four_stages_draw_the_same_loss_curve(train: Train, experiment: str, dtype: str) -> None:
-    curves = {
-        stage: curve(train(experiment, f"stage={stage}", f"model.dtype={dtype}", "steps=100"))
-        for stage in STAGES
-    }
+    settings = (f"model.dtype={dtype}", "stop_at=100", "eval.every=50")
+    curves = {stage: curve(train(experiment, f"stage={stage}", *settings)) for stage in STAGES}
 
     assert curves["linen"].count(b'"train"') == 100
     assert b'"eval"' in curves["linen"]

@@ -54,11 +54,16 @@ def wait_for_rows(process: subprocess.Popen[str], run_dir: Path, rows: int) -> N
 
 
 @pytest.mark.slow
-@each_stage
+@pytest.mark.parametrize(
+    ("experiment", "stage"),
+    [
+        ("diabetes", "nnx_in_linen"),
+        *(pytest.param("digits", stage, marks=pytest.mark.long) for stage in STAGES),
+    ],
+)
 def test_a_killed_run_continues_as_if_nothing_had_happened(
-    train: Train, tmp_path: Path, stage: str
+    train: Train, tmp_path: Path, experiment: str, stage: str
 ) -> None:
-    experiment = "digits"
     whole = train(experiment, f"stage={stage}", *SAVING)
     run_dir = tmp_path / "killed"
     moments = random.Random(stage)

@@ -33,7 +33,9 @@ ROWS = 16
 NOISE = 2 * ROWS * 2**-24  # 1.9e-6, relative, at each step
 
 # Longer than a warm-up, so that the curves have room to part.
-OPTIONS = (f"data.batch={ROWS}", "steps=40", "eval.every=10", "optimizer.warmup=2")
+OPTIONS = (
+    f"data.batch={ROWS}", "steps=40", "eval.every=10", "optimizer.warmup=2", "optimizer.lr=1e-3",
+)  # fmt: skip
 
 
 def curve(run_dir: Path) -> bytes:
@@ -67,7 +69,7 @@ def host(state: dict[str, Any]) -> list[bytes]:
          ("model.scan=true", "optimizer.ema=0.9", "optimizer.accumulate=2"),
          marks=pytest.mark.long),
         ("digits", "mesh.data=2 mesh.fsdp=4", ()),
-        ("diabetes", "mesh.fsdp=8", ("optimizer=lion",)),
+        ("diabetes", "mesh.fsdp=8", ("optimizer=lion", "optimizer.lr=2e-4")),
     ],
     ids=["lm-data", "lm-fsdp", "lm-scan-both", "digits-both", "diabetes-fsdp"],
 )  # fmt: skip
@@ -104,7 +106,8 @@ def test_each_device_holds_an_eighth(experiment: str, stage: str) -> None:
 
 @pytest.mark.parametrize("experiment", ["lm", "digits", "diabetes"])
 def test_a_mesh_starts_from_the_same_bits(experiment: str) -> None:
-    whole, cut = setup(experiment), setup(experiment, "mesh.fsdp=8")
+    """Parts of eight numbers: in narrower ones XLA rounds otherwise, from jax 0.12 on."""
+    whole, cut = setup(experiment), setup(experiment, "mesh.fsdp=4")
     assert host(cut.program.init()) == host(whole.program.init())
 
 

@@ -46,10 +46,10 @@ def test_scanned_blocks_draw_the_same_curve_at_all_stages(train: Train, dtype: s
 @pytest.mark.parametrize(
     "options",
     [
-        ("model.depth=1",),  # XLA dissolves a loop of one turn
+        (),
         pytest.param(("model.remat=true", "optimizer.accumulate=2"), marks=pytest.mark.long),
     ],
-    ids=lambda options: options[0],
+    ids=str,
 )
 def test_scanned_blocks_draw_the_same_curve_in_linen_and_nnx(
     train: Train, options: tuple[str, ...]
@@ -59,6 +59,21 @@ def test_scanned_blocks_draw_the_same_curve_in_linen_and_nnx(
     assert curve(train("lm", "stage=linen", *settings)) == curve(
         train("lm", "stage=nnx", *settings)
     )
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_a_loop_of_one_turn_draws_the_same_curve_or_close_to_it(
+    train: Train, optimizer: str
+) -> None:
+    """XLA dissolves such a loop, and from jax 0.12 on it then rounds the two forms otherwise."""
+    settings = ("model.scan=true", "model.depth=1", f"optimizer={optimizer}", "steps=50")
+    linen, nnx = (train("lm", f"stage={stage}", *settings) for stage in ("linen", "nnx"))
+
+    if jax.__version_info__ < (0, 12):
+        assert curve(linen) == curve(nnx)
+    else:
+        assert distance(linen, nnx) <= 8e-7
 
 
 # Between runs with and without a loop; between stages there is no difference to bound. The figures
@@ -125,12 +140,3 @@ def test_adafactor_on_a_stack_stays_close_to_adafactor_on_its_blocks(train: Trai
     runs = (train("lm", f"stage={stage}", *settings) for stage in ("linen", "nnx"))
 
     assert 0 < distance(*runs) <= 8e-4
-
-
-@pytest.mark.long
-def test_adafactor_on_a_stack_of_one_block_is_exact(train: Train) -> None:
-    settings = ("model.scan=true", "optimizer=adafactor", "steps=50", "model.depth=1")
-
-    assert curve(train("lm", "stage=linen", *settings)) == curve(
-        train("lm", "stage=nnx", *settings)
-    )

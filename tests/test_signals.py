@@ -34,7 +34,7 @@ def started(script: str) -> subprocess.Popen[str]:
 def test_a_signal_before_training_ends_the_process_with_one_line(number: signal.Signals) -> None:
     process = started(STARTING)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == signals.exit_code(number)
     assert errors == (
         f"{number.name}: ended at once. The same command goes on from the last checkpoint.\n"
@@ -49,7 +49,7 @@ def test_a_second_signal_ends_a_training_process_with_one_more_line(number: sign
     assert process.stderr.readline() == f"{number.name}: saving after this step.\n"
     assert process.poll() is None
     process.send_signal(number)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == signals.exit_code(number)
     assert errors.count("\n") == 1
 
@@ -94,7 +94,7 @@ def test_a_double_interrupt_ends_a_run_without_a_traceback(
         for _ in range(2):
             process.send_signal(signal.SIGINT)
             time.sleep(0.02)
-        code = process.wait(timeout=60)
+        code = process.wait(timeout=300)
 
     assert code == 130
     text = output.read_text()

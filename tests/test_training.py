@@ -57,7 +57,8 @@ def test_a_part_to_port_that_the_model_does_not_have_is_named() -> None:
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("experiment", ["lm", "digits", "diabetes"])
 def test_the_loss_decreases_over_training(train: Train, experiment: str) -> None:
-    run_dir = train(experiment, "steps=150", "eval.every=50", "optimizer.lr=5e-3")
+    settings = ("steps=150", "optimizer.lr=5e-3") if experiment == "diabetes" else ()
+    run_dir = train(experiment, *settings, "eval.every=50")
     losses = [row["loss"] for row in rows(run_dir, "train")]
     evals = [row["loss"] for row in rows(run_dir, "eval")]
     assert np.mean(losses[-20:]) < 0.9 * np.mean(losses[:20])
@@ -102,11 +103,11 @@ def test_one_small_sgd_step_lowers_the_loss_whatever_the_seed(
         assert (np.asarray(norms[half]) > 0).all()
 
 
-@pytest.mark.sampled(2)
-@pytest.mark.parametrize("stage_name", STAGES)
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("stage_name", ["nnx_in_linen", "linen", "linen_in_nnx", "nnx"])
 def test_every_parameter_of_both_halves_moves(train: Train, stage_name: str) -> None:
-    run_dir = train("digits", f"stage={stage_name}", "steps=4", "checkpoint.every=1",
-                    "checkpoint.keep=9", "optimizer.warmup=0")  # fmt: skip
+    run_dir = train("digits", f"stage={stage_name}", "stop_at=4", "checkpoint.every=1",
+                    "checkpoint.keep=9")  # fmt: skip
     before, after = params(run_dir, 1), params(run_dir, 4)
     assert before.keys() == after.keys()
     still = [path for path in before if (before[path] == after[path]).all()]
@@ -117,7 +118,7 @@ def test_every_parameter_of_both_halves_moves(train: Train, stage_name: str) -> 
 @pytest.mark.parametrize("rule", ["adamw", "sgd"])
 @pytest.mark.parametrize("frozen", HALVES)
 def test_a_frozen_half_stays_exactly_as_it_was(train: Train, frozen: str, rule: str) -> None:
-    run_dir = train("digits", "steps=4", f"optimizer.parts.{frozen}.freeze=true",
+    run_dir = train("diabetes", "steps=4", f"optimizer.parts.{frozen}.freeze=true",
                     "checkpoint.every=1", "checkpoint.keep=9", "optimizer.warmup=0",
                     f"optimizer={rule}",
                     "optimizer.weight_decay=0.1", "optimizer.ema=0.9",
@@ -388,10 +389,10 @@ def test_debug_nans_names_the_operation(train: Train) -> None:
 def test_tensorboard_reads_what_a_run_writes(train: Train) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run_dir = train("digits", "log.tensorboard=true", "steps=20", "eval.every=10", "log_every=2",
-                    "log.histograms_every=10", "log.samples=9", "stop_at=10")  # fmt: skip
-    train("digits", "log.tensorboard=true", "steps=20", "eval.every=10", "log_every=2",
-          "log.histograms_every=10", "log.samples=9", f"run_dir={run_dir}")  # fmt: skip
+    options = ("log.tensorboard=true", "eval.every=10", "log_every=2", "log.histograms_every=10",
+               "log.samples=9")  # fmt: skip
+    run_dir = train("digits", *options, "stop_at=10")
+    train("digits", *options, "stop_at=20", f"run_dir={run_dir}")
 
     events = EventAccumulator(str(run_dir)).Reload()
     tags = events.Tags()
@@ -420,7 +421,7 @@ def test_misclassified_digits_are_shown_with_their_class_and_the_guess(
         real(draw, place, words, *args, **options)
 
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
-    run_dir = train("digits", "log.tensorboard=true", "steps=2", "eval.every=2", "log.samples=7")
+    run_dir = train("digits", "log.tensorboard=true", "stop_at=2", "eval.every=2", "log.samples=7")
 
     pairs = list(zip(drawn[::2], drawn[1::2], strict=True))
     assert len(pairs) == 7
@@ -479,14 +480,14 @@ def test_samples_are_compiled_once_for_a_run(
         return real(stage, *args, **how)
 
     monkeypatch.setattr(Stage, "apply", apply)
-    train(experiment, "log.samples=3", "steps=3", "eval.every=1", "log.tensorboard=true")
+    train(experiment, "log.samples=30", "stop_at=3", "eval.every=1", "log.tensorboard=true")
     assert len([once for once in traced if not once]) == 2  # evaluation, samples
 
 
 def test_the_language_model_writes_a_sample(
     train: Train, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train("lm", "steps=2", "log.samples=30", "eval.every=2")
+    train("lm", "log.samples=30", "eval.every=150")
     out = capsys.readouterr().out
     assert "sample after the prompt" in out
     assert "baseline bigram" in out
