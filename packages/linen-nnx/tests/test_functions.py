@@ -108,6 +108,9 @@ PAIRS = {
     "a table": (lambda x: x + jnp.arange(4.0), lambda x: x + 2 * jnp.arange(4.0), X,
                 ["constants: Linen 4 numbers from 0 to 3, in all 6, nnx 4 numbers from 0 to 6, in "
                  "all 12"]),
+    "a table in another order": (lambda x: x + jnp.arange(4.0), lambda x: x + jnp.arange(4.0)[::-1],
+                                 X, ["constants: Linen 4 numbers from 0 to 3, in all 6, 0 at [0], "
+                                     "nnx 4 numbers from 0 to 3, in all 6, 3 at [0]"]),
     "a cast": (lambda x: jnp.tanh(x.astype(jnp.bfloat16)), jnp.tanh, X,
                ["a cast to bfloat16, in Linen alone"]),
     "another order of axes": (lambda x: x.reshape(2, 2, 2).swapaxes(0, 1).reshape(2, 4),

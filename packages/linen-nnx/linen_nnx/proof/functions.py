@@ -267,15 +267,28 @@ def _by_params(parting: _Parting, terms: Terms) -> tuple[Words, Words]:
     keys = [key for key in ours if ours[key] != theirs.get(key)]
     if keys:
         return Words(one.name, _phrases(one, *keys)), Words(one.name, _phrases(two, *keys))
-    return _by_constants(one, terms), _by_constants(two, terms)
+    tables = _constant(one, terms), _constant(two, terms)
+    return _by_constants(one, *tables), _by_constants(two, *reversed(tables))
 
 
-def _by_constants(op: Operation, terms: Terms) -> Words:
-    """An operation by the constant that it takes, else by the number of its arguments."""
+def _constant(op: Operation, terms: Terms) -> Array | None:
+    """The first constant that an operation takes, if there is one."""
     for arg in op.args:
         if arg.op and _is_constant(arg):
-            return _table(terms.table(arg.op))
-    return Words(op.name, f"of {len(op.args)} values")
+            return terms.table(arg.op)
+    return None
+
+
+def _by_constants(op: Operation, own: Array | None, other: Array | None) -> Words:
+    """An operation by the constant that it takes, else by the number of its arguments."""
+    if own is None:
+        return Words(op.name, f"of {len(op.args)} values")
+    words = _table(own)
+    # The same numbers in another order: the first place where they differ tells.
+    if other is not None and own.shape == other.shape and words == _table(other):
+        for at in np.argwhere(own != other)[:1].tolist():
+            words = words._replace(text=f"{words.text}, {own[tuple(at)]:.4g} at {at}")
+    return words
 
 
 def _table(table: Array) -> Words:
