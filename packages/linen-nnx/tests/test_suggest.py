@@ -219,6 +219,35 @@ def test_an_order_that_the_constants_of_open_leaves_hide_stays_open():
     assert "the order of its elements is not proven" in book.unassigned["params/out/kernel"].reason
 
 
+class Quarters(nn.Module):
+    """Four kernels, which the port has as one: two joined by columns, both of these by rows."""
+
+    @nn.compact
+    def __call__(self, x, h):
+        return [
+            nn.Dense(2, use_bias=False, name=a)(x) + nn.Dense(2, use_bias=False, name=b)(h)
+            for a, b in ("ab", "cd")
+        ]
+
+
+class QuartersPort(nnx.Module):
+    def __init__(self, rngs):
+        self.joint = nnx.Linear(7, 4, use_bias=False, rngs=rngs)
+
+    def __call__(self, x, h):
+        return jnp.split(self.joint(jnp.concatenate([x, h], -1)), 2, axis=-1)
+
+
+def test_a_leaf_that_no_ops_make_of_its_parts_names_them():
+    book = suggest(Twin(Quarters, QuartersPort, lambda: (jnp.ones((5, 3)), jnp.ones((5, 4)))))
+
+    parts = tuple(f"params/{name}/kernel" for name in "abcd")
+    assert set(book.unassigned) == {*parts, "joint/kernel"}
+    assert book.unassigned["joint/kernel"].candidates == parts
+    assert all("no ops say how" in known.reason for known in book.unassigned.values())
+    assert not any(known.likely for known in book.unassigned.values())
+
+
 def test_another_activation_leaves_open_what_it_hides():
     pair = stack_of(2, 2, act=nnx.sigmoid)
 

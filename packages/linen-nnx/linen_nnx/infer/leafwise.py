@@ -47,7 +47,13 @@ import numpy as np
 from linen_nnx.book.rules import RuleBook
 from linen_nnx.infer.elements import gap, orders, positions, size, table
 from linen_nnx.infer.found import FoundRule, SidedPath
-from linen_nnx.infer.proposals import PROPOSALS, Alternatives, OpenGradients, OpenLeaves
+from linen_nnx.infer.proposals import (
+    PROPOSALS,
+    Alternatives,
+    OpenGradients,
+    OpenLeaves,
+    joined_in_no_known_way,
+)
 from linen_nnx.infer.run import rounding
 from linen_nnx.infer.sides import Both
 from linen_nnx.infer.trial import Point, Trial, has_copies
@@ -98,6 +104,20 @@ def pair_leaves(
     hidden = trial.hidden(found, assumed) if assumed else []
     proven = [rule for rule in found if rule not in hidden]
     return proven, [*hidden, *_free(waiting, open_)], view.blind if view else None
+
+
+def sharing(
+    trial: Trial, rules: Sequence[FoundRule], open_: OpenLeaves
+) -> dict[SidedPath, list[str]]:
+    """By open leaf the open leaves of the other side with its elements, for which there are no ops.
+
+    Args:
+      trial, rules, open_: as for `pair_leaves`, behind which this is asked.
+    """
+    if not (open_[0] and open_[1]):
+        return {}
+    point = trial.point(rules, by=open_)
+    return joined_in_no_known_way(_open_gradients(trial.ground.sides, point, open_))
 
 
 def _free(rules: Iterable[FoundRule], open_: OpenLeaves) -> list[FoundRule]:

@@ -202,6 +202,21 @@ def parts(
     return proposed
 
 
+def joined_in_no_known_way(gradients: OpenGradients) -> dict[SidedPath, list[str]]:
+    """By leaf the leaves of the other side that share its elements, though no ops say how.
+
+    A kernel for all gates of [x, h] holds eight of Linen's: a concat of concats, which is no rule.
+    """
+    shared: dict[SidedPath, list[str]] = {}
+    for one, many in ((0, 1), (1, 0)):
+        for path, whole in gradients.seen[one].items():
+            at = _positions_in(whole, gradients.seen[many])
+            if len(at) > 1 and sum(places.size for places in at.values()) == whole.size:
+                shared[one, path] = sorted(at)
+                shared |= {(many, part): [path] for part in at}
+    return shared
+
+
 def _dark_part(
     trial: Trial,
     known: Sequence[FoundRule],

@@ -20,10 +20,10 @@ from linen_nnx.infer.additions import additions
 from linen_nnx.infer.assign import SEE_NOTES, assign
 from linen_nnx.infer.compress import compress
 from linen_nnx.infer.fingerprints import fingerprints
-from linen_nnx.infer.found import FoundRule
+from linen_nnx.infer.found import FoundRule, SidedPath
 from linen_nnx.infer.ground import common_ground
 from linen_nnx.infer.grouped import Reasons, rules_by_name, rules_of_pairs
-from linen_nnx.infer.leafwise import Blind, pair_leaves
+from linen_nnx.infer.leafwise import Blind, pair_leaves, sharing
 from linen_nnx.infer.lossy import lossy
 from linen_nnx.infer.notes import notes_of_book, with_notes
 from linen_nnx.infer.proposals import OpenLeaves
@@ -40,6 +40,10 @@ _HIDDEN = (
 )
 
 
+_NO_OPS = (
+    "its elements are those of the candidates, by their gradients, but no ops say how: a rule "
+    "joins parts along one axis"
+)
 _VEILED = (
     "the order of its elements is not proven: beside leaves that are open, whose numbers are one "
     "constant, no gradient shows it"
@@ -103,6 +107,7 @@ def propose(linen: Trace, nnx: Trace, progress: Say = silent) -> RuleBook:
         why |= {(side, path): reason for path, reason in reasons.items()}
     rules = rules_of_pairs(both, assignment, why)
     extra: list[Rule] = []
+    shared: dict[SidedPath, list[str]] = {}
     # Rules that hold make more of the models known, and so lead to more rules.
     if ground.problem is None:
         progress("testing the rules on random numbers")
@@ -120,11 +125,13 @@ def propose(linen: Trace, nnx: Trace, progress: Say = silent) -> RuleBook:
         else:
             open_ = _open_leaves(both, rules, losses.reasons)
             extra = additions(trial, rules, open_, losses.reasons)
+            shared = sharing(trial, rules, open_)
+            why |= dict.fromkeys(shared, _NO_OPS)
     rules += rules_by_name(both)
     shown = compress(rules, both[0].paths, both[1].paths)
     return RuleBook(
         [*with_notes(shown, rules, both[0], prints.tolerance), *extra],
-        unassigned(both, rules, extra, assignment, why),
+        unassigned(both, rules, extra, (assignment, shared), why),
         notes=notes_of_book(ground, losses.reasons),
     )
 

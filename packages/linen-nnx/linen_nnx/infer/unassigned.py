@@ -26,7 +26,7 @@ def unassigned(
     both: Both,
     rules: Sequence[FoundRule],
     extra: Sequence[Rule],
-    assignment: Assignment,
+    known: tuple[Assignment, Mapping[SidedPath, list[str]]],
     why: Mapping[SidedPath, str],
 ) -> dict[str, Unassigned]:
     """Every leaf without a rule, with the reason and its candidates, by path.
@@ -34,10 +34,12 @@ def unassigned(
     Args:
       both: the two sides.
       rules, extra: the rules of the book; `extra` fills leaves that only one side has.
-      assignment: the pairs of slots, and why other slots have none.
+      known: the pairs of slots, and why other slots have none; and by leaf those that share its
+        elements, for which there are no ops.
       why: the reasons that are known of whole leaves; they count before those of slots.
     """
     free = _without_rule(both, rules, extra)
+    assignment, shared = known
     partners = _partners(assignment)
     homes = _module_homes(rules)
     result: dict[str, Unassigned] = {}
@@ -53,6 +55,7 @@ def unassigned(
             else:
                 near, reason = _idle_alike((side, other), path), "the forward pass does not use it"
             reason = why.get((number, path), reason)
+            near = shared.get((number, path), near)
             home = homes[number].get(_module((number, path)))
             near.sort(key=partial(_strangeness, (number, path), home))
             candidates = tuple(dict.fromkeys(near))[:_CANDIDATES]
