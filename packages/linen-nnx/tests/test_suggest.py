@@ -248,6 +248,42 @@ def test_a_leaf_that_no_ops_make_of_its_parts_names_them():
     assert not any(known.likely for known in book.unassigned.values())
 
 
+class Averages(nn.Module):
+    """Two averages that no output reads and training updates."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        mean = self.variable("ema", "mean", jnp.zeros, (4, 3))
+        most = self.variable("ema", "most", jnp.zeros, (4, 3))
+        y = nn.Dense(3, name="out")(x)
+        if train:
+            mean.value = 0.9 * mean.value + 0.1 * x.T @ y
+            most.value = 0.8 * most.value + 0.1 * x.T @ y
+        return y
+
+
+class AveragesPort(nnx.Module):
+    def __init__(self, rngs):
+        self.out = nnx.Linear(4, 3, rngs=rngs)
+        self.one, self.two = (nnx.Variable(jnp.zeros((3, 4))) for _ in range(2))
+        self.deterministic = False
+
+    def __call__(self, x):
+        y = self.out(x)
+        if not self.deterministic:
+            self.two[...] = 0.9 * self.two[...] + 0.1 * y.T @ x
+            self.one[...] = 0.8 * self.one[...] + 0.1 * y.T @ x
+        return y
+
+
+def test_what_training_updates_tells_averages_apart():
+    book = suggest(Twin(Averages, AveragesPort, lambda: (jnp.ones((2, 4)),)))
+
+    found = {rule.linen[0].text: rule.nnx[0].text for rule in book.rules}
+    assert not book.unassigned
+    assert (found["ema/mean"], found["ema/most"]) == ("two", "one")
+
+
 def test_another_activation_leaves_open_what_it_hides():
     pair = stack_of(2, 2, act=nnx.sigmoid)
 

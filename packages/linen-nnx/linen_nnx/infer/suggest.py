@@ -13,6 +13,7 @@ rule is worse than none.
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from linen_nnx.book.grammar import Rule
 from linen_nnx.book.rules import RuleBook
@@ -27,11 +28,12 @@ from linen_nnx.infer.leafwise import Blind, pair_leaves, sharing
 from linen_nnx.infer.lossy import lossy
 from linen_nnx.infer.notes import notes_of_book, with_notes
 from linen_nnx.infer.proposals import OpenLeaves
+from linen_nnx.infer.run import EXACT
 from linen_nnx.infer.sides import Both, even, sides
 from linen_nnx.infer.trace import Trace, trace_linen, trace_nnx
 from linen_nnx.infer.trial import Trial
 from linen_nnx.infer.twin import Twin
-from linen_nnx.infer.unassigned import unassigned
+from linen_nnx.infer.unassigned import likely_pair, unassigned
 
 _TIMES = 8  # the leaves' bytes, at the peak: `make bench ARGS=proofs` measures it
 _APART = "with numbers that differ from leaf to leaf the twins' outputs differ"
@@ -43,6 +45,10 @@ _HIDDEN = (
 _NO_OPS = (
     "its elements are those of the candidates, by their gradients, but no ops say how: a rule "
     "joins parts along one axis"
+)
+_UPDATED = (
+    "no output sees it; the new values that training gives agree, with numbers that differ from "
+    "leaf to leaf"
 )
 _VEILED = (
     "the order of its elements is not proven: beside leaves that are open, whose numbers are one "
@@ -134,6 +140,55 @@ def propose(linen: Trace, nnx: Trace, progress: Say = silent) -> RuleBook:
         unassigned(both, rules, extra, (assignment, shared), why),
         notes=notes_of_book(ground, losses.reasons),
     )
+
+
+def with_updates(twin: Twin, book: RuleBook) -> RuleBook:
+    """The book, with rules for the open leaves that updates tell apart.
+
+    No output reads the sums and counts of a codebook. But a call in training updates them. So an
+    open leaf is tried with each of its candidates: both get the same numbers, beside the others'
+    own, and the new values must agree, with one candidate alone.
+
+    Args:
+      twin: both models, called so that they update their statistics.
+      book: the rules that hold, and the open leaves with their candidates.
+    """
+    linen, nnx = trace_linen(twin), trace_nnx(twin)
+    ground = common_ground(sides(linen, nnx, {}))
+    if ground.problem is not None:
+        return book
+    trial = Trial(ground, EXACT)
+    known = [_of_rule(rule, linen) for rule in book.rules if not rule.init]
+    if not trial.holds(known):
+        return book
+    closed: set[str] = set()
+    proven: list[FoundRule] = []
+    for path, open_ in book.unassigned.items():
+        if open_.side == "nnx" or path not in linen.updates:
+            continue
+        holding: list[FoundRule] = []
+        for name in open_.candidates:
+            rule = likely_pair(ground.sides, path, name) if name in nnx.updates else None
+            found = None if rule is None else _of_rule(replace(rule, note=_UPDATED), linen)
+            if found is not None and trial.holds([*known, found]):
+                holding.append(found)
+        if len(holding) == 1 and closed.isdisjoint(holding[0].nnx):
+            proven += holding
+            closed |= holding[0].linen | holding[0].nnx
+    if not trial.holds([*known, *proven]):
+        return book
+    left = {path: open_ for path, open_ in book.unassigned.items() if path not in closed}
+    return RuleBook([*book.rules, *(found.rule for found in proven)], left, (), book.notes)
+
+
+def _of_rule(rule: Rule, linen: Trace) -> FoundRule:
+    """A rule with the leaves that it matches."""
+    sources: set[str] = set()
+    targets: set[str] = set()
+    for move in RuleBook([rule]).plan(linen.leaves, "nnx", partial=True).moves:
+        sources.update(move.sources)
+        targets.update(move.targets)
+    return FoundRule(rule, frozenset(sources), frozenset(targets), ())
 
 
 def _sound(trial: Trial, rules: list[FoundRule], why: Reasons) -> list[FoundRule]:

@@ -17,7 +17,7 @@ from linen_nnx.book.rules import Unassigned
 from linen_nnx.infer.additions import addition
 from linen_nnx.infer.assign import Assignment
 from linen_nnx.infer.found import FoundRule, SidedPath
-from linen_nnx.infer.sides import Both, SlottedSide
+from linen_nnx.infer.sides import Both
 
 _CANDIDATES = 8
 
@@ -172,7 +172,7 @@ def _likely(both: Both, path: str, candidates: Sequence[str], free: set[str]) ->
     sizes = sorted(side.trace.leaves[path].shape)
     for name in candidates:
         if name in free and sorted(other.trace.leaves[name].shape) == sizes:
-            return _likely_pair(side, path, other, name)
+            return likely_pair((side, other), path, name)
     # There are candidates, but each has a rule or another form: a person has to look.
     if candidates:
         return None
@@ -181,8 +181,12 @@ def _likely(both: Both, path: str, candidates: Sequence[str], free: set[str]) ->
     return parse_rule({"linen": path, "ops": [{"op": "drop"}]})
 
 
-def _likely_pair(side: SlottedSide, path: str, other: SlottedSide, name: str) -> Rule | None:
-    """The rule for a leaf and its likeliest candidate, whose axes may stand in another order."""
+def likely_pair(both: Both, path: str, name: str) -> Rule | None:
+    """The rule for a leaf of the first side and one of the other, with its axes in any order.
+
+    None where their axes differ in length, or are several of one length in another order.
+    """
+    side, other = both
     entry = {side.trace.side: path, other.trace.side: name}
     shapes = {
         side.trace.side: side.trace.leaves[path].shape,
@@ -191,6 +195,8 @@ def _likely_pair(side: SlottedSide, path: str, other: SlottedSide, name: str) ->
     if shapes["linen"] == shapes["nnx"]:
         return parse_rule(entry)
     before = list(shapes["linen"])
+    if sorted(before) != sorted(shapes["nnx"]):
+        return None
     perm = [before.index(size) for size in shapes["nnx"]]
     # Of two axes of one length it is not known which is which.
     if len(set(perm)) != len(perm):

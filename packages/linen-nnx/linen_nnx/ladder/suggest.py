@@ -89,7 +89,7 @@ def _seen_in_training(twin: Twin, book: RuleBook) -> RuleBook:
         return RuleBook(book.rules, book.unassigned, (), [*book.notes, note])
     # Rules come from one call or the other, never from both: their evidence must fit together.
     if len(found.unassigned) >= len(book.unassigned):
-        return book
+        return rules.with_updates(in_training(twin), book)
     count = len(book.unassigned) - len(found.unassigned)
     note = f"{count} leaves that no output sees in evaluation are proven by what training updates"
     return RuleBook(found.rules, found.unassigned, (), [*found.notes, note])
