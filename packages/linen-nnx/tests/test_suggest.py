@@ -1,5 +1,6 @@
 """`suggest` against pairs of models with known answers: nothing wrong, little left open."""
 
+import dataclasses
 import functools
 import re
 import subprocess
@@ -669,6 +670,39 @@ def test_the_draws_of_several_parts_are_paired():
     (pairing,) = suggest(ladder.twin).draws
     found = {str(pair.linen): str(pair.nnx) for pair in pairing.pairs}
     assert found == {"dropout/one": "one/rngs", "dropout/two": "two/rngs"}
+
+
+@dataclasses.dataclass
+class Output:
+    """No pytree."""
+
+    logits: jax.Array
+
+
+class Shifted(nn.Module):
+    """Adds a table that it computes, which its port keeps; returns a class of its own."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        return Output(nn.Dropout(0.5, deterministic=not train)(nn.Dense(3)(x)) + jnp.arange(3.0))
+
+
+class ShiftedPort(nnx.Module):
+    def __init__(self, rngs):
+        self.out, self.table = nnx.Linear(4, 3, rngs=rngs), nnx.Variable(jnp.arange(3.0))
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return Output(self.drop(self.out(x)) + self.table[...])
+
+
+def test_draws_beside_a_table_of_nnx_and_in_an_output_that_is_no_pytree_are_paired():
+    book = suggest(Twin(Shifted, ShiftedPort, lambda: (jnp.ones((2, 4)),)))
+
+    (pairing,) = book.draws
+    assert [(str(pair.linen), str(pair.nnx)) for pair in pairing.pairs] == [
+        ("dropout/Dropout_0", "drop/rngs")
+    ]
 
 
 class Unused(nn.Module):

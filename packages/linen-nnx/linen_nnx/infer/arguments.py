@@ -73,6 +73,11 @@ def arrays_of_outputs(out: Any, place: str = "") -> Iterator[tuple[str, Any]]:
             yield from arrays_of_outputs(value, _below(here, str(key)))
 
 
+def flat_outputs(out: Any) -> list[Any]:
+    """The arrays in what a call returns, without their places."""
+    return [array for _, array in arrays_of_outputs(out)]
+
+
 def _below(place: str, name: str) -> str:
     """A name below a place, either of which may be empty."""
     return f"{place}/{name}" if place and name else place or name

@@ -175,6 +175,14 @@ class FittedBook:
             raise RuleError("The variables cannot be translated", lost)
         return result
 
+    def filled(self) -> Leaves:
+        """The leaves in nnx form that come from no leaf of Linen, as their rules fill them."""
+        result: Leaves = {}
+        for way in self.ways["nnx"]:
+            if not way.move.sources:
+                result.update(zip(way.move.targets, way.move.run([]), strict=True))
+        return result
+
 
 def part_of(name: str, parts: Collection[str]) -> str:
     """The part that a leaf `collection/part/path` belongs to; `WHOLE` where it is the only one.

@@ -32,6 +32,7 @@ from linen_nnx.book.draws import Pairing
 from linen_nnx.book.rules import RuleBook
 from linen_nnx.book.stages import STAGES, WHOLE, Forms, forms_at
 from linen_nnx.book.tree import flatten, unflatten
+from linen_nnx.infer.arguments import flat_outputs
 from linen_nnx.infer.calls import complete, init
 from linen_nnx.infer.keys import DrawError, aside, tag, watching
 from linen_nnx.infer.twin import Twin, TwinError, attempt
@@ -500,7 +501,7 @@ class Ladder:
                 variables, arrays = given
                 # The tag stays in the jaxpr, where `trace` finds it; it computes nothing.
                 with watching(lambda name, key: tag(key, name)):
-                    return self.run_linen(variables, call.joined(arrays, rngs))
+                    return flat_outputs(self.run_linen(variables, call.joined(arrays, rngs)))
 
             given = self.at("linen").abstract(), call.arrays
             self._programs[key] = trace(traced, call.rngs, given)

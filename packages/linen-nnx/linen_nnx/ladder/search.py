@@ -51,6 +51,7 @@ from jax import Array
 
 from linen_nnx.book.draws import Draw, Pairing
 from linen_nnx.book.tree import flatten, unflatten
+from linen_nnx.infer.arguments import flat_outputs
 from linen_nnx.infer.float64 import UNOPTIMISED
 from linen_nnx.infer.keys import DrawError, aside, is_mutable, probing, typed, watching
 from linen_nnx.ladder.call import Call
@@ -127,7 +128,7 @@ def asked_for(ladder: "Ladder", call: Call) -> set[str]:
 
     def traced(variables: Any, arrays: list[Any], rngs: Any) -> Any:
         with watching(note):
-            return ladder.run_linen(variables, call.joined(arrays, rngs))
+            return flat_outputs(ladder.run_linen(variables, call.joined(arrays, rngs)))
 
     # Linen falls back to the stream `params` where it is given no other, so this one will do.
     start = dict.fromkeys({"params", *call.rngs}, _a_key())
@@ -144,7 +145,9 @@ def _match(ladder: "Ladder", call: Call) -> tuple[Match, Sequence[Draw]]:
     """What corresponds, and all draws of the Linen model."""
     variables = sample_variables(ladder)
     linen, unknown = _linen_model(ladder, call, variables)
-    nnx, uncounted = _nnx_model(ladder, call, ladder.translate(variables, "linen", "nnx"))
+    # Tables that nnx alone keeps are in no collection of Linen's: no translation brings them along.
+    leaves = {**ladder.book.filled(), **ladder.translate(variables, "linen", "nnx")}
+    nnx, uncounted = _nnx_model(ladder, call, leaves)
     found = match(linen, nnx)
     # A Linen draw whose key is not known explains why a draw of the port finds no partner.
     reasons = [found.problem]
@@ -177,11 +180,11 @@ def _linen_model(ladder: "Ladder", call: Call, variables: Leaves) -> tuple[Keyed
         with watching(swap):
             out = ladder.run_linen(variables, call.joined(arrays, _named_keys(call, seeds)))
         if call.mutable is False:
-            return out
+            return flat_outputs(out)
         outputs, updates = out
         specs = ladder.book.specs["linen"]
         after = {n: leaf for n, leaf in flatten(nn.unbox(updates)).items() if n in specs}
-        return outputs, _in_order(ladder.translate(after, "linen", "nnx"))
+        return [*flat_outputs(outputs), *_in_order(ladder.translate(after, "linen", "nnx"))]
 
     def own_keys(seeds: Any) -> Array:
         """The keys that the model draws from these seeds, `(len(draws), words)`."""
@@ -197,7 +200,7 @@ def _linen_model(ladder: "Ladder", call: Call, variables: Leaves) -> tuple[Keyed
 
     def outputs(new: Any) -> list[Any]:
         given = new if draws else no_keys
-        return jax.tree.leaves(compiled(given, tree, call.arrays, seeds, known))
+        return compiled(given, tree, call.arrays, seeds, known)
 
     return KeyedModel(draws, outputs, words), "; ".join(problems)
 
@@ -216,7 +219,7 @@ def _nnx_model(ladder: "Ladder", call: Call, leaves: Leaves) -> tuple[KeyedModel
             name = ladder.book.name(types[path], path)
             if is_mutable(name.split("/")[0], call.mutable):
                 updates[name] = leaf
-        return jax.tree.leaves((outputs, _in_order(updates)))
+        return [*flat_outputs(outputs), *_in_order(updates)]
 
     def tagged(leaves: Any, arrays: Any) -> Any:
         return run(_plain_keys(streams), leaves, arrays, "tag")

@@ -17,6 +17,7 @@ import jax
 from linen_nnx.book.rules import RuleBook
 from linen_nnx.book.tree import flatten
 from linen_nnx.errors import Refusal
+from linen_nnx.infer.arguments import flat_outputs
 from linen_nnx.infer.calls import EVALUATION
 from linen_nnx.infer.keys import Undrawn, probing, watching
 from linen_nnx.infer.twin import Twin, TwinError
@@ -166,7 +167,7 @@ def draws_in(ladder: Ladder, call: Call) -> bool:
     def run(leaves: Any, arrays: Any) -> Any:
         # Without keys: to draw is an error.
         root = ladder.nnx_root(forms, leaves, call, {part: {} for part in forms})
-        return jax.tree.leaves(ladder.run_nnx(root, call.joined(arrays, {})))
+        return flat_outputs(ladder.run_nnx(root, call.joined(arrays, {})))
 
     try:
         with probing():
