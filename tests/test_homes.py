@@ -113,6 +113,10 @@ def test_a_run_is_the_same_wherever_its_checkpoints_lie(
     assert convert("run", run_dir, out, "--to", "nnx") == 0
     assert convert("verify", run_dir, out) == 0
     assert (steps(str(out)), homes.noted(out)) == (([6], [6]), out)
+    if kind == "gs":  # and what was converted there is restored there, by stock Orbax
+        assert convert("run", run_dir, f"{home}-out", "--to", "nnx") == 0
+        there = restored(as_path(f"{home}-out/checkpoints/6"))
+        assert there == restored(out / "checkpoints/6")
 
 
 @pytest.mark.parametrize("kind", ["inside", "gs"])
@@ -136,7 +140,8 @@ def test_a_home_is_one_runs_alone(
     for name in before:
         (run_dir / name).unlink()
     assert f"{run_dir} holds no run" in refused(train, run_dir, place)
-    train(tmp_path / "third", f"init_from={home}")
+    said = said_by(loop.train, tmp_path / "third", f"init_from={home}")
+    assert f"without that of {home}/checkpoints/2: its run directory is not known" in said
     assert steps(str(tmp_path / "third"))[0] == [4, 6]
 
 

@@ -263,7 +263,8 @@ class Checkpoints:
         self._wait()
         self._background.shutdown()
         for manager in filter(None, (self._latest, self._best)):
-            manager.close()
+            with _written(self._home):  # what went wrong with a save is told once more here
+                manager.close()
 
     def _wait(self) -> None:
         """Waits for the save before: a later one may delete the directory that is being hashed.
@@ -315,13 +316,14 @@ def _written(home: Path) -> Iterator[None]:
     raises is the system's, and is told by `training.runtime.disk`."""
     try:
         yield
-    except Refusal:
+    except Refused:
         raise
     except Exception as error:
         if not isinstance(home, Remote):
             raise
+        reason = str(error) if isinstance(error, Refusal) else _reason(error)
         refused = Refused(
-            f"{home} cannot be written: {_reason(error)}\nThe checkpoints before it are untouched: "
+            f"{home} cannot be written: {reason}\nThe checkpoints before it are untouched: "
             "put that right, and the same command goes on from the last."
         )
         processes.abandon(refused)  # the others would wait for this one

@@ -33,7 +33,8 @@ def needed(run_dir: Path, home: Path) -> Iterator[None]:
     try:
         yield
     except Refusal:  # it may come from such an error, and has words of its own
-        speak()
+        if not isinstance(home, Remote):  # whose libraries try on in their threads
+            speak()
         raise
     except Exception as error:
         if (number := system_error(error)) is None:
@@ -65,7 +66,10 @@ def system_error(error: BaseException | None) -> int | None:
 def _words(run_dir: Path, home: Path, error: Exception, number: int) -> str:
     file = getattr(error, "filename", None)
     where = f" ({file})" if file else ""
-    steps = checkpoints.steps_of(home / "checkpoints")
+    try:
+        steps = checkpoints.steps_of(home / "checkpoints")
+    except Refusal as refusal:  # a bucket, which cannot be reached either
+        return f"{run_dir} cannot be written: {os.strerror(number)}{where}. {refusal}"
     last = f"{home / 'checkpoints' / str(steps[-1])}" if steps else None
     remedy = "Make room" if number in ROOM else "Put that right"
     return (
@@ -83,7 +87,7 @@ def _hush_echoes(is_echo: Callable[[logging.LogRecord], bool]) -> Callable[[], N
     Returns:
         What undoes this.
     """
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio", "gcsfs")]
     before, unraisable = sys.excepthook, sys.unraisablehook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -40,19 +40,13 @@ def take(saved: Saved, config: Mapping[str, Any], before: Mapping[str, Any], run
         run_dir: where this run is.
     """
     rows: list[bytes] = []
-    source = run_dir_of(saved) / metrics.FILE
-    with reading.named(source):
-        if reason := _parted(saved, config, before):
-            say(f"The curve begins at step {saved.step}, without that of {saved.path}: {reason}")
-        elif source.exists():
+    if reason := _parted(saved, config, before):
+        say(f"The curve begins at step {saved.step}, without that of {saved.path}: {reason}")
+    elif saved.run_dir is not None and (source := saved.run_dir / metrics.FILE).exists():
+        with reading.named(source):
             lines = reading.whole_lines(source)
             rows = [line for line in lines if (metrics.step_of(line) or 0) <= saved.step]
     (run_dir / metrics.FILE).write_bytes(b"".join(rows))
-
-
-def run_dir_of(saved: Saved) -> Path:
-    """Where the rows of a checkpoint's run are, if they are anywhere."""
-    return saved.run_dir or saved.path.parents[1]
 
 
 def _parted(saved: Saved, config: Mapping[str, Any], before: Mapping[str, Any]) -> str:
@@ -69,5 +63,8 @@ def _parted(saved: Saved, config: Mapping[str, Any], before: Mapping[str, Any]) 
         return "; ".join(changed[:SHOWN]) + f"{more}."
     # A curve with a hole is refused where a run goes on with it. Here the state is sound, and is
     # taken.
-    lost = vouching.lost_rows(run_dir_of(saved), saved.step, saved.run)
+    if saved.run_dir is None:
+        return "its run directory is not known. Given as init_from, that brings its rows along."
+    with reading.named(saved.run_dir / metrics.FILE):
+        lost = vouching.lost_rows(saved.run_dir, saved.step, saved.run)
     return f"its {metrics.FILE} is not as it was saved: {'; '.join(lost)}." if lost else ""

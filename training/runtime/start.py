@@ -174,7 +174,7 @@ def _own(run: Run) -> checkpoints.Saved | None:
         _verify(run, saved)
         before = vouching.config_of(saved.run)
     else:
-        before = _config_file(run_dir)
+        before = _config_file(run_dir, run.home)
     _compare_runs(run.upgraded(before), {**run.config, **numerics.recorded()}, run_dir)
     if saved is None and run.resume == "must":
         raise Refused(f"resume=must, but the run in {run_dir} has not saved a checkpoint yet.")
@@ -202,14 +202,15 @@ def _without_run(run: Run, saved: checkpoints.Saved) -> str:
     )
 
 
-def _config_file(run_dir: Path) -> dict[str, Any]:
+def _config_file(run_dir: Path, home: Path) -> dict[str, Any]:
     """The configuration of a run that has saved nothing yet."""
     file = run_dir / vouching.CONFIG
     if not file.exists():
         raise Refused(
             f"{run_dir} is not empty and holds no run (no config.yaml). Choose another run_dir."
         )
-    with reading.named(file, "No checkpoint was saved: remove the file, and the run begins anew."):
+    hint = f"No checkpoint is in {home}: put the file back from a copy, or choose another run_dir."
+    with reading.named(file, hint):
         content = reading.yaml_mapping(file)
         vouching.check_recorded(content)
         return content
