@@ -672,6 +672,9 @@ def test_the_draws_of_several_parts_are_paired():
     assert found == {"dropout/one": "one/rngs", "dropout/two": "two/rngs"}
 
 
+STAGES = ("linen", "nnx")
+
+
 @dataclasses.dataclass
 class Output:
     """No pytree."""
@@ -703,6 +706,20 @@ def test_draws_beside_a_table_of_nnx_and_in_an_output_that_is_no_pytree_are_pair
     assert [(str(pair.linen), str(pair.nnx)) for pair in pairing.pairs] == [
         ("dropout/Dropout_0", "drop/rngs")
     ]
+
+
+def test_a_table_that_nnx_alone_keeps_is_among_the_variables_of_its_stage():
+    x = jnp.ones((2, 4))
+    twin = Twin(Shifted, ShiftedPort, lambda: (x,))
+    ladder = Ladder(twin, suggest(twin))
+    linen, nnx_ = (ladder.at(name).init(jax.random.key(0), x, train=False) for name in STAGES)
+
+    np.testing.assert_array_equal(nnx_["Variable"]["table"], jnp.arange(3.0))
+    one, two = (
+        ladder.at(name).apply(variables, x, train=False).logits
+        for name, variables in zip(STAGES, (linen, nnx_), strict=True)
+    )
+    np.testing.assert_array_equal(one, two)
 
 
 class Unused(nn.Module):

@@ -175,11 +175,14 @@ class FittedBook:
             raise RuleError("The variables cannot be translated", lost)
         return result
 
-    def filled(self) -> Leaves:
-        """The leaves in nnx form that come from no leaf of Linen, as their rules fill them."""
+    def filled(self, forms: Forms) -> Leaves:
+        """The leaves of the parts in nnx form that come from no leaf of Linen, as rules fill them.
+
+        Tables that nnx alone keeps are in no collection of Linen's: `translate` passes them by.
+        """
         result: Leaves = {}
         for way in self.ways["nnx"]:
-            if not way.move.sources:
+            if not way.move.sources and forms[way.part] == "nnx":
                 result.update(zip(way.move.targets, way.move.run([]), strict=True))
         return result
 

@@ -145,8 +145,8 @@ def _match(ladder: "Ladder", call: Call) -> tuple[Match, Sequence[Draw]]:
     """What corresponds, and all draws of the Linen model."""
     variables = sample_variables(ladder)
     linen, unknown = _linen_model(ladder, call, variables)
-    # Tables that nnx alone keeps are in no collection of Linen's: no translation brings them along.
-    leaves = {**ladder.book.filled(), **ladder.translate(variables, "linen", "nnx")}
+    translated = ladder.translate(variables, "linen", "nnx")
+    leaves = {**ladder.book.filled(ladder.forms("nnx")), **translated}
     nnx, uncounted = _nnx_model(ladder, call, leaves)
     found = match(linen, nnx)
     # A Linen draw whose key is not known explains why a draw of the port finds no partner.

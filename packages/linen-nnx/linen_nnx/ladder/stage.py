@@ -108,7 +108,7 @@ class Stage:
         arguments are those of `Module.init`.
         """
         # Translated and not drawn again: the constructors of nnx draw other numbers from a key.
-        return self.translate(self.ladder.init(rngs, *args, **kwargs))
+        return self._whole(self.ladder.init(rngs, *args, **kwargs))
 
     def initial(self, rngs: Any) -> Variables:
         """Initial variables for the example call of the twin.
@@ -122,7 +122,12 @@ class Stage:
         Raises:
           Whatever the Linen model raises, as for a key that is missing.
         """
-        return self.translate(self.ladder.initial(rngs))
+        return self._whole(self.ladder.initial(rngs))
+
+    def _whole(self, variables: Mapping[str, Any]) -> Variables:
+        """All variables of the Linen model in this stage's form, and those of nnx alone."""
+        translated = flatten(self.translate(variables))
+        return unflatten({**self.ladder.book.filled(self.forms), **translated})
 
     def translate(self, variables: Mapping[str, Any]) -> Variables:
         """Variables of the Linen model in this stage's form.
