@@ -206,15 +206,25 @@ def joined_in_no_known_way(gradients: OpenGradients) -> dict[SidedPath, list[str
     """By leaf the leaves of the other side that share its elements, though no ops say how.
 
     A kernel for all gates of [x, h] holds eight of Linen's: a concat of concats, which is no rule.
+    A fused bias of keys and values may hold one of Linen's, and keys' own that Linen lacks.
     """
     shared: dict[SidedPath, list[str]] = {}
     for one, many in ((0, 1), (1, 0)):
         for path, whole in gradients.seen[one].items():
             at = _positions_in(whole, gradients.seen[many])
-            if len(at) > 1 and sum(places.size for places in at.values()) == whole.size:
+            # A single part as large as the whole is no part.
+            largest = max((places.size for places in at.values()), default=whole.size)
+            if largest < whole.size and _is_rest_dark(whole, at):
                 shared[one, path] = sorted(at)
                 shared |= {(many, part): [path] for part in at}
     return shared
+
+
+def _is_rest_dark(whole: Array, at: Leaves) -> bool:
+    """Whether a whole has no gradient but at the elements of some parts."""
+    known = np.concatenate([places.ravel() for places in at.values()])
+    rest = np.delete(np.abs(whole).ravel(), known[known >= 0])
+    return rest.size == 0 or bool(rest.max() <= EQUAL * np.abs(whole).max())
 
 
 def _dark_part(

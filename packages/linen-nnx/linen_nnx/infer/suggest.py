@@ -43,8 +43,8 @@ _HIDDEN = (
 
 
 _NO_OPS = (
-    "its elements are those of the candidates, by their gradients, but no ops say how: a rule "
-    "joins parts along one axis"
+    "its elements are among those of the candidates, by their gradients, but no ops say how: a "
+    "rule joins whole leaves along one axis"
 )
 _UPDATED = (
     "no output sees it; the new values that training gives agree, with numbers that differ from "
