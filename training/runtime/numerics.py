@@ -26,6 +26,8 @@ SETTINGS = (
     "jax_default_matmul_precision",
     "jax_allow_f16_reductions",
     "jax_softmax_custom_jvp",
+    "jax_accurate_erf_inv",
+    "jax_use_hlo_logistic_lowering",
     # random numbers
     "jax_default_prng_impl",
     "jax_threefry_partitionable",
@@ -40,6 +42,8 @@ SETTINGS = (
     "jax_memory_fitting_effort",
     "jax_compiler_enable_remat_pass",
     "jax_use_direct_linearize",
+    "jax_custom_jvp3",
+    "jax_remat_barrier_no_cotangents",
     "jax_use_shardy_partitioner",
     "jax_enable_pgle",
 )

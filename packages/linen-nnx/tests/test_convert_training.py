@@ -89,7 +89,7 @@ def test_nnx_training_goes_on_in_linen(tmp_path, name):
     assert int(state.step) == 8
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_there_and_back_is_identical(tmp_path, name):
     state, _ = linen_train(linen_state(OPTIMIZERS[name]()), range(3))

@@ -736,8 +736,10 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     [
         (LAUGHS.encode(), "stands for more than 4194304 nodes"),
         (b"a: &a [*a]", "names nothing that ends before it"),
-        (b"rules: " + b"[" * 100_000, "nests more than 32 levels"),
-        (b'{"rules": ' + b"[" * 100_000, "nests more than 32 levels"),
+        (b"rules: " + b"[" * 100, "nests more than 32 levels"),
+        # Newer versions of libyaml look ahead, and count to 1000 themselves.
+        (b"rules: " + b"[" * 100_000, "nests more than 32 levels|exceeded maximum nesting depth"),
+        (b'{"rules": ' + b"[" * 100_000, "nests more than 32|exceeded maximum nesting depth"),
         (b"version: !!int ''", "the tag tag:yaml.org,2002:int is not taken"),
         (b"version: " + b"9" * 5000, "Exceeds the limit"),
         (b"version: 2001-99-99", "month must be in 1..12"),

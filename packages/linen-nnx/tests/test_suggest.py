@@ -96,7 +96,7 @@ def test_leaves_that_no_output_sees_are_named_as_such(name):
     }
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(0, 10**6))
 def test_what_is_assigned_never_changes_what_a_random_model_computes(seed):
     assert_sound(seed, rewritten=False)
