@@ -57,7 +57,7 @@ def bits(tree: Any) -> list[bytes]:
 
 
 @pytest.mark.sampled(1)
-@pytest.mark.parametrize("name", reversed(OPTIONS))
+@pytest.mark.parametrize("name", [*reversed(OPTIONS)])
 def test_outputs_are_the_same_bits_at_every_stage_with_dropout_on(name: str) -> None:
     found = []
     for stage_name in STAGES:

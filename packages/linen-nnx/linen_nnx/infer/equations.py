@@ -112,6 +112,9 @@ def movements(eqn: Any, rest: Sequence[Array | None]) -> list[Movement] | None:
             ends = np.cumsum(param(eqn, "sizes"))[:-1]
             axis = param(eqn, "axis")
             return [lambda a, k=k: np.split(a, ends, axis)[k] for k in range(len(ends) + 1)]
+        case "unstack":
+            axis = param(eqn, "axis")
+            return [lambda a, k=k: a.take(k, axis) for k in range(len(eqn.outvars))]
         case "gather" | "dynamic_slice" if all(value is not None for value in rest):
             # Run as it is, on element numbers. A lookup out of range finds no element: -1.
             missing = {"fill_value": -1} if "fill_value" in eqn.params else {}

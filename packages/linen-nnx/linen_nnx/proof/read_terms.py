@@ -36,8 +36,8 @@ _IN_PLACE = (
 _MOVES = frozenset(_IN_PLACE.split())
 _RANDOM = "random numbers"
 # The steps whose equation is a whole loop or choice, and says nothing of the step itself.
-_PSEUDO = ("row", "stack", "cond")
-_PARTS = ("slice", "split", "dynamic_slice", "gather", "row")
+_PSEUDO = ("row", "rows", "cond")
+_PARTS = ("slice", "split", "unstack", "dynamic_slice", "gather", "row")
 _ANY_ORDER = frozenset(["max", "min", "and", "or", "xor", "mul", "add", "add_any", "eq", "ne"])
 # Constants of up to so many elements are computed on the way: a mask of 256 x 256, but no table of
 # positions for a long context, which would be kept in float64.

@@ -25,9 +25,10 @@ class Step(NamedTuple):
     """One value: a result of an equation, a constant, or an argument of the jaxpr.
 
     Attributes:
-      name: the primitive; or `constant`, `argument`; or `row` and `stack` of an unrolled scan.
+      name: the primitive; or `constant`, `argument`; or `row` and `rows` of an unrolled scan: what
+        a turn gets, and what all have given.
       args: the numbers of the steps that it takes.
-      eqn: the equation; of a row or a stack the whole scan's; None for constants and arguments.
+      eqn: the equation; of a row or of rows the whole scan's; None for constants and arguments.
       place: which of the equation's results it is. For an argument its number, for a row its own.
       value: the array of a constant.
     """
@@ -122,7 +123,7 @@ class Unrolled:
         # In the order of rows: a reverse scan has collected the last one first.
         in_order = [collected[number] for number in range(scan.length)]
         stacked = zip(*in_order, strict=True)
-        return [*carry, *(self._add(Step("stack", several, eqn)) for several in stacked)]
+        return [*carry, *(self._add(Step("rows", several, eqn)) for several in stacked)]
 
     def _loop(self, eqn: Any, args: list[int], site: Site) -> list[int]:
         """The body once: it shows which functions the loop has, if not how often they run."""
