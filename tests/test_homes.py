@@ -9,15 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from conftest import QUIET, SMALL, restored
 from gcs_server import MISSING, GcsServer
+from linen_nnx import RuleBook
 from linen_nnx.cli import main
+from linen_nnx.disk.checked import StoreError
 from linen_nnx.disk.remote import as_path
 
 from configs.build import ConfigError
 from training import compose, evaluation, export, loop
 from training.runtime import checkpoints, folders, homes, lock
 from training.runtime.errors import Refused
+from training.runtime.runs import RUNS
 
 SAVING = ("steps=6", "eval.every=2", "checkpoint.every=2", "eval.batches=1")
 
@@ -225,3 +229,23 @@ def test_a_moved_home_is_said_in_the_configuration_file(tmp_path: Path) -> None:
     file.write_text(file.read_text().replace(f"dir: {was}", f"dir: {now}"))
     train(run_dir, f"checkpoint.dir={now}")
     assert json.loads((now / "checkpoints/6/run/metadata").read_text())["config"]["steps"] == 6
+
+
+@pytest.mark.parametrize(
+    "place", ["gs://team/run", "/with spaces/" + "a b " * 40, "it's: {odd}", "two\nlines", None]
+)
+def test_a_converted_run_has_its_checkpoints_in_it(tmp_path: Path, place: str | None) -> None:
+    """However its configuration file writes where they were; or it is refused."""
+    config = {"stage": "linen", "data": {"dir": "x"}, "checkpoint": {"dir": place, "keep": 2}}
+    run_dir, out = tmp_path / "run", tmp_path / "out"
+    for folder in (run_dir, out):
+        folder.mkdir()
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    RUNS.write(run_dir, out, "nnx", RuleBook.from_dict({"version": 1, "rules": []}))
+    written = yaml.safe_load((out / "config.yaml").read_text())
+    assert written == config | {"stage": "nnx", "checkpoint": {"dir": None, "keep": 2}}
+
+    if place == "gs://team/run":
+        (run_dir / "config.yaml").write_text(f"stage: nnx\ncheckpoint: {{dir: '{place}'}}\n")
+        with pytest.raises(StoreError, match="the checkpoints are in gs://team/run, but not in a"):
+            RUNS.write(run_dir, out, "nnx", RuleBook.from_dict({"version": 1, "rules": []}))

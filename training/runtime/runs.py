@@ -27,7 +27,7 @@ from configs.earlier import HALVES
 from training.runtime import homes, metrics, vouching
 
 # In the section `checkpoint` of `config.yaml`; a long name is folded by the writer.
-HOME = re.compile(r"(?m)^(checkpoint:\n(?:  .*\n)*?  dir:).*(?:\n    .*)*$")
+HOME = re.compile(r"(?m)^(checkpoint:\n(?:  .*\n)*?  dir:).*(?:\n+    .*)*$")
 
 
 class Runs(runs.Runs):
@@ -76,6 +76,11 @@ class Runs(runs.Runs):
         if count != 1:
             raise StoreError(f"{file} has {count} lines `stage: ...`, expected one")
         (out / vouching.CONFIG).write_text(HOME.sub(r"\1 null", config))
+        if (kept := homes.noted(out)) is not None and kept != out:
+            raise StoreError(
+                f"{file} says that the checkpoints are in {kept}, but not in a line `dir: ...` "
+                "below `checkpoint:` as a run writes it"
+            )
         book.save(out / vouching.RULES)
 
     def check(self, path: Path, step: int, content: Mapping[str, Any]) -> bool:
