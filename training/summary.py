@@ -141,10 +141,10 @@ def closing(setup: Setup, metrics: Metrics, seconds: float) -> str:
         title = f"{title} {last[split]['step']}"
         # What everybody knows; norms and rates say little when all is over.
         values = {k: v for k, v in last[split].items() if k in ("loss", "accuracy")}
-        lines.append(f"  {title:<22}{figures(values)}")
+        lines.append(f"  {title:<22}  {figures(values)}")
     for name, value in setup.dataset.baselines.items():
-        lines.append(f"  baseline {name:<13}{value:.4f}")
-    lines.append(f"  time {'':<17}{clock(seconds)}")
+        lines.append(f"  baseline {name:<13}  {value:.4f}")
+    lines.append(f"  {'time':<22}  {clock(seconds)}")
     return "\n".join(lines)
 
 
