@@ -221,7 +221,15 @@ def joined_in_no_known_way(gradients: OpenGradients) -> dict[SidedPath, list[str
 
 
 def _is_rest_dark(whole: Array, at: Leaves) -> bool:
-    """Whether a whole has no gradient but at the elements of some parts."""
+    """Whether a whole has no gradient but at the elements of some parts.
+
+    Example:
+        >>> whole = np.array([1.0, 2.0, 0.0])
+        >>> _is_rest_dark(whole, {"a": np.array([0, 1])})
+        True
+        >>> _is_rest_dark(whole, {"a": np.array([0])})
+        False
+    """
     known = np.concatenate([places.ravel() for places in at.values()])
     rest = np.delete(np.abs(whole).ravel(), known[known >= 0])
     return rest.size == 0 or bool(rest.max() <= EQUAL * np.abs(whole).max())
