@@ -88,7 +88,8 @@ def test_a_mesh_draws_the_curve_of_one_device_and_four_stages_one_curve(
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("experiment", ["lm", "digits"])
 def test_each_device_holds_an_eighth(experiment: str, stage: str) -> None:
-    made = setup(experiment, f"stage={stage}", "mesh.fsdp=8", "optimizer.ema=0.9")
+    options = (f"stage={stage}", "mesh.fsdp=8", "optimizer.ema=0.9", "model.depth=1")
+    made = setup(experiment, *options)
     batch = made.program.place(made.example)
 
     state, _ = made.program.train_step(made.program.init(), batch)

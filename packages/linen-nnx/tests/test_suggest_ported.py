@@ -40,7 +40,7 @@ def filled(book):
     return {pattern.text for rule in book.rules if rule.init for pattern in rule.nnx}
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", PORTED)
 def test_a_model_written_in_another_way_gets_a_complete_and_right_book(name):
     book, truth = book_of(name), pair(name).truth
