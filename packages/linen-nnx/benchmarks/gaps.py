@@ -32,6 +32,8 @@ class Gap:
     """What can be done once it is closed."""
     breaks: str = ""
     """What of this project breaks if it no longer holds."""
+    closed_in: str = ""
+    """The version of Flax in which it is closed, while the oldest supported one still has it."""
 
 
 def _spectral_norm() -> str:
@@ -76,8 +78,8 @@ def _scanned_axis() -> str:
 
     with nnx.use_eager_sharding(False):  # the names of the axes would need a mesh
         variables = jax.eval_shape(Stack().init, jax.random.key(0), jnp.ones((2, 4)))
-    box = variables["params"]["layer"]["kernel"]
-    axes, spec = box.value.ndim, box.get_partition_spec()
+        box = variables["params"]["layer"]["kernel"]
+        axes, spec = box.value.ndim, box.get_partition_spec()
     return "" if len(spec) == axes else f"a stacked kernel of {axes} axes is partitioned as {spec}"
 
 
@@ -147,6 +149,7 @@ GAPS = (
         "no optimizer and no checkpoint of the parameters sees the scales",
         5577,
         "WeightNorm translates without loss, once #5576 is closed too",
+        closed_in="0.12.12",
     ),
     Gap(
         "nn.scan adds no axis to an NNXMeta box",

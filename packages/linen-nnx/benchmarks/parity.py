@@ -94,6 +94,11 @@ def _judge(pair: Pair, label: str, group: Sequence[Cell]) -> list[str]:
     return []
 
 
+def _numbers(release: str) -> list[int]:
+    """A version, to be compared: '0.12.8' comes before '0.12.12'."""
+    return [int(part) for part in release.split(".")]
+
+
 def probe(gap: Gap) -> Probe:
     """Looks whether a gap is still there."""
     try:
@@ -102,6 +107,8 @@ def probe(gap: Gap) -> Probe:
         return Probe(gap, "", [f"`{gap.name}` cannot be measured: {_reason(error)}"])
     if evidence:
         return Probe(gap, evidence, [])
+    if gap.closed_in and _numbers(version("flax")) >= _numbers(gap.closed_in):
+        return Probe(gap, f"closed in flax {gap.closed_in}, open in earlier versions", [])
     if gap.breaks:
         return Probe(gap, "", [f"`{gap.name}` no longer holds: {gap.breaks}."])
     if gap.issue is None:
