@@ -26,7 +26,7 @@ SHOW_CURSOR = b"\x1b[?25h"  # which the progress bar has hidden
 
 Handler = Callable[[int, FrameType | None], None]
 
-GOES_ON = " The same command goes on from the last checkpoint."
+GOES_ON = " The same command goes on from the last checkpoint, or begins anew."
 
 
 def exit_code(number: int) -> int:

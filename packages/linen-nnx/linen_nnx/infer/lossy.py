@@ -16,8 +16,9 @@ _GRU = (
     "(flax #5594): lossless only where it is all zeros; check that, then write a `drop` rule"
 )
 _WEIGHT_NORM = (
-    "nnx.WeightNorm overwrites its layer's kernel in the forward pass and keeps its scales where "
-    "no optimizer sees them (flax #5577): fold the norm into the kernel before migrating"
+    "nnx.WeightNorm overwrites its layer's kernel in the forward pass (flax #5576) and, before "
+    "flax 0.12.12, keeps its scales where no optimizer sees them (flax #5577): fold the norm into "
+    "the kernel before migrating"
 )
 _SPECTRAL_NORM = (
     "nnx.SpectralNorm overwrites its layer's kernel in the forward pass (flax #5576): the original "
