@@ -2,7 +2,7 @@
 
     steps     a step of every stage against a floor and the usual idioms      8 minutes
     loop      the training loop against the bare step; start-up               5 minutes
-    growth    how the cost of a step and of suggest grows                     3 minutes
+    growth    how the cost of a step and of suggest grows                     8 minutes
 
 Figures go to runs/benchmarks/NAME.json, plots to NAME.png beside it. The library has benchmarks of
 its own: packages/linen-nnx/benchmarks.

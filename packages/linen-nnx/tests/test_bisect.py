@@ -246,7 +246,7 @@ def test_momentum_is_named_by_the_lint_alone_until_statistics_are_updated():
 
 
 def test_an_attention_function_of_another_scale_is_named():
-    found = bisect(net(depth=3, attention=sharp_attention, at=1))
+    found = bisect(net(depth=2, attention=sharp_attention, at=1))
 
     name = "MultiHeadDotProductAttention_0"
     assert_named(found, f"block_1/{name}/out", "blocks/1/attention/out", "kernel")
