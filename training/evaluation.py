@@ -36,7 +36,7 @@ def report(cfg: Config) -> None:
         Refused: when there is no checkpoint, or one is damaged.
     """
     run_dir, home = Path(cfg.run_dir), homes.home(cfg.run_dir, cfg.checkpoint.dir)
-    if cfg.init_from is not None and checkpoints.latest(home / "checkpoints") is None:
+    if cfg.init_from is not None and not checkpoints.steps_of(home / "checkpoints"):
         setup = prepare(cfg)
         saved = start.given(setup.run, as_path(cfg.init_from))
         _show(f"{saved.path}, step {saved.step}", setup, moving.moved(setup, saved))

@@ -47,7 +47,7 @@ def export(cfg: Config) -> None:
     """
     home = homes.home(cfg.run_dir, cfg.checkpoint.dir)
     # A run that has gone on from another one names that still, and is not the other one any more.
-    if cfg.init_from is not None and checkpoints.latest(home / "checkpoints") is None:
+    if cfg.init_from is not None and not checkpoints.steps_of(home / "checkpoints"):
         saved = checkpoints.find(as_path(cfg.init_from))
     else:
         saved, _ = checkpoints.of_run(Path(cfg.run_dir), home)

@@ -140,19 +140,15 @@ def _compile(setup: Setup) -> None:
 def _show_parameters(setup: Setup, step: int, state: State, board: Board) -> None:
     """Histograms and norms of the parameters, where they are due."""
     log = setup.cfg.log
-    shown = [
-        show
-        for show, every in (
-            (board.histograms, log.histograms_every),
-            (board.norms, log.norms_every),
-        )
-        if _due(step, every)
-    ]
-    if shown:
-        # Fetched once for both, and by every process: the parameters may lie in parts.
-        leaves = setup.program.fetch(setup.view.leaves(state["params"]))
-        for show in shown:
-            show(step, leaves)
+    histograms, norms = _due(step, log.histograms_every), _due(step, log.norms_every)
+    if not (histograms or norms):
+        return
+    # Fetched once for both, and by every process: the parameters may lie in parts.
+    leaves = setup.program.fetch(setup.view.leaves(state["params"]))
+    if histograms:
+        board.histograms(step, leaves)
+    if norms:
+        board.norms(step, leaves)
 
 
 def _due(step: int, every: int | None) -> bool:

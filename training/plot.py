@@ -12,7 +12,6 @@ if __name__ == "__main__":
 import argparse
 import math
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from training.runtime import reading, vouching
 from training.runtime.environment import installation
 from training.runtime.errors import Refused
 from training.runtime.metrics import read
-from training.runtime.terminal import wrapped
+from training.runtime.terminal import for_errors
 
 Points = list[tuple[int, float]]
 HEIGHT = 16  # lines of a picture in the terminal
@@ -162,4 +161,4 @@ if __name__ == "__main__":
     try:
         main()
     except Refused as error:
-        raise SystemExit(wrapped(str(error)) if sys.stderr.isatty() else str(error)) from None
+        raise SystemExit(for_errors(error)) from None

@@ -21,7 +21,7 @@ from typing import Any
 from training.runtime import reading, vouching
 from training.runtime.errors import Refused
 from training.runtime.metrics import read
-from training.runtime.terminal import wrapped
+from training.runtime.terminal import for_errors
 
 Row = dict[str, Any]
 
@@ -113,4 +113,4 @@ if __name__ == "__main__":
     try:
         main()
     except Refused as error:
-        raise SystemExit(wrapped(str(error)) if sys.stderr.isatty() else str(error)) from None
+        raise SystemExit(for_errors(error)) from None

@@ -315,9 +315,9 @@ def _first_line(error: Exception) -> str:
 
 
 def _exit(error: Exception | str, code: int) -> NoReturn:
-    from training.runtime.terminal import wrapped  # what starts a command imports no more than that
+    from training.runtime.terminal import for_errors  # which takes time, and few commands need it
 
-    print(wrapped(str(error)) if sys.stderr.isatty() else error, file=sys.stderr)
+    print(for_errors(error), file=sys.stderr)
     if code == 2:
         print(f"Keys and what they mean: {program('python')} train.py --help", file=sys.stderr)
     raise SystemExit(code)

@@ -26,6 +26,7 @@ from training.runtime.errors import Refused
 
 ROOTS = ("checkpoints", "best")  # of a home
 OWNER = "home.json"  # says whose a home in a bucket is
+OWNER_PART = "home.part"  # the same while it is being written
 OWNER_SHOWN = 300  # characters of it
 
 
@@ -87,7 +88,7 @@ def claim(run_dir: Path, home: Path) -> None:
     is_new = not ours.exists()
     if is_new:
         who = {"run_dir": str(run_dir.absolute()), "machine": gethostname(), "id": uuid4().hex}
-        part = ours.with_suffix(".part")
+        part = run_dir / OWNER_PART
         part.write_text(json.dumps(who))
         part.replace(ours)
     content = ours.read_bytes()

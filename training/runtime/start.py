@@ -33,7 +33,7 @@ from training.runtime.program import Program, State
 from training.runtime.terminal import say
 
 CONFIG_PART = "config.yaml.part"  # config.yaml while it is being written
-BEGUN = (CONFIG_PART, homes.OWNER, "home.part")  # what is written before it
+BEGUN = (CONFIG_PART, homes.OWNER, homes.OWNER_PART)  # what is written before it
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What a person sees while a run goes on: a progress bar on a terminal, plain lines in a file."""
 
+import sys
 import textwrap
 import time
 from collections.abc import Iterable, Mapping
@@ -38,6 +39,11 @@ def wrapped(text: str) -> str:
         margin = " " * (len(line) - len(line.lstrip()) + 2)
         lines.append(_fill(line, subsequent_indent=margin) if len(line) > WIDTH else line)
     return "\n".join(lines)
+
+
+def for_errors(error: Exception | str) -> str:
+    """A message as it goes to stderr: broken at 80 columns on a terminal, in a file as it is."""
+    return wrapped(str(error)) if sys.stderr.isatty() else str(error)
 
 
 def labelled(pairs: Iterable[tuple[str, str]]) -> str:

@@ -150,11 +150,11 @@ def _prints(ground: Ground, number: int) -> tuple[Array, Array]:
 
 def _gathered(side: SlottedSide, arrays: Mapping[str, Array], slot: int) -> Array:
     """(N, K): what some leaves have for the elements of a slot; 0 of those that have nothing."""
-    whole = dict(arrays)
+    leaves: dict[str, Array] = {}
     for path in side.leaves_of_slot[slot]:
-        if path not in whole:
-            whole[path] = np.zeros(side.trace.leaves[path].shape)
-    return side.gather(whole, side.flow.slots[slot].elements)
+        known = path in arrays
+        leaves[path] = arrays[path] if known else np.zeros(side.trace.leaves[path].shape)
+    return side.gather(leaves, side.flow.slots[slot].elements)
 
 
 def _sums(values: Array, weights: Array) -> Array:

@@ -40,8 +40,6 @@ _APART = "with numbers that differ from leaf to leaf the twins' outputs differ"
 _HIDDEN = (
     "the sides use different leaves, and agree only where a constant in these hides all the others"
 )
-
-
 _NO_OPS = (
     "its elements are among those of the candidates, by their gradients, but no ops say how: a "
     "rule joins whole leaves along one axis"

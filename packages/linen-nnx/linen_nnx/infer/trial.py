@@ -49,7 +49,8 @@ class Trial:
         Beside leaves that are one constant the inputs of a product may be one number: the rows of
         its kernel could stand in any order. Numbers of their own would tell them apart.
         """
-        slopes = self._slopes({path for found in rules for path in found.linen})
+        known = {path for found in rules for path in found.linen}
+        slopes = self._slopes(known, {path for found in among for path in found.linen})
         hidden: list[FoundRule] = []
         for found in among:
             if self.hides({path: slopes[path] for path in found.linen}):
@@ -63,14 +64,15 @@ class Trial:
     @cached_property
     def _even(self) -> dict[str, frozenset[int]]:
         """The `even_axes` of each Linen leaf where all leaves have numbers of their own."""
-        slopes = self._slopes(self.ground.sides[0].paths)
+        paths = set(self.ground.sides[0].paths)
+        slopes = self._slopes(paths, paths)
         return {path: even_axes(slope) for path, slope in slopes.items()}
 
-    def _slopes(self, known: Collection[str]) -> dict[str, Array]:
-        """The gradients by all Linen leaves, where those that are known have their own numbers."""
+    def _slopes(self, known: set[str], by: set[str]) -> dict[str, Array]:
+        """The gradients by some Linen leaves, where those that are known have their own numbers."""
         linen = self.ground.sides[0]
         values = distinct(linen, self.ground.values(0), known)
-        return run(linen, self.ground.inputs, values, by=linen.paths).slopes
+        return run(linen, self.ground.inputs, values, by).slopes
 
     def holds(self, rules: Sequence[FoundRule]) -> bool:
         """Whether the outputs agree with some rules."""
